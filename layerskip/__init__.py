@@ -1,0 +1,62 @@
+"""Self-speculative decoding with a model's own sublayers: the draft leaves some out, the full model verifies.
+
+model = LayerSkipModel(AutoModelForCausalLM.from_pretrained(name))
+profile = DraftProfile.load("draft_profile.json")
+generation = generate(model, tokenizer(text).input_ids, drafter=profile.drafter(model))
+print(tokenizer.decode(generation.tokens))
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from layerskip.checkpoints import Checkpoint, load_checkpoint
+from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
+from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
+from layerskip.decoding.loop import DecodingStats, Generation, generate, stream
+from layerskip.decoding.sampling import Sampling
+from layerskip.errors import (
+    CheckpointError,
+    InvalidInputError,
+    InvalidProfileError,
+    LayerSkipError,
+    UnsupportedModelError,
+)
+from layerskip.identity import ModelIdentity, identify
+from layerskip.profile import DraftProfile, Measured, Provenance
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+from layerskip.text import StopStrings
+
+__all__ = [
+    "AdaptiveThreshold",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfidenceThreshold",
+    "DecodingStats",
+    "DraftExit",
+    "DraftProfile",
+    "Drafter",
+    "FixedLength",
+    "Generation",
+    "InvalidInputError",
+    "InvalidProfileError",
+    "LayerSkipError",
+    "LayerSkipModel",
+    "Measured",
+    "ModelIdentity",
+    "NoDrafter",
+    "Provenance",
+    "Sampling",
+    "SkipDrafter",
+    "SkipSet",
+    "StopStrings",
+    "UnsupportedModelError",
+    "generate",
+    "identify",
+    "load_checkpoint",
+    "stream",
+]
+
+try:
+    __version__ = version("layerskip")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"

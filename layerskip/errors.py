@@ -1,0 +1,29 @@
+"""Errors that a user can act on. Each message is one line: the thing, what is wrong, what to do."""
+
+
+class LayerSkipError(Exception):
+    """Base of every error that layerskip raises on purpose."""
+
+
+class InvalidInputError(LayerSkipError, ValueError):
+    """An argument, a prompt or an option cannot be used as it is."""
+
+
+class InvalidProfileError(LayerSkipError, ValueError):
+    """A draft profile cannot be read, or does not belong to the model it was given."""
+
+
+class UnsupportedModelError(LayerSkipError):
+    """The model is of a kind that layerskip cannot take apart into sublayers."""
+
+
+class CheckpointError(LayerSkipError):
+    """A model could not be found or loaded."""
+
+
+class MissingDependencyError(LayerSkipError):
+    """An optional package is needed for what was asked."""
+
+
+class LosslessnessError(LayerSkipError):
+    """Self-speculative decoding gave other tokens than plain decoding: a bug in layerskip, not a slow draft."""

@@ -1,0 +1,177 @@
+"""The draft profile: what a search found, as JSON that any program can load."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from layerskip.decoding.draft_exit import DraftExit
+from layerskip.decoding.drafting import SkipDrafter
+from layerskip.errors import InvalidProfileError
+from layerskip.files import write_atomically
+from layerskip.identity import ModelIdentity, identify
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+
+FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
+VERSION: Literal[1] = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Measured(_Part):
+    """What decoding with the profile measured, against plain decoding of the same prompts to the same tokens."""
+
+    speedup: float = Field(gt=0, description="Plain seconds divided by self-speculative seconds.")
+    speedup_low: float = Field(gt=0, description="Lower end of the speedup's 95 % interval.")
+    speedup_high: float = Field(gt=0, description="Upper end of the speedup's 95 % interval.")
+    acceptance_rate: float | None = Field(ge=0, le=1, description="Accepted tokens divided by drafted tokens.")
+    plain_tokens_per_second: float = Field(gt=0, description="Plain decoding, prefill included.")
+    speculative_tokens_per_second: float = Field(gt=0, description="Self-speculative decoding, prefill included.")
+    prompts: int = Field(ge=1, description="Number of prompts decoded.")
+    prompt_set: Literal["held-out", "search"] = Field(
+        description="Prompts kept out of the search, or those that the search itself optimized for (optimistic)."
+    )
+    max_new_tokens: int = Field(ge=1, description="Most tokens generated for each prompt.")
+    near_ties: int = Field(
+        ge=0, description="Prompts whose outputs part where the full model's best tokens are as good as tied."
+    )
+    device: str = Field(description="What it was measured on.")
+    dtype: str = Field(description="Floating-point type of the model.")
+    versions: dict[str, str] = Field(description="Versions of what it was measured with.")
+
+
+class Provenance(_Part):
+    """Where a profile comes from."""
+
+    study: str | None = Field(default=None, description="Name of the study that found it.")
+    trial: int | None = Field(default=None, ge=0, description="Number of the trial in that study.")
+    created: datetime = Field(description="When the profile was made.")
+    tool: str = Field(description="Name and version of the program that made it.")
+
+
+class DraftProfile(_Part):
+    """A skip set and a draft exit for one model, with what they measured.
+
+    ``DraftProfile.load(path)`` reads one, ``profile.drafter(model)`` decodes with it, ``profile.save(path)`` writes it.
+    """
+
+    format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
+    version: Literal[1] = Field(default=VERSION, description="Version of the format.")
+    model: ModelIdentity = Field(description="The model that the profile is for.")
+    skip_set: SkipSet = Field(description="The sublayers that the draft leaves out.")
+    draft_exit: Annotated[DraftExit, Field(discriminator="kind")] = Field(description="When a draft ends.")
+    measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
+    provenance: Provenance = Field(description="Where the profile comes from.")
+    _source: str = PrivateAttr(default="draft profile")
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> DraftProfile:
+        if self.skip_set.num_layers != self.model.num_layers:
+            raise ValueError(
+                f"skip_set.num_layers: expected {self.model.num_layers} as in model.num_layers, "
+                f"found {self.skip_set.num_layers}"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftProfile:
+        """Read a profile.
+
+        Raises:
+            InvalidProfileError: The file cannot be read or is not a valid profile. The message names the file, the
+                field and what was expected.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidProfileError(f"{path}: not a text file; expected a draft profile in JSON") from error
+        except OSError as error:
+            raise InvalidProfileError(f"{path}: cannot read the draft profile: {error.strerror}") from error
+        try:
+            profile = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise InvalidProfileError(f"{path}: {_in_one_line(error)}") from error
+        profile._source = str(path)
+        return profile
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile so that a killed process leaves the old file or the new one.
+
+        Raises:
+            InvalidProfileError: The file cannot be written.
+        """
+        try:
+            write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
+
+    def check(self, model: LayerSkipModel) -> None:
+        """Make sure that the profile is for this model.
+
+        Raises:
+            InvalidProfileError: It is not. The message names the file, the first field that differs and both values.
+        """
+        differences = self.model.differences(identify(model))
+        for name, (expected, found) in differences.items():
+            raise InvalidProfileError(
+                f"{self._source}: model.{name}: the profile is for {expected!r} ({self.model.id}), "
+                f"but this model has {found!r}; search this model for a profile of its own"
+            )
+
+    def drafter(self, model: LayerSkipModel) -> SkipDrafter:
+        """A drafter for :func:`layerskip.generate`.
+
+        Raises:
+            InvalidProfileError: The profile is for another model.
+        """
+        self.check(model)
+        return SkipDrafter(model, self.skip_set, self.draft_exit)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
+
+    @property
+    def pays(self) -> bool:
+        """Whether decoding with the profile was measured to be faster than plain decoding, or never measured."""
+        return self.measured is None or self.measured.speedup > 1
+
+
+def _in_one_line(error: ValidationError) -> str:
+    """The first thing that is wrong: field, what was expected, what was found."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = _problem(problem)
+    return f"{field}: {message}" if field else message
+
+
+def _problem(problem: ErrorDetails) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    found = _shortened(problem["input"])
+    match kind:
+        case "missing":
+            return "required, but missing"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return "unknown field; remove it, or update layerskip if a newer version wrote the file"
+        case "json_invalid":
+            return f"not JSON: {context['error']}"
+        case "literal_error":
+            return f"expected {context['expected']}, found {found}"
+        case "union_tag_invalid":
+            return f"{context['discriminator']}: expected {context['expected_tags']}, found '{context['tag']}'"
+        case "value_error":
+            return str(context["error"])
+        case _:
+            expected = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+            return f"expected {expected}, found {found}"
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,88 @@
+"""Keys and values of the text so far, shared by draft and target."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values for every layer, rolled back by moving a length.
+
+    Draft and target write into the same cache. A pass writes its new keys and values behind ``length`` and then moves
+    ``length`` forward; rolling back moves it to the left, and whatever lies behind it is overwritten by a later pass.
+    A draft leaves gaps in the layers that it skips. They lie behind the length it is rolled back to, so verification
+    fills them before anybody reads them.
+
+    Attention modules see this object as ``past_key_values`` and call :meth:`update`.
+
+    Args:
+        num_layers: Number of decoder layers.
+        capacity: Positions to allocate when a layer is first written. The cache grows when a pass needs more.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.length = 0
+        self.capacity = capacity
+        # Allocated at the first write, which knows the layer's device, dtype and head shape: [1, heads, capacity, dim].
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write the new positions of one layer; return all its positions, old and new.
+
+        Args:
+            keys: ``[1, heads, n, dim]``, the keys of the ``n`` positions behind ``length``.
+            values: Likewise.
+            layer: The layer's index.
+
+        Returns:
+            Keys and values, each a view of shape ``[1, heads, length + n, dim]``.
+        """
+        end = self.length + keys.shape[2]
+        return (
+            self._write(self._keys, layer, keys, end),
+            self._write(self._values, layer, values, end),
+        )
+
+    def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor, end: int) -> Tensor:
+        buffer = buffers[layer]
+        if buffer is None:
+            buffer = buffers[layer] = self._allocate(new)
+        buffer[:, :, self.length : end] = new
+        return buffer[:, :, :end]
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        return like.new_empty((*like.shape[:2], self.capacity, like.shape[3]))
+
+    def reserve(self, positions: int) -> None:
+        """Make room for this many positions behind ``length``, at least doubling the capacity when it must grow."""
+        needed = self.length + positions
+        if needed <= self.capacity:
+            return
+        self.capacity = max(needed, 2 * self.capacity)
+        for buffers in (self._keys, self._values):
+            buffers[:] = [None if buffer is None else self._grown(buffer) for buffer in buffers]
+
+    def _grown(self, buffer: Tensor) -> Tensor:
+        grown = self._allocate(buffer)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    def advance(self, positions: int) -> None:
+        """Count the positions that a pass has written in every layer it ran."""
+        self.length += positions
+
+    def rollback(self, length: int) -> None:
+        """Forget every position from ``length`` on.
+
+        Raises:
+            ValueError: ``length`` is negative or ahead of the current length.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll back to length {length}: the cache holds {self.length} positions")
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(buffer.nbytes for buffers in (self._keys, self._values) for buffer in buffers if buffer is not None)

@@ -1,0 +1,60 @@
+"""Which past positions each new position may attend to, in the form that the model's attention function takes.
+
+transformers derives masks and positions from layer 0's cache entry. That breaks when attention 0 is skipped and when
+layers' lengths differ while drafting, so they are computed here from the cache's one length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerskip.errors import UnsupportedModelError
+
+SUPPORTED_ATTENTION = ("eager", "sdpa")
+
+
+def check_attention_implementation(name: str | None) -> str:
+    """Return the name of a supported attention implementation.
+
+    Raises:
+        UnsupportedModelError: Masks for this implementation are not known here.
+    """
+    if name not in SUPPORTED_ATTENTION:
+        raise UnsupportedModelError(
+            f"attention implementation '{name}' is not supported; load the model with "
+            f"attn_implementation={' or '.join(repr(n) for n in SUPPORTED_ATTENTION)}"
+        )
+    return name
+
+
+def attention_mask(
+    past: int, width: int, *, window: int | None, implementation: str, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Mask for ``width`` new positions behind ``past`` known ones.
+
+    Args:
+        past: Number of positions already in the cache.
+        width: Number of new positions.
+        window: A position sees itself and the ``window - 1`` positions before it; None sees all.
+        implementation: ``"eager"`` (additive mask) or ``"sdpa"`` (boolean mask, true where attention is allowed).
+        dtype: The hidden states' dtype, for an additive mask.
+        device: Where to build the mask.
+
+    Returns:
+        ``[1, 1, width, past + width]``, or None where the attention function needs no mask.
+    """
+    total = past + width
+    everything_in_window = window is None or total <= window
+    # One new position sees all the others; sdpa without a mask is causal over a text that starts here.
+    if everything_in_window and (width == 1 or (past == 0 and implementation == "sdpa")):
+        return None
+    query = torch.arange(past, total, device=device)[:, None]  # [width, 1]
+    key = torch.arange(total, device=device)[None, :]  # [1, total]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    allowed = allowed[None, None]
+    if implementation == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)

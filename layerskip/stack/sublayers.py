@@ -1,0 +1,83 @@
+"""A Hugging Face causal language model as a flat list of residual sublayers, ``x <- x + f(x)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from layerskip.stack.families import Family
+from layerskip.stack.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every sublayer of one forward pass shares.
+
+    Args:
+        rotary: Cosines and sines of the new positions, each ``[1, n, head_dim]``.
+        masks: Attention mask by sliding window (None: no window).
+        cache: Where keys and values are kept.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    masks: Mapping[int | None, Tensor | None]
+    cache: KVCache
+
+
+class AttentionSublayer:
+    """``x <- x + after(self_attn(before(x)))``, over the model's own modules."""
+
+    def __init__(self, before: nn.Module, attention: nn.Module, after: nn.Module) -> None:
+        self.before, self.attention, self.after = before, attention, after
+        self.window: int | None = getattr(attention, "sliding_window", None)
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        change, _ = self.attention(
+            hidden_states=self.before(x),
+            position_embeddings=context.rotary,
+            attention_mask=context.masks[self.window],
+            past_key_values=context.cache,
+        )
+        out: Tensor = x + self.after(change)
+        return out
+
+
+class MLPSublayer:
+    """``x <- x + after(mlp(before(x)))``, over the model's own modules."""
+
+    def __init__(self, before: nn.Module, mlp: nn.Module, after: nn.Module) -> None:
+        self.before, self.mlp, self.after = before, mlp, after
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        out: Tensor = x + self.after(self.mlp(self.before(x)))
+        return out
+
+
+Sublayer = AttentionSublayer | MLPSublayer
+
+
+def sublayers_of(layers: nn.ModuleList, family: Family) -> tuple[Sublayer, ...]:
+    """Flatten decoder layers into ``2 * len(layers)`` sublayers, attention and MLP in turn."""
+
+    def norm(layer: nn.Module, name: str | None) -> nn.Module:
+        return nn.Identity() if name is None else layer.get_submodule(name)
+
+    stack: list[Sublayer] = []
+    for layer in layers:
+        stack.append(
+            AttentionSublayer(
+                norm(layer, family.before_attention),
+                layer.get_submodule("self_attn"),
+                norm(layer, family.after_attention),
+            )
+        )
+        stack.append(
+            MLPSublayer(
+                norm(layer, family.before_mlp),
+                layer.get_submodule("mlp"),
+                norm(layer, family.after_mlp),
+            )
+        )
+    return tuple(stack)
