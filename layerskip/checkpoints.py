@@ -84,7 +84,7 @@ def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
     model.to(where)  # type: ignore[arg-type]
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return Checkpoint(source, model, tokenizer)
 
 

@@ -19,6 +19,7 @@ from layerskip.stack.skipset import SkipSet
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[1] = 1
+PromptSet = Literal["held-out", "search"]
 
 
 class _Part(BaseModel):
@@ -35,7 +36,7 @@ class Measured(_Part):
     plain_tokens_per_second: float = Field(gt=0, description="Plain decoding, prefill included.")
     speculative_tokens_per_second: float = Field(gt=0, description="Self-speculative decoding, prefill included.")
     prompts: int = Field(ge=1, description="Number of prompts decoded.")
-    prompt_set: Literal["held-out", "search"] = Field(
+    prompt_set: PromptSet = Field(
         description="Prompts kept out of the search, or those that the search itself optimized for (optimistic)."
     )
     max_new_tokens: int = Field(ge=1, description="Most tokens generated for each prompt.")

@@ -40,7 +40,7 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the enclosed block towards ``name``."""
         if self._cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
             end.record()

@@ -41,7 +41,7 @@ class LayerSkipModel:
         self._attention = check_attention_implementation(model.config._attn_implementation)
         decoder: Any = model.base_model
         self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-        self._head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head = model.get_output_embeddings()
         self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.sublayers = sublayers_of(decoder.layers, self.family)
         self._windows = {s.window for s in self.sublayers if isinstance(s, AttentionSublayer)}

@@ -1,0 +1,81 @@
+"""``layerskip apply``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ProfileArgument
+from cli.output import print_json, quiet_libraries, stderr
+
+
+def apply(
+    profile: ProfileArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.", show_default="read from stdin")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts, one a line, or .jsonl with 'prompt' or 'messages'.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave prompts as they are, without the model's chat template.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Another location of the profile's model.", show_default="the profile's model id"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes sampling repeatable.", show_default="a new one each time")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text behind this string; may be repeated.")] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Decode plainly as well; print both speeds and whether the text is the same."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use the draft even if plain decoding was measured to be faster.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Decode a prompt with a draft profile. The text is that of the full model, streamed as it comes."""
+    from cli.decoding import Decoder, in_one_line, read_given_prompts
+    from layerskip import DraftProfile, Sampling
+
+    given = read_given_prompts(prompt, prompts)
+    loaded = DraftProfile.load(profile)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    quiet_libraries()
+    decoder = Decoder(
+        loaded,
+        model=model,
+        device=device,
+        dtype=dtype,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        speculative=loaded.pays or force or compare,
+    )
+    if not decoder.speculative:
+        stderr.print(
+            "the profile was measured to be slower than plain decoding, so this decodes plainly; --force uses the draft"
+        )
+    encoded = [decoder.encode_raw(one) if raw else decoder.encode(one) for one in given]
+    if compare:
+        decoder.warm_up(encoded[0])
+    results = []
+    for ids in encoded:
+        result = decoder.decode(ids, streaming=not json)
+        if compare:
+            result |= decoder.compare(ids, result)
+        if not json:
+            stderr.print(in_one_line(result), style="dim")
+        results.append(result)
+    if json:
+        print_json({"results": results} if prompts else results[0])

@@ -1,0 +1,143 @@
+"""What ``layerskip apply`` does: from prompts to text with figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
+from layerskip.errors import InvalidInputError
+from layerskip.text import encode_raw
+from search.prompts import Prompt, read_prompts
+
+# Enough that every kernel and buffer has been used once.
+_WARM_UP_TOKENS = 8
+
+
+def read_given_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
+    """The prompts from an argument, a file or stdin.
+
+    Raises:
+        InvalidInputError: There is none, or more than one source.
+    """
+    if prompt is not None and file is not None:
+        raise InvalidInputError("give a prompt or --prompts, not both")
+    if file is not None:
+        return read_prompts(file)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise InvalidInputError("no prompt; give it as an argument, with --prompts FILE or on stdin")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise InvalidInputError("the prompt is empty")
+    return [Prompt(prompt)]
+
+
+class Decoder:
+    """Decodes prompts with a profile, or plainly.
+
+    Args:
+        profile: The profile; also says which model to load.
+        model: Another location of that model.
+        device: Device to load it to.
+        dtype: Floating-point type to load it in.
+        sampling: How to choose tokens.
+        max_new_tokens: Most tokens to generate.
+        stop: Strings that end the text.
+        speculative: Whether to draft at all.
+
+    Raises:
+        InvalidProfileError: The profile is for another model.
+        CheckpointError: The model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        profile: DraftProfile,
+        *,
+        model: str | None,
+        device: str,
+        dtype: str,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        speculative: bool,
+    ) -> None:
+        checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype)
+        self.speculative = speculative
+        self._tokenizer = checkpoint.tokenizer
+        self._model = LayerSkipModel(checkpoint.model)
+        self._drafter = profile.drafter(self._model)
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._stop = StopStrings(checkpoint.tokenizer, stop) if stop else None
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, in the model's chat template if it has one."""
+        return prompt.encode(self._tokenizer)
+
+    def encode_raw(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as it is."""
+        if not isinstance(prompt.content, str):
+            raise InvalidInputError("--raw: 'messages' need the model's chat template; give the text as a 'prompt'")
+        return encode_raw(self._tokenizer, prompt.content)
+
+    def warm_up(self, ids: list[int]) -> None:
+        """Decode a few tokens both ways, because the first passes of a process are slow."""
+        for drafter in (self._drafter, None):
+            generate(self._model, ids, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
+
+    def decode(self, ids: list[int], *, streaming: bool) -> dict[str, Any]:
+        """Decode one prompt; with ``streaming``, print its text as it comes."""
+        streamer = TextStreamer(self._tokenizer, skip_special_tokens=True)
+        generation = generate(
+            self._model,
+            ids,
+            drafter=self._drafter if self.speculative else None,
+            sampling=self._sampling,
+            max_new_tokens=self._max_new_tokens,
+            stop=self._stop,
+            on_token=(lambda token: streamer.put(torch.tensor([token]))) if streaming else None,
+        )
+        if streaming:
+            streamer.end()
+        stats = generation.stats
+        return {
+            "text": self._tokenizer.decode(generation.tokens, skip_special_tokens=True),
+            "token_ids": generation.tokens,
+            "finish_reason": generation.finish_reason,
+            "speculative": self.speculative,
+            "tokens_per_second": stats.tokens_per_second,
+            "acceptance_rate": stats.acceptance_rate,
+            **asdict(stats),
+        }
+
+    def compare(self, ids: list[int], decoded: dict[str, Any]) -> dict[str, Any]:
+        """Decode a prompt plainly and set what :meth:`decode` said of it against that."""
+        plain = generate(
+            self._model, ids, sampling=self._sampling, max_new_tokens=self._max_new_tokens, stop=self._stop
+        )
+        return {
+            "plain_tokens_per_second": plain.stats.tokens_per_second,
+            "speedup": decoded["tokens_per_second"] / plain.stats.tokens_per_second,
+            "same_text": decoded["token_ids"] == plain.tokens,
+        }
+
+
+def in_one_line(result: dict[str, Any]) -> str:
+    """The figures of a decoded prompt, for people."""
+    parts = [f"{result['tokens']} tokens", f"{result['tokens_per_second']:.1f} tokens/s"]
+    parts.append("self-speculative" if result["speculative"] else "plain")
+    if result["acceptance_rate"] is not None:
+        parts.append(f"{result['acceptance_rate']:.0%} of {result['drafted']} drafted tokens accepted")
+    if "speedup" in result:
+        same = "the same text" if result["same_text"] else "another text"
+        parts.append(f"plainly {result['plain_tokens_per_second']:.1f} tokens/s and {same}")
+        parts.append(f"speedup {result['speedup']:.2f}×")
+    return " · ".join(parts)

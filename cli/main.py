@@ -1,0 +1,79 @@
+"""The ``layerskip`` command. Its subcommands parse, call and print; torch is imported only by those that need it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from cli import apply, dashboard, profile, search, studies
+from cli.options import debugging
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="layerskip",
+    help="Find the sublayers of a language model that can be left out while drafting, and decode faster with them. "
+    "The output never changes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("search")(search.search)
+app.command("apply")(apply.apply)
+app.add_typer(profile.app, name="profile")
+app.add_typer(studies.app, name="studies")
+app.command("dashboard")(dashboard.dashboard)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layerskip {version('layerskip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status. Errors are one line on stderr, unless ``--debug`` asks for more."""
+    try:
+        status = app(arguments, standalone_mode=False)
+        return status if isinstance(status, int) else DONE
+    except (typer.Abort, KeyboardInterrupt):
+        print("layerskip: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stderr.close()
+        return FAILED
+    except Exception as error:
+        if debugging():
+            traceback.print_exc()
+        message, status = _explain(error)
+        print(f"layerskip: {message}", file=sys.stderr)
+        return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """An error in one line, and the exit status for it."""
+    if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
+        return f"{error.format_message()} (see --help)", WRONG_USAGE
+    from layerskip.errors import InvalidInputError, LayerSkipError
+
+    if isinstance(error, LayerSkipError):
+        return str(error), WRONG_USAGE if isinstance(error, InvalidInputError) else FAILED
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where)", FAILED

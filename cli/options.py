@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_debugging = False
+
+
+def _remember_debug(wanted: bool) -> None:
+    global _debugging
+    _debugging = wanted
+
+
+def debugging() -> bool:
+    """Whether this run was asked to show tracebacks."""
+    return _debugging
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and everything else on stderr.")
+]
+StorageOption = Annotated[
+    str, typer.Option(help="Where studies live: any Optuna storage URL.", envvar="LAYERSKIP_STORAGE")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; auto takes bfloat16 on CUDA, float32 elsewhere.")
+]
+ProfileArgument = Annotated[Path, typer.Argument(help="A draft profile (JSON).", show_default=False)]
+
+DEFAULT_STORAGE = "sqlite:///layerskip.db"

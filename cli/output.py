@@ -1,0 +1,33 @@
+"""Printing: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from rich.console import Console
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON object, alone on stdout."""
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices off the terminal; errors still show."""
+    import optuna
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.basicConfig(format="%(message)s")
+
+
+def describe_speedup(measured: dict[str, Any]) -> str:
+    """A profile's measured speedup with its interval, as ``1.23× (95 %: 1.19 to 1.27)``."""
+    return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"

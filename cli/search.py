@@ -1,0 +1,155 @@
+"""``layerskip search``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import DEFAULT_STORAGE, DebugOption, DeviceOption, DtypeOption, JsonOption, StorageOption
+from cli.output import describe_speedup, print_json, quiet_libraries, stderr, stdout
+
+if TYPE_CHECKING:
+    from layerskip.profile import DraftProfile
+    from search.study import SearchResult
+
+INTERRUPTED = 130
+
+
+def search(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")] = "smollm2",
+    trials: Annotated[int, typer.Option(help="Completed trials that the study shall have in the end.")] = 30,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which no new trial starts.", show_default="no limit")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.", show_default="32 built-in ones"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
+    prompts_per_trial: Annotated[int, typer.Option(help="Prompts that a trial decodes.")] = 6,
+    finalists: Annotated[int, typer.Option(help="Best candidates to measure again on held-out prompts.")] = 3,
+    study: Annotated[
+        str | None,
+        typer.Option(help="Name of the study; the same name goes on.", show_default="from model and settings"),
+    ] = None,
+    storage: StorageOption = DEFAULT_STORAGE,
+    out: Annotated[Path, typer.Option(help="Where to write the draft profile.")] = Path("draft_profile.json"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the proposals repeatable.", show_default="a new one each time")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search a model for a skip set, and save the best as a draft profile.
+
+    Ctrl-C keeps every finished trial and writes the best profile so far; the same command goes on where it stopped.
+    """
+    from cli.progress import SearchProgress
+    from layerskip import LayerSkipModel, identify, load_checkpoint
+    from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.study import Search, SearchSettings
+    from studies.storage import open_storage
+
+    quiet_libraries()
+    _check_writable(out)
+    settings = SearchSettings(
+        trials=trials,
+        timeout=timeout,
+        max_new_tokens=max_new_tokens,
+        prompts_per_trial=prompts_per_trial,
+        finalists=finalists,
+        seed=seed,
+    )
+    chosen = read_prompts(prompts) if prompts else built_in_prompts()
+    database = open_storage(storage)
+    stderr.print(f"loading {model}")
+    checkpoint = load_checkpoint(model, device=device, dtype=dtype)
+    wrapped = LayerSkipModel(checkpoint.model)
+    split = split_prompts(
+        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
+    )
+    with SearchProgress(trials, timeout) as progress:
+        result = Search(
+            wrapped,
+            identify(wrapped, checkpoint.source),
+            split,
+            database,
+            settings,
+            study_name=study,
+            observer=progress,
+        ).run()
+    if result.profile is not None:
+        result.profile.save(out)
+    _report(result, out, json)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _check_writable(out: Path) -> None:
+    """Find out before the search, not after it, that the profile cannot be written."""
+    from layerskip.errors import InvalidInputError
+
+    folder = out.absolute().parent
+    if out.is_dir():
+        raise InvalidInputError(f"--out {out}: is a folder; expected a file name")
+    if not folder.is_dir():
+        raise InvalidInputError(f"--out {out}: no such folder: {folder}")
+    if not os.access(folder, os.W_OK):
+        raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")
+
+
+def _report(result: SearchResult, out: Path, json: bool) -> None:
+    measured = result.profile.measured if result.profile else None
+    if json:
+        print_json(
+            {
+                "profile": str(out) if result.profile else None,
+                "study": result.study,
+                "trials": result.trials,
+                "speedup": measured.speedup if measured else None,
+                "speedup_low": measured.speedup_low if measured else None,
+                "speedup_high": measured.speedup_high if measured else None,
+                "prompt_set": measured.prompt_set if measured else None,
+                "near_ties": measured.near_ties if measured else None,
+                "interrupted": result.interrupted,
+            }
+        )
+        return
+    if result.profile is None:
+        stdout.print(
+            f"study {result.study}: no trial was completed, so there is no profile; run the same command again"
+        )
+        return
+    _report_profile(result.profile, result, out)
+
+
+def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> None:
+    measured = profile.measured
+    assert measured is not None  # a search always measures
+    rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
+    stdout.print(f"study     {result.study}, {result.trials} completed trials")
+    stdout.print(f"skipped   {profile.skip_set}")
+    stdout.print(f"draft     {profile.draft_exit}; {rate}")
+    stdout.print(
+        f"speedup   {describe_speedup(measured.model_dump())} on {measured.prompts} {measured.prompt_set} prompts: "
+        f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
+    )
+    if measured.near_ties:
+        stdout.print(
+            f"near-ties {measured.near_ties} outputs part where the model's two best tokens are as good as tied"
+        )
+    stdout.print(f"profile   {out}")
+    if not profile.pays:
+        stdout.print(
+            "No candidate beat plain decoding. The profile has the best one with its true figure; "
+            "'layerskip apply' will decode plainly with it unless told --force."
+        )
+    if result.interrupted:
+        stdout.print("Interrupted: the same command goes on where it stopped.")

@@ -1,0 +1,71 @@
+"""``layerskip studies``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
+from cli.output import print_json, stdout
+
+app = typer.Typer(help="Look at the studies of a storage.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the studies of a storage."""
+    from rich.table import Table
+
+    from studies.storage import open_existing_storage
+    from studies.study import list_studies
+
+    summaries = list_studies(open_existing_storage(storage))
+    if json:
+        print_json({"studies": [asdict(summary) for summary in summaries]})
+        return
+    if not summaries:
+        stdout.print("no studies yet")
+        return
+    table = Table("study", "model", "trials", "completed", "best speedup", box=None)
+    for summary in summaries:
+        best = "" if summary.best_speedup is None else f"{summary.best_speedup:.3f}×"
+        table.add_row(summary.name, summary.model or "?", str(summary.trials), str(summary.completed), best)
+    stdout.print(table)
+
+
+@app.command("show")
+def show(
+    study: Annotated[str, typer.Argument(help="Name of the study.", show_default=False)],
+    storage: StorageOption = DEFAULT_STORAGE,
+    best: Annotated[int, typer.Option(help="Number of best trials to show.", min=1)] = 10,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show a study's best trials, by the speedup that the search measured."""
+    from rich.table import Table
+
+    from studies.storage import open_existing_storage
+    from studies.study import describe_study
+
+    described = describe_study(open_existing_storage(storage), study, best)
+    if json:
+        print_json(described)
+        return
+    context = described["context"]
+    stdout.print(f"study     {study}")
+    if context:
+        stdout.print(f"model     {context['model']} ({context['dtype']} on {context['device']})")
+        stdout.print(
+            f"prompts   {context['prompts_per_trial']} a trial, at most {context['max_new_tokens']} tokens each"
+        )
+    counts = ", ".join(f"{count} {state}" for state, count in described["trials"].items())
+    stdout.print(f"trials    {counts or 'none'}; {described['measurements']} prompts measured")
+    table = Table("trial", "speedup", "accepted", "skipped", "draft", box=None)
+    for trial in described["best"]:
+        rate = "" if trial["acceptance_rate"] is None else f"{trial['acceptance_rate']:.0%}"
+        table.add_row(
+            str(trial["number"]), f"{trial['speedup']:.3f}×", rate, str(trial["skip_set"]), str(trial["draft_exit"])
+        )
+    stdout.print(table)

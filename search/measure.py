@@ -1,0 +1,161 @@
+"""Measuring a candidate: the same prompts decoded plainly and self-speculatively, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+
+from layerskip.decoding.drafting import Drafter
+from layerskip.decoding.loop import Generation, generate
+from layerskip.errors import LosslessnessError
+from layerskip.stack.model import LayerSkipModel
+from layerskip.timing import device_seconds
+from search.prompts import EncodedPrompt
+
+# In float32 two passes of different width differ by rounding; logits closer than this are as good as equal.
+_FLOAT32_TIE = 1e-3
+# In shorter types rounding alone moves a logit by a few units in its last place.
+_TIE_ROUNDINGS = 8
+
+
+@dataclass(frozen=True)
+class PromptMeasurement:
+    """One prompt, decoded both ways.
+
+    Args:
+        prompt: The prompt's id.
+        plain_seconds: Time of plain decoding, prefill included.
+        draft_seconds: Time of self-speculative decoding, prefill included.
+        tokens: Tokens of plain decoding.
+        draft_tokens: Tokens of self-speculative decoding; differs from ``tokens`` only behind a near-tie.
+        drafted: Tokens proposed.
+        accepted: Proposed tokens that stood.
+        near_tie: Whether the outputs part where the full model's best tokens are as good as tied.
+    """
+
+    prompt: str
+    plain_seconds: float
+    draft_seconds: float
+    tokens: int
+    draft_tokens: int
+    drafted: int
+    accepted: int
+    near_tie: bool
+
+    @property
+    def speedup(self) -> float:
+        """Plain seconds ÷ self-speculative seconds, each for one token."""
+        return (self.plain_seconds / self.tokens) / (self.draft_seconds / self.draft_tokens)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Measurements of several prompts, taken together."""
+
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    acceptance_rate: float | None
+    plain_tokens_per_second: float
+    draft_tokens_per_second: float
+    prompts: int
+    near_ties: int
+
+
+def measure_prompt(
+    model: LayerSkipModel, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
+) -> PromptMeasurement:
+    """Decode one prompt greedily both ways and time each.
+
+    Args:
+        model: The model.
+        prompt: What to continue.
+        drafter: The candidate's drafter.
+        max_new_tokens: Most tokens to generate.
+        plain_first: Which of the two comes first; alternate it, so that a drifting clock favours neither.
+
+    Raises:
+        LosslessnessError: The outputs differ, and not at a near-tie.
+    """
+    drafters = {"plain": None, "draft": drafter}
+    seconds: dict[str, float] = {}
+    made: dict[str, Generation] = {}
+    for side in ("plain", "draft") if plain_first else ("draft", "plain"):
+        started = device_seconds(model.device)
+        made[side] = generate(model, prompt.tokens, drafter=drafters[side], max_new_tokens=max_new_tokens)
+        seconds[side] = device_seconds(model.device) - started
+    plain, draft = made["plain"], made["draft"]
+    return PromptMeasurement(
+        prompt=prompt.id,
+        plain_seconds=seconds["plain"],
+        draft_seconds=seconds["draft"],
+        tokens=len(plain.tokens),
+        draft_tokens=len(draft.tokens),
+        drafted=draft.stats.drafted,
+        accepted=draft.stats.accepted,
+        near_tie=parts_at_near_tie(model, prompt, plain.tokens, draft.tokens),
+    )
+
+
+def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[int], draft: Sequence[int]) -> bool:
+    """Whether two outputs part, and do so where the full model gives both tokens as good as the same, best logit.
+
+    Returns:
+        False if the outputs are equal.
+
+    Raises:
+        LosslessnessError: The outputs part anywhere else.
+    """
+    if list(plain) == list(draft):
+        return False
+    at = next((i for i, (a, b) in enumerate(zip(plain, draft, strict=False)) if a != b), None)
+    if at is not None:
+        text = torch.tensor([*prompt.tokens, *plain[:at]], device=model.device)
+        with torch.inference_mode():
+            x = model.forward(text, model.new_cache(len(text)))
+            logits = model.logits(x[:, -1:])[0]
+        best = float(logits.max())
+        tie = max(_FLOAT32_TIE, _TIE_ROUNDINGS * torch.finfo(model.dtype).eps * abs(best))
+        if best - float(logits[[plain[at], draft[at]]].min()) <= tie:
+            return True
+    raise LosslessnessError(
+        f"prompt {prompt.id}: self-speculative decoding left plain decoding at token {at if at is not None else 'end'} "
+        "and not at a near-tie; this is a bug in layerskip, please report it"
+    )
+
+
+def summarize(measurements: Sequence[PromptMeasurement]) -> Summary:
+    """Take the measurements of one candidate together.
+
+    The speedup is that of all prompts' total times. Its 95 % interval comes from resampling prompts (percentile
+    bootstrap with a fixed seed); with a single prompt it is that prompt's speedup alone.
+    """
+    plain_seconds = np.array([m.plain_seconds for m in measurements])
+    draft_seconds = np.array([m.draft_seconds for m in measurements])
+    tokens = np.array([m.tokens for m in measurements])
+    draft_tokens = np.array([m.draft_tokens for m in measurements])
+
+    def speedup(plain_s: np.ndarray, draft_s: np.ndarray, n: np.ndarray, draft_n: np.ndarray, axis: int = -1) -> float:
+        return (plain_s.sum(axis) / n.sum(axis)) / (draft_s.sum(axis) / draft_n.sum(axis))  # type: ignore[no-any-return]
+
+    data = (plain_seconds, draft_seconds, tokens, draft_tokens)
+    value = float(speedup(*data))
+    low = high = value
+    if len(measurements) > 1:
+        interval = bootstrap(data, speedup, paired=True, method="percentile", rng=np.random.default_rng(0))
+        low, high = (float(end) for end in interval.confidence_interval)
+    drafted = sum(m.drafted for m in measurements)
+    return Summary(
+        speedup=value,
+        speedup_low=low,
+        speedup_high=high,
+        acceptance_rate=sum(m.accepted for m in measurements) / drafted if drafted else None,
+        plain_tokens_per_second=float(tokens.sum() / plain_seconds.sum()),
+        draft_tokens_per_second=float(draft_tokens.sum() / draft_seconds.sum()),
+        prompts=len(measurements),
+        near_ties=sum(m.near_tie for m in measurements),
+    )
