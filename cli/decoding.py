@@ -12,7 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
-from layerskip.errors import InvalidInputError
+from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
 
@@ -69,7 +69,12 @@ class Decoder:
         stop: Sequence[str],
         speculative: bool,
     ) -> None:
-        checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype)
+        try:
+            checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype)
+        except CheckpointError as error:
+            if model is not None:
+                raise
+            raise CheckpointError(f"{error}; --model names another location of the profile's model") from error
         self.speculative = speculative
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)

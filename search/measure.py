@@ -19,7 +19,7 @@ from search.prompts import EncodedPrompt
 # In float32 two passes of different width differ by rounding; logits closer than this are as good as equal.
 _FLOAT32_TIE = 1e-3
 # In shorter types rounding alone moves a logit by a few units in its last place.
-_TIE_ROUNDINGS = 8
+_TIE_ROUNDINGS = 4
 
 
 @dataclass(frozen=True)

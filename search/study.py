@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.decoding.draft_exit import FixedLength
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.decoding.loop import generate
 from layerskip.errors import InvalidInputError
@@ -22,6 +23,7 @@ from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
 from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
 from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize
 from search.prompts import EncodedPrompt, PromptSplit
 from search.space import Candidate, SearchSpace
@@ -30,7 +32,7 @@ from studies.records import MeasurementRecord, add_measurement
 from studies.study import StudyContext, best_trials, completed_trials, open_study
 
 SOURCE_KEY = "source"
-# Prompts in the warm-up pass, and tokens for each: enough that every kernel and buffer has been used.
+# Enough that every kernel and buffer has been used once.
 _WARM_UP_TOKENS = 8
 # The starting points give TPE enough to go by; random skip sets leave out half of the model and teach little.
 _RANDOM_TRIALS = 5
@@ -205,7 +207,7 @@ class Search:
         return study
 
     def _warm_up(self) -> None:
-        nothing_skipped = next(iter(starting_points(self._space)))[1]
+        nothing_skipped = Candidate(SkipSet(self._model.num_layers), FixedLength())
         for drafter in (None, self._drafter(nothing_skipped)):
             generate(self._model, self._search_prompts[0].tokens, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
 
