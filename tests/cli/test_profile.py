@@ -1,0 +1,69 @@
+"""``layerskip profile``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def test_show_prints_what_a_profile_holds(layerskip, profile, model_folder):
+    done = layerskip("profile", "show", profile)
+    assert (done.status, done.err) == (0, "")
+    assert f"model     {model_folder} (llama, 4 layers, fingerprint " in done.out
+    assert "skipped   attn 1 · mlp 2 (2 of 8 sublayers)" in done.out
+    assert "draft     3 tokens" in done.out
+    assert "measured  1.25× (95 %: 1.15 to 1.35), 75% accepted, on 8 held-out prompts of at most 48 tokens" in done.out
+    assert "from      study s, trial 7; 2026-01-02 03:04 by layerskip 0.1.0" in done.out
+
+
+def test_show_prints_that_a_profile_was_never_measured(layerskip, make_profile):
+    done = layerskip("profile", "show", make_profile(None))
+    assert done.status == 0
+    assert "measured  never" in done.out
+    assert "from      made by hand" in done.out
+
+
+def test_show_prints_the_whole_profile_as_json(layerskip, profile):
+    done = layerskip("profile", "show", profile, "--json")
+    assert (done.status, done.err) == (0, "")
+    assert done.object == json.loads(Path(profile).read_text())
+
+
+def test_check_says_that_a_profile_is_valid(layerskip, profile):
+    done = layerskip("profile", "check", profile)
+    assert (done.status, done.out, done.err) == (0, f"{profile}: a valid draft profile\n", "")
+    assert layerskip("profile", "check", profile, "--json").object == {
+        "profile": profile,
+        "valid": True,
+        "model": None,
+    }
+
+
+def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_folder, other_model_folder):
+    done = layerskip("profile", "check", profile, "--model", model_folder)
+    assert (done.status, done.out) == (0, f"{profile}: a valid draft profile for {model_folder}\n")
+
+    wrong = layerskip("profile", "check", profile, "--model", other_model_folder)
+    assert wrong.status == 1
+    assert wrong.error.startswith(f"{profile}: model.fingerprint: the profile is for ")
+    as_json = layerskip("profile", "check", profile, "--model", other_model_folder, "--json")
+    assert (as_json.status, as_json.error) == (1, wrong.error)
+
+
+@pytest.mark.parametrize("command", ["show", "check"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda entry: entry | {"version": 2}, "version: expected 1, found 2"),
+        (lambda entry: entry | {"colour": "red"}, "colour: unknown field"),
+        (lambda entry: entry | {"skip_set": {"num_layers": 4, "attention": [9]}}, "layer 9 is out of range"),
+        (lambda entry: [entry], "expected"),
+    ],
+)
+def test_a_bad_profile_is_named_with_what_was_expected(layerskip, profile, command, change, expected):
+    path = Path(profile)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    done = layerskip("profile", command, profile)
+    assert done.status == 1
+    assert done.error.startswith(f"{profile}: ")
+    assert expected in done.error

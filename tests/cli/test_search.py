@@ -1,0 +1,226 @@
+"""``layerskip search``, from the command to the profile."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from studies.records import measurements_of
+from studies.storage import open_storage
+from studies.study import completed_trials, load_study
+from tests.cli.conftest import COMMAND, ENVIRONMENT
+
+STORAGE = "sqlite:///layerskip.db"
+
+
+@pytest.fixture
+def prompts(elsewhere):
+    """Five prompts in a file: four to search with, one held out."""
+    file = elsewhere / "prompts.txt"
+    file.write_text("one\ntwo\nthree\nfour\nfive\n")
+    return file
+
+
+@pytest.fixture
+def options(model_folder, prompts):
+    """A search of a second or two."""
+    return [model_folder, "--prompts", prompts, "--max-new-tokens", 6, "--finalists", 2, "--seed", 0]
+
+
+def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model_folder):
+    done = layerskip("search", *options, "--trials", 3, "--json")
+    assert done.status == 0
+    result = done.object
+    profile = DraftProfile.load("draft_profile.json")
+    assert result["profile"] == "draft_profile.json"
+    assert result["study"] == profile.provenance.study
+    assert result["study"].startswith("tiny-")
+    assert result["trials"] == 3
+    assert result["speedup"] == profile.measured.speedup
+    assert (result["prompt_set"], result["interrupted"], result["near_ties"]) == ("held-out", False, 0)
+    assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
+    assert f"loading {model_folder}" in done.err
+    assert [line for line in done.err.splitlines() if line.startswith("trial 0: ")]
+    applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
+    assert applied.object["speculative"] is True
+
+
+def test_a_search_tells_people_what_it_found(layerskip, options):
+    done = layerskip("search", *options, "--trials", 2, "--out", "found.json")
+    assert done.status == 0
+    profile = DraftProfile.load("found.json")
+    lines = done.out.splitlines()
+    assert lines[0] == f"study     {profile.provenance.study}, 2 completed trials"
+    assert lines[1] == f"skipped   {profile.skip_set}"
+    assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× (95 %: ")
+    assert "profile   found.json" in lines
+    said = any(line.startswith("No candidate beat plain decoding.") for line in lines)
+    assert said == (profile.measured.speedup <= 1)
+
+
+def test_the_same_command_with_more_trials_goes_on(layerskip, options):
+    first = layerskip("search", *options, "--trials", 1, "--json").object
+    done = layerskip("search", *options, "--trials", 2, "--json")
+    assert done.object["study"] == first["study"]
+    assert done.object["trials"] == 2
+    assert f"study {first['study']}: 1 of 2 trials done" in done.err
+    assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
+
+
+def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, other_model_folder):
+    named = ["--study", "mine", "--trials", 1]
+    assert layerskip("search", *options, *named).status == 0
+    longer = layerskip("search", *options, *named, "--max-new-tokens", 7)
+    assert longer.status == 2
+    assert longer.err.splitlines()[-1].startswith(
+        "layerskip: study 'mine': cannot go on, because this differs: max_new"
+    )
+    other = layerskip("search", other_model_folder, *options[1:], *named)
+    assert other.status == 2
+    assert "this differs: fingerprint (" in other.err.splitlines()[-1]
+
+
+def last_line(done):
+    """The error of a search: the last line of stderr, behind what it said it was doing."""
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    *said, error = done.err.splitlines()
+    assert all(line.startswith("loading ") for line in said)
+    return error
+
+
+def test_a_folder_that_is_missing_or_a_folder_itself_is_found_out_before_the_search(layerskip, options, elsewhere):
+    missing = layerskip("search", *options, "--out", "no/such/folder/profile.json")
+    assert missing.status == 2
+    assert missing.error == (f"--out no/such/folder/profile.json: no such folder: {elsewhere}/no/such/folder")
+    folder = layerskip("search", *options, "--out", ".")
+    assert (folder.status, folder.error) == (2, "--out .: is a folder; expected a file name")
+    below = layerskip("search", *options, "--out", "prompts.txt/profile.json")
+    assert below.status == 2
+    assert below.error.startswith("--out prompts.txt/profile.json: no such folder")
+    assert not Path("layerskip.db").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_found_out_before_the_search(layerskip, options, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    done = layerskip("search", *options, "--out", locked / "profile.json")
+    assert done.status == 2
+    assert "is not writable" in done.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--trials", 0], "trials: expected at least 1, got 0"),
+        (["--timeout", 0], "timeout: expected a number of seconds above 0, got 0"),
+        (["--max-new-tokens", -3], "max_new_tokens: expected at least 1, got -3"),
+        (["--prompts-per-trial", 0], "prompts_per_trial: expected at least 1, got 0"),
+        (["--finalists", 0], "finalists: expected at least 1, got 0"),
+        (["--prompts", "missing.txt"], "missing.txt: cannot read the prompts: No such file"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+        (["--dtype", "float3"], "dtype 'float3' is unknown"),
+        (["--max-new-tokens", 600], "prompt 1: "),
+        (["--seed", -1], "seed: "),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_bad_value_is_wrong_usage_in_one_line(layerskip, options, arguments, named):
+    done = layerskip("search", *options, "--trials", 1, *arguments)
+    assert done.status == 2
+    assert last_line(done).startswith(f"layerskip: {named}")
+    assert not Path("draft_profile.json").exists()
+
+
+def test_a_single_prompt_is_wrong_usage(layerskip, options, prompts):
+    prompts.write_text("only one\nonly one\n")
+    done = layerskip("search", *options)
+    assert done.status == 2
+    assert "at least 2 different ones" in last_line(done)
+
+
+def test_a_misspelled_model_fails_in_one_line_with_a_guess(layerskip, options):
+    done = layerskip("search", "smolm2", *options[1:])
+    assert done.status == 1
+    assert last_line(done).startswith("layerskip: model 'smolm2': ")
+    assert last_line(done).endswith("did you mean 'smollm2'?")
+
+
+def test_a_folder_that_is_no_model_fails_in_one_line(layerskip, options, tmp_path):
+    done = layerskip("search", tmp_path, *options[1:])
+    assert done.status == 1
+    assert "the folder has no config.json" in last_line(done)
+
+
+def test_a_model_of_another_family_fails_with_those_that_are_supported(layerskip, options, model_folder, tmp_path):
+    folder = tmp_path / "qwen"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = layerskip("search", folder, *options[1:])
+    assert done.status == 1
+    assert last_line(done) == "layerskip: model type 'qwen2' is not supported; supported: gemma2, llama"
+
+
+def test_a_bad_storage_fails_in_one_line(layerskip, options):
+    done = layerskip("search", *options, "--storage", "sqlite:////no/such/folder/s.db")
+    assert (done.status, done.error) == (1, "storage 'sqlite:////no/such/folder/s.db': unable to open database file")
+
+
+def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
+    assert layerskip("search", *options, "--trials", 1).status == 0
+    assert STORAGE not in Path("draft_profile.json").read_text()  # an URL may hold a password
+    done = layerskip("search", *options, "--trials", 1000, "--timeout", 0.5, "--json")
+    assert done.status == 0
+    assert 1 <= done.object["trials"] < 1000
+    assert done.object["interrupted"] is False
+
+
+def wait_for(process, beginning):
+    """Read stderr up to a line that begins like this; return all lines."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError(f"never said '{beginning}': {lines}")
+
+
+def test_ctrl_c_keeps_finished_trials_writes_the_best_profile_and_the_same_command_goes_on(
+    layerskip, options, model_folder
+):
+    # Long enough outputs that the search is still going when the signal arrives.
+    arguments = [str(part) for part in ("search", *options, "--trials", 6, "--max-new-tokens", 100, "--json")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:
+        try:
+            wait_for(process, "trial 1: ")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert result["interrupted"] is True
+    assert 2 <= result["trials"] < 6
+    profile = DraftProfile.load(result["profile"])
+    profile.check(LayerSkipModel(load_checkpoint(str(model_folder), device="cpu").model))
+    storage = open_storage(STORAGE)
+    finished = completed_trials(load_study(storage, result["study"]))
+    assert len(finished) == result["trials"]
+    assert (profile.measured.prompt_set, result["prompt_set"]) == ("search", "search")
+    assert profile.measured.speedup == result["speedup"] == max(trial.value for trial in finished)
+    kept = {record.id for record in measurements_of(storage.engine, result["study"])}
+
+    again = layerskip(*arguments).object
+    assert again["study"] == result["study"]
+    assert (again["trials"], again["interrupted"], again["prompt_set"]) == (6, False, "held-out")
+    assert kept < {record.id for record in measurements_of(storage.engine, result["study"])}

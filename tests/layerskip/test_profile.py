@@ -1,0 +1,425 @@
+"""A draft profile is JSON that survives the round trip, and every way to be wrong has one line that says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip import (
+    ConfidenceThreshold,
+    DraftProfile,
+    FixedLength,
+    InvalidProfileError,
+    LayerSkipModel,
+    Measured,
+    ModelIdentity,
+    Provenance,
+    SkipSet,
+    generate,
+    identify,
+)
+from tests.layerskip.test_files import files_no_larger_than
+from tests.models import LAYERS, tiny_llama, transformers_greedy
+from tests.strategies import draft_exits, skip_sets
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "draft-profile.schema.json"
+
+IDENTITY = ModelIdentity(
+    id="my-model",
+    family="llama",
+    num_layers=LAYERS,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    fingerprint="0123456789abcdef",
+)
+MEASURED = Measured(
+    speedup=1.25,
+    speedup_low=1.2,
+    speedup_high=1.3,
+    acceptance_rate=0.75,
+    plain_tokens_per_second=15.0,
+    speculative_tokens_per_second=18.75,
+    prompts=8,
+    prompt_set="held-out",
+    max_new_tokens=64,
+    near_ties=0,
+    device="cpu",
+    dtype="float32",
+    versions={"torch": "2.13.0"},
+)
+
+
+def a_profile(**parts):
+    return DraftProfile(
+        **{
+            "model": IDENTITY,
+            "skip_set": SkipSet(LAYERS, (1,), (2,)),
+            "draft_exit": ConfidenceThreshold(0.5, max_length=6),
+            "measured": MEASURED,
+            "provenance": Provenance(
+                study="nightly", trial=7, created=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC), tool="layerskip 0.1.0"
+            ),
+        }
+        | parts
+    )
+
+
+def profile_for(model, **parts):
+    return a_profile(model=identify(model, "my-model"), **parts)
+
+
+# The round trip.
+
+positive = st.floats(1e-6, 1e6)
+
+
+def measurements():
+    return st.builds(
+        Measured,
+        speedup=positive,
+        speedup_low=positive,
+        speedup_high=positive,
+        acceptance_rate=st.none() | st.floats(0, 1),
+        plain_tokens_per_second=positive,
+        speculative_tokens_per_second=positive,
+        prompts=st.integers(1, 99),
+        prompt_set=st.sampled_from(["held-out", "search"]),
+        max_new_tokens=st.integers(1, 4096),
+        near_ties=st.integers(0, 99),
+        device=st.text(),
+        dtype=st.sampled_from(["float32", "bfloat16"]),
+        versions=st.dictionaries(st.text(), st.text(), max_size=3),
+    )
+
+
+provenances = st.builds(
+    Provenance,
+    study=st.none() | st.text(),
+    trial=st.none() | st.integers(0, 10**6),
+    created=st.datetimes(timezones=st.just(UTC)),
+    tool=st.text(),
+)
+
+
+@given(skip_sets(), draft_exits(), st.none() | measurements(), provenances, st.text())
+@settings(max_examples=100)
+def test_a_profile_survives_saving_and_loading(tmp_path_factory, skip_set, draft_exit, measured, provenance, name):
+    path = tmp_path_factory.getbasetemp() / "round_trip.json"
+    profile = a_profile(
+        model=replace(IDENTITY, id=name),
+        skip_set=skip_set,
+        draft_exit=draft_exit,
+        measured=measured,
+        provenance=provenance,
+    )
+    profile.save(path)
+    loaded = DraftProfile.load(path)
+    assert loaded == profile
+    assert loaded.skip_set == skip_set
+    assert loaded.draft_exit == draft_exit
+    assert type(loaded.draft_exit) is type(draft_exit)
+    assert (loaded.measured, loaded.provenance) == (measured, provenance)
+
+
+def test_profiles_that_differ_are_unequal():
+    assert a_profile() == a_profile()
+    assert a_profile() != a_profile(skip_set=SkipSet(LAYERS))
+    assert a_profile() != a_profile(draft_exit=FixedLength(6))
+    assert a_profile() != "a profile"
+
+
+def test_a_saved_profile_is_json_that_people_can_read(tmp_path):
+    a_profile().save(tmp_path / "profile.json")
+    text = (tmp_path / "profile.json").read_text()
+    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 1,\n')
+    assert text.endswith("}\n")
+    fields = json.loads(text)
+    assert fields["skip_set"] == {"num_layers": LAYERS, "attention": [1], "mlp": [2]}
+    assert fields["draft_exit"] == {"kind": "confidence", "threshold": 0.5, "max_length": 6}
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    a_profile().save(str(tmp_path / "profile.json"))
+    assert DraftProfile.load(str(tmp_path / "profile.json")) == a_profile()
+
+
+def test_a_profile_made_by_hand_needs_only_the_model_the_skip_set_and_the_exit(tmp_path):
+    fields = json.loads(a_profile().model_dump_json())
+    path = tmp_path / "profile.json"
+    fields["provenance"] = {"created": "2025-01-02T03:04:05Z", "tool": "by hand"}
+    del fields["measured"], fields["skip_set"]["mlp"], fields["draft_exit"]["max_length"]
+    path.write_text(json.dumps(fields))
+    loaded = DraftProfile.load(path)
+    assert loaded.skip_set == SkipSet(LAYERS, (1,))
+    assert loaded.draft_exit == ConfidenceThreshold(0.5)
+
+
+# What can be wrong with a file.
+
+
+def broken(tmp_path, change):
+    """A good profile's file after a change to its fields, and the error that loading it gives."""
+    fields = json.loads(a_profile().model_dump_json())
+    change(fields)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(path)
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+def put(*where, value):
+    def change(fields):
+        for key in where[:-1]:
+            fields = fields[key]
+        fields[where[-1]] = value
+
+    return change
+
+
+def drop(*where):
+    def change(fields):
+        for key in where[:-1]:
+            fields = fields[key]
+        del fields[where[-1]]
+
+    return change
+
+
+UNKNOWN = "unknown field; remove it, or update layerskip if a newer version wrote the file"
+MISSING = "required, but missing"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("version", value=2), "version: expected 1, found 2"),
+        (put("version", value="1"), "version: expected 1, found '1'"),
+        (put("format", value="zip"), "format: expected 'layerskip.draft-profile', found 'zip'"),
+        (put("color", value=1), f"color: {UNKNOWN}"),
+        (put("skip_set", "heads", value=[]), f"skip_set.heads: {UNKNOWN}"),
+        (put("model", "owner", value="me"), f"model.owner: {UNKNOWN}"),
+        (put("measured", "luck", value=1), f"measured.luck: {UNKNOWN}"),
+        (drop("model"), f"model: {MISSING}"),
+        (drop("model", "fingerprint"), f"model.fingerprint: {MISSING}"),
+        (drop("skip_set"), f"skip_set: {MISSING}"),
+        (drop("draft_exit"), f"draft_exit: {MISSING}"),
+        (drop("measured", "speedup"), f"measured.speedup: {MISSING}"),
+        (
+            put("skip_set", "attention", value=[4]),
+            "skip_set: attention: layer 4 is out of range; the model has layers 0 to 3",
+        ),
+        (put("skip_set", "mlp", value=[-1]), "skip_set: mlp: layer -1 is out of range; the model has layers 0 to 3"),
+        (
+            put("skip_set", "mlp", value=[2, 2]),
+            "skip_set: mlp: layer 2 is named twice; name each skipped layer once",
+        ),
+        (
+            put("skip_set", value={"num_layers": LAYERS, "attention": [0, 1, 2, 3], "mlp": [3, 2, 1, 0]}),
+            "skip_set: attention and mlp: all 8 sublayers are skipped; a draft must keep at least one",
+        ),
+        (
+            put("skip_set", "num_layers", value=30),
+            "skip_set.num_layers: expected 4 as in model.num_layers, found 30",
+        ),
+        (
+            put("skip_set", "attention", value=[1.5]),
+            "skip_set.attention.0: expected a valid integer, got a number with a fractional part, found 1.5",
+        ),
+        (put("skip_set", "attention", value=["1"]), "skip_set.attention.0: expected a valid integer, found '1'"),
+        (put("skip_set", "attention", value=3), "skip_set.attention: expected a valid array, found 3"),
+        (put("measured", "prompts", value=0), "measured.prompts: expected greater than or equal to 1, found 0"),
+        (put("measured", "speedup", value=0), "measured.speedup: expected greater than 0, found 0"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_expected(tmp_path, change, message):
+    assert broken(tmp_path, change) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            put("draft_exit", "threshold", value=1.5),
+            ["draft_exit", "threshold: expected a number from 0 to 1, got 1.5"],
+        ),
+        (put("draft_exit", "max_length", value=0), ["draft_exit", "max_length: expected at least 1, got 0"]),
+        (put("draft_exit", "length", value=4), ["draft_exit", "length", "unknown field"]),
+        (put("draft_exit", "threshold", value="high"), ["draft_exit", "threshold", "valid number", "'high'"]),
+        (
+            put("draft_exit", "kind", value="lucky"),
+            ["draft_exit", "kind", "'fixed', 'confidence', 'adaptive'", "'lucky'"],
+        ),
+        (drop("draft_exit", "kind"), ["draft_exit", "kind", "missing"]),
+        (put("draft_exit", value=4), ["draft_exit", "expected", "found 4"]),
+        (put("measured", "acceptance_rate", value=1.01), ["measured.acceptance_rate", "less than or equal to 1"]),
+        (put("measured", "prompt_set", value="all"), ["measured.prompt_set", "'held-out' or 'search'", "'all'"]),
+        (put("provenance", "created", value="yesterday"), ["provenance.created", "datetime", "'yesterday'"]),
+        (put("measured", "versions", value=[]), ["measured.versions", "[]"]),
+        (put("model", value="smollm2"), ["model", "smollm2"]),
+        (put("model", "num_layers", value=True), ["model.num_layers", "integer", "True"]),
+    ],
+)
+def test_a_wrong_value_is_reported_in_one_line_with_its_field(tmp_path, change, words):
+    message = broken(tmp_path, change)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("field", ["speedup", "speedup_high", "plain_tokens_per_second"])
+def test_an_infinite_figure_is_refused_because_json_has_none(tmp_path, field):
+    assert f"measured.{field}" in broken(tmp_path, put("measured", field, value=float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not json", "not JSON: "),
+        (b"", "not JSON: "),
+        (b'{"format": "layerskip.draft-profile"', "not JSON: "),
+        (b"\xff\xfe\x00binary", "not a text file; expected a draft profile in JSON"),
+        (b"[]", "[]"),
+        (b"{}", "model: required, but missing"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "profile.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(tmp_path / "missing.json")
+    assert str(error.value) == f"{tmp_path / 'missing.json'}: cannot read the draft profile: No such file or directory"
+    with pytest.raises(InvalidProfileError, match="cannot read the draft profile: Is a directory"):
+        DraftProfile.load(tmp_path)
+
+
+# The model that it is for.
+
+
+def test_a_profile_for_this_model_gives_a_drafter_whose_output_is_the_model_s(tmp_path, tiny):
+    profile_for(tiny).save(tmp_path / "profile.json")
+    drafter = DraftProfile.load(tmp_path / "profile.json").drafter(tiny)
+    generation = generate(tiny, [1, 2, 3], drafter=drafter, max_new_tokens=12)
+    assert generation.tokens == transformers_greedy(tiny.hf_model, [1, 2, 3], 12)
+    assert generation.stats.drafted > 0
+
+
+def test_the_name_of_the_model_does_not_matter(llama):
+    profile_for(llama).check(llama)
+    a_profile(model=identify(llama, "elsewhere/copy")).check(llama)
+
+
+@pytest.mark.parametrize("use", [DraftProfile.check, DraftProfile.drafter])
+def test_another_model_is_refused_with_what_differs(tmp_path, llama, gemma2, use):
+    path = tmp_path / "profile.json"
+    profile_for(llama).save(path)
+    profile = DraftProfile.load(path)
+    with pytest.raises(InvalidProfileError) as error:
+        use(profile, gemma2)
+    assert str(error.value) == (
+        f"{path}: model.family: the profile is for 'llama' (my-model), but this model has 'gemma2'; "
+        "search this model for a profile of its own"
+    )
+
+
+def test_other_weights_of_the_same_shape_are_another_model(llama):
+    with pytest.raises(InvalidProfileError, match=r"^draft profile: model\.fingerprint: the profile is for "):
+        profile_for(llama).check(LayerSkipModel(tiny_llama(seed=1)))
+
+
+@pytest.mark.parametrize(("speedup", "pays"), [(1.01, True), (1.0, False), (0.6, False)])
+def test_a_profile_pays_when_it_was_measured_to_be_faster(speedup, pays):
+    assert a_profile(measured=MEASURED.model_copy(update={"speedup": speedup})).pays is pays
+
+
+def test_a_profile_that_was_never_measured_is_believed():
+    assert a_profile(measured=None).pays
+
+
+# Saving.
+
+
+def large_profile(letter):
+    """About 2 MB, so that a write takes a while."""
+    return a_profile(measured=MEASURED.model_copy(update={"versions": {str(i): letter * 100 for i in range(15_000)}}))
+
+
+SAVE_FOR_EVER = """
+import sys
+from layerskip import DraftProfile
+profiles = [DraftProfile.load(path) for path in sys.argv[2:]]
+while True:
+    for number, profile in enumerate(profiles):
+        profile.save(sys.argv[1])
+        print(number, flush=True)
+"""
+
+
+def test_a_process_killed_while_saving_leaves_the_old_profile_or_the_new_one(tmp_path):
+    path, one, other = (tmp_path / name for name in ("profile.json", "one.json", "other.json"))
+    large_profile("a").save(one)
+    large_profile("b").save(other)
+    command = [sys.executable, "-c", SAVE_FOR_EVER, path, one, other]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
+        for _ in range(3):
+            assert saver.stdout.readline()
+        os.kill(saver.pid, signal.SIGKILL)
+    assert saver.returncode == -signal.SIGKILL
+    assert path.read_bytes() in (one.read_bytes(), other.read_bytes())
+    assert DraftProfile.load(path) in (large_profile("a"), large_profile("b"))
+
+
+def test_a_failing_save_leaves_the_old_profile(tmp_path):
+    path = tmp_path / "profile.json"
+    a_profile().save(path)
+    with files_no_larger_than(100_000), pytest.raises(InvalidProfileError) as error:
+        large_profile("a").save(path)
+    assert str(error.value) == f"{path}: cannot write the draft profile: File too large"
+    assert DraftProfile.load(path) == a_profile()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("missing/profile.json", "No such file or directory"), ("", "Is a directory")]
+)
+def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place, reason):
+    with pytest.raises(InvalidProfileError, match=f"cannot write the draft profile: {reason}"):
+        a_profile().save(tmp_path / place)
+
+
+def test_the_working_folder_is_no_place_for_a_profile():
+    with pytest.raises(InvalidProfileError, match=r"^\.: cannot write the draft profile"):
+        a_profile().save(".")
+
+
+# The published schema.
+
+REGENERATE = (
+    "import json, pathlib, layerskip; "
+    "pathlib.Path('docs/draft-profile.schema.json')"
+    ".write_text(json.dumps(layerskip.DraftProfile.model_json_schema(), indent=2) + '\\n')"
+)
+
+
+def test_the_published_schema_is_that_of_the_profile():
+    expected = json.dumps(DraftProfile.model_json_schema(), indent=2) + "\n"
+    assert SCHEMA.is_file(), f'write it: python -c "{REGENERATE}"'
+    assert SCHEMA.read_text(encoding="utf-8") == expected, f'regenerate it: python -c "{REGENERATE}"'

@@ -1,0 +1,41 @@
+"""What hypothesis draws: skip sets, draft exits, prompts."""
+
+from hypothesis import strategies as st
+
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
+from tests.models import LAYERS, VOCABULARY
+
+fractions = st.floats(0, 1)
+lengths = st.integers(1, 9)
+
+
+def masks(layers=LAYERS):
+    """One flag per sublayer, at least one of them false."""
+    return st.lists(st.booleans(), min_size=2 * layers, max_size=2 * layers).filter(lambda mask: not all(mask))
+
+
+def skip_sets(layers=LAYERS):
+    """Any skip set; half of them skip one or two sublayers only, so that their drafts are often right."""
+    few = st.sets(st.integers(0, 2 * layers - 1), min_size=1, max_size=min(2, 2 * layers - 1))
+    light = few.map(lambda skipped: [i in skipped for i in range(2 * layers)])
+    return (light | masks(layers)).map(SkipSet.from_mask)
+
+
+def draft_exits():
+    return st.one_of(
+        st.builds(FixedLength, lengths),
+        st.builds(ConfidenceThreshold, threshold=fractions, max_length=lengths),
+        st.builds(
+            AdaptiveThreshold,
+            initial_threshold=fractions,
+            max_length=lengths,
+            target_rate=fractions,
+            step=fractions,
+            rate_momentum=fractions,
+            threshold_momentum=fractions,
+        ),
+    )
+
+
+def tokens(max_size, min_size=1):
+    return st.lists(st.integers(0, VOCABULARY - 1), min_size=min_size, max_size=max_size)

@@ -1,0 +1,218 @@
+"""Creating, resuming, listing and ranking studies."""
+
+import json
+from dataclasses import fields, replace
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState, create_trial
+
+from layerskip import InvalidInputError
+from studies.records import MeasurementRecord, add_measurement
+from studies.study import (
+    StudyContext,
+    best_trials,
+    completed_trials,
+    describe_study,
+    list_studies,
+    load_study,
+    open_study,
+)
+
+CONTEXT = StudyContext(
+    model="makers/model",
+    fingerprint="0123",
+    dtype="float32",
+    device="a processor, 2 threads",
+    prompts="4567",
+    max_new_tokens=48,
+    prompts_per_trial=6,
+    space={"num_layers": 4, "max_draft_length": 8},
+)
+OTHER_VALUES = {
+    "model": "another/model",
+    "fingerprint": "89ab",
+    "dtype": "bfloat16",
+    "device": "a GPU",
+    "prompts": "cdef",
+    "max_new_tokens": 64,
+    "prompts_per_trial": 5,
+    "space": {"num_layers": 4, "max_draft_length": 9},
+}
+CHOICE = CategoricalDistribution(tuple("abcdef"))
+
+
+def as_recorded(context):
+    return json.loads(json.dumps({field.name: getattr(context, field.name) for field in fields(context)}))
+
+
+def add_trial(study, value, choice="a", state=TrialState.COMPLETE, **attrs):
+    study.add_trial(
+        create_trial(
+            state=state, value=value, params={"choice": choice}, distributions={"choice": CHOICE}, user_attrs=attrs
+        )
+    )
+
+
+changes = st.dictionaries(st.sampled_from(sorted(OTHER_VALUES)), st.none()).map(
+    lambda names: {name: OTHER_VALUES[name] for name in names}
+)
+
+
+@given(changes)
+def test_contexts_differ_by_everything_but_the_models_id(changed):
+    now = replace(CONTEXT, **changed)
+    compared = [name for name in OTHER_VALUES if name in changed and name != "model"]
+    differences = now.differences(as_recorded(CONTEXT))
+    assert [difference.partition(" ")[0] for difference in differences] == compared
+    assert sorted(differences) == sorted(
+        f"{name} (study: {getattr(CONTEXT, name)}, now: {changed[name]})" for name in compared
+    )
+
+
+@given(changes, changes)
+def test_contexts_have_one_digest_exactly_if_they_do_not_differ(one, other):
+    first, second = replace(CONTEXT, **one), replace(CONTEXT, **other)
+    assert (first.digest == second.digest) == (not first.differences(as_recorded(second)))
+
+
+def test_the_digest_names_the_studies_that_earlier_versions_made():
+    assert CONTEXT.digest == replace(CONTEXT, model="x").digest
+    assert len(CONTEXT.digest) == 8
+    assert set(CONTEXT.digest) <= set("0123456789abcdef")
+
+
+def test_a_new_study_maximizes(storage):
+    study = open_study(storage, "s", CONTEXT)
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    assert study.study_name == "s"
+
+
+def test_opening_a_study_again_goes_on_with_it(storage):
+    add_trial(open_study(storage, "s", CONTEXT), 1.0)
+    assert len(open_study(storage, "s", CONTEXT).trials) == 1
+    assert len(open_study(storage, "s", replace(CONTEXT, model="moved/here")).trials) == 1
+    assert len(optuna.get_all_study_names(storage)) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(OTHER_VALUES) - {"model"}))
+def test_going_on_in_another_context_is_refused_and_the_difference_named(storage, name):
+    open_study(storage, "s", CONTEXT)
+    with pytest.raises(InvalidInputError) as caught:
+        open_study(storage, "s", replace(CONTEXT, **{name: OTHER_VALUES[name]}))
+    message = str(caught.value)
+    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert f": {name} (study: {getattr(CONTEXT, name)}, now: {OTHER_VALUES[name]}). " in message
+    assert "--study" in message
+    assert "\n" not in message
+    assert open_study(storage, "s", CONTEXT).study_name == "s"  # the refusal changed nothing
+
+
+def refused_as_foreign(storage, name):
+    with pytest.raises(InvalidInputError, match=r"was not made by this version of layerskip; .* --study$"):
+        open_study(storage, name, CONTEXT)
+
+
+def test_a_study_with_trials_that_something_else_made_is_refused(storage):
+    add_trial(optuna.create_study(study_name="s", storage=storage, direction="maximize"), 1.0)
+    refused_as_foreign(storage, "s")
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
+def test_an_empty_study_that_does_not_maximize_one_value_is_refused(storage, directions):
+    optuna.create_study(study_name="s", storage=storage, directions=directions)
+    refused_as_foreign(storage, "s")
+
+
+@pytest.mark.parametrize("recorded", [{"format": 2}, {"format": "1"}, {}])
+def test_a_study_of_another_format_is_refused(storage, recorded):
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    study.set_user_attr("layerskip", recorded)
+    refused_as_foreign(storage, "s")
+
+
+def test_a_study_that_was_killed_before_it_said_what_it_is_can_be_gone_on_with(storage):
+    optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    open_study(storage, "s", CONTEXT)
+    with pytest.raises(InvalidInputError):
+        open_study(storage, "s", replace(CONTEXT, dtype="bfloat16"))
+
+
+def test_loading_an_unknown_study_lists_those_that_are(storage):
+    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: none$"):
+        load_study(storage, "x")
+    for name in ("b", "a"):
+        optuna.create_study(study_name=name, storage=storage)
+    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: a, b$"):
+        load_study(storage, "x")
+    assert load_study(storage, "a").study_name == "a"
+
+
+def test_studies_are_listed_by_name_with_what_came_of_them(storage):
+    assert list_studies(storage) == []
+    study = open_study(storage, "b", CONTEXT)
+    for value, choice in [(0.9, "a"), (1.2, "b"), (1.1, "c")]:
+        add_trial(study, value, choice)
+    add_trial(study, None, state=TrialState.FAIL)
+    optuna.create_study(study_name="a", storage=storage)
+    found = [(s.name, s.model, s.trials, s.completed, s.best_speedup) for s in list_studies(storage)]
+    assert found == [("a", None, 0, 0, None), ("b", "makers/model", 4, 3, 1.2)]
+
+
+def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(storage):
+    open_study(storage, "ours", CONTEXT)
+    theirs = optuna.create_study(study_name="theirs", storage=storage, directions=["minimize", "maximize"])
+    theirs.add_trial(create_trial(values=[1.0, 2.0], params={"choice": "a"}, distributions={"choice": CHOICE}))
+    assert [summary.name for summary in list_studies(storage)] == ["ours", "theirs"]
+
+
+def test_a_study_is_described_with_its_best_trials_and_its_measurements(storage):
+    study = open_study(storage, "s", CONTEXT)
+    add_trial(study, 0.9, "a", skip_set="attn 1", draft_exit="4 tokens", acceptance_rate=0.5)
+    add_trial(study, 1.2, "b", skip_set="mlp 2", draft_exit="8 tokens", acceptance_rate=None)
+    add_trial(study, None, "c", state=TrialState.FAIL)
+    numbers = {"trial": 1, "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1}
+    for name in ("s", "s", "other"):
+        add_measurement(
+            storage.engine,
+            MeasurementRecord(
+                **numbers, study=name, prompt="p", prompt_set="search", plain_seconds=1, draft_seconds=1, near_tie=False
+            ),
+        )
+    described = describe_study(storage, "s", 1)
+    assert described["study"] == "s"
+    assert described["context"] == as_recorded(CONTEXT) | {"format": 1}
+    assert described["trials"] == {"complete": 2, "fail": 1}
+    assert described["measurements"] == 2
+    assert described["best"] == [
+        {"number": 1, "speedup": 1.2, "acceptance_rate": None, "skip_set": "mlp 2", "draft_exit": "8 tokens"}
+    ]
+    assert [trial["number"] for trial in describe_study(storage, "s", 9)["best"]] == [1, 0]
+    with pytest.raises(InvalidInputError, match="no such study"):
+        describe_study(storage, "x", 1)
+
+
+tried = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.none() | st.sampled_from([0.5, 0.9, 1.0, 1.1, 2.0])), max_size=12
+)
+
+
+@given(tried, st.integers(1, 6))
+@settings(max_examples=60)
+def test_the_best_trials_are_the_highest_values_of_different_candidates(drawn, count):
+    study = optuna.create_study(direction="maximize")
+    for choice, value in drawn:
+        add_trial(study, value, choice, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+    best = best_trials(study, count)
+    highest = {}
+    for choice, value in drawn:
+        if value is not None:
+            highest[choice] = max(value, highest.get(choice, value))
+    assert len(completed_trials(study)) == sum(value is not None for _, value in drawn)
+    assert [trial.value for trial in best] == sorted(highest.values(), reverse=True)[:count]
+    assert len({trial.params["choice"] for trial in best}) == len(best)
+    for trial in best:
+        assert trial.value == highest[trial.params["choice"]]
