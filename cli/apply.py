@@ -48,9 +48,9 @@ def apply(
     from cli.decoding import Decoder, in_one_line, read_given_prompts
     from layerskip import DraftProfile, Sampling
 
-    given = read_given_prompts(prompt, prompts)
     loaded = DraftProfile.load(profile)
     sampling = Sampling(temperature, top_k, top_p, seed)
+    given = read_given_prompts(prompt, prompts)
     quiet_libraries()
     decoder = Decoder(
         loaded,

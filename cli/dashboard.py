@@ -22,8 +22,8 @@ def dashboard(
     from studies.storage import open_existing_storage
 
     def announce(url: str) -> None:
-        stderr.print(f"dashboard on {url}; Ctrl-C ends it")
         if json:
             print_json({"url": url})
+        stderr.print(f"dashboard on {url}; Ctrl-C ends it")
 
     serve(open_existing_storage(storage), host=host, port=port, when_ready=announce)

@@ -51,11 +51,10 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status. Errors are one line on stderr, unless ``--debug`` asks for more."""
     try:
-        status = app(arguments, standalone_mode=False)
-        return status if isinstance(status, int) else DONE
-    except (typer.Abort, KeyboardInterrupt):
-        print("layerskip: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        status = app(arguments, standalone_mode=False) or DONE
+        if status == INTERRUPTED:  # which is what Typer makes of Ctrl-C
+            print("layerskip: interrupted", file=sys.stderr)
+        return int(status)
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
         return FAILED
@@ -63,14 +62,16 @@ def run(arguments: list[str]) -> int:
         if debugging():
             traceback.print_exc()
         message, status = _explain(error)
-        print(f"layerskip: {message}", file=sys.stderr)
+        if message:
+            print(f"layerskip: {message}", file=sys.stderr)
         return status
 
 
 def _explain(error: Exception) -> tuple[str, int]:
     """An error in one line, and the exit status for it."""
     if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
-        return f"{error.format_message()} (see --help)", WRONG_USAGE
+        message = error.format_message()
+        return f"{message} (see --help)" if message else "", WRONG_USAGE  # without a command, the help says it all
     from layerskip.errors import InvalidInputError, LayerSkipError
 
     if isinstance(error, LayerSkipError):

@@ -7,6 +7,8 @@ import logging
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -14,7 +16,13 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object, alone on stdout."""
-    print(json.dumps(result, ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False), flush=True)  # read while the dashboard runs
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as its content, so that names can be copied whole even from a narrow terminal."""
+    unlimited = stdout.options.update(max_width=10_000)
+    Console(width=Measurement.get(stdout, unlimited, table).maximum, highlight=False).print(table)
 
 
 def quiet_libraries() -> None:

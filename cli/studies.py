@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
-from cli.output import print_json, stdout
+from cli.output import print_json, print_whole, stdout
 
 app = typer.Typer(help="Look at the studies of a storage.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
     for summary in summaries:
         best = "" if summary.best_speedup is None else f"{summary.best_speedup:.3f}×"
         table.add_row(summary.name, summary.model or "?", str(summary.trials), str(summary.completed), best)
-    stdout.print(table)
+    print_whole(table)
 
 
 @app.command("show")

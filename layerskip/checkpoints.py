@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
@@ -81,7 +82,7 @@ def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
         model = AutoModelForCausalLM.from_pretrained(location, dtype=precision, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
     model.to(where)  # type: ignore[arg-type]
     model.eval()
@@ -153,13 +154,17 @@ def _locate(source: str) -> str:
 
 def _why(source: str, location: str, error: Exception) -> str:
     """One line on why a model did not load."""
+    reason = str(error).strip().splitlines()[0]
     if Path(location).exists():
-        return str(error).strip().splitlines()[0]
+        return reason
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    missing = "not to be had from the hub" + (" (HF_HUB_OFFLINE is set)" if offline else f": {reason}")
+    alias = ALIASES.get(source)
+    if alias is not None:
+        return f"the package '{alias.package}' is not installed, and {alias.hub_id} is {missing}"
     similar = difflib.get_close_matches(source, ALIASES, n=1)
-    guess = f"; did you mean '{similar[0]}'?" if similar else ""
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    aliases = ", ".join(ALIASES)
-    return f"not an alias ({aliases}), not a local file or folder, and not to be had from the hub{offline}{guess}"
+    guess = f" (did you mean '{similar[0]}'?)" if similar else ""
+    return f"not an alias{guess}, not a local file or folder, and {missing}"
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:

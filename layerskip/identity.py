@@ -67,7 +67,7 @@ class ModelIdentity:
     num_key_value_heads: int
     vocab_size: int
     fingerprint: str
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def differences(self, other: ModelIdentity) -> dict[str, tuple[object, object]]:
         """The fields in which two identities differ, ``id`` apart: name to (own value, other's value)."""

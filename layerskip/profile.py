@@ -23,7 +23,7 @@ PromptSet = Literal["held-out", "search"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Measured(_Part):
@@ -108,6 +108,8 @@ class DraftProfile(_Part):
         Raises:
             InvalidProfileError: The file cannot be written.
         """
+        if not Path(path).name:
+            raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
         try:
             write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
         except OSError as error:
@@ -158,6 +160,8 @@ def _problem(problem: ErrorDetails) -> str:
     match kind:
         case "missing":
             return "required, but missing"
+        case "union_tag_not_found":
+            return f"{str(context['discriminator'])[1:-1]}: required, but missing"
         case "extra_forbidden" | "unexpected_keyword_argument":
             return "unknown field; remove it, or update layerskip if a newer version wrote the file"
         case "json_invalid":

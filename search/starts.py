@@ -29,14 +29,16 @@ def starting_points(space: SearchSpace) -> Iterator[tuple[str, Candidate]]:
     """
     inner = range(1, space.num_layers - 1)
     draft_exit = ConfidenceThreshold(max_length=min(ConfidenceThreshold.max_length, space.max_draft_length))
+    seen = {SkipSet(space.num_layers)}
     for kind, share in _STARTS:
         count = round(share * len(inner))
-        if count == 0:
-            continue
         layers = tuple(inner[int((i + 0.5) * len(inner) / count)] for i in range(count))
         skip_set = SkipSet(
             space.num_layers,
             attention=layers if kind in ("attention", "both") else (),
             mlp=layers if kind in ("mlp", "both") else (),
         )
+        if skip_set in seen:  # in a shallow model, shares round to the same count, or to none
+            continue
+        seen.add(skip_set)
         yield f"evenly spaced: {kind}, {share:.1%} of the inner layers", Candidate(skip_set, draft_exit)

@@ -36,6 +36,8 @@ SOURCE_KEY = "source"
 _WARM_UP_TOKENS = 8
 # The starting points give TPE enough to go by; random skip sets leave out half of the model and teach little.
 _RANDOM_TRIALS = 5
+# Optuna's samplers take seeds below this.
+_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class SearchSettings:
         for name in ("trials", "max_new_tokens", "prompts_per_trial", "finalists", "held_out_prompts"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise InvalidInputError(f"timeout: expected a number of seconds above 0, got {self.timeout}")
+        if self.seed is not None and not 0 <= self.seed < _SEEDS:
+            raise InvalidInputError(f"seed: expected a whole number from 0 to {_SEEDS - 1}, got {self.seed}")
 
 
 class SearchObserver:
@@ -195,7 +199,7 @@ class Search:
         study = open_study(self._storage, self._name, self._context)
         trials = len(study.get_trials(deepcopy=False))
         # A resumed study must not draw the same random numbers again.
-        seed = None if self._settings.seed is None else self._settings.seed + trials
+        seed = None if self._settings.seed is None else (self._settings.seed + trials) % _SEEDS
         study.sampler = TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna.storages import BaseStorage
 
@@ -13,6 +14,12 @@ from layerskip.errors import InvalidInputError, MissingDependencyError
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Leave the terminal alone."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers requests in threads of their own, so that Ctrl-C always reaches the one that serves."""
+
+    daemon_threads = True
 
 
 def serve(storage: BaseStorage, *, host: str, port: int, when_ready: Callable[[str], None]) -> None:
@@ -35,7 +42,7 @@ def serve(storage: BaseStorage, *, host: str, port: int, when_ready: Callable[[s
             "the dashboard needs the package 'optuna-dashboard'; pip install 'layerskip[dashboard]'"
         ) from error
     try:
-        server = make_server(host, port, wsgi(storage), handler_class=_QuietHandler)
+        server = make_server(host, port, wsgi(storage), server_class=_Server, handler_class=_QuietHandler)
     except OSError as error:
         raise InvalidInputError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --host and --port"

@@ -11,11 +11,14 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from layerskip.errors import LayerSkipError, MissingDependencyError
 from studies.records import create_tables
+
+_NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
+_MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
 
 
 class StorageError(LayerSkipError):
@@ -28,7 +31,7 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
     A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits.
 
     Args:
-        url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg2://user@host/name``.
+        url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg://user@host/name``.
         heartbeat_seconds: How often a running trial says that it lives. One that has been silent three times as long
             is taken for dead and tried once more.
 
@@ -36,6 +39,7 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
         StorageError: The URL is malformed, or the database cannot be opened.
         MissingDependencyError: The driver for this kind of database is not installed.
     """
+    parsed = _parsed(url)
     shown = redacted(url)
     try:
         with warnings.catch_warnings():
@@ -46,14 +50,15 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
                 grace_period=3 * heartbeat_seconds,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
             )
-        if storage.engine.dialect.name == "sqlite":
+        if _sqlite_file(parsed):
             event.listen(storage.engine, "connect", _write_ahead)
-            storage.engine.dispose()
+            storage.engine.dispose()  # the connections made so far
         create_tables(storage.engine)
     except ImportError as error:
+        driver = parsed.get_driver_name()
+        extra = ": pip install 'layerskip[postgres]'" if driver == "psycopg" else ""
         raise MissingDependencyError(
-            f"storage '{shown}': the database driver is not installed ({error.name}); "
-            "for PostgreSQL: pip install 'layerskip[postgres]'"
+            f"storage '{shown}': the database driver is not installed; install '{driver}'{extra}"
         ) from error
     except (SQLAlchemyError, RuntimeError) as error:
         raise StorageError(f"storage '{shown}': {_reason(error)}") from error
@@ -66,12 +71,8 @@ def open_existing_storage(url: str) -> RDBStorage:
     Raises:
         StorageError: Also if the SQLite file does not exist.
     """
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        return open_storage(url)  # which says what is wrong with it
-    file = parsed.database
-    if parsed.get_backend_name() == "sqlite" and file and file != ":memory:" and not Path(file).exists():
+    file = _sqlite_file(_parsed(url))
+    if file and not Path(file).exists():
         raise StorageError(f"storage '{redacted(url)}': no such file; search first, or name another with --storage")
     return open_storage(url)
 
@@ -80,8 +81,21 @@ def redacted(url: str) -> str:
     """A storage URL with its password replaced by stars."""
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+    except _MALFORMED:
         return "(malformed)"
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except _MALFORMED as error:
+        raise StorageError(f"storage '(malformed)': {_NO_URL}") from error
+
+
+def _sqlite_file(url: URL) -> str | None:
+    """The file of a SQLite database; None in memory, or for another kind of database."""
+    in_file = url.get_backend_name() == "sqlite" and url.database != ":memory:"
+    return url.database if in_file else None
 
 
 def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
@@ -90,9 +104,9 @@ def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ArgumentError):
-        return "not a database URL; expected one such as sqlite:///layerskip.db"
     if isinstance(error, NoSuchModuleError):
         return "unknown kind of database"
+    if isinstance(error, ArgumentError):
+        return _NO_URL
     cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
     return str(cause).strip().splitlines()[0]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
@@ -66,7 +67,7 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyCo
     """
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     recorded = study.user_attrs.get(_CONTEXT_KEY)
-    if recorded is None and not study.get_trials(deepcopy=False):
+    if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
         return study
     if recorded is None or recorded.get("format") != _FORMAT:
@@ -81,6 +82,10 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyCo
             "Search with what the study was made with, or choose another name with --study"
         )
     return study
+
+
+def _maximizes(study: optuna.Study) -> bool:
+    return study.directions == [StudyDirection.MAXIMIZE]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
 
 
 def _summary(study: optuna.Study) -> StudySummary:
-    best = best_trials(study, 1)
+    best = best_trials(study, 1) if _maximizes(study) else []
     return StudySummary(
         name=study.study_name,
         model=study.user_attrs.get(_CONTEXT_KEY, {}).get("model"),
@@ -147,7 +152,7 @@ def describe_study(storage: optuna.storages.RDBStorage, name: str, best: int) ->
         "best": [
             {"number": trial.number, "speedup": trial.values[0]}
             | {key: trial.user_attrs.get(key) for key in ("acceptance_rate", "skip_set", "draft_exit")}
-            for trial in best_trials(study, best)
+            for trial in (best_trials(study, best) if _maximizes(study) else [])
         ],
     }
 

@@ -54,7 +54,7 @@ class FixedLength:
 
     length: int = 4
     kind: Literal["fixed"] = "fixed"
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
         _check_length("length", self.length)
@@ -74,7 +74,7 @@ class ConfidenceThreshold:
     threshold: float = 0.6
     max_length: int = 8
     kind: Literal["confidence"] = "confidence"
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
         _check_fraction("threshold", self.threshold)
@@ -108,7 +108,7 @@ class AdaptiveThreshold:
     rate_momentum: float = 0.5
     threshold_momentum: float = 0.9
     kind: Literal["adaptive"] = "adaptive"
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
         _check_length("max_length", self.max_length)

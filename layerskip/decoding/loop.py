@@ -223,7 +223,10 @@ def _ending(
 
 def _prompt_ids(model: LayerSkipModel, prompt: Tensor | Sequence[int]) -> Tensor:
     """The prompt as ``[n]`` ids on the model's device."""
-    ids = torch.as_tensor(prompt)
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"prompt: expected a row of token ids, got {type(prompt).__name__}: {error}") from error
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1:

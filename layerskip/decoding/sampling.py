@@ -21,7 +21,7 @@ class Sampling:
         temperature: 0 always takes the likeliest token; above, logits are divided by it before sampling.
         top_k: Sample among this many likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability, in ``(0, 1]``; 1 for all.
-        seed: Makes sampling repeatable; None draws a new seed each time.
+        seed: Makes sampling repeatable, in ``[0, 2**64)``; None draws a new seed each time.
 
     Raises:
         InvalidInputError: A value is out of its range.
@@ -39,6 +39,8 @@ class Sampling:
             raise InvalidInputError(f"top_k: expected a whole number from 0 on, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InvalidInputError(f"seed: expected a whole number from 0 to 2**64 - 1, got {self.seed}")
 
     def sampler(self, device: torch.device) -> Sampler:
         """A fresh sampler for one generation."""
@@ -115,7 +117,7 @@ class RandomSampler:
         else:
             self._generator.manual_seed(sampling.seed)
         # transformers' own warpers in generate()'s order, so that the distribution is that of model.generate().
-        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
         if sampling.top_k:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

@@ -29,7 +29,7 @@ class SkipSet:
     num_layers: int
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # how DraftProfile reads it from JSON
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
