@@ -163,8 +163,8 @@ def _why(source: str, location: str, error: Exception) -> str:
     if alias is not None:
         return f"the package '{alias.package}' is not installed, and {alias.hub_id} is {missing}"
     similar = difflib.get_close_matches(source, ALIASES, n=1)
-    guess = f" (did you mean '{similar[0]}'?)" if similar else ""
-    return f"not an alias{guess}, not a local file or folder, and {missing}"
+    guess = f"; did you mean '{similar[0]}'?" if similar else ""
+    return f"not an alias ({', '.join(ALIASES)}), not a local file or folder, and {missing}{guess}"
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:

@@ -56,7 +56,7 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
         create_tables(storage.engine)
     except ImportError as error:
         driver = parsed.get_driver_name()
-        extra = ": pip install 'layerskip[postgres]'" if driver == "psycopg" else ""
+        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
         raise MissingDependencyError(
             f"storage '{shown}': the database driver is not installed; install '{driver}'{extra}"
         ) from error

@@ -235,7 +235,7 @@ MISSING = "required, but missing"
         ),
         (
             put("skip_set", "attention", value=[1.5]),
-            "skip_set.attention.0: expected a valid integer, got a number with a fractional part, found 1.5",
+            "skip_set.attention.0: expected a valid integer, found 1.5",
         ),
         (put("skip_set", "attention", value=["1"]), "skip_set.attention.0: expected a valid integer, found '1'"),
         (put("skip_set", "attention", value=3), "skip_set.attention: expected a valid array, found 3"),
