@@ -30,6 +30,7 @@ def quiet_libraries() -> None:
     import optuna
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error comes at the end
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

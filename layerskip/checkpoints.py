@@ -149,6 +149,7 @@ def _locate(source: str) -> str:
         raise CheckpointError(f"model '{source}': expected a .gguf file or a folder, found another kind of file")
     if source.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{source}': no such file or folder")
+    logger.warning("model '%s': no local folder, so from the hub or its cache", source)
     return source
 
 
