@@ -11,8 +11,7 @@ import typer
 
 from cli import apply, dashboard, profile, search, studies
 from cli.options import debugging
-
-DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
 app = typer.Typer(
     name="layerskip",
@@ -55,9 +54,6 @@ def run(arguments: list[str]) -> int:
         if status == INTERRUPTED:  # which is what Typer makes of Ctrl-C
             print("layerskip: interrupted", file=sys.stderr)
         return int(status)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        sys.stderr.close()
-        return FAILED
     except Exception as error:
         if debugging():
             traceback.print_exc()

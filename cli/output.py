@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit statuses
+
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -22,7 +24,7 @@ def print_json(result: dict[str, Any]) -> None:
 def print_whole(table: Table) -> None:
     """Print a table as wide as its content, so that names can be copied whole even from a narrow terminal."""
     unlimited = stdout.options.update(max_width=10_000)
-    Console(width=Measurement.get(stdout, unlimited, table).maximum, highlight=False).print(table)
+    Console(width=Measurement.get(stdout, unlimited, table).maximum, highlight=False, markup=False).print(table)
 
 
 def quiet_libraries() -> None:

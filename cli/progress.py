@@ -64,11 +64,12 @@ class SearchProgress(SearchObserver):
         self._show(completed)
 
     def finalists_chosen(self, count: int) -> None:
+        self._timeout = None  # limits the search alone
         self._start("finalists", count, 0)
 
     def finalist_measured(self, number: int, trial: FrozenTrial, speedup: float) -> None:
         self._completed = number
-        self._bar.console.print(f"trial {trial.number} on held-out prompts: {speedup:.3f}×")
+        self._bar.console.print(f"trial {trial.number} on held-out prompts: {speedup:.3f}×", markup=False)
         self._show(number)
 
     def _start(self, phase: str, total: int, completed: int) -> None:

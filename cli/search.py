@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import DEFAULT_STORAGE, DebugOption, DeviceOption, DtypeOption, JsonOption, StorageOption
-from cli.output import describe_speedup, print_json, quiet_libraries, stderr, stdout
+from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
     from search.study import SearchResult
-
-INTERRUPTED = 130
 
 
 def search(
@@ -97,8 +95,8 @@ def _check_writable(out: Path) -> None:
     from layerskip.errors import InvalidInputError
 
     folder = out.absolute().parent
-    if out.is_dir():
-        raise InvalidInputError(f"--out {out}: is a folder; expected a file name")
+    if out.exists() and not out.is_file():
+        raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
     if not folder.is_dir():
         raise InvalidInputError(f"--out {out}: no such folder: {folder}")
     if not os.access(folder, os.W_OK):

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -80,8 +81,10 @@ def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -
     if location.endswith(".gguf"):
         location = str(_converted(Path(location), precision))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=precision, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=precision, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
     model.to(where)  # type: ignore[arg-type]
@@ -193,8 +196,11 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
         ) from error
     try:
         _convert(gguf, dtype, scratch)
-        if not folder.is_dir():  # another process may have been faster
+        try:
             scratch.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been faster
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -211,5 +217,5 @@ def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except OSError as error:
         raise CheckpointError(f"model '{gguf}': cannot be converted: {error}") from error
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, struct.error, NotImplementedError) as error:
         raise CheckpointError(f"model '{gguf}': not a GGUF file that transformers can read: {error}") from error

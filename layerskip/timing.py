@@ -12,7 +12,7 @@ import torch
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished what it was given; returns at once on a CPU."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+        torch.accelerator.synchronize(device)
 
 
 def device_seconds(device: torch.device) -> float:
@@ -32,18 +32,19 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the enclosed block towards ``name``."""
-        if self._cuda:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._pending.append((name, begin, end))
         else:
             started = time.perf_counter()

@@ -119,7 +119,7 @@ def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Seque
             x = model.forward(text, model.new_cache(len(text)))
             logits = model.logits(x[:, -1:])[0]
         best = float(logits.max())
-        tie = max(_FLOAT32_TIE, _TIE_ROUNDINGS * torch.finfo(model.dtype).eps * abs(best))
+        tie = max(_FLOAT32_TIE, _TIE_ROUNDINGS * torch.finfo(model.dtype).eps * float(logits.abs().max()))
         if best - float(logits[[plain[at], draft[at]]].min()) <= tie:
             return True
     raise LosslessnessError(

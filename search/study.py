@@ -204,9 +204,8 @@ class Search:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.pruner = WilcoxonPruner()
-        if not trials:
-            for source, candidate in starting_points(self._space):
-                study.enqueue_trial(self._space.parameters(candidate), user_attrs={SOURCE_KEY: source})
+        for source, candidate in starting_points(self._space):
+            study.enqueue_trial(self._space.parameters(candidate), user_attrs={SOURCE_KEY: source}, skip_if_exists=True)
         self._observer.study_opened(study.study_name, len(completed_trials(study)))
         return study
 
@@ -219,7 +218,12 @@ class Search:
         if len(completed_trials(study)) >= self._settings.trials:
             return
         enough = MaxTrialsCallback(self._settings.trials, states=(TrialState.COMPLETE,))
-        study.optimize(self._evaluate, timeout=self._settings.timeout, callbacks=[self._report, enough])
+        try:
+            study.optimize(self._evaluate, timeout=self._settings.timeout, callbacks=[self._report, enough])
+        except UnboundLocalError as error:  # Optuna's own, when Ctrl-C falls into its storing of a trial
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
 
     def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
         best = best_trials(study, 1)
@@ -228,17 +232,22 @@ class Search:
     def _evaluate(self, trial: optuna.Trial) -> float:
         """The objective: the measured speedup of what the trial chose."""
         try:
+            return self._value(trial)
+        except KeyboardInterrupt:
+            study_goes_on_with = {SOURCE_KEY: trial.user_attrs.get(SOURCE_KEY, f"interrupted trial {trial.number}")}
+            # An enqueued trial that was interrupted while it chose has chosen in part only.
+            chosen = trial.study.trials[trial.number].system_attrs.get("fixed_params", trial.params)
+            trial.study.enqueue_trial(chosen, user_attrs=study_goes_on_with)
+            raise
+
+    def _value(self, trial: optuna.Trial) -> float:
+        try:
             candidate = self._space.suggest(trial)
         except InvalidInputError as error:  # every sublayer skipped
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("skip_set", str(candidate.skip_set))
         trial.set_user_attr("draft_exit", str(candidate.draft_exit))
-        try:
-            summary = summarize(self._measure_trial(trial, candidate))
-        except KeyboardInterrupt:
-            study_goes_on_with = {SOURCE_KEY: trial.user_attrs.get(SOURCE_KEY, f"interrupted trial {trial.number}")}
-            trial.study.enqueue_trial(trial.params, user_attrs=study_goes_on_with)
-            raise
+        summary = summarize(self._measure_trial(trial, candidate))
         for name, value in asdict(summary).items():
             trial.set_user_attr(name, value)
         return summary.speedup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from sqlalchemy import DateTime, Engine, String, select
+from sqlalchemy import DateTime, Engine, String, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 
@@ -57,6 +57,13 @@ def add_measurement(engine: Engine, record: MeasurementRecord) -> None:
     """Keep one measurement, in a transaction of its own."""
     with Session(engine) as session, session.begin():
         session.add(record)
+
+
+def count_measurements(engine: Engine, study: str) -> int:
+    """How many measurements a study has."""
+    with Session(engine) as session:
+        query = select(func.count()).select_from(MeasurementRecord).where(MeasurementRecord.study == study)
+        return session.scalar(query) or 0
 
 
 def measurements_of(engine: Engine, study: str) -> Sequence[MeasurementRecord]:

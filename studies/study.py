@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
-from studies.records import measurements_of
+from studies.records import count_measurements
 
 _CONTEXT_KEY = "layerskip"
 _FORMAT = 1
@@ -74,8 +74,7 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyCo
         raise InvalidInputError(
             f"study '{name}': was not made by this version of layerskip; choose another name with --study"
         )
-    # What comes back from the database went through JSON.
-    differences = StudyContext(**json.loads(json.dumps(asdict(context)))).differences(recorded)
+    differences = context.differences(recorded)
     if differences:
         raise InvalidInputError(
             f"study '{name}': cannot go on, because this differs: {'; '.join(differences)}. "
@@ -148,7 +147,7 @@ def describe_study(storage: optuna.storages.RDBStorage, name: str, best: int) ->
         "study": name,
         "context": study.user_attrs.get(_CONTEXT_KEY, {}),
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
-        "measurements": len(measurements_of(storage.engine, name)),
+        "measurements": count_measurements(storage.engine, name),
         "best": [
             {"number": trial.number, "speedup": trial.values[0]}
             | {key: trial.user_attrs.get(key) for key in ("acceptance_rate", "skip_set", "draft_exit")}

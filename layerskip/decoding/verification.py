@@ -65,7 +65,8 @@ def speculative_sampling(drafted: Tensor, draft: Tensor, target: Tensor, generat
     accepted = int(stands.long().cumprod(0).sum())
     remaining = target[accepted]
     if accepted < k:
-        # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere.
-        remaining = (remaining - draft[accepted]).clamp_(min=0)
+        # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
+        left = (remaining - draft[accepted]).clamp_(min=0)
+        remaining = torch.where(left.sum() > 0, left, remaining)
     own = torch.multinomial(remaining, 1, generator=generator)
     return Verdict(torch.cat([drafted[:accepted], own]).tolist())

@@ -79,3 +79,12 @@ def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path):
         text = path.read_text()
         assert len(text) == 3_000_000
         assert set(text) in ({"a"}, {"b"})
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_atomically(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

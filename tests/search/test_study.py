@@ -6,6 +6,8 @@ from dataclasses import fields
 
 import optuna
 import pytest
+import sqlalchemy
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from layerskip import DraftProfile, FixedLength, InvalidInputError, LayerSkipModel, SkipSet, identify
@@ -393,6 +395,51 @@ def test_ctrl_c_between_trials_gives_the_best_profile_so_far(llama, storage, eve
     study = load_study(storage, result.study)
     assert result.profile.measured.speedup == study.best_value
     assert not study.get_trials(states=(TrialState.FAIL,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "count"),
+    [
+        (optuna.Trial, "suggest_categorical", 5),
+        (RDBStorage, "set_trial_user_attr", 2),
+        (RDBStorage, "set_trial_state_values", 1),
+    ],
+    ids=["choosing", "noting", "finishing"],
+)
+def test_ctrl_c_while_a_trial_is_stored_loses_neither_a_trial_nor_the_profile(
+    storage, kind, method, count, monkeypatch
+):
+    model = LayerSkipModel(tiny_llama(num_hidden_layers=8))
+    name = small_search(model, storage, trials=1).run().study
+    original, calls = getattr(kind, method), []
+
+    def interrupted(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, method, interrupted)
+        result = small_search(model, storage).run()
+    assert (result.interrupted, result.trials) == (True, 1)
+    assert result.profile.provenance.trial == 0
+    second = load_study(storage, name).trials[1].system_attrs["fixed_params"]
+    assert small_search(model, storage, trials=5).run().trials == 5
+    if method != "set_trial_state_values":  # that leaves the trial running, until its heartbeat tells that it died
+        assert second in [trial.params for trial in completed(load_study(storage, name))]
+
+
+def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(storage):
+    model = LayerSkipModel(tiny_llama(num_hidden_layers=8))
+    search = small_search(model, storage, trials=1)
+    name = search.run().study
+    queued = [trial for trial in load_study(storage, name).trials if trial.state == TrialState.WAITING]
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text(f"DELETE FROM trials WHERE number = {queued[-1].number}"))
+    small_search(model, storage, trials=1).run()
+    trials = load_study(storage, name).trials
+    assert queued[-1].system_attrs["fixed_params"] in [trial.system_attrs.get("fixed_params") for trial in trials]
 
 
 def test_ctrl_c_among_the_finalists_gives_the_best_of_those_measured(llama, storage):
