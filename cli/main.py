@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from importlib.metadata import version
@@ -44,6 +45,8 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
     sys.exit(run(sys.argv[1:]))
 
 

@@ -10,6 +10,8 @@ import typer
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
 from cli.output import print_json, print_whole, stdout
 
+_STATES = {"complete": "completed", "waiting": "queued", "fail": "failed or interrupted"}
+
 app = typer.Typer(help="Look at the studies of a storage.", no_args_is_help=True)
 
 
@@ -60,7 +62,7 @@ def show(
         stdout.print(
             f"prompts   {context['prompts_per_trial']} a trial, at most {context['max_new_tokens']} tokens each"
         )
-    counts = ", ".join(f"{count} {state}" for state, count in described["trials"].items())
+    counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
     stdout.print(f"trials    {counts or 'none'}; {described['measurements']} prompts measured")
     table = Table("trial", "speedup", "accepted", "skipped", "draft", box=None)
     for trial in described["best"]:

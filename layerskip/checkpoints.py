@@ -102,8 +102,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device '{name}' is not available: expected auto, cpu, cuda or cuda:N") from error
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInputError(f"device '{name}' is not available: {reason}") from error
     return device
@@ -152,7 +155,7 @@ def _locate(source: str) -> str:
         raise CheckpointError(f"model '{source}': expected a .gguf file or a folder, found another kind of file")
     if source.startswith((".", "/", "~")):
         raise CheckpointError(f"model '{source}': no such file or folder")
-    logger.warning("model '%s': no local folder, so from the hub or its cache", source)
+    logger.info("model '%s': no local folder, so from the hub or its cache", source)
     return source
 
 

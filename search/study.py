@@ -145,6 +145,8 @@ class Search:
         study_name: str | None = None,
         observer: SearchObserver | None = None,
     ) -> None:
+        if study_name is not None and not study_name.strip():
+            raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
         self._model = model
         self._identity = identity
         self._storage = storage

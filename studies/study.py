@@ -112,7 +112,7 @@ def _summary(study: optuna.Study) -> StudySummary:
     return StudySummary(
         name=study.study_name,
         model=study.user_attrs.get(_CONTEXT_KEY, {}).get("model"),
-        trials=len(study.get_trials(deepcopy=False)),
+        trials=sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)),
         completed=len(completed_trials(study)),
         best_speedup=best[0].value if best else None,
     )

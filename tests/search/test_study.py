@@ -237,6 +237,12 @@ def test_the_study_can_be_named(llama, storage):
     assert {record.study for record in records(storage, "mine")} == {"mine"}
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
+    with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
+        small_search(llama, storage, study_name=name)
+
+
 def test_going_on_makes_only_the_missing_trials(llama, database):
     first = small_search(llama, open_storage(database), trials=2).run()
     before = load_study(open_storage(database), first.study).trials

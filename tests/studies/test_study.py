@@ -157,6 +157,7 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     for value, choice in [(0.9, "a"), (1.2, "b"), (1.1, "c")]:
         add_trial(study, value, choice)
     add_trial(study, None, state=TrialState.FAIL)
+    study.enqueue_trial({"choice": "d"})  # not tried yet, so not counted
     optuna.create_study(study_name="a", storage=storage)
     found = [(s.name, s.model, s.trials, s.completed, s.best_speedup) for s in list_studies(storage)]
     assert found == [("a", None, 0, 0, None), ("b", "makers/model", 4, 3, 1.2)]
