@@ -13,7 +13,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: The folder is missing, read-only or full. The old file is untouched.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe would be replaced by a file
         raise OSError(errno.EINVAL, "not a regular file")
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
