@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, calibrate, generate, load_checkpoint
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
@@ -79,6 +79,8 @@ class Decoder:
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)
         self._drafter = profile.drafter(self._model)
+        if speculative:
+            calibrate(self._model)
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(checkpoint.tokenizer, stop) if stop else None

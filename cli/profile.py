@@ -25,7 +25,7 @@ def show(profile: ProfileArgument, json: JsonOption = False, debug: DebugOption 
     skipped = len(loaded.skip_set)
     stdout.print(f"model     {model.id} ({model.family}, {model.num_layers} layers, fingerprint {model.fingerprint})")
     stdout.print(f"skipped   {loaded.skip_set} ({skipped} of {2 * model.num_layers} sublayers)")
-    stdout.print(f"draft     {loaded.draft_exit}")
+    stdout.print(f"draft     {loaded.draft}")
     if measured is None:
         stdout.print("measured  never")
     else:

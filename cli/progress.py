@@ -48,6 +48,9 @@ class SearchProgress(SearchObserver):
         self._bar.console.print(f"study {name}: {completed} of {self._trials} trials done")
         self._start("trials", self._trials, completed)
 
+    def reference_begins(self, prompts: int) -> None:
+        self._bar.console.print(f"decoding {prompts} prompts plainly, for drafts to learn from")
+
     def prompt_measured(self, number: int, total: int) -> None:
         self._show(self._completed + number / total)
 

@@ -42,6 +42,9 @@ def search(
     seed: Annotated[
         int | None, typer.Option(help="Makes the proposals repeatable.", show_default="a new one each time")
     ] = None,
+    bridges: Annotated[bool, typer.Option(help="Try bridges in place of runs of skipped sublayers.")] = True,
+    draft_vocabulary: Annotated[bool, typer.Option(help="Try drafts that score the likeliest tokens only.")] = True,
+    gate: Annotated[bool, typer.Option(help="Try to draft nothing where the full model is unsure.")] = True,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -50,8 +53,9 @@ def search(
     Ctrl-C keeps every finished trial and writes the best profile so far; the same command goes on where it stopped.
     """
     from cli.progress import SearchProgress
-    from layerskip import LayerSkipModel, identify, load_checkpoint
+    from layerskip import LayerSkipModel, calibrate, identify, load_checkpoint
     from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.space import SearchSpace
     from search.study import Search, SearchSettings
     from studies.storage import open_storage
 
@@ -73,6 +77,8 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
+    calibrate(wrapped)
+    space = SearchSpace.of(wrapped, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
     with SearchProgress(trials, timeout) as progress:
         result = Search(
             wrapped,
@@ -80,6 +86,7 @@ def search(
             split,
             database,
             settings,
+            space=space,
             study_name=study,
             observer=progress,
         ).run()
@@ -134,7 +141,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
     stdout.print(f"study     {result.study}, {result.trials} completed trials")
     stdout.print(f"skipped   {profile.skip_set}")
-    stdout.print(f"draft     {profile.draft_exit}; {rate}")
+    stdout.print(f"draft     {profile.draft}; {rate}")
     stdout.print(
         f"speedup   {describe_speedup(measured.model_dump())} on {measured.prompts} {measured.prompt_set} prompts: "
         f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"

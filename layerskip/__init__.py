@@ -13,6 +13,8 @@ from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold
 from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
 from layerskip.decoding.loop import DecodingStats, Generation, generate, stream
 from layerskip.decoding.sampling import Sampling
+from layerskip.drafts.bridges import fit_bridges
+from layerskip.engine.costs import calibrate
 from layerskip.errors import (
     CheckpointError,
     InvalidInputError,
@@ -50,6 +52,8 @@ __all__ = [
     "SkipSet",
     "StopStrings",
     "UnsupportedModelError",
+    "calibrate",
+    "fit_bridges",
     "generate",
     "identify",
     "load_checkpoint",

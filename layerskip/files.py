@@ -8,7 +8,12 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a killed process, leaves the old content or the new, never a part.
+    """Like :func:`write_bytes_atomically`, for a text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a killed process, leaves the old content or the new, never a part.
 
     Raises:
         OSError: The folder is missing, read-only or full. The old file is untouched.
@@ -17,8 +22,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise OSError(errno.EINVAL, "not a regular file")
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with scratch.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

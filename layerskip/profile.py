@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import SkipDrafter
+from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import InvalidProfileError
-from layerskip.files import write_atomically
+from layerskip.files import write_atomically, write_bytes_atomically
 from layerskip.identity import ModelIdentity, identify
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 PromptSet = Literal["held-out", "search"]
 
 
@@ -48,6 +51,15 @@ class Measured(_Part):
     versions: dict[str, str] = Field(description="Versions of what it was measured with.")
 
 
+class TensorsFile(_Part):
+    """The safetensors file beside the profile that holds bridges and draft vocabulary."""
+
+    file: str = Field(pattern=r"^[^/\\\\]+$", description="Its name, in the profile's folder.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Checksum of its content.")
+    bridges: int = Field(ge=0, description="Number of bridges in it.")
+    vocabulary: int = Field(ge=0, description="Size of the draft vocabulary; 0 is the whole one.")
+
+
 class Provenance(_Part):
     """Where a profile comes from."""
 
@@ -64,13 +76,23 @@ class DraftProfile(_Part):
     """
 
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
-    version: Literal[1] = Field(default=VERSION, description="Version of the format.")
+    version: Literal[1, 2] = Field(default=VERSION, description="Version of the format; 1 has no tensors and no gate.")
     model: ModelIdentity = Field(description="The model that the profile is for.")
     skip_set: SkipSet = Field(description="The sublayers that the draft leaves out.")
     draft_exit: Annotated[DraftExit, Field(discriminator="kind")] = Field(description="When a draft ends.")
+    gate: float = Field(
+        default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
+    )
+    tensors: TensorsFile | None = Field(default=None, description="Bridges and draft vocabulary; absent without them.")
     measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
     provenance: Provenance = Field(description="Where the profile comes from.")
     _source: str = PrivateAttr(default="draft profile")
+    _assets: DraftAssets = PrivateAttr(default_factory=DraftAssets)
+
+    @field_validator("version")
+    @classmethod
+    def _written_as_the_newest(cls, version: int) -> int:
+        return VERSION
 
     @model_validator(mode="after")
     def _layers_agree(self) -> DraftProfile:
@@ -100,10 +122,47 @@ class DraftProfile(_Part):
         except ValidationError as error:
             raise InvalidProfileError(f"{path}: {_in_one_line(error)}") from error
         profile._source = str(path)
+        profile._assets = profile._load_assets(Path(path).parent)
+        return profile
+
+    def _load_assets(self, folder: Path) -> DraftAssets:
+        if self.tensors is None:
+            return DraftAssets()
+        path = folder / self.tensors.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InvalidProfileError(
+                f"{self._source}: tensors.file: cannot read {path}: {error.strerror}; keep it beside the profile"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != self.tensors.sha256:
+            raise InvalidProfileError(
+                f"{self._source}: tensors.sha256: {path} is not the file that the profile was saved with; "
+                "restore it, or search again"
+            )
+        try:
+            return DraftAssets.from_bytes(content)
+        except ValueError as error:
+            raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
+
+    def with_assets(self, assets: DraftAssets) -> DraftProfile:
+        """The same profile with these bridges and this draft vocabulary."""
+        content = assets.to_bytes()
+        checksum = hashlib.sha256(content).hexdigest()
+        tensors = TensorsFile(
+            file=f"draft-{checksum[:16]}.safetensors",
+            sha256=checksum,
+            bridges=len(assets.bridges),
+            vocabulary=0 if assets.token_ids is None else len(assets.token_ids),
+        )
+        profile = self.model_copy(update={"tensors": tensors if assets else None})
+        profile._assets = assets
         return profile
 
     def save(self, path: str | Path) -> None:
-        """Write the profile so that a killed process leaves the old file or the new one.
+        """Write the profile so that a killed process leaves the old one or the new one.
+
+        Tensors are written first, to a file named by their content, so that an older profile keeps its own.
 
         Raises:
             InvalidProfileError: The file cannot be written.
@@ -111,6 +170,8 @@ class DraftProfile(_Part):
         if not Path(path).name:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
         try:
+            if self.tensors is not None:
+                write_bytes_atomically(Path(path).with_name(self.tensors.file), self._assets.to_bytes())
             write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
@@ -135,10 +196,30 @@ class DraftProfile(_Part):
             InvalidProfileError: The profile is for another model.
         """
         self.check(model)
-        return SkipDrafter(model, self.skip_set, self.draft_exit)
+        assets = self._assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
+        return SkipDrafter(
+            model,
+            self.skip_set,
+            self.draft_exit,
+            stand_ins=assets.bridges,
+            token_ids=assets.token_ids,
+            gate=self.gate,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
+
+    @property
+    def draft(self) -> str:
+        """Everything about the draft but its skip set, for people."""
+        parts = [str(self.draft_exit)]
+        if self.tensors is not None and self.tensors.bridges:
+            parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
+        if self.tensors is not None and self.tensors.vocabulary:
+            parts.append(f"vocabulary of {self.tensors.vocabulary}")
+        if self.gate:
+            parts.append(f"none where the full model's confidence is below {self.gate:g}")
+        return "; ".join(parts)
 
     @property
     def pays(self) -> bool:

@@ -41,4 +41,9 @@ def starting_points(space: SearchSpace) -> Iterator[tuple[str, Candidate]]:
         if skip_set in seen:  # in a shallow model, shares round to the same count, or to none
             continue
         seen.add(skip_set)
-        yield f"evenly spaced: {kind}, {share:.1%} of the inner layers", Candidate(skip_set, draft_exit)
+        yield (
+            f"evenly spaced: {kind}, {share:.1%} of the inner layers",
+            Candidate(
+                skip_set, draft_exit, bridged=space.bridges, vocabulary=space.vocabularies[len(space.vocabularies) // 2]
+            ),
+        )

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from layerskip.decoding.draft_exit import FixedLength
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.decoding.loop import generate
+from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import InvalidInputError
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
@@ -26,6 +27,7 @@ from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize
 from search.prompts import EncodedPrompt, PromptSplit
+from search.reference import Reference, drafter_of
 from search.space import Candidate, SearchSpace
 from search.starts import starting_points
 from studies.records import MeasurementRecord, add_measurement
@@ -81,6 +83,9 @@ class SearchObserver:
     def study_opened(self, name: str, completed: int) -> None:
         """The study is open, with so many trials completed earlier."""
 
+    def reference_begins(self, prompts: int) -> None:
+        """The full model will decode so many prompts for drafts to learn from."""
+
     def prompt_measured(self, number: int, total: int) -> None:
         """A trial or a finalist has decoded ``number`` of ``total`` prompts."""
 
@@ -129,6 +134,7 @@ class Search:
         prompts: What to decode.
         storage: Where the study lives.
         settings: How long and how thoroughly to search.
+        space: What to choose among; None is the skip set and the draft exit alone.
         study_name: The study's name; None makes one of the model's id and of all that measured values depend on, so
             that the same search finds its study again and another search gets another one.
         observer: Told how it goes.
@@ -142,6 +148,7 @@ class Search:
         storage: RDBStorage,
         settings: SearchSettings,
         *,
+        space: SearchSpace | None = None,
         study_name: str | None = None,
         observer: SearchObserver | None = None,
     ) -> None:
@@ -152,9 +159,11 @@ class Search:
         self._storage = storage
         self._settings = settings
         self._observer = observer or SearchObserver()
+        self._all_search_prompts = prompts.search
         self._search_prompts = prompts.search[: settings.prompts_per_trial]
         self._held_out = prompts.held_out[: settings.held_out_prompts]
-        self._space = SearchSpace(model.num_layers)
+        self._space = space or SearchSpace(model.num_layers)
+        self._reference: Reference | None = None
         self._context = StudyContext(
             model=identity.id,
             fingerprint=identity.fingerprint,
@@ -181,6 +190,11 @@ class Search:
         finalists: list[_Finalist] = []
         try:
             self._warm_up()
+            if self._space.needs_reference:
+                self._observer.reference_begins(len(self._all_search_prompts))
+                self._reference = Reference(
+                    self._model, self._all_search_prompts, max_new_tokens=self._settings.max_new_tokens
+                )
             self._optimize(study)
             chosen = best_trials(study, self._settings.finalists)
             self._observer.finalists_chosen(len(chosen))
@@ -190,6 +204,8 @@ class Search:
         except KeyboardInterrupt:
             interrupted = True
         best = max(finalists, key=lambda finalist: finalist.summary.speedup, default=self._best_so_far(study))
+        if self._space.needs_reference and self._reference is None:  # interrupted before it: no tensors to save
+            best = None
         return SearchResult(
             study=study.study_name,
             trials=len(completed_trials(study)),
@@ -248,7 +264,7 @@ class Search:
         except InvalidInputError as error:  # every sublayer skipped
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("skip_set", str(candidate.skip_set))
-        trial.set_user_attr("draft_exit", str(candidate.draft_exit))
+        trial.set_user_attr("draft_exit", candidate.draft)
         summary = summarize(self._measure_trial(trial, candidate))
         for name, value in asdict(summary).items():
             trial.set_user_attr(name, value)
@@ -295,7 +311,10 @@ class Search:
         return measurement
 
     def _drafter(self, candidate: Candidate) -> SkipDrafter:
-        return SkipDrafter(self._model, candidate.skip_set, candidate.draft_exit)
+        return drafter_of(self._model, candidate, self._assets(candidate))
+
+    def _assets(self, candidate: Candidate) -> DraftAssets:
+        return self._reference.assets(candidate) if self._reference is not None else DraftAssets()
 
     def _best_so_far(self, study: optuna.Study) -> _Finalist | None:
         """The best trial with the figures that the search itself measured."""
@@ -309,10 +328,11 @@ class Search:
         summary = asdict(best.summary)
         summary["speculative_tokens_per_second"] = summary.pop("draft_tokens_per_second")
         versions = library_versions()
-        return DraftProfile(
+        profile = DraftProfile(
             model=self._identity,
             skip_set=candidate.skip_set,
             draft_exit=candidate.draft_exit,
+            gate=candidate.gate,
             measured=Measured(
                 **summary,
                 prompt_set=best.prompt_set,
@@ -328,6 +348,7 @@ class Search:
                 tool=f"layerskip {versions['layerskip']}",
             ),
         )
+        return profile.with_assets(self._assets(candidate))
 
 
 def _dtype_name(model: LayerSkipModel) -> str:

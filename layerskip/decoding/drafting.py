@@ -6,15 +6,20 @@ drafter that proposes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.sampling import Draft, Draw, Sampler
+from layerskip.engine import SharedPrefix
+from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Step
 
 
 class Drafter(Protocol):
@@ -34,8 +39,14 @@ class Drafter(Protocol):
             sampler: Chooses tokens; each must be drawn from the distribution that the draft reports for it.
         """
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Learn that of ``drafted`` proposed tokens (at least one) ``accepted`` stood."""
+    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
+        """Learn how a round went.
+
+        Args:
+            drafted: Tokens proposed; may be 0.
+            accepted: How many of them stood.
+            logits: ``[vocab_size]``, the full model's, for the token that it chose itself at the round's end.
+        """
 
 
 class NoDrafter:
@@ -47,7 +58,7 @@ class NoDrafter:
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         return Draft.of([], newest.device)
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
         pass
 
 
@@ -58,32 +69,59 @@ class SkipDrafter:
         model: The model that will verify.
         skip_set: What to leave out.
         draft_exit: When to stop proposing.
+        stand_ins: What runs instead of a run of skipped sublayers, such as bridges, by the index of the run's first.
+        token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
+        gate: Propose nothing after a round at whose end the full model gave its likeliest token a probability below
+            this; 0 always proposes.
+
+    Raises:
+        InvalidInputError: The skip set is for another number of layers, or the gate is not from 0 to 1.
     """
 
-    def __init__(self, model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit) -> None:
-        self._model = model
-        self._skip_set = skip_set
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        skip_set: SkipSet,
+        draft_exit: DraftExit,
+        *,
+        stand_ins: Mapping[int, Step] | None = None,
+        token_ids: Tensor | None = None,
+        gate: float = 0.0,
+    ) -> None:
+        if not 0 <= gate <= 1:
+            raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
+        self._engine = model.engine
+        self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
         self._draft_exit = draft_exit
+        self._gate = gate
         self.start()
 
     def start(self) -> None:
         self._exit = self._draft_exit.controller()
+        self._unsure = False
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draws: list[Draw] = []
-        token = newest
-        while len(draws) < min(limit, self._exit.max_length):
-            logits = self._model.logits(self._model.forward(token, cache, self._skip_set))[0]
-            draws.append(sampler.draw(logits))
-            token = draws[-1].token
-            if self._exit.reads_confidence and self._exit.stops_after(_confidence(logits, token)):
+        prefixes: list[Tensor] = []
+        token, ids = newest, self._stack.token_ids
+        while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
+            step = self._engine.draft_step(token, cache, self._stack)
+            draws.append(sampler.draw(step.logits))
+            token = draws[-1].token if ids is None else ids[draws[-1].token]
+            if step.prefix is not None:
+                prefixes.append(step.prefix)
+            if self._exit.reads_confidence and self._exit.stops_after(_probability(step.logits, draws[-1].token)):
                 break
-        return Draft.of(draws, newest.device)
+        shared = SharedPrefix(torch.cat(prefixes, dim=1), self._stack.shared) if prefixes else None
+        return Draft.of(draws, newest.device, token_ids=ids, shared=shared)
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        self._exit.observe(drafted, accepted)
+    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
+        if drafted:
+            self._exit.observe(drafted, accepted)
+        # Reading a probability makes the host wait for the device.
+        self._unsure = self._gate > 0 and _probability(logits, logits.argmax(-1, keepdim=True)) < self._gate
 
 
-def _confidence(logits: Tensor, token: Tensor) -> float:
-    """Probability of a token under the draft's own softmax, before temperature, top-k and top-p."""
-    return float((logits[token] - logits.logsumexp(-1)).exp())
+def _probability(logits: Tensor, column: Tensor) -> float:
+    """Probability of a column under the softmax of all, before temperature, top-k and top-p."""
+    return float((logits[column] - logits.logsumexp(-1)).exp())

@@ -138,13 +138,13 @@ def stream(
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = drafter or NoDrafter()
     drafter.start()
-    cache = model.new_cache(len(ids) + ending.limit)
+    engine = model.engine
+    cache = engine.new_cache(len(ids) + ending.limit)
     clock = PhaseClock(model.device)
     stats = DecodingStats()
 
     with clock.phase("prefill"):
-        x = model.forward(ids, cache)
-        newest = sampler.draw(model.logits(x[:, -1:])[0]).token  # [1]
+        newest = sampler.draw(engine.prefill(ids, cache)).token  # [1]
         tokens, reason = ending.cut([], newest.tolist())
     yield from tokens
 
@@ -155,11 +155,10 @@ def stream(
             draft = drafter.propose(newest, cache, ending.limit - len(tokens) - 1, sampler)  # k tokens
             cache.rollback(past)
         with clock.phase("verification"):
-            x = model.forward(torch.cat([newest, draft.tokens]), cache)  # [1, k + 1, hidden_size]
-            verdict = sampler.verify(draft, model.logits(x))
+            logits = engine.verify(torch.cat([newest, draft.tokens]), cache, draft.shared)  # [k + 1, vocab_size]
+            verdict = sampler.verify(draft, logits)
             cache.rollback(past + 1 + verdict.accepted)
-        if len(draft):
-            drafter.observe(len(draft), verdict.accepted)
+        drafter.observe(len(draft), verdict.accepted, logits[verdict.accepted])
         newest = torch.tensor(verdict.tokens[-1:], device=model.device)
         certain, reason = ending.cut(tokens, verdict.tokens)
         tokens += certain

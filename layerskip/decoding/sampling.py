@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from layerskip.decoding.verification import Verdict, greedy_match, speculative_sampling
+from layerskip.engine import SharedPrefix
 from layerskip.errors import InvalidInputError
 
 
@@ -52,7 +53,7 @@ class Draw:
     """A chosen token, and what it was drawn from.
 
     Args:
-        token: ``[1]``, its id.
+        token: ``[1]``, its column in the logits: its id, except in a draft that scores some tokens only.
         distribution: ``[vocab_size]``, the probabilities it was drawn from; None where nothing was drawn.
     """
 
@@ -66,17 +67,30 @@ class Draft:
 
     Args:
         tokens: ``[k]``, their ids; k may be 0.
-        distributions: For each token the distribution it was drawn from, ``[vocab_size]``; None under greedy choice.
+        distributions: For each token the distribution it was drawn from, ``[vocab_size]``, or a probability for each of
+            ``token_ids``; None under greedy choice.
+        token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+        shared: What drafting already computed of the full model's pass, if anything.
     """
 
     tokens: Tensor
     distributions: tuple[Tensor | None, ...]
+    token_ids: Tensor | None = None
+    shared: SharedPrefix | None = None
 
     @classmethod
-    def of(cls, draws: list[Draw], device: torch.device) -> Draft:
+    def of(
+        cls,
+        draws: list[Draw],
+        device: torch.device,
+        *,
+        token_ids: Tensor | None = None,
+        shared: SharedPrefix | None = None,
+    ) -> Draft:
         """The draft that some draws make up, in order."""
-        tokens = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
-        return cls(tokens, tuple(d.distribution for d in draws))
+        columns = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        tokens = columns if token_ids is None else token_ids[columns]
+        return cls(tokens, tuple(d.distribution for d in draws), token_ids, shared)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -137,4 +151,6 @@ class RandomSampler:
         target = self.distributions(logits)
         drawn_from = [row for row in draft.distributions if row is not None]
         q = torch.stack(drawn_from) if drawn_from else target[:0]
+        if draft.token_ids is not None and drawn_from:  # every other token has draft probability 0
+            q = torch.zeros_like(target[: len(q)]).index_copy_(1, draft.token_ids, q)
         return speculative_sampling(draft.tokens, q, target, self._generator)

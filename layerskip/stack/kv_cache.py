@@ -65,7 +65,8 @@ class KVCache:
 
     def _grown(self, buffer: Tensor) -> Tensor:
         grown = self._allocate(buffer)
-        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        # All of it: behind the length may lie what a draft has computed and verification will build on.
+        grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
     def advance(self, positions: int) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from layerskip.engine.eager import EagerEngine
+from layerskip.engine.interface import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.stack.families import family_of
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.masks import attention_mask, check_attention_implementation
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack, Step, keep
 from layerskip.stack.sublayers import AttentionSublayer, PassContext, sublayers_of
 
 
@@ -25,6 +30,9 @@ class LayerSkipModel:
 
     Args:
         model: A Llama or Gemma-2 model for causal language modelling, in evaluation mode.
+
+    Attributes:
+        engine: How its passes run; eager unless you set another.
 
     Raises:
         UnsupportedModelError: The model is of another family, or uses an attention implementation that is neither
@@ -44,6 +52,8 @@ class LayerSkipModel:
         self._head = model.get_output_embeddings()
         self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.sublayers = sublayers_of(decoder.layers, self.family)
+        self.engine: Engine = EagerEngine(self)
+        self.full_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
         self._windows = {s.window for s in self.sublayers if isinstance(s, AttentionSublayer)}
 
     @property
@@ -85,6 +95,38 @@ class LayerSkipModel:
         """An empty cache for this model with room for ``capacity`` positions."""
         return KVCache(self.num_layers, capacity)
 
+    def stack_of(
+        self,
+        skip_set: SkipSet,
+        *,
+        stand_ins: Mapping[int, Step] | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Stack:
+        """The stack of a draft.
+
+        Args:
+            skip_set: Sublayers to leave out.
+            stand_ins: What runs instead of a run of them, by the index of the run's first sublayer.
+            token_ids: ``[n]``, the tokens that the draft's head scores; None for the whole vocabulary.
+
+        Raises:
+            InvalidInputError: The skip set is for another number of layers.
+        """
+        if skip_set.num_layers != self.num_layers:
+            raise InvalidInputError(
+                f"skip set: is for {skip_set.num_layers} layers, but the model has {self.num_layers}"
+            )
+        stack = keep(self.sublayers, skip_set, stand_ins or {})
+        if token_ids is None:
+            return stack
+        rows = self._head.weight[token_ids.to(self._head.weight.device)]
+        return replace(stack, token_ids=token_ids.to(rows.device), head_rows=rows)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first sublayer, ``[1, n, hidden_size]``, of token ids ``[n]``."""
+        x: Tensor = self._embed(tokens[None])
+        return x
+
     def forward(self, tokens: Tensor, cache: KVCache, skip_set: SkipSet | None = None) -> Tensor:
         """Run new tokens through the stack, behind what the cache holds.
 
@@ -96,51 +138,39 @@ class LayerSkipModel:
         Returns:
             Hidden states after the last sublayer, ``[1, n, hidden_size]``. :meth:`logits` scores them.
         """
-        return self.run_sublayers(self._embed(tokens[None]), cache, skip_set)
-
-    def run_sublayers(self, x: Tensor, cache: KVCache, skip_set: SkipSet | None = None, start: int = 0) -> Tensor:
-        """Run hidden states through the stack from sublayer ``start`` on, behind what the cache holds.
-
-        Args:
-            x: ``[1, n, hidden_size]``, the hidden states before sublayer ``start``.
-            cache: Keys and values of the text before; moves forward by ``n``.
-            skip_set: Sublayers to leave out; None leaves out none.
-            start: Index of the first sublayer to run.
-
-        Returns:
-            Hidden states after the last sublayer, ``[1, n, hidden_size]``.
-        """
-        width = x.shape[1]
-        cache.reserve(width)
-        context = self._pass_context(x, cache)
-        kept: Iterable[int] = range(len(self.sublayers)) if skip_set is None else skip_set.kept
-        for index in kept:
-            if index >= start:
-                x = self.sublayers[index](x, context)
-        cache.advance(width)
+        stack = self.full_stack if skip_set is None else self.stack_of(skip_set)
+        context = self.pass_context(len(tokens), cache)
+        x = stack.run(self.embed(tokens), context)
+        cache.advance(len(tokens))
         return x
 
-    def _pass_context(self, x: Tensor, cache: KVCache) -> PassContext:
-        past, width = cache.length, x.shape[1]
-        positions = torch.arange(past, past + width, device=x.device)[None]
+    def pass_context(self, width: int, cache: KVCache) -> PassContext:
+        """What a pass of ``width`` new positions behind what the cache holds shares; makes room for them."""
+        cache.reserve(width)
+        past = cache.length
         masks = {
             window: attention_mask(
-                past, width, window=window, implementation=self._attention, dtype=x.dtype, device=x.device
+                past, width, window=window, implementation=self._attention, dtype=self.dtype, device=self.device
             )
             for window in self._windows
         }
-        return PassContext(self._rotary(x, positions), masks, cache)
+        positions = torch.arange(past, past + width, device=self.device)[None]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)  # tells the rotary module dtype and device
+        return PassContext(self._rotary(like, positions), masks, cache)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, stack: Stack | None = None) -> Tensor:
         """Score the vocabulary.
 
         Args:
             x: ``[1, n, hidden_size]``, hidden states after the last sublayer.
+            stack: The draft whose tokens to score; None scores the whole vocabulary.
 
         Returns:
-            ``[n, vocab_size]``, in float32.
+            ``[n, vocab_size]``, or a column for each of the stack's tokens; in float32.
         """
-        scores: Tensor = self._head(self._final_norm(x))[0]
+        x = self._final_norm(x.to(self._final_norm.weight.device))[0]
+        rows = None if stack is None else stack.head_rows
+        scores: Tensor = self._head(x) if rows is None else functional.linear(x, rows)
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
-        return scores.float()
+        return scores.float().to(self.device)

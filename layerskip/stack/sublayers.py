@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from layerskip.stack.families import Family
@@ -24,6 +25,17 @@ class PassContext:
     rotary: tuple[Tensor, Tensor]
     masks: Mapping[int | None, Tensor | None]
     cache: KVCache
+    _elsewhere: dict[torch.device, PassContext] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> PassContext:
+        """The same on another device, for models that lie on several; moved once a pass."""
+        if device == self.rotary[0].device:
+            return self
+        if device not in self._elsewhere:
+            cos, sin = (part.to(device) for part in self.rotary)
+            masks = {window: None if mask is None else mask.to(device) for window, mask in self.masks.items()}
+            self._elsewhere[device] = PassContext((cos, sin), masks, self.cache)
+        return self._elsewhere[device]
 
 
 class AttentionSublayer:
@@ -31,14 +43,16 @@ class AttentionSublayer:
 
     def __init__(self, before: nn.Module, attention: nn.Module, after: nn.Module) -> None:
         self.before, self.attention, self.after = before, attention, after
+        self.device, self.num_weights = _device(attention), _num_weights(attention)
         self.window: int | None = getattr(attention, "sliding_window", None)
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        x, here = x.to(self.device), context.on(self.device)
         change, _ = self.attention(
             hidden_states=self.before(x),
-            position_embeddings=context.rotary,
-            attention_mask=context.masks[self.window],
-            past_key_values=context.cache,
+            position_embeddings=here.rotary,
+            attention_mask=here.masks[self.window],
+            past_key_values=here.cache,
         )
         out: Tensor = x + self.after(change)
         return out
@@ -49,13 +63,24 @@ class MLPSublayer:
 
     def __init__(self, before: nn.Module, mlp: nn.Module, after: nn.Module) -> None:
         self.before, self.mlp, self.after = before, mlp, after
+        self.device, self.num_weights = _device(mlp), _num_weights(mlp)
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        x = x.to(self.device)
         out: Tensor = x + self.after(self.mlp(self.before(x)))
         return out
 
 
 Sublayer = AttentionSublayer | MLPSublayer
+
+
+def _device(module: nn.Module) -> torch.device:
+    device: torch.device = next(module.parameters()).device
+    return device
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sublayers_of(layers: nn.ModuleList, family: Family) -> tuple[Sublayer, ...]:

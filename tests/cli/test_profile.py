@@ -54,7 +54,7 @@ def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_f
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda entry: entry | {"version": 2}, "version: expected 1, found 2"),
+        (lambda entry: entry | {"version": 3}, "version: expected 1 or 2, found 3"),
         (lambda entry: entry | {"colour": "red"}, "colour: unknown field"),
         (lambda entry: entry | {"skip_set": {"num_layers": 4, "attention": [9]}}, "layer 9 is out of range"),
         (lambda entry: [entry], "expected"),

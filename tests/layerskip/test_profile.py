@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,8 @@ from layerskip import (
     generate,
     identify,
 )
+from layerskip.drafts.assets import DraftAssets
+from layerskip.drafts.bridges import Bridge
 from tests.layerskip.test_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets
@@ -142,7 +145,7 @@ def test_profiles_that_differ_are_unequal():
 def test_a_saved_profile_is_json_that_people_can_read(tmp_path):
     a_profile().save(tmp_path / "profile.json")
     text = (tmp_path / "profile.json").read_text()
-    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 1,\n')
+    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 2,\n')
     assert text.endswith("}\n")
     fields = json.loads(text)
     assert fields["skip_set"] == {"num_layers": LAYERS, "attention": [1], "mlp": [2]}
@@ -204,8 +207,8 @@ MISSING = "required, but missing"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("version", value=2), "version: expected 1, found 2"),
-        (put("version", value="1"), "version: expected 1, found '1'"),
+        (put("version", value=3), "version: expected 1 or 2, found 3"),
+        (put("version", value="1"), "version: expected 1 or 2, found '1'"),
         (put("format", value="zip"), "format: expected 'layerskip.draft-profile', found 'zip'"),
         (put("color", value=1), f"color: {UNKNOWN}"),
         (put("skip_set", "heads", value=[]), f"skip_set.heads: {UNKNOWN}"),
@@ -403,6 +406,78 @@ def test_a_failing_save_leaves_the_old_profile(tmp_path):
 def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place, reason):
     with pytest.raises(InvalidProfileError, match=f"cannot write the draft profile: {reason}"):
         a_profile().save(tmp_path / place)
+
+
+# Bridges and draft vocabulary.
+
+
+def some_assets(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = IDENTITY.hidden_size
+    whole = Bridge(2, 4, (torch.randn(size, size, generator=generator),), torch.randn(size, generator=generator))
+    low_rank = Bridge(5, 6, (torch.ones(2, size), torch.ones(size, 2)), torch.zeros(size))
+    return DraftAssets({2: whole, 5: low_rank}, torch.tensor([0, 3, 5]))
+
+
+def same_assets(one, other):
+    return one.to_bytes() == other.to_bytes()
+
+
+def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
+    profile = a_profile(gate=0.5).with_assets(some_assets())
+    profile.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert (loaded.tensors.bridges, loaded.tensors.vocabulary, loaded.gate) == (2, 3, 0.5)
+    assert loaded == profile
+    assert same_assets(loaded._assets, some_assets())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [loaded.tensors.file, "profile.json"]
+
+
+def test_a_profile_without_them_has_no_file_beside_it(tmp_path):
+    a_profile().with_assets(DraftAssets()).save(tmp_path / "profile.json")
+    assert DraftProfile.load(tmp_path / "profile.json").tensors is None
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_new_profile_leaves_the_tensors_of_another_one_alone(tmp_path):
+    first, second = (a_profile().with_assets(some_assets(seed)) for seed in (0, 1))
+    first.save(tmp_path / "first.json")
+    second.save(tmp_path / "second.json")
+    assert same_assets(DraftProfile.load(tmp_path / "first.json")._assets, some_assets(0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "tensors.file: cannot read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "tensors.sha256: "),
+        (lambda path: path.write_bytes(b""), "tensors.sha256: "),
+    ],
+    ids=["missing", "altered", "emptied"],
+)
+def test_a_missing_or_altered_file_is_an_error_in_one_line(tmp_path, spoil, message):
+    path = tmp_path / "profile.json"
+    profile = a_profile().with_assets(some_assets())
+    profile.save(path)
+    spoil(tmp_path / profile.tensors.file)
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert profile.tensors.file in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_beside_a_profile_is_in_its_folder(tmp_path):
+    tensors = {"file": "../up.safetensors", "sha256": "0" * 64, "bridges": 1, "vocabulary": 0}
+    assert broken(tmp_path, put("tensors", value=tensors)).startswith("tensors.file: ")
+
+
+def test_a_profile_of_version_1_still_loads(tmp_path):
+    fields = json.loads(a_profile().model_dump_json())
+    fields["version"] = 1
+    del fields["gate"], fields["tensors"]
+    (tmp_path / "old.json").write_text(json.dumps(fields))
+    assert DraftProfile.load(tmp_path / "old.json") == a_profile()
 
 
 def test_the_working_folder_is_no_place_for_a_profile():

@@ -85,19 +85,35 @@ def test_a_draft_leaves_no_trace_in_the_cache_once_it_is_rolled_back(tiny, text_
 
 @given(skip_sets(), st.integers(0, 2 * LAYERS))
 @settings(max_examples=60)
-def test_the_stack_can_be_entered_at_any_sublayer(tiny, skip_set, start):
-    """Below ``start`` and from ``start`` on, one after the other, make the whole pass."""
-    text = torch.tensor(TEXT)
-    below = [skipped or index >= start for index, skipped in enumerate(skip_set.mask)]
+def test_the_stack_can_be_left_and_entered_at_any_sublayer(tiny, skip_set, at):
+    """Below sublayer ``at`` and from it on, one after the other, make the whole pass."""
+    text, stack = torch.tensor(TEXT), tiny.stack_of(skip_set)
     with torch.inference_mode():
-        cache, whole = tiny.new_cache(len(text)), tiny.forward(text, tiny.new_cache(len(text)), skip_set)
-        x = tiny.hf_model.get_input_embeddings()(text[None])
-        if not all(below):
-            x = tiny.run_sublayers(x, cache, SkipSet.from_mask(below))
-            cache.rollback(0)
-        x = tiny.run_sublayers(x, cache, skip_set, start=start)
-    assert cache.length == len(text)
-    torch.testing.assert_close(x, whole)
+        whole = tiny.forward(text, tiny.new_cache(len(text)), skip_set)
+        context = tiny.pass_context(len(text), tiny.new_cache(len(text)))
+        below = stack.run(tiny.embed(text), context, stop=at)
+        torch.testing.assert_close(stack.run(below, context, start=at), whole)
+
+
+@given(skip_sets())
+def test_below_the_first_skipped_sublayer_a_draft_is_the_full_model(tiny, skip_set):
+    stack = tiny.stack_of(skip_set)
+    assert stack.steps[: stack.shared] == tiny.full_stack.steps[: stack.shared]
+    assert stack.shared == next((i for i, skipped in enumerate(skip_set.mask) if skipped), 2 * LAYERS)
+
+
+@given(skip_sets(), st.sets(st.integers(0, VOCABULARY - 1), min_size=1))
+def test_a_draft_vocabulary_scores_its_tokens_as_the_whole_head_does(tiny, skip_set, ids):
+    chosen = torch.tensor(sorted(ids))
+    with torch.inference_mode():
+        x = tiny.forward(torch.tensor(TEXT), tiny.new_cache(len(TEXT)), skip_set)
+        some = tiny.logits(x, tiny.stack_of(skip_set, token_ids=chosen))
+        torch.testing.assert_close(some, tiny.logits(x)[:, chosen])
+
+
+def test_a_skip_set_for_another_number_of_layers_is_refused(tiny):
+    with pytest.raises(InvalidInputError, match=f"is for 9 layers, but the model has {LAYERS}"):
+        tiny.stack_of(SkipSet(9, (1,)))
 
 
 def test_logits_come_in_float32_one_row_a_token(tiny):

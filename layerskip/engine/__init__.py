@@ -1,0 +1,16 @@
+"""How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
+
+from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
+from layerskip.engine.eager import EagerEngine
+from layerskip.engine.interface import DraftStep, Engine, SharedPrefix
+
+__all__ = [
+    "DraftStep",
+    "EagerEngine",
+    "Engine",
+    "PassCosts",
+    "SharedPrefix",
+    "calibrate",
+    "load_costs",
+    "measure_costs",
+]

@@ -1,0 +1,142 @@
+"""What passes cost on this machine, measured once: by width, the sublayers and the head apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerskip.checkpoints import cache_folder
+from layerskip.files import write_atomically
+from layerskip.machine import device_name, library_versions
+from layerskip.timing import device_seconds
+
+if TYPE_CHECKING:
+    from layerskip.stack.model import LayerSkipModel
+
+logger = logging.getLogger(__name__)
+
+# Wide enough for the longest draft that a search tries, and for the dips behind it that CPUs have.
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+# A text of usual length; attention is a small part of a pass until contexts are much longer.
+_CONTEXT = 128
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Seconds of a pass of the full model, by the number of tokens in it.
+
+    Args:
+        sublayers: Of all sublayers together.
+        head: Of the final norm and the head.
+    """
+
+    sublayers: Mapping[int, float]
+    head: Mapping[int, float]
+
+    def seconds(self, width: int) -> float:
+        """Of a whole pass of a measured width."""
+        return self.sublayers[width] + self.head[width]
+
+    def relative(self, width: int) -> float:
+        """The verification cost v: seconds of a pass in units of a plain decoding step."""
+        return self.seconds(width) / self.seconds(1)
+
+    def cheapest_width(self, needed: int) -> int:
+        """The width, at least ``needed``, whose pass costs least; ``needed`` itself beyond what was measured."""
+        wide_enough = [width for width in self.sublayers if width >= needed]
+        return min(wide_enough, key=self.seconds, default=needed)
+
+    def saved_by_resuming(self, width: int, share: float) -> float:
+        """Seconds saved if a pass starts behind a share of the sublayers, which only one token has yet to go through.
+
+        Negative where that one token costs more than taking all of them along.
+        """
+        return share * (self.sublayers.get(width, self.sublayers[max(self.sublayers)]) - self.sublayers[1])
+
+
+@torch.inference_mode()
+def measure_costs(model: LayerSkipModel, widths: Sequence[int] = WIDTHS) -> PassCosts:
+    """Measure a model's passes where it lies: medians of interleaved repeats behind a text of usual length.
+
+    Args:
+        model: The model.
+        widths: Numbers of tokens to measure; 1 is among them.
+    """
+    context = min(_CONTEXT, model.context_length - max(widths))
+    cache = model.new_cache(context + max(widths))
+    model.forward(torch.zeros(context, dtype=torch.long, device=model.device), cache)
+
+    def run_sublayers(width: int) -> torch.Tensor:
+        x = model.forward(torch.zeros(width, dtype=torch.long, device=model.device), cache)
+        cache.rollback(context)
+        return x
+
+    states = {width: run_sublayers(width) for width in widths}
+    sublayers: dict[int, list[float]] = {width: [] for width in widths}
+    head: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(_REPEATS):
+        for width in widths:
+            sublayers[width].append(_seconds(model, lambda width=width: run_sublayers(width)))  # type: ignore[misc]
+            head[width].append(_seconds(model, lambda width=width: model.logits(states[width])))  # type: ignore[misc]
+    return PassCosts(_medians(sublayers), _medians(head))
+
+
+def calibrate(model: LayerSkipModel, folder: Path | None = None) -> PassCosts:
+    """Let a model's engine choose the cheapest way to verify, by costs measured on this machine once.
+
+    Args:
+        model: The model; its engine keeps the costs.
+        folder: Where measured costs are kept; None is :func:`layerskip.checkpoints.cache_folder`.
+    """
+    model.engine.costs = load_costs(model, folder or cache_folder())
+    return model.engine.costs
+
+
+def load_costs(model: LayerSkipModel, folder: Path) -> PassCosts:
+    """The costs measured for this model, device, dtype and software earlier, or else measured now and kept.
+
+    Args:
+        model: The model.
+        folder: Where measured costs are kept, such as :func:`layerskip.checkpoints.cache_folder`.
+    """
+    file = folder / f"costs-{_key(model)}.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return PassCosts(*({int(width): seconds for width, seconds in kept[part].items()} for part in _PARTS))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not there, or not ours
+        costs = measure_costs(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(costs), indent=2) + "\n")
+    except OSError as error:
+        logger.warning("%s: cannot keep what passes cost: %s; the next start measures again", file, error.strerror)
+    return costs
+
+
+_PARTS = ("sublayers", "head")
+
+
+def _key(model: LayerSkipModel) -> str:
+    """Changes with whatever passes take longer or shorter by."""
+    config = model.config.to_diff_dict()
+    what = [config, str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _seconds(model: LayerSkipModel, run: Callable[[], object]) -> float:
+    started = device_seconds(model.device)
+    run()
+    return device_seconds(model.device) - started
+
+
+def _medians(measured: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {width: statistics.median(seconds) for width, seconds in measured.items()}

@@ -1,0 +1,68 @@
+"""Passes run module by module: on every device, and always the reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layerskip.engine.costs import PassCosts
+from layerskip.engine.interface import DraftStep, SharedPrefix
+from layerskip.stack.kv_cache import KVCache
+from layerskip.stack.stack import Stack
+
+if TYPE_CHECKING:
+    from layerskip.stack.model import LayerSkipModel
+
+
+class EagerEngine:
+    """Runs every pass as it comes.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: LayerSkipModel) -> None:
+        self._model = model
+        self.costs: PassCosts | None = None
+
+    def new_cache(self, capacity: int) -> KVCache:
+        padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
+        return self._model.new_cache(capacity + padding)
+
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
+
+    def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        context = self._model.pass_context(1, cache)
+        prefix = stack.run(self._model.embed(token), context, stop=stack.shared)
+        x = stack.run(prefix, context, start=stack.shared)
+        cache.advance(1)
+        return DraftStep(self._model.logits(x, stack)[0], prefix if stack.shared else None)
+
+    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
+        needed = len(tokens)
+        width = needed if self.costs is None else self.costs.cheapest_width(needed)
+        if shared is not None and self._resuming_pays(width, shared):
+            x, start = self._resume(tokens, cache, shared), shared.depth
+        else:
+            x, start = self._model.embed(tokens), 0
+        x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
+        x = self._model.full_stack.run(x, self._model.pass_context(width, cache), start=start)
+        cache.advance(needed)
+        return self._model.logits(x)[:needed]
+
+    def _resuming_pays(self, width: int, shared: SharedPrefix) -> bool:
+        share = shared.depth / len(self._model.sublayers)
+        return self.costs is not None and self.costs.saved_by_resuming(width, share) > 0
+
+    def _resume(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix) -> Tensor:
+        """Hidden states of all tokens before sublayer ``shared.depth``: the last one alone has to be computed."""
+        behind = cache.length
+        cache.advance(len(tokens) - 1)
+        context = self._model.pass_context(1, cache)
+        last = self._model.full_stack.run(self._model.embed(tokens[-1:]), context, stop=shared.depth)
+        cache.rollback(behind)
+        return torch.cat([shared.states, last], dim=1)

@@ -1,0 +1,72 @@
+"""What drafting and decoding ask of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from layerskip.engine.costs import PassCosts
+from layerskip.stack.kv_cache import KVCache
+from layerskip.stack.stack import Stack
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """What one draft step gives.
+
+    Args:
+        logits: ``[n]``, scores in float32, one for each token of the draft's vocabulary.
+        prefix: ``[1, 1, hidden_size]``, the hidden states at the top of what draft and full model share; None if they
+            share nothing.
+    """
+
+    logits: Tensor
+    prefix: Tensor | None
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What drafting already computed of the verification's pass.
+
+    Args:
+        states: ``[1, k, hidden_size]``, the hidden states of the text's last token and of all drafted tokens but the
+            last, before sublayer ``depth``. The cache holds the keys and values of the sublayers below.
+        depth: How many sublayers they have been through.
+    """
+
+    states: Tensor
+    depth: int
+
+
+class Engine(Protocol):
+    """Runs passes of one model. One engine serves one generation at a time.
+
+    Attributes:
+        costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
+            needs.
+    """
+
+    costs: PassCosts | None
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
+
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Run a prompt, ``[n]``; the logits behind its last token, ``[vocab_size]``."""
+
+    def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        """Run a token, ``[1]``, through a draft's stack; the cache moves forward by one."""
+
+    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
+        """Run the text's last token and the ``k`` drafted ones, ``[k + 1]``, through the full model.
+
+        Args:
+            tokens: The tokens.
+            cache: Keys and values of the text before; moves forward by ``k + 1``.
+            shared: What drafting already computed of it, if anything.
+
+        Returns:
+            ``[k + 1, vocab_size]``, logits behind each of them.
+        """

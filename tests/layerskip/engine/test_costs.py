@@ -1,0 +1,52 @@
+"""What passes cost is measured once and kept."""
+
+import json
+
+import pytest
+
+from layerskip import calibrate
+from layerskip.engine import load_costs, measure_costs
+
+
+def test_costs_are_measured_for_each_width_and_are_times(llama):
+    costs = measure_costs(llama, widths=(1, 2, 5))
+    assert set(costs.sublayers) == set(costs.head) == {1, 2, 5}
+    assert all(seconds > 0 for part in (costs.sublayers, costs.head) for seconds in part.values())
+    assert costs.relative(1) == 1
+
+
+def test_costs_are_measured_once_and_kept(llama, tmp_path):
+    first = load_costs(llama, tmp_path / "new")
+    [file] = (tmp_path / "new").iterdir()
+    assert load_costs(llama, tmp_path / "new") == first
+    file.write_text(json.dumps({"sublayers": {"1": 2.0}, "head": {"1": 3.0}}))
+    assert load_costs(llama, tmp_path / "new").seconds(1) == 5.0
+
+
+def test_another_model_has_costs_of_its_own(llama, gemma2, tmp_path):
+    load_costs(llama, tmp_path)
+    load_costs(gemma2, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"sublayers": 1, "head": 2}'])
+def test_a_damaged_file_is_measured_and_written_anew(llama, tmp_path, content):
+    load_costs(llama, tmp_path)
+    [file] = tmp_path.iterdir()
+    file.write_text(content)
+    assert load_costs(llama, tmp_path).seconds(1) > 0
+    assert json.loads(file.read_text())["sublayers"]
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(llama, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert load_costs(llama, tmp_path / "file").seconds(1) > 0
+    assert "cannot keep what passes cost" in caplog.text
+
+
+def test_calibrating_lets_the_engine_choose(llama, tmp_path):
+    try:
+        assert llama.engine.costs is None
+        assert calibrate(llama, tmp_path) is llama.engine.costs
+    finally:
+        llama.engine.costs = None

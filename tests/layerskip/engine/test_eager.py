@@ -1,0 +1,95 @@
+"""However verification runs – padded, or behind what drafting already computed – it gives the full model's logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip import FixedLength, SkipDrafter, SkipSet, generate
+from layerskip.engine import EagerEngine, PassCosts, SharedPrefix
+from tests.models import near_tie_or_same, transformers_greedy
+from tests.strategies import draft_exits, skip_sets, tokens
+
+WIDTHS = (1, 2, 3, 4, 6, 9, 12)
+# Passes cost the less the wider they are, so that every verification is padded and none resumes.
+WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in WIDTHS}, dict.fromkeys(WIDTHS, 1.0))
+# Every token costs, so that none is padded and all resume.
+TOKENS_COST = PassCosts({width: float(width) for width in WIDTHS}, dict.fromkeys(WIDTHS, 1.0))
+# Six tokens are cheapest, so that verification is padded and resumes as well.
+A_DIP = PassCosts(
+    {width: 2.0 if width == 6 else 1.0 + width for width in WIDTHS} | {1: 1.0}, dict.fromkeys(WIDTHS, 1.0)
+)
+COSTS = {"exact": None, "padded": WIDE_IS_CHEAP, "resumed": TOKENS_COST, "both": A_DIP}
+
+
+@pytest.fixture(params=COSTS, scope="module")
+def costs(request, tiny):
+    tiny.engine.costs = COSTS[request.param]
+    yield request.param
+    tiny.engine.costs = None
+
+
+@given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
+@settings(max_examples=25)
+def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs, prompt, skip_set, draft_exit, length):
+    ours = generate(
+        tiny, prompt, drafter=SkipDrafter(tiny, skip_set, draft_exit), max_new_tokens=length, eos_token_ids=[]
+    )
+    near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
+
+
+@given(tokens(8), tokens(6, min_size=2), skip_sets())
+@settings(max_examples=25)
+def test_a_verification_gives_the_logits_of_a_plain_pass(tiny, costs, text, drafted, skip_set):
+    engine, stack = tiny.engine, tiny.stack_of(skip_set)
+    with torch.inference_mode():
+        cache = engine.new_cache(len(text))
+        engine.prefill(torch.tensor(text), cache)
+        plain = tiny.logits(tiny.forward(torch.tensor(drafted), cache))
+        cache.rollback(len(text))
+        steps = [engine.draft_step(torch.tensor([token]), cache, stack) for token in drafted[:-1]]
+        cache.rollback(len(text))
+        shared = None
+        if stack.shared:
+            shared = SharedPrefix(torch.cat([step.prefix for step in steps], dim=1), stack.shared)
+        verified = engine.verify(torch.tensor(drafted), cache, shared)
+    assert cache.length == len(text) + len(drafted)
+    torch.testing.assert_close(verified, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_is_as_wide_as_is_cheapest(tiny, monkeypatch):
+    widths = []
+    original = tiny.pass_context
+    monkeypatch.setattr(tiny, "pass_context", lambda width, cache: widths.append(width) or original(width, cache))
+    engine = EagerEngine(tiny)
+    engine.costs = A_DIP
+    cache = engine.new_cache(40)
+    with torch.inference_mode():
+        engine.prefill(torch.tensor([1, 2]), cache)
+        for needed in (1, 2, 5, 6, 7, 20):
+            engine.verify(torch.arange(needed), cache, None)
+    assert widths == [2, 1, 6, 6, 6, 9, 20]
+
+
+def test_resuming_leaves_out_the_shared_sublayers_of_all_tokens_but_one(tiny):
+    """Counted by the calls of the first MLP, which draft and full model share."""
+    rows = []
+    handle = tiny.hf_model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[1]))
+    tiny.engine.costs = TOKENS_COST
+    try:
+        skip_set = SkipSet(tiny.num_layers, mlp=(tiny.num_layers - 1,))
+        generate(tiny, [1, 2, 3], drafter=SkipDrafter(tiny, skip_set, FixedLength(3)), max_new_tokens=4)
+    finally:
+        handle.remove()
+        tiny.engine.costs = None
+    assert rows[0] == 3  # the prompt
+    assert set(rows[1:]) == {1}  # draft steps, and the last drafted token
+
+
+@given(st.integers(1, 20))
+def test_the_cheapest_width_is_wide_enough(needed):
+    for costs in (WIDE_IS_CHEAP, TOKENS_COST, A_DIP):
+        width = costs.cheapest_width(needed)
+        assert width >= needed
+        wide_enough = [w for w in WIDTHS if w >= needed]
+        assert width == needed if not wide_enough else costs.seconds(width) == min(map(costs.seconds, wide_enough))
