@@ -2,12 +2,14 @@
 
 from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
 from layerskip.engine.eager import EagerEngine
+from layerskip.engine.graphs import GraphEngine
 from layerskip.engine.interface import DraftStep, Engine, SharedPrefix
 
 __all__ = [
     "DraftStep",
     "EagerEngine",
     "Engine",
+    "GraphEngine",
     "PassCosts",
     "SharedPrefix",
     "calibrate",

@@ -49,12 +49,30 @@ def attention_mask(
     # One new position sees all the others; sdpa without a mask is causal over a text that starts here.
     if everything_in_window and (width == 1 or (past == 0 and implementation == "sdpa")):
         return None
-    query = torch.arange(past, total, device=device)[:, None]  # [width, 1]
-    key = torch.arange(total, device=device)[None, :]  # [1, total]
+    positions = torch.arange(past, total, device=device)
+    return mask_at(positions, total, window=window, implementation=implementation, dtype=dtype)
+
+
+def mask_at(positions: Tensor, length: int, *, window: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Mask for new positions that may be anywhere, over the first ``length`` keys of the cache.
+
+    Args:
+        positions: ``[width]``, the new positions.
+        length: Number of keys, those behind the new positions included.
+        window: As in :func:`attention_mask`.
+        implementation: As in :func:`attention_mask`.
+        dtype: As in :func:`attention_mask`.
+
+    Returns:
+        ``[1, 1, width, length]``.
+    """
+    query = positions[:, None]  # [width, 1]
+    key = torch.arange(length, device=positions.device)[None, :]  # [1, length]
     allowed = key <= query
     if window is not None:
         allowed &= key > query - window
     allowed = allowed[None, None]
     if implementation == "sdpa":
         return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    nothing = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
+    return nothing.masked_fill_(~allowed, torch.finfo(dtype).min)

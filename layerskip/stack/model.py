@@ -16,7 +16,7 @@ from layerskip.engine.interface import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.stack.families import family_of
 from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.masks import attention_mask, check_attention_implementation
+from layerskip.stack.masks import attention_mask, check_attention_implementation, mask_at
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack, Step, keep
 from layerskip.stack.sublayers import AttentionSublayer, PassContext, sublayers_of
@@ -144,6 +144,18 @@ class LayerSkipModel:
         cache.advance(len(tokens))
         return x
 
+    def context_at(self, positions: Tensor, length: int, cache: KVCache) -> PassContext:
+        """Like :meth:`pass_context`, in fixed shapes: positions on the device, ``[n]``, and ``length`` keys to read."""
+        masks = {
+            window: mask_at(positions, length, window=window, implementation=self._attention, dtype=self.dtype)
+            for window in self._windows
+        }
+        return PassContext(self._rotary(self._like(), positions[None]), masks, cache)
+
+    def _like(self) -> Tensor:
+        """Tells the rotary module dtype and device."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
     def pass_context(self, width: int, cache: KVCache) -> PassContext:
         """What a pass of ``width`` new positions behind what the cache holds shares; makes room for them."""
         cache.reserve(width)
@@ -155,8 +167,7 @@ class LayerSkipModel:
             for window in self._windows
         }
         positions = torch.arange(past, past + width, device=self.device)[None]
-        like = torch.empty(0, dtype=self.dtype, device=self.device)  # tells the rotary module dtype and device
-        return PassContext(self._rotary(like, positions), masks, cache)
+        return PassContext(self._rotary(self._like(), positions), masks, cache)
 
     def logits(self, x: Tensor, stack: Stack | None = None) -> Tensor:
         """Score the vocabulary.

@@ -1,0 +1,48 @@
+"""What the benchmarks share: a model, held-out prompts, and where figures go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from layerskip import LayerSkipModel, calibrate, load_checkpoint
+from layerskip.machine import device_name, library_versions
+from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A loaded model and the prompts to decode with it."""
+
+    model: LayerSkipModel
+    prompts: tuple[EncodedPrompt, ...]
+
+
+def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int) -> Setting:
+    """Load a model, measure what its passes cost, and take some of the built-in held-out prompts."""
+    checkpoint = load_checkpoint(model, device=device, dtype=dtype)
+    wrapped = LayerSkipModel(checkpoint.model)
+    calibrate(wrapped)
+    split = split_prompts(
+        built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
+    )
+    return Setting(wrapped, split.held_out[:prompts])
+
+
+def machine_of(model: LayerSkipModel) -> dict[str, Any]:
+    """Where and when something was measured."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": library_versions(),
+    }
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Keep a benchmark's result."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Captured passes against eager ones; without a CUDA device the capture is replaced by a direct call."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip import FixedLength, InvalidInputError, LayerSkipModel, Sampling, SkipDrafter, SkipSet, generate
+from layerskip.engine import EagerEngine, GraphEngine, PassCosts
+from layerskip.engine.graphs import call_directly
+from tests.models import FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
+from tests.strategies import draft_exits, skip_sets, tokens
+
+WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in range(1, 13)}, dict.fromkeys(range(1, 13), 1.0))
+SKIPPED = SkipSet(LAYERS, (2,), (1,))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def captured(request):
+    """A model whose engine has small buckets, so that a text crosses several."""
+    model = LayerSkipModel(FAMILIES[request.param]())
+    model.engine = GraphEngine(model, call_directly, smallest_bucket=8)
+    return model
+
+
+@given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
+@settings(max_examples=40)
+def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft_exit, length):
+    ours = generate(
+        captured, prompt, drafter=SkipDrafter(captured, skip_set, draft_exit), max_new_tokens=length, eos_token_ids=[]
+    )
+    expected = transformers_greedy(captured.hf_model, prompt, length, set())
+    near_tie_or_same(captured.hf_model, prompt, ours.tokens, expected)
+
+
+@given(tokens(30), tokens(6), st.booleans())
+@settings(max_examples=40)
+def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
+    """Whatever an earlier, longer text left in the cache."""
+    eager, engine = EagerEngine(captured), captured.engine
+    engine.costs = WIDE_IS_CHEAP if padded else None
+    stack = captured.stack_of(SKIPPED)
+    with torch.inference_mode():
+        found, expected = [], []
+        for one, logits in ((eager, expected), (engine, found)):
+            cache = one.new_cache(len(text) + len(new) + 1)
+            logits.append(one.prefill(torch.tensor(text), cache))
+            logits.append(one.draft_step(torch.tensor(new[:1]), cache, stack).logits.clone())
+            cache.rollback(len(text))
+            logits.append(one.verify(torch.tensor(new), cache, None))
+    engine.costs = None
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
+    model, captures = LayerSkipModel(tiny_llama()), []
+    model.engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
+    drafter = SkipDrafter(model, SKIPPED, FixedLength(2))
+    counts = []
+    for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
+        generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+        counts.append(len(captures))
+    assert counts[0] <= 4  # a draft step, and verifications of one to three tokens
+    assert counts[0] == counts[1] == counts[2] < counts[3]
+
+
+def test_the_cache_is_used_again_and_what_was_captured_with_it():
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, call_directly, smallest_bucket=16)
+    first = engine.new_cache(10)
+    first.advance(5)
+    again = engine.new_cache(16)
+    assert again is first
+    assert again.length == 0
+    assert engine.new_cache(17) is not first
+
+
+def test_captured_drafts_of_old_skip_sets_are_dropped():
+    model = LayerSkipModel(tiny_llama())
+    model.engine = engine = GraphEngine(model, call_directly)
+    for layer in range(1, LAYERS):
+        for kind in ("attention", "mlp"):
+            drafter = SkipDrafter(model, SkipSet(LAYERS, **{kind: (layer,)}), FixedLength(2))
+            generate(model, [1, 2], drafter=drafter, max_new_tokens=6)
+    drafts = [stack for stack in engine._passes if stack is not model.full_stack]
+    assert len(drafts) <= 5
+
+
+def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
+    sampling = Sampling(temperature=0.8, seed=3)
+    eager = LayerSkipModel(captured.hf_model)
+    for length in (1, 12, 20):
+        ours, expected = (
+            generate(
+                m, [1, 2, 3], drafter=SkipDrafter(m, SKIPPED, FixedLength(3)), sampling=sampling, max_new_tokens=length
+            )
+            for m in (captured, eager)
+        )
+        assert ours.tokens == expected.tokens
+
+
+def test_without_a_cuda_device_graphs_are_refused():
+    with pytest.raises(InvalidInputError, match="one CUDA device"):
+        GraphEngine(LayerSkipModel(tiny_llama()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
+    hf_model = FAMILIES[family]().to("cuda")
+    eager, captured = LayerSkipModel(hf_model), LayerSkipModel(hf_model)
+    captured.engine = GraphEngine(captured, smallest_bucket=16)
+    for skip_set in (SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2))):
+        ours, expected = (
+            generate(m, [1, 2, 3], drafter=SkipDrafter(m, skip_set, FixedLength(3)), max_new_tokens=30)
+            for m in (captured, eager)
+        )
+        near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected.tokens)
