@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ProfileArgument
+from cli.options import DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, ProfileArgument
 from cli.output import print_json, quiet_libraries, stderr
 
 
@@ -41,6 +41,7 @@ def apply(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    engine: EngineOption = "eager",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -57,6 +58,7 @@ def apply(
         model=model,
         device=device,
         dtype=dtype,
+        engine=engine,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop or [],

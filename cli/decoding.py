@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, calibrate, generate, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
+from layerskip.engine import use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
@@ -47,6 +48,7 @@ class Decoder:
         model: Another location of that model.
         device: Device to load it to.
         dtype: Floating-point type to load it in.
+        engine: How passes run.
         sampling: How to choose tokens.
         max_new_tokens: Most tokens to generate.
         stop: Strings that end the text.
@@ -64,6 +66,7 @@ class Decoder:
         model: str | None,
         device: str,
         dtype: str,
+        engine: str,
         sampling: Sampling,
         max_new_tokens: int,
         stop: Sequence[str],
@@ -78,9 +81,9 @@ class Decoder:
         self.speculative = speculative
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)
-        self._drafter = profile.drafter(self._model)
         if speculative:
-            calibrate(self._model)
+            use_engine(self._model, engine)
+        self._drafter = profile.drafter(self._model)
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(checkpoint.tokenizer, stop) if stop else None

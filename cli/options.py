@@ -33,6 +33,9 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto tak
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; auto takes bfloat16 on CUDA, float32 elsewhere.")
 ]
+EngineOption = Annotated[
+    str, typer.Option(help="How passes run: eager, or cuda-graphs on one CUDA device (experimental).")
+]
 ProfileArgument = Annotated[Path, typer.Argument(help="A draft profile (JSON).", show_default=False)]
 
 DEFAULT_STORAGE = "sqlite:///layerskip.db"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, DeviceOption, DtypeOption, JsonOption, StorageOption
+from cli.options import DEFAULT_STORAGE, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, StorageOption
 from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Where to write the draft profile.")] = Path("draft_profile.json"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    engine: EngineOption = "eager",
     seed: Annotated[
         int | None, typer.Option(help="Makes the proposals repeatable.", show_default="a new one each time")
     ] = None,
@@ -53,7 +54,8 @@ def search(
     Ctrl-C keeps every finished trial and writes the best profile so far; the same command goes on where it stopped.
     """
     from cli.progress import SearchProgress
-    from layerskip import LayerSkipModel, calibrate, identify, load_checkpoint
+    from layerskip import LayerSkipModel, identify, load_checkpoint
+    from layerskip.engine import use_engine
     from search.prompts import built_in_prompts, read_prompts, split_prompts
     from search.space import SearchSpace
     from search.study import Search, SearchSettings
@@ -77,7 +79,7 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
-    calibrate(wrapped)
+    use_engine(wrapped, engine)
     space = SearchSpace.of(wrapped, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
     with SearchProgress(trials, timeout) as progress:
         result = Search(

@@ -159,7 +159,8 @@ class Search:
         self._storage = storage
         self._settings = settings
         self._observer = observer or SearchObserver()
-        self._all_search_prompts = prompts.search
+        # Not those that trials decode: bridges and vocabulary fitted to these would look better than they are.
+        self._reference_prompts = prompts.search[settings.prompts_per_trial :] or prompts.search
         self._search_prompts = prompts.search[: settings.prompts_per_trial]
         self._held_out = prompts.held_out[: settings.held_out_prompts]
         self._space = space or SearchSpace(model.num_layers)
@@ -191,9 +192,9 @@ class Search:
         try:
             self._warm_up()
             if self._space.needs_reference:
-                self._observer.reference_begins(len(self._all_search_prompts))
+                self._observer.reference_begins(len(self._reference_prompts))
                 self._reference = Reference(
-                    self._model, self._all_search_prompts, max_new_tokens=self._settings.max_new_tokens
+                    self._model, self._reference_prompts, max_new_tokens=self._settings.max_new_tokens
                 )
             self._optimize(study)
             chosen = best_trials(study, self._settings.finalists)

@@ -1,11 +1,13 @@
 """How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
 
+from layerskip.engine.choice import ENGINES, use_engine
 from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.graphs import GraphEngine
 from layerskip.engine.interface import DraftStep, Engine, SharedPrefix
 
 __all__ = [
+    "ENGINES",
     "DraftStep",
     "EagerEngine",
     "Engine",
@@ -15,4 +17,5 @@ __all__ = [
     "calibrate",
     "load_costs",
     "measure_costs",
+    "use_engine",
 ]

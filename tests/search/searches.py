@@ -26,7 +26,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
     return PromptSplit(tuple(made[:search]), tuple(made[search:]))
 
 
-def small_search(model, storage, *, prompts=None, study_name=None, observer=None, **settings):
+def small_search(model, storage, *, prompts=None, study_name=None, observer=None, space=None, **settings):
     """A search of three trials that takes a fraction of a second on a tiny model."""
     quick = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0}
     return Search(
@@ -37,6 +37,7 @@ def small_search(model, storage, *, prompts=None, study_name=None, observer=None
         SearchSettings(**quick | settings),
         study_name=study_name,
         observer=observer,
+        space=space,
     )
 
 
@@ -64,6 +65,9 @@ class Log(SearchObserver):
 
     def study_opened(self, name, completed):
         self.events.append(("study_opened", name, completed))
+
+    def reference_begins(self, prompts):
+        self.events.append(("reference_begins", prompts))
 
     def prompt_measured(self, number, total):
         self.events.append(("prompt_measured", number, total))

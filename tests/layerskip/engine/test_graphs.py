@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import FixedLength, InvalidInputError, LayerSkipModel, Sampling, SkipDrafter, SkipSet, generate
-from layerskip.engine import EagerEngine, GraphEngine, PassCosts
+from layerskip.engine import EagerEngine, GraphEngine, PassCosts, use_engine
 from layerskip.engine.graphs import call_directly
 from tests.models import FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -117,3 +117,15 @@ def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
             for m in (captured, eager)
         )
         near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected.tokens)
+
+
+def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    model = LayerSkipModel(tiny_llama())
+    use_engine(model, "eager")
+    assert isinstance(model.engine, EagerEngine)
+    assert model.engine.costs is not None
+    with pytest.raises(InvalidInputError, match=r"^engine 'steam' is unknown; expected eager or cuda-graphs$"):
+        use_engine(model, "steam")
+    with pytest.raises(InvalidInputError, match="one CUDA device"):
+        use_engine(model, "cuda-graphs")
