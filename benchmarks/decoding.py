@@ -65,8 +65,8 @@ def contenders_of(setting: Setting, profiles: Sequence[Path]) -> list[Contender]
     taking_part.append(ours("layerskip plain", model, None))
     exact = LayerSkipModel(hf_model)  # not calibrated, so that it verifies no more tokens than it must
     for name, profile in loaded.items():
-        taking_part.append(ours(f"layerskip {name}", model, profile.drafter(model)))
-        taking_part.append(ours(f"layerskip {name}, exact width", exact, profile.drafter(exact)))
+        taking_part.append(ours(f"layerskip profile {name}", model, profile.drafter(model)))
+        taking_part.append(ours(f"layerskip profile {name}, exact width", exact, profile.drafter(exact)))
     return taking_part
 
 
