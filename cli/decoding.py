@@ -12,7 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
-from layerskip.engine import use_engine
+from layerskip.engine import EagerEngine, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
@@ -81,7 +81,7 @@ class Decoder:
         self.speculative = speculative
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)
-        if speculative:
+        if speculative or engine != EagerEngine.name:  # plain eager decoding needs no calibration
             use_engine(self._model, engine)
         self._drafter = profile.drafter(self._model)
         self._sampling = sampling
@@ -101,7 +101,8 @@ class Decoder:
     def warm_up(self, ids: list[int]) -> None:
         """Decode a few tokens both ways, because the first passes of a process are slow."""
         for drafter in (self._drafter, None):
-            generate(self._model, ids, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
+            length = self._max_new_tokens if self._model.engine.captures else _WARM_UP_TOKENS
+            generate(self._model, ids, drafter=drafter, max_new_tokens=length)
 
     def decode(self, ids: list[int], *, streaming: bool) -> dict[str, Any]:
         """Decode one prompt; with ``streaming``, print its text as it comes."""

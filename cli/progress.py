@@ -51,6 +51,9 @@ class SearchProgress(SearchObserver):
     def reference_begins(self, prompts: int) -> None:
         self._bar.console.print(f"decoding {prompts} prompts plainly, for drafts to learn from")
 
+    def trials_begin(self) -> None:
+        self._began = time.monotonic()
+
     def prompt_measured(self, number: int, total: int) -> None:
         self._show(self._completed + number / total)
 

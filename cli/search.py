@@ -130,9 +130,8 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
         )
         return
     if result.profile is None:
-        stdout.print(
-            f"study {result.study}: no trial was completed, so there is no profile; run the same command again"
-        )
+        why = "no trial was completed" if not result.trials else "it was interrupted before drafts could be made"
+        stdout.print(f"study {result.study}: {why}, so there is no profile; run the same command again")
         return
     _report_profile(result.profile, result, out)
 

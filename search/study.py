@@ -19,6 +19,7 @@ from layerskip.decoding.draft_exit import FixedLength
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.decoding.loop import generate
 from layerskip.drafts.assets import DraftAssets
+from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
@@ -85,6 +86,9 @@ class SearchObserver:
 
     def reference_begins(self, prompts: int) -> None:
         """The full model will decode so many prompts for drafts to learn from."""
+
+    def trials_begin(self) -> None:
+        """Warm-up and reference run are over."""
 
     def prompt_measured(self, number: int, total: int) -> None:
         """A trial or a finalist has decoded ``number`` of ``total`` prompts."""
@@ -169,7 +173,7 @@ class Search:
             model=identity.id,
             fingerprint=identity.fingerprint,
             dtype=_dtype_name(model),
-            device=device_name(model.device),
+            device=_device_name(model),
             prompts=prompts.fingerprint,
             max_new_tokens=settings.max_new_tokens,
             prompts_per_trial=len(self._search_prompts),
@@ -236,6 +240,7 @@ class Search:
     def _optimize(self, study: optuna.Study) -> None:
         if len(completed_trials(study)) >= self._settings.trials:
             return
+        self._observer.trials_begin()
         enough = MaxTrialsCallback(self._settings.trials, states=(TrialState.COMPLETE,))
         try:
             study.optimize(self._evaluate, timeout=self._settings.timeout, callbacks=[self._report, enough])
@@ -278,7 +283,7 @@ class Search:
         """
         order = list(enumerate(self._search_prompts))
         random.Random(trial.number).shuffle(order)
-        drafter = self._drafter(candidate)
+        drafter = self._ready_drafter(candidate)
         measured: list[PromptMeasurement] = []
         for step, prompt in order:
             measured.append(self._measure(trial.number, prompt, "search", drafter, len(measured)))
@@ -290,7 +295,7 @@ class Search:
         return measured
 
     def _measure_finalist(self, trial: FrozenTrial) -> _Finalist:
-        drafter = self._drafter(self._space.candidate(trial.params))
+        drafter = self._ready_drafter(self._space.candidate(trial.params))
         measured: list[PromptMeasurement] = []
         for prompt in self._held_out:
             measured.append(self._measure(trial.number, prompt, "held-out", drafter, len(measured)))
@@ -313,6 +318,14 @@ class Search:
 
     def _drafter(self, candidate: Candidate) -> SkipDrafter:
         return drafter_of(self._model, candidate, self._assets(candidate))
+
+    def _ready_drafter(self, candidate: Candidate) -> SkipDrafter:
+        """A candidate's drafter; where passes are captured, that is done, and not part of what is measured."""
+        drafter = self._drafter(candidate)
+        if self._model.engine.captures:
+            for prompt in self._search_prompts:
+                generate(self._model, prompt.tokens, drafter=drafter, max_new_tokens=self._settings.max_new_tokens)
+        return drafter
 
     def _assets(self, candidate: Candidate) -> DraftAssets:
         return self._reference.assets(candidate) if self._reference is not None else DraftAssets()
@@ -350,6 +363,12 @@ class Search:
             ),
         )
         return profile.with_assets(self._assets(candidate))
+
+
+def _device_name(model: LayerSkipModel) -> str:
+    """The device, and how passes run there if it is not the usual way."""
+    name = device_name(model.device)
+    return name if model.engine.name == EagerEngine.name else f"{name}, {model.engine.name}"
 
 
 def _dtype_name(model: LayerSkipModel) -> str:

@@ -90,7 +90,7 @@ class SkipDrafter:
     ) -> None:
         if not 0 <= gate <= 1:
             raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
-        self._engine = model.engine
+        self._model = model
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
         self._draft_exit = draft_exit
         self._gate = gate
@@ -105,7 +105,7 @@ class SkipDrafter:
         prefixes: list[Tensor] = []
         token, ids = newest, self._stack.token_ids
         while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
-            step = self._engine.draft_step(token, cache, self._stack)
+            step = self._model.engine.draft_step(token, cache, self._stack)
             draws.append(sampler.draw(step.logits))
             token = draws[-1].token if ids is None else ids[draws[-1].token]
             if step.prefix is not None:

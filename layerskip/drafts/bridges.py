@@ -139,7 +139,10 @@ class BridgeFitter:
         factors: tuple[Tensor, ...] = (solution.T,)
         if len(solution) >= _LOW_RANK_FROM:
             factors = _low_rank(x, solution, len(solution) // _RANK_DIVISOR)
-        bias = y_mean - x_mean @ solution
+        mapped = x_mean
+        for factor in factors:
+            mapped = functional.linear(mapped, factor)
+        bias = y_mean - mapped
         return Bridge(start, stop, tuple(factor.contiguous() for factor in factors), bias).to(self._states)
 
     def _spectrum(self, boundary: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def measure_costs(model: LayerSkipModel, widths: Sequence[int] = WIDTHS) -> Pass
         model: The model.
         widths: Numbers of tokens to measure; 1 is among them.
     """
-    context = min(_CONTEXT, model.context_length - max(widths))
+    context = max(min(_CONTEXT, model.context_length - max(widths)), 1)
     cache = model.new_cache(context + max(widths))
     model.forward(torch.zeros(context, dtype=torch.long, device=model.device), cache)
 

@@ -24,6 +24,9 @@ class EagerEngine:
         model: The model.
     """
 
+    name = "eager"
+    captures = False
+
     def __init__(self, model: LayerSkipModel) -> None:
         self._model = model
         self.costs: PassCosts | None = None

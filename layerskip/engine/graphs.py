@@ -35,12 +35,21 @@ Capture = Callable[[Callable[[], Outputs]], Replay]
 
 
 class CudaGraphCapture:
-    """Captures passes as CUDA graphs that share one memory pool, so that buffers between sublayers exist once."""
+    """Captures passes as CUDA graphs that share one memory pool, so that buffers between sublayers exist once.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where the passes run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Outputs]) -> Replay:
+        with torch.cuda.device(self._device):
+            return self._captured(run)
+
+    def _captured(self, run: Callable[[], Outputs]) -> Replay:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -92,6 +101,9 @@ class GraphEngine:
         InvalidInputError: The model is not on one CUDA device and no other way to capture is given.
     """
 
+    name = "cuda-graphs"
+    captures = True
+
     def __init__(self, model: LayerSkipModel, capture: Capture | None = None, *, smallest_bucket: int = 256) -> None:
         devices = {sublayer.device for sublayer in model.sublayers}
         if (capture is None and {device.type for device in devices} != {"cuda"}) or len(devices) > 1:
@@ -99,7 +111,7 @@ class GraphEngine:
         self.costs: PassCosts | None = None
         self._model = model
         self._smallest_bucket = smallest_bucket
-        self._capture = capture or CudaGraphCapture()
+        self._capture = capture or CudaGraphCapture(model.device)
         self._cache: GraphCache | None = None
         self._passes: dict[Stack, dict[tuple[int, int], _CapturedPass]] = {}
 

@@ -44,10 +44,14 @@ class Engine(Protocol):
     """Runs passes of one model. One engine serves one generation at a time.
 
     Attributes:
+        name: What it is called.
+        captures: Whether the first decoding with a draft takes longer than later ones.
         costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
             needs.
     """
 
+    name: str
+    captures: bool
     costs: PassCosts | None
 
     def new_cache(self, capacity: int) -> KVCache:

@@ -120,7 +120,7 @@ class LayerSkipModel:
         if token_ids is None:
             return stack
         rows = self._head.weight[token_ids.to(self._head.weight.device)]
-        return replace(stack, token_ids=token_ids.to(rows.device), head_rows=rows)
+        return replace(stack, token_ids=token_ids.to(self.device), head_rows=rows)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first sublayer, ``[1, n, hidden_size]``, of token ids ``[n]``."""
@@ -181,7 +181,7 @@ class LayerSkipModel:
         """
         x = self._final_norm(x.to(self._final_norm.weight.device))[0]
         rows = None if stack is None else stack.head_rows
-        scores: Tensor = self._head(x) if rows is None else functional.linear(x, rows)
+        scores: Tensor = self._head(x) if rows is None else functional.linear(x.to(rows.device), rows)
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
         return scores.float().to(self.device)

@@ -11,6 +11,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from layerskip import DraftProfile, FixedLength, InvalidInputError, LayerSkipModel, SkipSet, identify
+from layerskip.engine import GraphEngine
+from layerskip.engine.graphs import call_directly
 from layerskip.errors import LosslessnessError
 from search.measure import Summary
 from search.space import Candidate, SearchSpace
@@ -497,3 +499,12 @@ def test_a_setting_out_of_its_range_is_refused_by_name(setting, value):
 def test_the_largest_seed_can_be_gone_on_with(llama, storage):
     for trials in (1, 2):
         assert small_search(llama, storage, trials=trials, seed=2**32 - 1).run().trials == trials
+
+
+def test_a_study_belongs_to_an_engine(storage):
+    model = LayerSkipModel(tiny_llama())
+    eager = small_search(model, storage, trials=1).run()
+    model.engine = GraphEngine(model, call_directly)
+    captured = small_search(model, storage, trials=1).run()
+    assert captured.study != eager.study
+    assert captured.profile.measured.device == f"{eager.profile.measured.device}, cuda-graphs"

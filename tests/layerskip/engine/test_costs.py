@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from layerskip import calibrate
+from layerskip import LayerSkipModel, calibrate
 from layerskip.engine import load_costs, measure_costs
+from tests.models import tiny_llama
 
 
 def test_costs_are_measured_for_each_width_and_are_times(llama):
@@ -50,3 +51,8 @@ def test_calibrating_lets_the_engine_choose(llama, tmp_path):
         assert calibrate(llama, tmp_path) is llama.engine.costs
     finally:
         llama.engine.costs = None
+
+
+def test_a_model_with_a_short_context_can_be_measured():
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=4))
+    assert measure_costs(model).seconds(1) > 0

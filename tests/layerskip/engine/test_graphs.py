@@ -129,3 +129,12 @@ def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
         use_engine(model, "steam")
     with pytest.raises(InvalidInputError, match="one CUDA device"):
         use_engine(model, "cuda-graphs")
+
+
+def test_a_drafter_drafts_with_the_engine_that_its_model_has_now():
+    model = LayerSkipModel(tiny_llama())
+    drafter = SkipDrafter(model, SKIPPED, FixedLength(3))
+    expected = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12)
+    model.engine = engine = GraphEngine(model, call_directly)
+    assert generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12).tokens == expected.tokens
+    assert len(engine._passes) == 2
