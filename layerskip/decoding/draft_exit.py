@@ -1,8 +1,8 @@
 """When a draft stops proposing.
 
-Every policy is a largest draft length and a threshold on the draft's confidence in the token it has just proposed:
-drafting goes on while the confidence is at least the threshold. The unsure token itself is still proposed. That is
-what keeps sampling exact: whether a token is proposed must not depend on which token it is.
+Every policy is a largest draft length and a threshold on the draft's confidence, the highest probability that it gives
+any token where it has just proposed one: drafting goes on while the confidence is at least the threshold. The token
+proposed there still is. Sampling stays exact because whether a token is proposed does not depend on which token it is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ExitController:
         return self.threshold > 0
 
     def stops_after(self, confidence: float) -> bool:
-        """Whether a draft ends with a token of this confidence."""
+        """Whether a draft ends with the token that was proposed with this confidence."""
         return confidence < self.threshold
 
     def observe(self, drafted: int, accepted: int) -> None:
@@ -69,7 +69,7 @@ class FixedLength:
 
 @dataclass(frozen=True)
 class ConfidenceThreshold:
-    """Stop after a token whose probability under the draft is below ``threshold``, or after ``max_length`` tokens."""
+    """Stop where the draft's highest probability is below ``threshold``, or after ``max_length`` tokens."""
 
     threshold: float = 0.6
     max_length: int = 8

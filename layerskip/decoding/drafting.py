@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.sampling import Draft, Draw, Sampler
-from layerskip.engine import SharedPrefix
+from layerskip.engine import SharedPrefix, highest_probability
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
@@ -103,25 +103,20 @@ class SkipDrafter:
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draws: list[Draw] = []
         prefixes: list[Tensor] = []
-        token, ids = newest, self._stack.token_ids
+        token = newest
         while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
             step = self._model.engine.draft_step(token, cache, self._stack)
-            draws.append(sampler.draw(step.logits))
-            token = draws[-1].token if ids is None else ids[draws[-1].token]
+            draws.append(sampler.draft(step, self._stack.token_ids))
+            token = draws[-1].token
             if step.prefix is not None:
                 prefixes.append(step.prefix)
-            if self._exit.reads_confidence and self._exit.stops_after(_probability(step.logits, draws[-1].token)):
+            if self._exit.reads_confidence and self._exit.stops_after(float(step.confidence)):
                 break
         shared = SharedPrefix(torch.cat(prefixes, dim=1), self._stack.shared) if prefixes else None
-        return Draft.of(draws, newest.device, token_ids=ids, shared=shared)
+        return Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
 
     def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
         if drafted:
             self._exit.observe(drafted, accepted)
         # Reading a probability makes the host wait for the device.
-        self._unsure = self._gate > 0 and _probability(logits, logits.argmax(-1, keepdim=True)) < self._gate
-
-
-def _probability(logits: Tensor, column: Tensor) -> float:
-    """Probability of a column under the softmax of all, before temperature, top-k and top-p."""
-    return float((logits[column] - logits.logsumexp(-1)).exp())
+        self._unsure = self._gate > 0 and float(highest_probability(logits)) < self._gate

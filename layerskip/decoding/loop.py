@@ -159,7 +159,7 @@ def stream(
             verdict = sampler.verify(draft, logits)
             cache.rollback(past + 1 + verdict.accepted)
         drafter.observe(len(draft), verdict.accepted, logits[verdict.accepted])
-        newest = torch.tensor(verdict.tokens[-1:], device=model.device)
+        newest = verdict.newest
         certain, reason = ending.cut(tokens, verdict.tokens)
         tokens += certain
         stats.rounds += 1

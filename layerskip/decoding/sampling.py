@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from layerskip.decoding.verification import Verdict, greedy_match, speculative_sampling
-from layerskip.engine import SharedPrefix
+from layerskip.decoding.verification import Verdict, greedy_match, sample, speculative_sampling
+from layerskip.engine import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError
 
 
@@ -53,8 +53,9 @@ class Draw:
     """A chosen token, and what it was drawn from.
 
     Args:
-        token: ``[1]``, its column in the logits: its id, except in a draft that scores some tokens only.
-        distribution: ``[vocab_size]``, the probabilities it was drawn from; None where nothing was drawn.
+        token: ``[1]``, its id.
+        distribution: ``[n]``, the probabilities it was drawn from, one for each token that was scored; None where
+            nothing was drawn.
     """
 
     token: Tensor
@@ -88,8 +89,7 @@ class Draft:
         shared: SharedPrefix | None = None,
     ) -> Draft:
         """The draft that some draws make up, in order."""
-        columns = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
-        tokens = columns if token_ids is None else token_ids[columns]
+        tokens = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
         return cls(tokens, tuple(d.distribution for d in draws), token_ids, shared)
 
     def __len__(self) -> int:
@@ -100,7 +100,10 @@ class Sampler(Protocol):
     """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand."""
 
     def draw(self, logits: Tensor) -> Draw:
-        """Choose a token by its logits, ``[vocab_size]``."""
+        """Choose a token by the full model's logits, ``[vocab_size]``."""
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
+        """Choose a token to propose by a draft step over a draft vocabulary, ``[n]``; None is the whole vocabulary."""
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         """Check ``k`` drafted tokens against the full model's logits, ``[k + 1, vocab_size]``."""
@@ -111,6 +114,9 @@ class GreedySampler:
 
     def draw(self, logits: Tensor) -> Draw:
         return Draw(logits.argmax(-1, keepdim=True), None)
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
+        return Draw(step.likeliest, None)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         return greedy_match(draft.tokens, logits)
@@ -145,7 +151,11 @@ class RandomSampler:
 
     def draw(self, logits: Tensor) -> Draw:
         distribution = self.distributions(logits[None])[0]
-        return Draw(torch.multinomial(distribution, 1, generator=self._generator), distribution)
+        return Draw(sample(distribution, self._generator), distribution)
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
+        draw = self.draw(step.logits)
+        return draw if token_ids is None else Draw(token_ids[draw.token], draw.distribution)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         target = self.distributions(logits)

@@ -1,4 +1,8 @@
-"""Which of the proposed tokens stand."""
+"""Which of the proposed tokens stand.
+
+Everything is decided where the logits are, without a branch, and comes to the host in one transfer at the end: each
+transfer makes the host wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ class Verdict:
 
     Args:
         tokens: The drafted tokens that stand, and behind them the full model's own next token.
+        newest: ``[1]``, that last token, where the model is.
     """
 
     tokens: list[int]
+    newest: Tensor
 
     @property
     def accepted(self) -> int:
@@ -31,15 +37,26 @@ def greedy_match(drafted: Tensor, logits: Tensor) -> Verdict:
         drafted: ``[k]``, proposed token ids.
         logits: ``[k + 1, vocab_size]``, the full model's, before each proposed token and behind the last.
     """
-    # One transfer to the host.
-    *proposals, choices = torch.split(torch.cat([drafted, logits.argmax(-1)]).cpu(), [len(drafted), len(logits)])
-    choice = choices.tolist()
-    accepted = 0
-    for proposal in proposals[0].tolist():
-        if proposal != choice[accepted]:
-            break
-        accepted += 1
-    return Verdict(choice[: accepted + 1])
+    choices = logits.argmax(-1)
+    accepted = _length_of_run(drafted == choices[:-1])
+    newest = choices.index_select(0, accepted)
+    *tokens, count = torch.cat([choices, accepted]).tolist()
+    return Verdict(tokens[: count + 1], newest)
+
+
+def _length_of_run(stands: Tensor) -> Tensor:
+    """How many flags, of ``[k]``, are true before the first that is not: ``[1]``."""
+    return stands.long().cumprod(0).sum(0, keepdim=True)
+
+
+def sample(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index, ``[1]``, from probabilities ``[n]`` that need not be normalized.
+
+    The first of ``n`` independent exponential clocks with these rates to ring. ``torch.multinomial`` would check the
+    probabilities on the host, which waits for the device.
+    """
+    # exponential_() never gives 0, so what has probability 0 never wins.
+    return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1, True)
 
 
 def speculative_sampling(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Verdict:
@@ -62,11 +79,12 @@ def speculative_sampling(drafted: Tensor, draft: Tensor, target: Tensor, generat
     p, q = target[each, drafted], draft[each, drafted]
     # u < p / q, written without the division
     stands = torch.rand(k, generator=generator, device=drafted.device) * q < p
-    accepted = int(stands.long().cumprod(0).sum())
-    remaining = target[accepted]
-    if accepted < k:
-        # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
-        left = (remaining - draft[accepted]).clamp_(min=0)
-        remaining = torch.where(left.sum() > 0, left, remaining)
-    own = torch.multinomial(remaining, 1, generator=generator)
-    return Verdict(torch.cat([drafted[:accepted], own]).tolist())
+    accepted = _length_of_run(stands)
+    # Selected by a tensor: an index that the host had to know would make it wait.
+    remaining = target.index_select(0, accepted)[0]
+    replaced = torch.cat([draft, torch.zeros_like(target[:1])]).index_select(0, accepted)[0]  # 0 behind the draft
+    # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
+    left = (remaining - replaced).clamp_(min=0)
+    newest = sample(torch.where(left.sum() > 0, left, remaining), generator)
+    *proposed, own, count = torch.cat([drafted, newest, accepted]).tolist()
+    return Verdict([*proposed[:count], own], newest)

@@ -4,7 +4,7 @@ from layerskip.engine.choice import ENGINES, use_engine
 from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.graphs import GraphEngine
-from layerskip.engine.interface import DraftStep, Engine, SharedPrefix
+from layerskip.engine.interface import DraftStep, Engine, SharedPrefix, highest_probability
 
 __all__ = [
     "ENGINES",
@@ -15,6 +15,7 @@ __all__ = [
     "PassCosts",
     "SharedPrefix",
     "calibrate",
+    "highest_probability",
     "load_costs",
     "measure_costs",
     "use_engine",

@@ -43,7 +43,7 @@ class EagerEngine:
         prefix = stack.run(self._model.embed(token), context, stop=stack.shared)
         x = stack.run(prefix, context, start=stack.shared)
         cache.advance(1)
-        return DraftStep(self._model.logits(x, stack)[0], prefix if stack.shared else None)
+        return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix if stack.shared else None)
 
     def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
         needed = len(tokens)

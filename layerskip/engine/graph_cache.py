@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from layerskip.stack.kv_cache import KVCache
@@ -20,17 +23,26 @@ class GraphCache(KVCache):
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(num_layers, capacity)
-        self.positions: Tensor | None = None
-        self.bucket = 0
+        self._positions: Tensor | None = None
+        self._bucket = 0
+
+    @contextmanager
+    def at(self, positions: Tensor, bucket: int) -> Iterator[None]:
+        """For the enclosed pass, write at positions ``[n]`` on the device and read the first ``bucket`` ones."""
+        self._positions, self._bucket = positions, bucket
+        try:
+            yield
+        finally:
+            self._positions = None
 
     def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor, end: int) -> Tensor:
-        if self.positions is None:
+        if self._positions is None:
             return super()._write(buffers, layer, new, end)
         buffer = buffers[layer]
         if buffer is None:
             buffer = buffers[layer] = self._allocate(new)
-        buffer.index_copy_(2, self.positions, new)
-        return buffer[:, :, : self.bucket]
+        buffer.index_copy_(2, self._positions, new)
+        return buffer[:, :, : self._bucket]
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros, because what the mask leaves out is still multiplied by 0, and 0 times whatever lay there may be NaN.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from layerskip.engine.captured import CapturedDraft, CapturedVerification
 from layerskip.engine.costs import PassCosts
 from layerskip.engine.graph_cache import GraphCache
 from layerskip.engine.interface import DraftStep, SharedPrefix
@@ -19,19 +19,16 @@ from layerskip.stack.stack import Stack
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
 
-# Captured stacks kept, the newest; a search goes through hundreds, and each holds buffers of its own.
+# Captured stacks kept, those used last; a search goes through hundreds, and each holds buffers of its own.
 _STACKS_KEPT = 4
 
-Outputs = tuple[Tensor, Tensor | None]
+Outputs = TypeVar("Outputs")
 
 
-class Replay(Protocol):
-    """Runs what was captured once more, on what its input buffers hold now."""
+class Capture(Protocol):
+    """Captures a pass; what it returns runs it once more, on what its input buffers hold then."""
 
-    def __call__(self) -> Outputs: ...
-
-
-Capture = Callable[[Callable[[], Outputs]], Replay]
+    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]: ...
 
 
 class CudaGraphCapture:
@@ -45,11 +42,11 @@ class CudaGraphCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Outputs]) -> Replay:
+    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
         with torch.cuda.device(self._device):
             return self._captured(run)
 
-    def _captured(self, run: Callable[[], Outputs]) -> Replay:
+    def _captured(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -66,23 +63,9 @@ class CudaGraphCapture:
         return replay
 
 
-def call_directly(run: Callable[[], Outputs]) -> Replay:
+def call_directly(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
     """Capture nothing: run the pass anew each time. What the tests without a CUDA device use."""
     return run
-
-
-@dataclass
-class _CapturedPass:
-    """A pass of one stack, width and bucket, with the buffers it reads."""
-
-    tokens: Tensor  # [width]
-    positions: Tensor  # [width]
-    replay: Replay
-
-    def __call__(self, tokens: Tensor, past: int) -> Outputs:
-        self.tokens.copy_(tokens)
-        torch.arange(past, past + len(self.positions), out=self.positions)
-        return self.replay()
 
 
 class GraphEngine:
@@ -113,14 +96,16 @@ class GraphEngine:
         self._smallest_bucket = smallest_bucket
         self._capture = capture or CudaGraphCapture(model.device)
         self._cache: GraphCache | None = None
-        self._passes: dict[Stack, dict[tuple[int, int], _CapturedPass]] = {}
+        self._drafts: dict[Stack, dict[int, CapturedDraft]] = {}  # by bucket
+        self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
 
     def new_cache(self, capacity: int) -> KVCache:
         """The engine's own cache, emptied; an earlier generation's is no longer valid."""
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
         needed = self.bucket_of(capacity + padding)
         if self._cache is None or self._cache.capacity < needed:
-            self._passes.clear()
+            self._drafts.clear()
+            self._verifications.clear()
             self._cache = GraphCache(self._model.num_layers, needed)
         self._cache.rollback(0)
         return self._cache
@@ -136,55 +121,70 @@ class GraphEngine:
         return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
 
     def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        logits, prefix = self._run(token, cache, stack)
+        own, bucket = self._room_for(1, cache)
+        steps = self._steps_of(stack)
+        if bucket not in steps:
+            steps[bucket] = self._capture_draft(stack, bucket, own)
+        step = steps[bucket](token, cache.length)
         cache.advance(1)
-        # Kept across steps by the drafter, while the next replay writes to the same buffer.
-        return DraftStep(logits[0], None if prefix is None else prefix.clone())
+        return step
 
     def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
+        own, bucket = self._room_for(width, cache)
+        if (width, bucket) not in self._verifications:
+            self._verifications[width, bucket] = self._capture_verification(width, bucket, own)
         padded = torch.nn.functional.pad(tokens, (0, width - needed))
-        logits, _ = self._run(padded, cache, self._model.full_stack)
+        logits = self._verifications[width, bucket](padded, cache.length)
         cache.advance(needed)
         return logits[:needed]
 
-    def _run(self, tokens: Tensor, cache: KVCache, stack: Stack) -> Outputs:
+    def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
+        """The cache, and the bucket that a pass of this width behind it needs."""
         assert isinstance(cache, GraphCache)  # every cache of this engine is its own
-        width = len(tokens)
-        if cache.length + width > cache.capacity:
-            raise InvalidInputError(f"engine: {cache.length + width} positions exceed the cache of {cache.capacity}")
-        captured = self._captured(stack, width, self.bucket_of(cache.length + width), cache)
-        return captured(tokens, cache.length)
+        length = cache.length + width
+        if length > cache.capacity:
+            raise InvalidInputError(f"engine: {length} positions exceed the cache of {cache.capacity}")
+        return cache, self.bucket_of(length)
 
-    def _captured(self, stack: Stack, width: int, bucket: int, cache: GraphCache) -> _CapturedPass:
-        passes = self._passes.setdefault(stack, {})
-        if (width, bucket) not in passes:
-            self._forget_old_stacks()
-            passes[width, bucket] = self._capture_pass(stack, width, bucket, cache)
-        return passes[width, bucket]
+    def _steps_of(self, stack: Stack) -> dict[int, CapturedDraft]:
+        """A stack's captured steps by bucket; those of stacks that were used long ago are dropped."""
+        steps = self._drafts[stack] = self._drafts.pop(stack, {})
+        for old in list(self._drafts)[:-_STACKS_KEPT]:
+            del self._drafts[old]
+        return steps
 
-    def _forget_old_stacks(self) -> None:
-        drafts = [stack for stack in self._passes if stack is not self._model.full_stack]
-        for stack in drafts[:-_STACKS_KEPT]:
-            del self._passes[stack]
-
-    def _capture_pass(self, stack: Stack, width: int, bucket: int, cache: GraphCache) -> _CapturedPass:
+    def _capture_draft(self, stack: Stack, bucket: int, cache: GraphCache) -> CapturedDraft:
         model = self._model
-        tokens = torch.zeros(width, dtype=torch.long, device=model.device)
-        # Behind the text, where trial runs before the capture do no harm.
-        positions = torch.arange(cache.length, cache.length + width, device=model.device)
-        drafting = stack is not model.full_stack
+        token, position = self._buffers(1, cache)
 
-        def run() -> Outputs:
-            cache.positions, cache.bucket = positions, bucket
-            try:
+        def run() -> DraftStep:
+            with cache.at(position, bucket):
+                context = model.context_at(position, bucket, cache)
+                prefix = stack.run(model.embed(token), context, stop=stack.shared)
+                x = stack.run(prefix, context, start=stack.shared)
+            step = DraftStep.of(model.logits(x, stack)[0], stack.token_ids, prefix if stack.shared else None)
+            token.copy_(step.likeliest)
+            position.add_(1)
+            return step
+
+        return CapturedDraft(token, position, self._capture(run))
+
+    def _capture_verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification:
+        model = self._model
+        tokens, positions = self._buffers(width, cache)
+
+        def run() -> Tensor:
+            with cache.at(positions, bucket):
                 context = model.context_at(positions, bucket, cache)
-                x = stack.run(model.embed(tokens), context, stop=stack.shared)
-                prefix = x if drafting and stack.shared else None
-                x = stack.run(x, context, start=stack.shared)
-                return model.logits(x, stack), prefix
-            finally:
-                cache.positions = None
+                return model.logits(model.full_stack.run(model.embed(tokens), context))
 
-        return _CapturedPass(tokens, positions, self._capture(run))
+        return CapturedVerification(tokens, positions, self._capture(run))
+
+    def _buffers(self, width: int, cache: GraphCache) -> tuple[Tensor, Tensor]:
+        """Tokens and positions of a pass, ``[width]`` each."""
+        device = self._model.device
+        tokens = torch.zeros(width, dtype=torch.long, device=device)
+        # Behind the text, where a trial run before the capture does no harm.
+        return tokens, torch.arange(cache.length, cache.length + width, device=device)

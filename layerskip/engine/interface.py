@@ -18,12 +18,34 @@ class DraftStep:
 
     Args:
         logits: ``[n]``, scores in float32, one for each token of the draft's vocabulary.
+        likeliest: ``[1]``, the id of the token with the highest score.
+        confidence: ``[]``, that token's probability, before temperature, top-k and top-p.
         prefix: ``[1, 1, hidden_size]``, the hidden states at the top of what draft and full model share; None if they
             share nothing.
     """
 
     logits: Tensor
+    likeliest: Tensor
+    confidence: Tensor
     prefix: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor | None, prefix: Tensor | None) -> DraftStep:
+        """The step that these logits make, by tensor operations alone, so that it can be captured.
+
+        Args:
+            logits: ``[n]``.
+            token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+            prefix: As in the step.
+        """
+        column = logits.argmax(-1, keepdim=True)
+        likeliest = column if token_ids is None else token_ids[column]
+        return cls(logits, likeliest, highest_probability(logits), prefix)
+
+
+def highest_probability(logits: Tensor) -> Tensor:
+    """The probability, ``[]``, of the likeliest token under the softmax of all logits, ``[n]``."""
+    return (logits.max() - logits.logsumexp(-1)).exp()
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,18 @@ def test_plain_samples_follow_the_full_model(model):
 # Would a mistake show? Each of these is one.
 
 
+def verdict_of(tokens):
+    return Verdict(tokens, torch.tensor(tokens[-1:]))
+
+
 def accept_everything(drafted, draft, target, generator):
     own = torch.multinomial(target[len(drafted)], 1, generator=generator)
-    return Verdict([*drafted.tolist(), *own.tolist()])
+    return verdict_of([*drafted.tolist(), *own.tolist()])
 
 
 def accept_never(drafted, draft, target, generator):
     """Not a mistake: slow, and exact."""
-    return Verdict(torch.multinomial(target[0], 1, generator=generator).tolist())
+    return verdict_of(torch.multinomial(target[0], 1, generator=generator).tolist())
 
 
 def replace_from_the_target(drafted, draft, target, generator):
@@ -127,7 +131,7 @@ def replace_from_the_target(drafted, draft, target, generator):
     for i, token in enumerate(drafted.tolist()):
         if torch.rand((), generator=generator) * draft[i, token] >= target[i, token]:
             own = torch.multinomial(target[i], 1, generator=generator)
-            return Verdict([*drafted[:i].tolist(), *own.tolist()])
+            return verdict_of([*drafted[:i].tolist(), *own.tolist()])
     return accept_everything(drafted, draft, target, generator)
 
 
@@ -136,7 +140,7 @@ def accept_only_the_likeliest(drafted, draft, target, generator):
     for i, token in enumerate(drafted.tolist()):
         if token != int(target[i].argmax()):
             own = torch.multinomial(target[i], 1, generator=generator)
-            return Verdict([*drafted[:i].tolist(), *own.tolist()])
+            return verdict_of([*drafted[:i].tolist(), *own.tolist()])
     return accept_everything(drafted, draft, target, generator)
 
 
@@ -154,7 +158,7 @@ def test_a_slow_but_exact_acceptance_rule_passes(model, monkeypatch):
 
 
 class KeepsUnsureTokensToItself(SkipDrafter):
-    """Stops before an unsure token instead of behind it, so that what is proposed depends on which token was drawn."""
+    """Stops before a token that it finds unlikely, so that what is proposed depends on which token was drawn."""
 
     def propose(self, newest, cache, limit, sampler):
         draft = super().propose(newest, cache, limit, sampler)
@@ -166,7 +170,7 @@ class KeepsUnsureTokensToItself(SkipDrafter):
 
 
 def test_a_draft_that_keeps_its_unsure_token_to_itself_is_noticed(model):
-    """Why the draft exits propose it: at temperature 1 a confidence is the probability in the draft's distribution."""
+    """Why a draft exit looks at the highest probability, which is the same whichever token was drawn."""
     observed = samples(model, KeepsUnsureTokensToItself(model, SKIPPED, EXITS["confidence"]), PLAIN, 1000)
     assert p_value(observed, distribution_of_texts(model, PLAIN)) < CERTAINTY
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip.decoding.verification import greedy_match, speculative_sampling
+from layerskip.decoding.verification import greedy_match, sample, speculative_sampling
 
 
 def one_hot(tokens, size=5):
@@ -27,6 +27,7 @@ def test_greedy_proposals_stand_up_to_the_first_that_differs_and_the_model_s_own
     assert verdict.accepted == stands
     assert verdict.tokens == choices[: stands + 1]
     assert verdict.tokens[:stands] == drafted[:stands]
+    assert verdict.newest.tolist() == verdict.tokens[-1:]
 
 
 @given(st.lists(small_tokens, max_size=6), small_tokens, st.integers(0, 99))
@@ -34,6 +35,7 @@ def test_a_draft_from_the_model_s_own_distribution_always_stands_whole(drafted, 
     target = torch.cat([torch.full((len(drafted), 5), 0.2), one_hot([last])])
     verdict = speculative_sampling(torch.tensor(drafted, dtype=torch.long), target[:-1], target, seeded(seed))
     assert verdict.tokens == [*drafted, last]
+    assert verdict.newest.tolist() == [last]
 
 
 @given(st.integers(0, 3), st.integers(0, 99))
@@ -44,6 +46,7 @@ def test_a_token_that_the_model_rules_out_never_stands_nor_does_anything_behind_
     choices[impossible] = 4
     verdict = speculative_sampling(drafted, one_hot([0] * 4), one_hot(choices), seeded(seed))
     assert verdict.tokens == [0] * impossible + [4]
+    assert verdict.newest.tolist() == [4]
 
 
 def test_a_token_stands_as_often_as_the_model_finds_it_likely_and_the_residual_replaces_it():
@@ -67,3 +70,11 @@ def test_a_rejection_by_rounding_alone_is_answered_by_the_model_s_own_distributi
         verdict = speculative_sampling(torch.tensor([0]), q * 2**30, p, torch.Generator().manual_seed(seed))
         assert verdict.accepted == 0
         assert verdict.tokens[0] in (0, 1)
+
+
+def test_an_index_is_drawn_as_often_as_its_probability_says_and_never_one_without():
+    weights, generator, draws = torch.tensor([0.0, 3.0, 0.0, 6.0, 1.0]), seeded(0), 4000
+    drawn = [int(sample(weights, generator)) for _ in range(draws)]
+    for index, weight in enumerate(weights.tolist()):
+        assert abs(drawn.count(index) / draws - weight / 10) < 0.03
+    assert set(drawn) == {1, 3, 4}

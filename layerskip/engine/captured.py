@@ -1,0 +1,62 @@
+"""Captured passes with the buffers that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from layerskip.engine.interface import DraftStep
+
+
+@dataclass(frozen=True)
+class CapturedVerification:
+    """A pass of the full model of one width and bucket.
+
+    Args:
+        tokens: ``[width]``, where it reads the tokens.
+        positions: ``[width]``, where it reads their positions.
+        replay: Runs it; gives ``[width, vocab_size]``, which the next replay overwrites.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    replay: Callable[[], Tensor]
+
+    def __call__(self, tokens: Tensor, past: int) -> Tensor:
+        """Logits of these tokens behind ``past`` others."""
+        self.tokens.copy_(tokens)
+        torch.arange(past, past + len(self.positions), out=self.positions)
+        return self.replay()
+
+
+class CapturedDraft:
+    """A draft step of one stack and bucket, which leaves its choice and its next position where it will read them.
+
+    Args:
+        token: ``[1]``, where it reads the token and leaves its likeliest next one.
+        position: ``[1]``, where it reads the position and leaves the next.
+        replay: Runs it; the next replay overwrites what it gives.
+    """
+
+    def __init__(self, token: Tensor, position: Tensor, replay: Callable[[], DraftStep]) -> None:
+        self._token, self._position, self._replay = token, position, replay
+        # What the buffers hold, so that a step that goes on from the last one has nothing to set.
+        self._next_token: Tensor | None = None
+        self._next_past: int | None = None
+
+    def __call__(self, token: Tensor, past: int) -> DraftStep:
+        """The step of a token behind ``past`` others."""
+        if token is not self._next_token:
+            self._token.copy_(token)
+        if past != self._next_past:
+            self._position.fill_(past)
+        self._next_token = self._next_past = None  # should the replay be interrupted, nobody knows
+        step = self._replay()
+        # Kept to the draft's end, while the next replay writes to the same buffers.
+        prefix = None if step.prefix is None else step.prefix.clone()
+        step = replace(step, likeliest=step.likeliest.clone(), prefix=prefix)
+        self._next_token, self._next_past = step.likeliest, past + 1
+        return step
