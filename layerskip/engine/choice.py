@@ -12,11 +12,11 @@ from layerskip.errors import InvalidInputError
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
 
-ENGINES = ("eager", "cuda-graphs")
+ENGINES = (EagerEngine.name, GraphEngine.name)
 
 
 def use_engine(model: LayerSkipModel, name: str) -> None:
-    """Let a model run its passes by an engine, the eager one calibrated to this machine.
+    """Let a model run its passes by an engine, calibrated to this machine.
 
     Args:
         model: The model.
@@ -27,8 +27,5 @@ def use_engine(model: LayerSkipModel, name: str) -> None:
     """
     if name not in ENGINES:
         raise InvalidInputError(f"engine '{name}' is unknown; expected {' or '.join(ENGINES)}")
-    if name == "cuda-graphs":
-        model.engine = GraphEngine(model)
-        return
-    model.engine = EagerEngine(model)
+    model.engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
     calibrate(model)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from layerskip.machine import device_name, library_versions
 from layerskip.timing import device_seconds
 
 if TYPE_CHECKING:
+    from layerskip.engine.interface import Engine
     from layerskip.stack.model import LayerSkipModel
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 # A text of usual length; attention is a small part of a pass until contexts are much longer.
 _CONTEXT = 128
 _REPEATS = 7
+# Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it.
+_LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,29 +69,55 @@ class PassCosts:
 
 @torch.inference_mode()
 def measure_costs(model: LayerSkipModel, widths: Sequence[int] = WIDTHS) -> PassCosts:
-    """Measure a model's passes where it lies: medians of interleaved repeats behind a text of usual length.
+    """Measure the passes of a model's engine: medians of interleaved repeats behind a text of usual length.
+
+    Whole passes are the engine's own verifications. The head is timed by itself, and the sublayers are the rest.
 
     Args:
-        model: The model.
+        model: The model; its engine must not be in the middle of a generation.
         widths: Numbers of tokens to measure; 1 is among them.
     """
+    with _exact_widths(model.engine):
+        whole, head = _measure(model, widths)
+    head = {width: min(head[width], (1 - _LEAST_SHARE) * whole[width]) for width in widths}
+    return PassCosts({width: whole[width] - head[width] for width in widths}, head)
+
+
+@contextmanager
+def _exact_widths(engine: Engine) -> Iterator[None]:
+    """Without costs, an engine verifies at the width that is needed."""
+    costs, engine.costs = engine.costs, None
+    try:
+        yield
+    finally:
+        engine.costs = costs
+
+
+def _measure(model: LayerSkipModel, widths: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+    """Median seconds of whole passes and of the head, by width."""
     context = max(min(_CONTEXT, model.context_length - max(widths)), 1)
-    cache = model.new_cache(context + max(widths))
-    model.forward(torch.zeros(context, dtype=torch.long, device=model.device), cache)
+    cache = model.engine.new_cache(context + max(widths))
+    tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
+    model.engine.prefill(tokens[:context], cache)
+    states = model.embed(tokens[: max(widths)])
 
-    def run_sublayers(width: int) -> torch.Tensor:
-        x = model.forward(torch.zeros(width, dtype=torch.long, device=model.device), cache)
+    def verify(width: int) -> None:
+        model.engine.verify(tokens[:width], cache, None)
         cache.rollback(context)
-        return x
 
-    states = {width: run_sublayers(width) for width in widths}
-    sublayers: dict[int, list[float]] = {width: [] for width in widths}
+    def score(width: int) -> None:
+        model.logits(states[:, :width])
+
+    for width in widths:  # the first pass of a width is slow: buffers are made, or a graph is captured
+        verify(width)
+        score(width)
+    whole: dict[int, list[float]] = {width: [] for width in widths}
     head: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(_REPEATS):
         for width in widths:
-            sublayers[width].append(_seconds(model, lambda width=width: run_sublayers(width)))  # type: ignore[misc]
-            head[width].append(_seconds(model, lambda width=width: model.logits(states[width])))  # type: ignore[misc]
-    return PassCosts(_medians(sublayers), _medians(head))
+            whole[width].append(_seconds(model, verify, width))
+            head[width].append(_seconds(model, score, width))
+    return _medians(whole), _medians(head)
 
 
 def calibrate(model: LayerSkipModel, folder: Path | None = None) -> PassCosts:
@@ -102,7 +132,7 @@ def calibrate(model: LayerSkipModel, folder: Path | None = None) -> PassCosts:
 
 
 def load_costs(model: LayerSkipModel, folder: Path) -> PassCosts:
-    """The costs measured for this model, device, dtype and software earlier, or else measured now and kept.
+    """The costs measured for this model, engine, device, dtype and software earlier, or else measured now and kept.
 
     Args:
         model: The model.
@@ -128,13 +158,14 @@ _PARTS = ("sublayers", "head")
 def _key(model: LayerSkipModel) -> str:
     """Changes with whatever passes take longer or shorter by."""
     config = model.config.to_diff_dict()
-    what = [config, str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
+    where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
+    what = [config, model.engine.name, *where]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _seconds(model: LayerSkipModel, run: Callable[[], object]) -> float:
+def _seconds(model: LayerSkipModel, run: Callable[[int], None], width: int) -> float:
     started = device_seconds(model.device)
-    run()
+    run(width)
     return device_seconds(model.device) - started
 
 

@@ -74,6 +74,10 @@ class GraphEngine:
     It owns one cache for all generations, because captured passes write to fixed addresses; a generation that needs a
     larger one replaces it and drops what was captured.
 
+    Verification does not resume behind what drafting computed of the shared prefix. Each skip set would need captured
+    verifications of its own, from its own depth. And graphs are used where the verification cost v is nearly flat, so
+    that resuming could save at most ``share * (v(width) - 1)`` plain steps, next to nothing.
+
     Args:
         model: The model, on one CUDA device.
         capture: How to capture a pass; None captures CUDA graphs.

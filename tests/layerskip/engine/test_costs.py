@@ -5,7 +5,9 @@ import json
 import pytest
 
 from layerskip import LayerSkipModel, calibrate
-from layerskip.engine import load_costs, measure_costs
+from layerskip.engine import GraphEngine, PassCosts, load_costs, measure_costs
+from layerskip.engine import costs as costs_module
+from layerskip.engine.graphs import call_directly
 from tests.models import tiny_llama
 
 
@@ -14,6 +16,31 @@ def test_costs_are_measured_for_each_width_and_are_times(llama):
     assert set(costs.sublayers) == set(costs.head) == {1, 2, 5}
     assert all(seconds > 0 for part in (costs.sublayers, costs.head) for seconds in part.values())
     assert costs.relative(1) == 1
+
+
+def test_passes_are_measured_as_the_engine_runs_them_at_exact_widths(monkeypatch):
+    model = LayerSkipModel(tiny_llama())
+    model.engine = engine = GraphEngine(model, call_directly)
+    engine.costs = kept = PassCosts({1: 9.0, 4: 1.0}, {1: 1.0, 4: 1.0})
+    assert set(measure_costs(model, widths=(1, 3)).sublayers) == {1, 3}
+    assert {width for width, _ in engine._verifications} == {1, 3}
+    assert engine.costs is kept
+
+
+def test_a_head_that_seems_to_take_longer_than_the_pass_leaves_something_for_the_sublayers(llama, monkeypatch):
+    monkeypatch.setattr(costs_module, "_measure", lambda model, widths: ({1: 1.0, 2: 4.0}, {1: 2.0, 2: 1.0}))
+    costs = measure_costs(llama, widths=(1, 2))
+    assert costs.sublayers[1] > 0
+    assert costs.seconds(1) == pytest.approx(1.0)
+    assert (costs.sublayers[2], costs.head[2]) == (3.0, 1.0)
+
+
+def test_another_engine_has_costs_of_its_own(tmp_path):
+    model = LayerSkipModel(tiny_llama())
+    load_costs(model, tmp_path)
+    model.engine = GraphEngine(model, call_directly)
+    load_costs(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_costs_are_measured_once_and_kept(llama, tmp_path):
