@@ -51,12 +51,13 @@ def ours(name: str, model: LayerSkipModel, drafter: Drafter | None) -> Contender
 def transformers_mode(name: str, model: PreTrainedModel, **options: Any) -> Contender:
     """``model.generate`` with some options."""
     draft_model = options.get("assistant_model")
+    decode_with: Any = model.generate  # a tensor or a module, by its annotations
 
     def decode(prompt: tuple[int, ...], max_new_tokens: int) -> Run:
         ids = torch.tensor([prompt], device=model.device)
         run = Run([])
         with _passes_counted(model, draft_model, run), _candidates_counted(model, run):
-            output = model.generate(
+            output = decode_with(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
@@ -111,7 +112,7 @@ def _passes_counted(model: PreTrainedModel, draft_model: PreTrainedModel | None,
 
 
 @contextmanager
-def _candidates_counted(model: PreTrainedModel, run: Run) -> Iterator[None]:
+def _candidates_counted(model: Any, run: Run) -> Iterator[None]:
     """Count what an assisted mode proposes and what of it stands, through transformers' candidate generator."""
     original = model._get_candidate_generator
 

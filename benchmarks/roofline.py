@@ -156,12 +156,13 @@ def main(
         model = random_model(shape)
         console.print(f"{shape}: copies move {bandwidth / 1e9:.0f} GB/s")
         result: dict[str, Any] = {"machine": machine_of(model), "shape": shape, "bandwidth": bandwidth, "engines": {}}
-        for name, engine in {"eager": EagerEngine(model), "cuda-graphs": GraphEngine(model)}.items():
+        engines: tuple[Engine, ...] = (EagerEngine(model), GraphEngine(model))
+        for engine in engines:
             lengths = contexts or (256, 2048, 8192)
             measured: dict[str, Any] = {str(n): measure_context(model, engine, n, bandwidth) for n in lengths}
             measured["host_seconds_a_pass"] = host_seconds_of(engine)
-            result["engines"][name] = measured
-            console.print(name, measured)
+            result["engines"][engine.name] = measured
+            console.print(engine.name, measured)
     write_json(json, result)
 
 
