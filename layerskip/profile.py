@@ -7,13 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.drafts.assets import DraftAssets
+from layerskip.drafts.tensors_file import remove_unless_referred_to, tensors_file_of
 from layerskip.errors import InvalidProfileError
 from layerskip.files import write_atomically, write_bytes_atomically
 from layerskip.identity import ModelIdentity, identify
@@ -162,19 +162,23 @@ class DraftProfile(_Part):
     def save(self, path: str | Path) -> None:
         """Write the profile so that a killed process leaves the old one or the new one.
 
-        Tensors are written first, to a file named by their content, so that an older profile keeps its own.
+        Tensors are written first, to a file named by their content, so that an older profile keeps its own. The file of
+        a profile that was overwritten is removed then, unless another profile in the folder refers to it.
 
         Raises:
             InvalidProfileError: The file cannot be written.
         """
         if not Path(path).name:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
+        old = tensors_file_of(Path(path))
         try:
             if self.tensors is not None:
                 write_bytes_atomically(Path(path).with_name(self.tensors.file), self._assets.to_bytes())
             write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
+        if old is not None and old != tensors_file_of(Path(path)):
+            remove_unless_referred_to(old)
 
     def check(self, model: LayerSkipModel) -> None:
         """Make sure that the profile is for this model.
@@ -196,15 +200,7 @@ class DraftProfile(_Part):
             InvalidProfileError: The profile is for another model.
         """
         self.check(model)
-        assets = self._assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
-        return SkipDrafter(
-            model,
-            self.skip_set,
-            self.draft_exit,
-            stand_ins=assets.bridges,
-            token_ids=assets.token_ids,
-            gate=self.gate,
-        )
+        return SkipDrafter.of(model, self.skip_set, self.draft_exit, self._assets, gate=self.gate)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()

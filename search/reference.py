@@ -46,11 +46,4 @@ class Reference:
 
 def drafter_of(model: LayerSkipModel, candidate: Candidate, assets: DraftAssets) -> SkipDrafter:
     """The drafter of a candidate."""
-    return SkipDrafter(
-        model,
-        candidate.skip_set,
-        candidate.draft_exit,
-        stand_ins=assets.bridges,
-        token_ids=assets.token_ids,
-        gate=candidate.gate,
-    )
+    return SkipDrafter.of(model, candidate.skip_set, candidate.draft_exit, assets, gate=candidate.gate)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.sampling import Draft, Draw, Sampler
+from layerskip.drafts.assets import DraftAssets
 from layerskip.engine import SharedPrefix, highest_probability
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
@@ -95,6 +96,14 @@ class SkipDrafter:
         self._draft_exit = draft_exit
         self._gate = gate
         self.start()
+
+    @classmethod
+    def of(
+        cls, model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit, assets: DraftAssets, *, gate: float = 0.0
+    ) -> SkipDrafter:
+        """The drafter with these bridges and this draft vocabulary, brought to where the model is."""
+        here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
+        return cls(model, skip_set, draft_exit, stand_ins=here.bridges, token_ids=here.token_ids, gate=gate)
 
     def start(self) -> None:
         self._exit = self._draft_exit.controller()
