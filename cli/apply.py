@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, ProfileArgument
+from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, ProfileArgument
 from cli.output import print_json, quiet_libraries, stderr
 
 
@@ -42,6 +42,7 @@ def apply(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine: EngineOption = "eager",
+    compiled: CompileOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -59,6 +60,7 @@ def apply(
         device=device,
         dtype=dtype,
         engine=engine,
+        compiled=compiled,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop or [],

@@ -12,7 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
-from layerskip.engine import EagerEngine, use_engine
+from layerskip.engine import EagerEngine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
@@ -49,6 +49,7 @@ class Decoder:
         device: Device to load it to.
         dtype: Floating-point type to load it in.
         engine: How passes run.
+        compiled: Whether to compile the sublayers.
         sampling: How to choose tokens.
         max_new_tokens: Most tokens to generate.
         stop: Strings that end the text.
@@ -67,6 +68,7 @@ class Decoder:
         device: str,
         dtype: str,
         engine: str,
+        compiled: bool,
         sampling: Sampling,
         max_new_tokens: int,
         stop: Sequence[str],
@@ -81,6 +83,8 @@ class Decoder:
         self.speculative = speculative
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)
+        if compiled:
+            compile_sublayers(self._model)
         if speculative or engine != EagerEngine.name:  # plain eager decoding needs no calibration
             use_engine(self._model, engine)
         self._drafter = profile.drafter(self._model)

@@ -36,6 +36,9 @@ DtypeOption = Annotated[
 EngineOption = Annotated[
     str, typer.Option(help="How passes run: eager, or cuda-graphs on one CUDA device (experimental).")
 ]
+CompileOption = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Compile sublayers; the first passes then take a minute or so.")
+]
 ProfileArgument = Annotated[Path, typer.Argument(help="A draft profile (JSON).", show_default=False)]
 
 DEFAULT_STORAGE = "sqlite:///layerskip.db"

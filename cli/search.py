@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, StorageOption
+from cli.options import (
+    DEFAULT_STORAGE,
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    StorageOption,
+)
 from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
@@ -40,6 +49,7 @@ def search(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine: EngineOption = "eager",
+    compiled: CompileOption = False,
     seed: Annotated[
         int | None, typer.Option(help="Makes the proposals repeatable.", show_default="a new one each time")
     ] = None,
@@ -55,7 +65,7 @@ def search(
     """
     from cli.progress import SearchProgress
     from layerskip import LayerSkipModel, identify, load_checkpoint
-    from layerskip.engine import use_engine
+    from layerskip.engine import compile_sublayers, use_engine
     from search.prompts import built_in_prompts, read_prompts, split_prompts
     from search.space import SearchSpace
     from search.study import Search, SearchSettings
@@ -79,6 +89,8 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
+    if compiled:
+        compile_sublayers(wrapped)
     use_engine(wrapped, engine)
     space = SearchSpace.of(wrapped, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
     with SearchProgress(trials, timeout) as progress:

@@ -159,7 +159,7 @@ def _key(model: LayerSkipModel) -> str:
     """Changes with whatever passes take longer or shorter by."""
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
-    what = [config, model.engine.name, *where]
+    what = [config, model.engine.name, model.compiled, *where]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -25,11 +25,14 @@ class EagerEngine:
     """
 
     name = "eager"
-    captures = False
 
     def __init__(self, model: LayerSkipModel) -> None:
         self._model = model
         self.costs: PassCosts | None = None
+
+    @property
+    def captures(self) -> bool:
+        return self._model.compiled
 
     def new_cache(self, capacity: int) -> KVCache:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1

@@ -89,7 +89,6 @@ class GraphEngine:
     """
 
     name = "cuda-graphs"
-    captures = True
 
     def __init__(self, model: LayerSkipModel, capture: Capture | None = None, *, smallest_bucket: int = 256) -> None:
         devices = {sublayer.device for sublayer in model.sublayers}
@@ -102,6 +101,10 @@ class GraphEngine:
         self._cache: GraphCache | None = None
         self._drafts: dict[Stack, dict[int, CapturedDraft]] = {}  # by bucket
         self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
+
+    @property
+    def captures(self) -> bool:
+        return True
 
     def new_cache(self, capacity: int) -> KVCache:
         """The engine's own cache, emptied; an earlier generation's is no longer valid."""

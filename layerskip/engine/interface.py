@@ -67,14 +67,17 @@ class Engine(Protocol):
 
     Attributes:
         name: What it is called.
-        captures: Whether the first decoding with a draft takes longer than later ones.
+        captures: Whether the first decoding with a draft takes longer than later ones, because passes are captured or
+            compiled in it.
         costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
             needs.
     """
 
     name: str
-    captures: bool
     costs: PassCosts | None
+
+    @property
+    def captures(self) -> bool: ...
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache with room for ``capacity`` positions, for the passes of this engine."""

@@ -33,6 +33,7 @@ class LayerSkipModel:
 
     Attributes:
         engine: How its passes run; eager unless you set another.
+        compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
 
     Raises:
         UnsupportedModelError: The model is of another family, or uses an attention implementation that is neither
@@ -53,6 +54,7 @@ class LayerSkipModel:
         self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.sublayers = sublayers_of(decoder.layers, self.family)
         self.engine: Engine = EagerEngine(self)
+        self.compiled = False
         self.full_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
         self._windows = {s.window for s in self.sublayers if isinstance(s, AttentionSublayer)}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,37 +39,62 @@ class PassContext:
         return self._elsewhere[device]
 
 
+def attend(
+    before: nn.Module,
+    attention: nn.Module,
+    after: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+) -> Tensor:
+    """``x + after(self_attn(before(x)))``; ``cache`` has the ``update`` that the attention module calls."""
+    change, _ = attention(
+        hidden_states=before(x), position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+    )
+    out: Tensor = x + after(change)
+    return out
+
+
+def feed_forward(before: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor) -> Tensor:
+    """``x + after(mlp(before(x)))``."""
+    out: Tensor = x + after(mlp(before(x)))
+    return out
+
+
 class AttentionSublayer:
-    """``x <- x + after(self_attn(before(x)))``, over the model's own modules."""
+    """``x <- x + after(self_attn(before(x)))``, over the model's own modules.
+
+    Attributes:
+        function: What computes it: :func:`attend`, or the same made faster.
+    """
 
     def __init__(self, before: nn.Module, attention: nn.Module, after: nn.Module) -> None:
         self.before, self.attention, self.after = before, attention, after
         self.device, self.num_weights = _device(attention), _num_weights(attention)
         self.window: int | None = getattr(attention, "sliding_window", None)
+        self.function: Callable[..., Tensor] = attend
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         x, here = x.to(self.device), context.on(self.device)
-        change, _ = self.attention(
-            hidden_states=self.before(x),
-            position_embeddings=here.rotary,
-            attention_mask=here.masks[self.window],
-            past_key_values=here.cache,
-        )
-        out: Tensor = x + self.after(change)
-        return out
+        mask = here.masks[self.window]
+        return self.function(self.before, self.attention, self.after, x, here.rotary, mask, here.cache)
 
 
 class MLPSublayer:
-    """``x <- x + after(mlp(before(x)))``, over the model's own modules."""
+    """``x <- x + after(mlp(before(x)))``, over the model's own modules.
+
+    Attributes:
+        function: What computes it: :func:`feed_forward`, or the same made faster.
+    """
 
     def __init__(self, before: nn.Module, mlp: nn.Module, after: nn.Module) -> None:
         self.before, self.mlp, self.after = before, mlp, after
         self.device, self.num_weights = _device(mlp), _num_weights(mlp)
+        self.function: Callable[..., Tensor] = feed_forward
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
-        x = x.to(self.device)
-        out: Tensor = x + self.after(self.mlp(self.before(x)))
-        return out
+        return self.function(self.before, self.mlp, self.after, x.to(self.device))
 
 
 Sublayer = AttentionSublayer | MLPSublayer

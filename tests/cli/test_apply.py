@@ -254,3 +254,12 @@ def test_a_bad_file_of_prompts_is_wrong_usage_and_named(apply, profile, tmp_path
 def test_a_missing_profile_is_a_failure_and_named(apply):
     done = apply("missing.json", "hello")
     assert (done.status, done.error) == (1, "missing.json: cannot read the draft profile: No such file or directory")
+
+
+def test_sublayers_are_compiled_when_asked_to_be(apply, profile, expected, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("cli.decoding.compile_sublayers", compiled.append)
+    assert apply(profile, "hello").object["token_ids"] == expected("hello")
+    assert compiled == []
+    assert apply(profile, "hello", "--compile").object["token_ids"] == expected("hello")
+    assert len(compiled) == 1

@@ -1,0 +1,62 @@
+"""Compiling the two kinds of sublayer, once for all layers and all skip sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip.stack.sublayers import AttentionSublayer, attend, feed_forward
+
+if TYPE_CHECKING:
+    from layerskip.stack.model import LayerSkipModel
+
+
+def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let a model's sublayers run compiled; the Hugging Face model stays as it is.
+
+    Attention and MLP are compiled as one function each, which takes the modules of its layer as arguments, so that the
+    number of compilations depends neither on the number of layers nor on the skip set, only on the shapes: a prompt,
+    one token, several. They happen in the first passes and take seconds to minutes. Reading and writing the cache is
+    left out of the compiled code, because its length changes with every pass.
+
+    Sets ``torch._dynamo.config.allow_unspec_int_on_nn_module`` for the process: without it every layer would be
+    compiled by itself, because transformers' attention knows its layer's number.
+
+    Args:
+        model: The model. Choose its engine afterwards: what passes cost is another thing now.
+        backend: As in ``torch.compile``.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # Contexts grow with every pass: dynamic from the start, instead of first compiling for the length of the first.
+    attention = torch.compile(_attend, backend=backend, dynamic=True)
+    mlp = torch.compile(feed_forward, backend=backend, dynamic=True)
+    for sublayer in model.sublayers:
+        sublayer.function = attention if isinstance(sublayer, AttentionSublayer) else mlp
+    model.compiled = True
+
+
+def _attend(
+    before: nn.Module,
+    attention: nn.Module,
+    after: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+) -> Tensor:
+    return attend(before, attention, after, x, rotary, mask, _NotCompiled(cache))
+
+
+class _NotCompiled:
+    """A cache whose update stays out of compiled code."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        updated: tuple[Tensor, Tensor] = self._cache.update(keys, values, layer)
+        return updated
