@@ -1,0 +1,8 @@
+"""What proposes the next trial: Optuna's samplers by name, and one that knows the problem."""
+
+from search.samplers.choices import Draft, DraftChoices
+from search.samplers.greybox import GreyBoxSampler
+from search.samplers.named import SAMPLERS, make_sampler
+from search.samplers.speedup import DraftCosts, SpeedupFormula
+
+__all__ = ["SAMPLERS", "Draft", "DraftChoices", "DraftCosts", "GreyBoxSampler", "SpeedupFormula", "make_sampler"]

@@ -1,0 +1,63 @@
+"""Small problems for samplers: costs that are known, and damages that are to be found."""
+
+import math
+
+import optuna
+
+from search.samplers import Draft, DraftChoices
+
+
+class LinearCosts:
+    """A draft step costs its head and what it keeps; a module's class, so that it can be pickled."""
+
+    def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01):
+        self.sublayers, self.head, self.bridge, self.width = tuple(sublayers), head, bridge, width
+
+    def draft_step_cost(self, mask, bridged, vocabulary):
+        kept = sum(cost for cost, skip in zip(self.sublayers, mask, strict=True) if not skip)
+        return (self.head / 2 if vocabulary else self.head) + kept + self.bridge * (bridged and any(mask))
+
+    def verification_cost(self, width):
+        return 1 + self.width * (width - 1)
+
+
+def even_costs(bits):
+    return LinearCosts([0.8 / bits] * bits)
+
+
+def bits(count):
+    return tuple(f"skip_{index}" for index in range(count))
+
+
+def run(study, choices, trials, acceptance, *, fails=(), prunes=()):
+    """Trials that note their acceptance rate; their value is of no interest to whoever knows it."""
+
+    def objective(trial):
+        parameters = {name: trial.suggest_categorical(name, d.choices) for name, d in choices.distributions.items()}
+        trial.set_user_attr("acceptance", acceptance(choices.draft(parameters)))
+        if trial.number in fails:
+            raise RuntimeError
+        if trial.number in prunes:
+            raise optuna.TrialPruned
+        return 1.0
+
+    study.optimize(objective, n_trials=trials, catch=RuntimeError)
+    return [choices.draft(trial.params) for trial in study.trials]
+
+
+def acceptance_by(damages, *, mended=0.5):
+    """An additive problem: α of a draft from what leaving out each sublayer does."""
+
+    def acceptance(draft: Draft):
+        total = sum(damage for damage, skip in zip(damages, draft.mask, strict=True) if skip)
+        return math.exp(-total * (mended if draft.bridged else 1) - 0.02 * bool(draft.vocabulary))
+
+    return acceptance
+
+
+ALL_KINDS = [
+    DraftChoices(bits(6)),
+    DraftChoices(bits(6), bridges=True),
+    DraftChoices(bits(6), bridges=True, vocabularies=(0, 8, 16)),
+    DraftChoices(bits(6), vocabularies=(8, 16)),
+]
