@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
-from cli.output import print_json, print_whole, stdout
+from cli.output import print_json, print_whole, stderr, stdout
 
 _STATES = {"complete": "completed", "waiting": "queued", "fail": "failed or interrupted"}
 
@@ -71,3 +71,27 @@ def show(
             str(trial["number"]), f"{trial['speedup']:.3f}×", rate, str(trial["skip_set"]), str(trial["draft_exit"])
         )
     stdout.print(table)
+
+
+@app.command("serve")
+def serve(
+    storage: StorageOption = DEFAULT_STORAGE,
+    host: Annotated[str, typer.Option(help="Address to listen on. The server has no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 13000,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a storage to workers that name it as --storage grpc://HOST:PORT, until Ctrl-C."""
+    import optuna
+
+    from studies.server import serve as serve_storage
+    from studies.storage import open_database
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def announce(url: str) -> None:
+        if json:
+            print_json({"url": url})
+        stderr.print(f"studies on {url}; Ctrl-C ends it")
+
+    serve_storage(open_database(storage), host=host, port=port, when_ready=announce)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
 
+from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import DateTime, Engine, String, func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from studies.errors import storage_error
+from studies.patience import persist
+
+T = TypeVar("T")
 
 
 class _Base(DeclarativeBase):
@@ -53,21 +61,110 @@ def create_tables(engine: Engine) -> None:
     _Base.metadata.create_all(engine)
 
 
-def add_measurement(engine: Engine, record: MeasurementRecord) -> None:
-    """Keep one measurement, in a transaction of its own."""
-    with Session(engine) as session, session.begin():
-        session.add(record)
+class Records(Protocol):
+    """Where measurements are kept."""
+
+    def add(self, record: MeasurementRecord) -> None:
+        """Keep one measurement."""
+
+    def count(self, study: str) -> int:
+        """How many measurements a study has."""
+
+    def of(self, study: str) -> Sequence[MeasurementRecord]:
+        """All measurements of a study, in the order in which they were made."""
 
 
-def count_measurements(engine: Engine, study: str) -> int:
-    """How many measurements a study has."""
-    with Session(engine) as session:
+class TableOfRecords:
+    """Measurements in a table of the study's own database.
+
+    Args:
+        engine: Of that database. A server that is away is waited for.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, record: MeasurementRecord, *, repeated: bool = False) -> None:
+        """Keep one measurement, in a transaction of its own; once, though the connection may break.
+
+        Args:
+            record: The measurement.
+            repeated: Whether it may have been added before.
+        """
+        values = values_of(record)
+
+        def insert(again: bool) -> None:
+            with Session(self._engine) as session, session.begin():
+                if not ((repeated or again) and _is_there(session, values)):
+                    session.add(MeasurementRecord(**values))
+
+        self._persist(insert)
+
+    def count(self, study: str) -> int:
+        """How many measurements a study has."""
         query = select(func.count()).select_from(MeasurementRecord).where(MeasurementRecord.study == study)
-        return session.scalar(query) or 0
 
+        def read(_: bool) -> int:
+            with Session(self._engine) as session:
+                return session.scalar(query) or 0
 
-def measurements_of(engine: Engine, study: str) -> Sequence[MeasurementRecord]:
-    """All measurements of a study, in the order in which they were made."""
-    with Session(engine) as session:
+        return self._persist(read)
+
+    def of(self, study: str) -> Sequence[MeasurementRecord]:
+        """All measurements of a study, in the order in which they were made."""
         query = select(MeasurementRecord).where(MeasurementRecord.study == study).order_by(MeasurementRecord.id)
-        return session.scalars(query).all()
+
+        def read(_: bool) -> Sequence[MeasurementRecord]:
+            with Session(self._engine) as session:
+                return session.scalars(query).all()
+
+        return self._persist(read)
+
+    def _persist(self, operation: Callable[[bool], T]) -> T:
+        try:
+            return persist(operation)
+        except SQLAlchemyError as error:
+            raise storage_error(self._engine.url, error) from error
+
+
+def values_of(record: MeasurementRecord) -> dict[str, Any]:
+    """What a record says, by column; what it leaves open is left out."""
+    values = {column.key: getattr(record, column.key) for column in MeasurementRecord.__table__.columns}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _is_there(session: Session, values: dict[str, Any]) -> bool:
+    """Whether a measurement is kept already: no two take the same time to the last bit."""
+    told = {name: value for name, value in values.items() if name != "measured_at"}
+    return session.scalar(select(MeasurementRecord.id).filter_by(**told).limit(1)) is not None
+
+
+def records_of(storage: BaseStorage | Engine) -> Records:
+    """The measurements that are kept beside a storage's studies."""
+    if isinstance(storage, Engine):
+        return TableOfRecords(storage)
+    if isinstance(storage, RDBStorage):
+        return TableOfRecords(storage.engine)
+    records: Records | None = getattr(storage, "records", None)
+    if records is None:
+        raise TypeError(f"no measurements are kept beside a {type(storage).__name__}; use open_storage")
+    return records
+
+
+def add_measurement(storage: BaseStorage | Engine, record: MeasurementRecord) -> None:
+    """Keep one measurement, at once and for good.
+
+    Raises:
+        StorageError: The storage refused, or was away for longer than patience lasts.
+    """
+    records_of(storage).add(record)
+
+
+def count_measurements(storage: BaseStorage | Engine, study: str) -> int:
+    """How many measurements a study has."""
+    return records_of(storage).count(study)
+
+
+def measurements_of(storage: BaseStorage | Engine, study: str) -> Sequence[MeasurementRecord]:
+    """All measurements of a study, in the order in which they were made."""
+    return records_of(storage).of(study)

@@ -1,68 +1,49 @@
-"""Opening the database that studies live in."""
+"""Opening what studies live in: a database, or a server that passes on to one."""
 
 from __future__ import annotations
 
-import sqlite3
-import warnings
+import random
+import time
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import sqlalchemy
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from sqlalchemy import event
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from layerskip.errors import LayerSkipError, MissingDependencyError
+from layerskip.errors import MissingDependencyError
+from studies.database import DatabaseStorage, sqlite_file
+from studies.errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
+from studies.proxy import SCHEME, open_proxy
 from studies.records import create_tables
 
-_NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
-_MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
+__all__ = ["StorageError", "open_database", "open_existing_storage", "open_storage", "redacted"]
 
-
-class StorageError(LayerSkipError):
-    """A study's database cannot be opened, read or written."""
+# Several workers that make the tables of a new database at once trip over each other, each a time or two.
+_TRIES_TO_MAKE_TABLES = 5
 
 
 def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
-    """Open the database of an Optuna storage URL, making it and its tables if need be.
+    """Open an Optuna storage URL, making the database's file and tables if need be.
 
-    A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits.
+    A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits. A
+    database server that goes away later is waited for.
 
     Args:
-        url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg://user@host/name``.
+        url: Such as ``sqlite:///layerskip.db``, ``postgresql+psycopg://user@host/name``, or ``grpc://host:port`` for
+            what ``layerskip studies serve`` serves there.
         heartbeat_seconds: How often a running trial says that it lives. One that has been silent three times as long
-            is taken for dead and tried once more.
+            is taken for dead and tried once more. A server knows its own.
 
     Raises:
         StorageError: The URL is malformed, or the database cannot be opened.
-        MissingDependencyError: The driver for this kind of database is not installed.
+        MissingDependencyError: The driver for this kind of storage is not installed.
     """
-    parsed = _parsed(url)
-    shown = redacted(url)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeat_interval
-            storage = RDBStorage(
-                url,
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=3 * heartbeat_seconds,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-            )
-        if _sqlite_file(parsed):
-            event.listen(storage.engine, "connect", _write_ahead)
-            storage.engine.dispose()  # the connections made so far
-        create_tables(storage.engine)
-    except ImportError as error:
-        driver = parsed.get_driver_name()
-        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
-        raise MissingDependencyError(
-            f"storage '{shown}': the database driver is not installed; install '{driver}'{extra}"
-        ) from error
-    except (SQLAlchemyError, RuntimeError) as error:
-        raise StorageError(f"storage '{shown}': {_reason(error)}") from error
-    return storage
+    if _parsed(url).drivername == SCHEME:
+        # Every part of a storage that searching needs; see studies.records for the rest.
+        return cast(RDBStorage, open_proxy(_parsed(url)))
+    return open_database(url, heartbeat_seconds=heartbeat_seconds)
 
 
 def open_existing_storage(url: str) -> RDBStorage:
@@ -71,42 +52,57 @@ def open_existing_storage(url: str) -> RDBStorage:
     Raises:
         StorageError: Also if the SQLite file does not exist.
     """
-    file = _sqlite_file(_parsed(url))
+    file = sqlite_file(_parsed(url))
     if file and not Path(file).exists():
         raise StorageError(f"storage '{redacted(url)}': no such file; search first, or name another with --storage")
     return open_storage(url)
 
 
-def redacted(url: str) -> str:
-    """A storage URL with its password replaced by stars."""
+def open_database(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:
+    """Like :func:`open_storage`, for a database alone.
+
+    Raises:
+        StorageError: Also if the URL is that of a server that passes on to a database.
+    """
+    parsed = _parsed(url)
+    if parsed.drivername == SCHEME:
+        raise StorageError(f"storage '{redacted(url)}': is a server itself; expected the URL of a database")
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except _MALFORMED:
-        return "(malformed)"
+        return _open(url, heartbeat_seconds)
+    except ImportError as error:
+        driver = parsed.get_driver_name()
+        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
+        raise MissingDependencyError(
+            f"storage '{redacted(url)}': the database driver is not installed; install '{driver}'{extra}"
+        ) from error
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, TypeError) as error:
+        raise storage_error(url, error) from error
+
+
+def _open(url: str, heartbeat_seconds: int) -> DatabaseStorage:
+    for tries_left in reversed(range(_TRIES_TO_MAKE_TABLES)):
+        try:
+            storage = DatabaseStorage(url, heartbeat_seconds=heartbeat_seconds)
+            create_tables(storage.engine)
+            break
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if not tries_left or not _made_by_another(error):
+                raise
+            time.sleep(random.uniform(0.05, 0.5))
+    return storage
+
+
+def _made_by_another(error: Exception) -> bool:
+    """Whether a table could not be made because another worker was just making it."""
+    return any(
+        isinstance(cause, IntegrityError)
+        or (isinstance(cause, (OperationalError, ProgrammingError)) and "already exists" in str(cause.orig))
+        for cause in causes(error)
+    )
 
 
 def _parsed(url: str) -> URL:
     try:
         return make_url(url)
-    except _MALFORMED as error:
-        raise StorageError(f"storage '(malformed)': {_NO_URL}") from error
-
-
-def _sqlite_file(url: URL) -> str | None:
-    """The file of a SQLite database; None in memory, or for another kind of database."""
-    in_file = url.get_backend_name() == "sqlite" and url.database != ":memory:"
-    return url.database if in_file else None
-
-
-def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, NoSuchModuleError):
-        return "unknown kind of database"
-    if isinstance(error, ArgumentError):
-        return _NO_URL
-    cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-    return str(cause).strip().splitlines()[0]
+    except MALFORMED as error:
+        raise StorageError(f"storage '(malformed)': {NO_URL}") from error

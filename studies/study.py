@@ -18,6 +18,7 @@ from studies.records import count_measurements
 
 _CONTEXT_KEY = "layerskip"
 _FORMAT = 1
+_NEWER = "was made by a newer version of layerskip; update layerskip"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyCo
     if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
         return study
-    if recorded is None or recorded.get("format") != _FORMAT:
+    if recorded is None:  # another worker may have made it in between
+        recorded = study.user_attrs.get(_CONTEXT_KEY, {})
+    if _is_newer(recorded):
+        raise InvalidInputError(f"study '{name}': {_NEWER}, or choose another name with --study")
+    if recorded.get("format") != _FORMAT:
         raise InvalidInputError(
             f"study '{name}': was not made by this version of layerskip; choose another name with --study"
         )
@@ -81,6 +86,10 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyCo
             "Search with what the study was made with, or choose another name with --study"
         )
     return study
+
+
+def _is_newer(recorded: dict[str, Any]) -> bool:
+    return isinstance(recorded.get("format"), int) and recorded["format"] > _FORMAT
 
 
 def _maximizes(study: optuna.Study) -> bool:
@@ -131,7 +140,7 @@ def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
         raise InvalidInputError(f"study '{name}': no such study in this storage; studies there: {names}") from error
 
 
-def describe_study(storage: optuna.storages.RDBStorage, name: str, best: int) -> dict[str, Any]:
+def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -> dict[str, Any]:
     """What there is to say about a study, as plain values.
 
     Args:
@@ -140,14 +149,17 @@ def describe_study(storage: optuna.storages.RDBStorage, name: str, best: int) ->
         best: Number of best trials to describe.
 
     Raises:
-        InvalidInputError: There is no study of that name.
+        InvalidInputError: There is no study of that name, or a newer version of layerskip made it.
     """
     study = load_study(storage, name)
+    context = study.user_attrs.get(_CONTEXT_KEY, {})
+    if _is_newer(context):
+        raise InvalidInputError(f"study '{name}': {_NEWER}")
     return {
         "study": name,
-        "context": study.user_attrs.get(_CONTEXT_KEY, {}),
+        "context": context,
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
-        "measurements": count_measurements(storage.engine, name),
+        "measurements": count_measurements(storage, name),
         "best": [
             {"number": trial.number, "speedup": trial.values[0]}
             | {key: trial.user_attrs.get(key) for key in ("acceptance_rate", "skip_set", "draft_exit")}

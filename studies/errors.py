@@ -1,0 +1,57 @@
+"""What goes wrong with a study's database, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sqlalchemy
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from layerskip.errors import LayerSkipError
+
+NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
+MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
+# Options of drivers that hold a secret, though they are not where a URL has its password.
+_SECRET_OPTIONS = ("password", "passwd", "sslpassword", "ssl_key_password")
+
+
+class StorageError(LayerSkipError):
+    """A study's database cannot be opened, read or written."""
+
+
+def redacted(url: str | URL) -> str:
+    """A storage URL with its passwords replaced by stars."""
+    try:
+        parsed = make_url(url)
+    except MALFORMED:
+        return "(malformed)"
+    stars = {name: "***" for name in parsed.query if name.lower() in _SECRET_OPTIONS}
+    return parsed.update_query_dict(stars).render_as_string(hide_password=True)
+
+
+def storage_error(url: str | URL, error: Exception) -> StorageError:
+    """An error of the database as one line that names the storage."""
+    return StorageError(f"storage '{redacted(url)}': {_reason(error)}")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from or in the handling of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(error: Exception) -> str:
+    for cause in causes(error):
+        if isinstance(cause, NoSuchModuleError):
+            return "unknown kind of database"
+        if isinstance(cause, ArgumentError):
+            return NO_URL
+        if isinstance(cause, sqlalchemy.exc.DBAPIError):
+            return _first_line(cause.orig or cause)
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

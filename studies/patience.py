@@ -1,0 +1,104 @@
+"""Patience with a server that is away: waiting for it, and doing again what the loss of the connection cut off."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from studies.errors import StorageError, causes, redacted
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 120.0
+_BACKOFF = wait_random_exponential(multiplier=0.2, max=3)
+# PostgreSQL: a server that is shutting down, has crashed or is starting up. Class 08 is a broken connection.
+_POSTGRESQL_AWAY = ("57P01", "57P02", "57P03")
+# MySQL: too many connections, shutting down, cannot connect, gone away, lost in a query, lost while reading.
+_MYSQL_AWAY = (1040, 1053, 2002, 2003, 2006, 2013, 2055)
+
+_patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_SECONDS)
+_log = logging.getLogger("layerskip.studies")
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Wait at most so long for a server, in this thread."""
+    before = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of a database means that its server was away or went away, not that it refused."""
+    if isinstance(error, StorageError):  # patience with it is over
+        return False
+    return any(isinstance(cause, DBAPIError) and _lost_connection(cause) for cause in causes(error))
+
+
+def _lost_connection(error: DBAPIError) -> bool:
+    driver_error = error.orig
+    if driver_error is None or isinstance(driver_error, sqlite3.Error):
+        return False
+    if error.connection_invalidated:
+        return True
+    if hasattr(driver_error, "sqlstate") or hasattr(driver_error, "pgcode"):
+        code = getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
+        if code is None:  # no answer from a server, so the connection could not be made
+            return isinstance(error, OperationalError)
+        return code.startswith("08") or code in _POSTGRESQL_AWAY
+    return bool(driver_error.args) and driver_error.args[0] in _MYSQL_AWAY
+
+
+def persist(operation: Callable[[bool], T], lost: Callable[[BaseException], bool] = lost) -> T:
+    """Do an operation, and again for as long as it fails for a lost connection and patience lasts.
+
+    Args:
+        operation: Told whether it may have been done before: what was committed when the connection broke stands,
+            though nobody heard of it.
+        lost: Whether an error means that the connection was lost.
+
+    Raises:
+        Exception: What the operation raised last.
+    """
+    times = itertools.count()
+    attempts = Retrying(
+        retry=retry_if_exception(lost), stop=stop_after_delay(_patience.get()), wait=_BACKOFF, reraise=True
+    )
+    result: T = attempts(lambda: operation(next(times) > 0))
+    return result
+
+
+def wait_for_server(engine: Engine) -> None:
+    """Make an engine's new connections wait for a server that is away.
+
+    Only for an engine that has connected before: a wrong password looks like a server that is away.
+    """
+
+    def connect(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
+        refused = dialect.loaded_dbapi.OperationalError
+        attempts = Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, refused)),
+            stop=stop_after_delay(_patience.get()),
+            wait=_BACKOFF,
+            before_sleep=say_once,
+            reraise=True,
+        )
+        return attempts(lambda: dialect.connect(*arguments, **options))
+
+    def say_once(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            _log.warning("storage '%s' does not answer; waiting for at most %.0f s", shown, _patience.get())
+
+    shown = redacted(engine.url)
+    event.listen(engine, "do_connect", connect)
