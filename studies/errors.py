@@ -27,7 +27,7 @@ def redacted(url: str | URL) -> str:
     except MALFORMED:
         return "(malformed)"
     stars = {name: "***" for name in parsed.query if name.lower() in _SECRET_OPTIONS}
-    return parsed.update_query_dict(stars).render_as_string(hide_password=True)
+    return parsed.update_query_dict(stars).render_as_string(hide_password=True).replace("%2A", "*")
 
 
 def storage_error(url: str | URL, error: Exception) -> StorageError:
