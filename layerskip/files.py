@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -20,7 +21,8 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe would be replaced by a file
         raise OSError(errno.EINVAL, "not a regular file")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's id: containers that share a folder have the same ones.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with scratch.open("wb") as file:
             file.write(content)

@@ -433,6 +433,36 @@ def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [loaded.tensors.file, "profile.json"]
 
 
+@pytest.mark.slow
+def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own_tensors(tmp_path):
+    path, kept = tmp_path / "profile.json", tmp_path / "kept"
+    kept.mkdir()
+    profiles = [a_profile(gate=seed / 10).with_assets(some_assets(seed)) for seed in range(1, 5)]
+    files = [kept / f"{number}.json" for number in range(len(profiles))]
+    for profile, file in zip(profiles, files, strict=True):
+        profile.save(file)
+    profiles[0].save(path)
+    savers = [
+        subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, path, *some], stdout=subprocess.PIPE)
+        for some in (files[:2], files[2:])
+    ]
+    seen = set()
+    try:
+        for saver in savers:
+            assert saver.stdout.readline()
+        for _ in range(300):
+            loaded = DraftProfile.load(path)
+            [same] = [n for n, profile in enumerate(profiles) if profile == loaded]
+            assert same_assets(loaded._assets, profiles[same]._assets)
+            seen.add(same)
+    finally:
+        for saver in savers:
+            saver.kill()
+            saver.communicate()
+    assert seen & {0, 1}
+    assert seen & {2, 3}
+
+
 def test_a_profile_without_them_has_no_file_beside_it(tmp_path):
     a_profile().with_assets(DraftAssets()).save(tmp_path / "profile.json")
     assert DraftProfile.load(tmp_path / "profile.json").tensors is None
