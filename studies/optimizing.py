@@ -77,9 +77,10 @@ class _Watched:
 
     def explain(self, study: optuna.Study, error: Exception) -> None:
         """Raise what really went wrong; return if the trial was but taken for dead."""
-        for cause in (*causes(error), *causes(self._raised)):
-            if isinstance(cause, (StorageError, KeyboardInterrupt)):
-                raise cause
+        for kind in (KeyboardInterrupt, StorageError):
+            for cause in (*causes(self._raised), *causes(error)):
+                if isinstance(cause, kind):
+                    raise cause
         if self._raised is error and not isinstance(error, UpdateFinishedTrialError):
             raise error
         if not self._given_up(study):

@@ -19,6 +19,7 @@ from studies.errors import StorageError, causes, redacted
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 120.0
+_HURRY_SECONDS = 1.0
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=3)
 # PostgreSQL: a server that is shutting down, has crashed or is starting up. Class 08 is a broken connection.
 _POSTGRESQL_AWAY = ("57P01", "57P02", "57P03")
@@ -75,7 +76,11 @@ def persist(operation: Callable[[bool], T], lost: Callable[[BaseException], bool
     attempts = Retrying(
         retry=retry_if_exception(lost), stop=stop_after_delay(_patience.get()), wait=_BACKOFF, reraise=True
     )
-    result: T = attempts(lambda: operation(next(times) > 0))
+    try:
+        result: T = attempts(lambda: operation(next(times) > 0))
+    except KeyboardInterrupt:  # nor does who pressed Ctrl-C want to wait for what is stored because of it
+        _patience.set(min(_HURRY_SECONDS, _patience.get()))
+        raise
     return result
 
 

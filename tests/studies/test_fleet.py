@@ -1,5 +1,6 @@
 """Many workers on one study, some of which are killed, and servers that go away and come back."""
 
+import os
 import signal
 import threading
 import time
@@ -10,7 +11,8 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from studies.errors import StorageError
-from studies.patience import patience
+from studies.optimizing import optimize
+from studies.patience import PATIENCE_SECONDS, patience
 from studies.records import add_measurement, count_measurements, measurements_of
 from studies.storage import open_storage
 from tests.studies.serving import served
@@ -186,3 +188,20 @@ def test_a_heartbeat_does_not_wait_for_a_server_that_is_away(postgresql, postgre
         assert not beat.is_alive()  # nor did it raise, which pytest would tell
     finally:
         postgresql.start()
+
+
+def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url):
+    """Well within the patience of two minutes that each operation would have, or this test times out."""
+    study = optuna.create_study(study_name="s", storage=open_storage(postgresql_url, heartbeat_seconds=1))
+
+    def objective(trial):
+        postgresql.stop()
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        trial.set_user_attr("key", "value")
+
+    try:
+        with patience(PATIENCE_SECONDS), pytest.raises(KeyboardInterrupt):
+            optimize(study, objective)
+    finally:
+        postgresql.start()
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]  # until it is taken for dead

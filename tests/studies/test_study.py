@@ -127,7 +127,7 @@ def test_an_empty_study_that_does_not_maximize_one_value_is_refused(storage, dir
     refused_as_foreign(storage, "s")
 
 
-@pytest.mark.parametrize("recorded", [{"format": 2}, {"format": "1"}, {}])
+@pytest.mark.parametrize("recorded", [{"format": 0}, {"format": "1"}, {}])
 def test_a_study_of_another_format_is_refused(storage, recorded):
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     study.set_user_attr("layerskip", recorded)
