@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $(INSTALLED)
 
 demo: install
-	$(BIN)/layerskip search smollm2 --trials 7 --timeout 120 --max-new-tokens 24 --prompts-per-trial 3 --finalists 2 --seed 0 --out demo_profile.json --storage sqlite:///demo.db
+	$(BIN)/layerskip search smollm2 --trials 100 --timeout 90 --max-new-tokens 32 --finalists 2 --seed 0 --out demo_profile.json --storage sqlite:///demo.db
 	$(BIN)/layerskip apply demo_profile.json "Explain in three sentences why the sky is blue." --max-new-tokens 64 --compare
 
 test: install

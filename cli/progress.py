@@ -6,24 +6,29 @@ import time
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from cli.output import stderr
-from search.study import SOURCE_KEY, SearchObserver
+from search.observer import Progress, SearchObserver
+from search.trials import SOURCE_KEY
+from studies.ranking import basis_of, speedup_of
 
 
 class SearchProgress(SearchObserver):
-    """A progress bar on stderr with the best speedup so far and the time left, and a line for each trial.
+    """A progress bar on stderr: candidates seen, measured, the best so far, the time left.
+
+    A line is printed for every candidate that is better than all before, and for every one that is measured.
 
     Args:
-        trials: Trials that the study shall have.
+        trials: Candidates that the study shall have looked at.
         timeout: Seconds after which no new trial starts, if there is such a limit.
     """
 
     def __init__(self, trials: int, timeout: float | None) -> None:
         self._trials = trials
         self._timeout = timeout
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -32,8 +37,9 @@ class SearchProgress(SearchObserver):
             console=stderr,
         )
         self._task: TaskID | None = None
-        self._best: float | None = None
-        self._completed = 0
+        self._progress: Progress | None = None
+        self._highest = 0.0
+        self._measuring = ""
         self._began = time.monotonic()
         self._done_at_start = 0.0
 
@@ -44,65 +50,89 @@ class SearchProgress(SearchObserver):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
-    def study_opened(self, name: str, completed: int) -> None:
-        self._bar.console.print(f"study {name}: {completed} of {self._trials} trials done")
-        self._start("trials", self._trials, completed)
+    def study_opened(self, name: str, progress: Progress) -> None:
+        self._say(f"study {name}: {progress.seen} of {self._trials} candidates seen, {progress.measured} measured")
+        self._progress, self._highest = progress, progress.best or 0.0
+        self._start("candidates", self._trials, progress.seen)
 
     def reference_begins(self, prompts: int) -> None:
-        self._bar.console.print(f"decoding {prompts} prompts plainly, for drafts to learn from")
+        self._say(f"reference run over {prompts} prompts, to hold drafts against; an earlier one is used again")
+
+    def costs_begin(self) -> None:
+        self._say("measuring what the parts of a step cost here")
 
     def trials_begin(self) -> None:
         self._began = time.monotonic()
 
-    def prompt_measured(self, number: int, total: int) -> None:
-        self._show(self._completed + number / total)
+    def measurement_begins(self, trial: int) -> None:
+        self._measuring = f"decoding trial {trial}"
+        self._show()
 
-    def trial_finished(self, completed: int, trial: FrozenTrial, best: float | None) -> None:
-        self._completed, self._best = completed, best
+    def prompt_measured(self, number: int, total: int) -> None:
+        self._measuring = "" if number == total else f"{self._measuring.partition(':')[0]}: {number}/{total} prompts"
+        self._show()
+
+    def trial_finished(self, progress: Progress, trial: FrozenTrial) -> None:
+        self._progress, self._measuring = progress, ""
         if trial.state == TrialState.COMPLETE:
-            stopped = f", stopped after {trial.user_attrs['prompts']} prompts" * ("stopped_early" in trial.user_attrs)
-            source = trial.user_attrs.get(SOURCE_KEY, "sampler")
-            self._bar.console.print(
-                f"trial {trial.number}: {trial.values[0]:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
-                f"draft {trial.user_attrs['draft_exit']}  [{source}]",
-                markup=False,
-            )
-        self._show(completed)
+            self._tell_of(trial)
+        self._show(progress.seen)
+
+    def _tell_of(self, trial: FrozenTrial) -> None:
+        basis, speedup = basis_of(trial), speedup_of(trial)
+        if basis == "predicted" and speedup <= self._highest:
+            return
+        if basis == "predicted":
+            self._highest = speedup
+        stopped = f", stopped after {trial.user_attrs.get('prompts')} prompts" * ("stopped_early" in trial.user_attrs)
+        source = trial.user_attrs.get(SOURCE_KEY, "sampler")
+        self._say(
+            f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
+            f"draft {trial.user_attrs['draft_exit']}  [{source}]"
+        )
 
     def finalists_chosen(self, count: int) -> None:
         self._timeout = None  # limits the search alone
         self._start("finalists", count, 0)
 
     def finalist_measured(self, number: int, trial: FrozenTrial, speedup: float) -> None:
-        self._completed = number
-        self._bar.console.print(f"trial {trial.number} on held-out prompts: {speedup:.3f}×", markup=False)
+        self._say(f"trial {trial.number} on held-out prompts: {speedup:.3f}×")
         self._show(number)
+
+    def _say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False)
 
     def _start(self, phase: str, total: int, completed: int) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(phase, total=total, note="")
-        self._completed = completed
         self._done_at_start = completed
         self._began = time.monotonic()
         self._show(completed)
 
-    def _show(self, done: float) -> None:
+    def _show(self, done: float | None = None) -> None:
         if self._task is None:
             return
-        best = "" if self._best is None else f"best {self._best:.3f}×"
-        left = self._seconds_left(done)
-        note = " · ".join(part for part in (best, "" if left is None else f"about {_duration(left)} left") if part)
-        self._bar.update(self._task, completed=done, note=note)
+        if done is not None:
+            self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, note=" · ".join(part for part in self._notes() if part))
 
-    def _seconds_left(self, done: float) -> float | None:
+    def _notes(self) -> list[str]:
+        notes = []
+        if self._progress is not None and self._progress.best is not None:
+            notes.append(f"{self._progress.measured} measured")
+            notes.append(f"best {self._progress.best:.3f}× {self._progress.basis}")
+        left = self._seconds_left()
+        return [*notes, self._measuring, "" if left is None else f"about {_duration(left)} left"]
+
+    def _seconds_left(self) -> float | None:
         """From the pace so far; a time limit may end the search earlier."""
-        made = done - self._done_at_start
-        if made <= 0 or self._task is None:
+        task = next(task for task in self._bar.tasks if task.id == self._task)
+        made = task.completed - self._done_at_start
+        if made <= 0:
             return None
         elapsed = time.monotonic() - self._began
-        task = next(task for task in self._bar.tasks if task.id == self._task)
-        left = elapsed / made * max((task.total or 0) - done, 0)
+        left = elapsed / made * max((task.total or 0) - task.completed, 0)
         return left if self._timeout is None else max(min(left, self._timeout - elapsed), 0)
 
 

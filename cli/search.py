@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,14 +24,17 @@ from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_librarie
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
-    from search.study import SearchResult
+    from search.outcome import SearchResult
 
 
 def search(
     model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")] = "smollm2",
-    trials: Annotated[int, typer.Option(help="Completed trials that the study shall have in the end.")] = 30,
+    trials: Annotated[int, typer.Option(help="Candidates that the study shall have looked at in the end.")] = 200,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which no new trial starts.", show_default="no limit")
+        float | None,
+        typer.Option(
+            help="Seconds of looking at candidates; preparation and finalists are not counted.", show_default="no limit"
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -38,8 +43,15 @@ def search(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
-    prompts_per_trial: Annotated[int, typer.Option(help="Prompts that a trial decodes.")] = 6,
+    prompts_per_trial: Annotated[int, typer.Option(help="Prompts that a measured candidate decodes.")] = 6,
     finalists: Annotated[int, typer.Option(help="Best candidates to measure again on held-out prompts.")] = 3,
+    sampler: Annotated[str, typer.Option(help="Who proposes candidates: tpe, greybox, gp, nsga2 or random.")] = "tpe",
+    pareto: Annotated[bool, typer.Option(help="Maximize the acceptance rate too, as an objective of its own.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Devices for the workers, such as cuda:0,cuda:1; one worker each.", show_default="--device"),
+    ] = None,
     study: Annotated[
         str | None,
         typer.Option(help="Name of the study; the same name goes on.", show_default="from model and settings"),
@@ -61,54 +73,79 @@ def search(
 ) -> None:
     """Search a model for a skip set, and save the best as a draft profile.
 
-    Ctrl-C keeps every finished trial and writes the best profile so far; the same command goes on where it stopped.
+    Ctrl-C keeps every finished trial and writes the best profile measured so far; the same command goes on where it
+    stopped.
     """
     from cli.progress import SearchProgress
-    from layerskip import LayerSkipModel, identify, load_checkpoint
-    from layerskip.engine import compile_sublayers, use_engine
+    from layerskip import identify, load_checkpoint
+    from search.loading import load_model, wrapped
     from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.settings import SearchSettings
     from search.space import SearchSpace
-    from search.study import Search, SearchSettings
+    from search.study import Search
+    from search.workers import Work, Workers
     from studies.storage import open_storage
 
     quiet_libraries()
     _check_writable(out)
+    places = [place.strip() for place in devices.split(",")] if devices else [device] * max(workers, 1)
     settings = SearchSettings(
         trials=trials,
         timeout=timeout,
         max_new_tokens=max_new_tokens,
         prompts_per_trial=prompts_per_trial,
         finalists=finalists,
+        sampler=sampler,
+        pareto=pareto,
+        workers=_num_workers(places, workers),
         seed=seed,
     )
     chosen = read_prompts(prompts) if prompts else built_in_prompts()
     database = open_storage(storage)
     stderr.print(f"loading {model}")
-    checkpoint = load_checkpoint(model, device=device, dtype=dtype)
-    wrapped = LayerSkipModel(checkpoint.model)
+    checkpoint = load_checkpoint(model, device=places[0], dtype=dtype)
+    first = wrapped(checkpoint.model, engine, compiled)
     split = split_prompts(
-        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
+        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.context_length
     )
-    if compiled:
-        compile_sublayers(wrapped)
-    use_engine(wrapped, engine)
-    space = SearchSpace.of(wrapped, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
+    space = SearchSpace.of(first, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
+    identity = identify(first, checkpoint.source)
+
+    def helpers(name: str) -> Workers:
+        ends = None if timeout is None else time.monotonic() + timeout
+        loads = [partial(load_model, model, place, dtype, engine, compiled) for place in places[1:]]
+        work = [Work(load, identity, split, storage, settings, space, name, ends=ends) for load in loads]
+        return Workers(work, lambda number, message: stderr.print(f"worker {number} gave up: {message}", markup=False))
+
     with SearchProgress(trials, timeout) as progress:
         result = Search(
-            wrapped,
-            identify(wrapped, checkpoint.source),
+            first,
+            identity,
             split,
             database,
             settings,
             space=space,
             study_name=study,
             observer=progress,
+            helpers=helpers,
         ).run()
     if result.profile is not None:
         result.profile.save(out)
     _report(result, out, json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _num_workers(places: list[str], workers: int) -> int:
+    from layerskip.errors import InvalidInputError
+
+    if workers < 1:
+        raise InvalidInputError(f"workers: expected at least 1, got {workers}")
+    if workers not in (1, len(places)):
+        raise InvalidInputError(
+            f"--workers {workers}: --devices names {len(places)}, one for each worker; leave --workers out"
+        )
+    return len(places) or workers
 
 
 def _check_writable(out: Path) -> None:
@@ -132,6 +169,7 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
                 "profile": str(out) if result.profile else None,
                 "study": result.study,
                 "trials": result.trials,
+                "measured": result.measured,
                 "speedup": measured.speedup if measured else None,
                 "speedup_low": measured.speedup_low if measured else None,
                 "speedup_high": measured.speedup_high if measured else None,
@@ -142,7 +180,7 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
         )
         return
     if result.profile is None:
-        why = "no trial was completed" if not result.trials else "it was interrupted before drafts could be made"
+        why = "it ended before a candidate was measured" if result.trials else "no trial was completed"
         stdout.print(f"study {result.study}: {why}, so there is no profile; run the same command again")
         return
     _report_profile(result.profile, result, out)
@@ -152,7 +190,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     measured = profile.measured
     assert measured is not None  # a search always measures
     rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
-    stdout.print(f"study     {result.study}, {result.trials} completed trials")
+    stdout.print(f"study     {result.study}, {result.trials} candidates seen, {result.measured} measured")
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
     stdout.print(

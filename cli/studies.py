@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
 from cli.output import print_json, print_whole, stderr, stdout
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _STATES = {"complete": "completed", "waiting": "queued", "fail": "failed or interrupted"}
 
@@ -30,10 +33,10 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
     if not summaries:
         stdout.print("no studies yet")
         return
-    table = Table("study", "model", "trials", "completed", "best speedup", box=None)
+    table = Table("study", "model", "candidates", "measured", "best speedup", box=None)
     for summary in summaries:
-        best = "" if summary.best_speedup is None else f"{summary.best_speedup:.3f}×"
-        table.add_row(summary.name, summary.model or "?", str(summary.trials), str(summary.completed), best)
+        best = "" if summary.best_speedup is None else f"{summary.best_speedup:.3f}× {summary.basis}"
+        table.add_row(summary.name, summary.model or "?", str(summary.seen), str(summary.measured), best)
     print_whole(table)
 
 
@@ -45,9 +48,11 @@ def show(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a study's best trials, by the speedup that the search measured."""
-    from rich.table import Table
+    """Show a study's best candidates, by the speedup that was measured, or else predicted, on the search's prompts.
 
+    Predictions are ranked as far as they proved right where candidates were measured. What finalists measured on
+    held-out prompts stands beside it.
+    """
     from studies.storage import open_existing_storage
     from studies.study import describe_study
 
@@ -60,17 +65,26 @@ def show(
     if context:
         stdout.print(f"model     {context['model']} ({context['dtype']} on {context['device']})")
         stdout.print(
-            f"prompts   {context['prompts_per_trial']} a trial, at most {context['max_new_tokens']} tokens each"
+            f"prompts   {context['prompts_per_trial']} a measurement, at most {context['max_new_tokens']} tokens each"
         )
     counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
     stdout.print(f"trials    {counts or 'none'}; {described['measurements']} prompts measured")
-    table = Table("trial", "speedup", "accepted", "skipped", "draft", box=None)
-    for trial in described["best"]:
-        rate = "" if trial["acceptance_rate"] is None else f"{trial['acceptance_rate']:.0%}"
-        table.add_row(
-            str(trial["number"]), f"{trial['speedup']:.3f}×", rate, str(trial["skip_set"]), str(trial["draft_exit"])
-        )
-    stdout.print(table)
+    stdout.print(_table(described["best"]))
+    if described["pareto_front"]:
+        stdout.print("Pareto front of speedup and agreement, both predicted:")
+        stdout.print(_table(described["pareto_front"]))
+
+
+def _table(trials: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft", box=None)
+    for trial in trials:
+        agreement = "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}"
+        final = "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×"
+        what = (str(trial["skip_set"]), str(trial["draft_exit"]))
+        table.add_row(str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"], final, agreement, *what)
+    return table
 
 
 @app.command("serve")

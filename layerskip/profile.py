@@ -13,7 +13,6 @@ from pydantic_core import ErrorDetails
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.tensors_file import remove_unless_referred_to, tensors_file_of
 from layerskip.errors import InvalidProfileError
 from layerskip.files import write_atomically, write_bytes_atomically
 from layerskip.identity import ModelIdentity, identify
@@ -162,23 +161,20 @@ class DraftProfile(_Part):
     def save(self, path: str | Path) -> None:
         """Write the profile so that a killed process leaves the old one or the new one.
 
-        Tensors are written first, to a file named by their content, so that an older profile keeps its own. The file of
-        a profile that was overwritten is removed then, unless another profile in the folder refers to it.
+        Tensors are written first, to a file named by their content, so that an older profile keeps its own. No such
+        file is ever removed: copies of the older profile may need it, and so may other processes.
 
         Raises:
             InvalidProfileError: The file cannot be written.
         """
         if not Path(path).name:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
-        old = tensors_file_of(Path(path))
         try:
             if self.tensors is not None:
                 write_bytes_atomically(Path(path).with_name(self.tensors.file), self._assets.to_bytes())
             write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
-        if old is not None and old != tensors_file_of(Path(path)):
-            remove_unless_referred_to(old)
 
     def check(self, model: LayerSkipModel) -> None:
         """Make sure that the profile is for this model.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, wilcoxon
 
 from layerskip.decoding.drafting import Drafter
 from layerskip.decoding.loop import Generation, generate
@@ -20,6 +20,9 @@ from search.prompts import EncodedPrompt
 _FLOAT32_TIE = 1e-3
 # In shorter types rounding alone moves a logit by a few units in its last place.
 _TIE_ROUNDINGS = 4
+
+# A candidate is given up when it would do as badly by chance less often than this.
+_HOPELESS = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,22 @@ class Summary:
     near_ties: int
 
 
+def warm_up(model: LayerSkipModel, drafter: Drafter, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> None:
+    """Decode prompts both ways where an engine captures or compiles passes: that is no part of what is measured.
+
+    Args:
+        model: The model.
+        drafter: The candidate's drafter.
+        prompts: What will be measured. The longest goes first, so that caches grow at once.
+        max_new_tokens: Most tokens for each.
+    """
+    if not model.engine.captures:
+        return
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
+        for one in (drafter, None):
+            generate(model, prompt.tokens, drafter=one, max_new_tokens=max_new_tokens)
+
+
 def measure_prompt(
     model: LayerSkipModel, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
 ) -> PromptMeasurement:
@@ -99,6 +118,19 @@ def measure_prompt(
         accepted=draft.stats.accepted,
         near_tie=parts_at_near_tie(model, prompt, plain.tokens, draft.tokens),
     )
+
+
+def hopeless(speedups: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether a candidate is slower than the best one, by Wilcoxon's signed-rank test on the prompts that both did.
+
+    Args:
+        speedups: The candidate's, by the id of the prompt.
+        best: The best candidate's.
+    """
+    differences = [speedup - best[prompt] for prompt, speedup in speedups.items() if prompt in best]
+    if not any(differences) or sum(differences) > 0:
+        return False
+    return float(wilcoxon(differences, alternative="less", zero_method="zsplit").pvalue) < _HOPELESS
 
 
 def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[int], draft: Sequence[int]) -> bool:

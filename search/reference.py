@@ -1,49 +1,254 @@
-"""The reference run: what the full model writes, and what drafts learn from it."""
+"""The reference run: what the full model writes behind each prompt, and what it computed on the way.
+
+Decoded once, and kept on disk: every trial, every worker and a search that goes on reads it from there.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-from layerskip.decoding.drafting import SkipDrafter
-from layerskip.decoding.loop import generate
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import BridgeFitter, record_states
-from layerskip.drafts.vocabulary import draft_vocabulary, emission_frequencies
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import GenerationConfig
+
+from layerskip.errors import LayerSkipError
+from layerskip.files import write_bytes_atomically
+from layerskip.machine import library_versions
 from layerskip.stack.model import LayerSkipModel
 from search.prompts import EncodedPrompt
-from search.space import Candidate
 
-# Enough for a bridge of a small model, and under a minute on two processor cores.
-_TOKENS = 600
+# Prompts decoded side by side: a pass over so many tokens costs little more than one over a single token.
+_SIDE_BY_SIDE = 16
+# Positions scored at a time: keeps [positions, vocab_size] small.
+CHUNK = 64
+# References kept on disk; the least recently used beyond them are removed.
+_KEPT = 4
 
 
-class Reference:
-    """The full model's own continuations of the search's prompts, read once for its states and its choices.
+@dataclass(frozen=True, eq=False)
+class ReferenceText:
+    """A prompt with the full model's own continuation, and what the full model computed over it.
+
+    Drafts are asked at the positions of the new tokens but the last, ``m - 1`` of them: there they would propose the
+    next.
+
+    Args:
+        tokens: ``[n]``, the prompt and ``m`` new tokens behind it.
+        prompt_length: Tokens of the prompt.
+        choices: ``[m - 1]``, the full model's likeliest token behind each of these positions.
+        confidence: ``[m - 1]``, its probability.
+        keys: For each layer ``[heads, n, dim]``.
+        values: Likewise.
+        states: ``[2 * num_layers + 1, p, hidden_size]``, hidden states at every boundary between sublayers, at some
+            ``p`` positions: with ``p = m - 1`` those at which drafts are asked.
+    """
+
+    tokens: Tensor
+    prompt_length: int
+    choices: Tensor
+    confidence: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    states: Tensor
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens in the continuation."""
+        return len(self.tokens) - self.prompt_length
+
+    def to_bytes(self) -> bytes:
+        """The content of a safetensors file."""
+        tensors = {f"keys.{i}": keys for i, keys in enumerate(self.keys)}
+        tensors |= {f"values.{i}": values for i, values in enumerate(self.values)}
+        tensors |= {"tokens": self.tokens, "choices": self.choices, "confidence": self.confidence}
+        tensors |= {"states": self.states, "prompt_length": torch.tensor(self.prompt_length)}
+        return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+    @classmethod
+    def from_file(cls, path: Path) -> ReferenceText:
+        """Read what :meth:`to_bytes` gave; the tensors stay on disk until they are used.
+
+        Raises:
+            ValueError: The file is something else.
+            OSError: It cannot be read.
+        """
+        try:
+            tensors = load_file(path)
+            layers = range(sum(name.startswith("keys.") for name in tensors))
+            return cls(
+                tokens=tensors["tokens"],
+                prompt_length=int(tensors["prompt_length"]),
+                choices=tensors["choices"],
+                confidence=tensors["confidence"],
+                keys=tuple(tensors[f"keys.{i}"] for i in layers),
+                values=tuple(tensors[f"values.{i}"] for i in layers),
+                states=tensors["states"],
+            )
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: not a reference text: {error}") from error
+
+
+class ReferenceRun:
+    """Makes reference texts, or finds those that were made earlier.
 
     Args:
         model: The model.
-        prompts: What to continue.
-        max_new_tokens: Most tokens for each prompt.
+        folder: Where references of all models are kept.
+        fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
+
+    Raises:
+        LayerSkipError: The folder cannot be written.
     """
 
-    def __init__(self, model: LayerSkipModel, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> None:
-        length = min(max_new_tokens, math.ceil(_TOKENS / len(prompts)))
-        texts = [[*p.tokens, *generate(model, p.tokens, max_new_tokens=length).tokens] for p in prompts]
-        states = record_states(model, texts)
+    def __init__(self, model: LayerSkipModel, folder: Path, fingerprint: str) -> None:
         self._model = model
-        self._fitter = BridgeFitter(model, states)
-        self._frequencies = emission_frequencies(model, states[-1])
+        what = [fingerprint, str(model.dtype), model.device.type, library_versions()]
+        self._folder = folder / f"reference-{_digest(what)}"
+        with _clear_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self._folder)
+            for old in sorted(folder.glob("reference-*"), key=_last_used)[:-_KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def assets(self, candidate: Candidate) -> DraftAssets:
-        """The bridges and the draft vocabulary that a candidate asks for."""
-        bridges = self._fitter.fit(candidate.skip_set) if candidate.bridged else {}
-        token_ids = None
-        if candidate.vocabulary:
-            token_ids = draft_vocabulary(self._frequencies, self._model.eos_token_ids, candidate.vocabulary)
-        return DraftAssets(bridges, token_ids)
+    def texts(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        max_new_tokens: int,
+        states: int | None = None,
+    ) -> list[ReferenceText]:
+        """The texts of some prompts, in their order.
+
+        Args:
+            prompts: What to continue.
+            max_new_tokens: Most tokens for each.
+            states: Positions at which to keep hidden states, evenly spaced over each text; None keeps those at which
+                drafts are asked.
+
+        Raises:
+            LayerSkipError: The folder cannot be written.
+        """
+        paths = [self._folder / f"{_digest([p.tokens, max_new_tokens, states])}.safetensors" for p in prompts]
+        missing = [pair for pair in zip(prompts, paths, strict=True) if _read(pair[1]) is None]
+        for start in range(0, len(missing), _SIDE_BY_SIDE):
+            batch = missing[start : start + _SIDE_BY_SIDE]
+            written = continuations(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)
+            for (prompt, path), new in zip(batch, written, strict=True):
+                text = record(self._model, prompt.tokens, new, states=states)
+                with _clear_errors(path):
+                    write_bytes_atomically(path, text.to_bytes())
+        return [ReferenceText.from_file(path) for path in paths]
 
 
-def drafter_of(model: LayerSkipModel, candidate: Candidate, assets: DraftAssets) -> SkipDrafter:
-    """The drafter of a candidate."""
-    return SkipDrafter.of(model, candidate.skip_set, candidate.draft_exit, assets, gate=candidate.gate)
+@torch.inference_mode()
+def continuations(model: LayerSkipModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """The full model's greedy continuations of several prompts, decoded side by side by transformers.
+
+    Returns:
+        The new tokens of each; an end-of-sequence token is the last of them.
+    """
+    longest = max(map(len, prompts))
+    eos = sorted(model.eos_token_ids)
+    padding = eos[0] if eos else 0
+    rows = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos or None,
+        pad_token_id=padding,
+    )
+    out: Tensor = model.hf_model.generate(  # type: ignore[operator]
+        torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(seen, device=model.device),
+        generation_config=settings,
+    )
+    return [_until_end(row[longest:], model.eos_token_ids) for row in out.tolist()]
+
+
+def _until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end]
+
+
+@torch.inference_mode()
+def record(
+    model: LayerSkipModel, prompt: Sequence[int], new: Sequence[int], *, states: int | None = None
+) -> ReferenceText:
+    """Run the full model over a text once and keep what drafts are held against.
+
+    Args:
+        model: The model.
+        prompt: Token ids.
+        new: The full model's continuation.
+        states: As in :meth:`ReferenceRun.texts`.
+    """
+    tokens = torch.tensor([*prompt, *new], device=model.device)
+    n, asked = len(tokens), slice(len(prompt), len(prompt) + len(new) - 1)
+    all_over = torch.linspace(0, n - 1, min(states or n, n)).round().long()
+    positions = torch.arange(n)[asked] if states is None else all_over
+    cache = model.new_cache(n)
+    context = model.pass_context(n, cache)
+    x = model.embed(tokens)  # [1, n, hidden_size]
+    boundaries = [x[0, positions]]
+    for _, sublayer in model.full_stack.steps:
+        x = sublayer(x, context)
+        boundaries.append(x[0, positions.to(x.device)].to(model.device))
+    cache.advance(n)
+    best = [likeliest(model.logits(part[None])) for part in x[0, asked].split(CHUNK)]
+    layers = [cache.layer(index) for index in range(model.num_layers)]
+    return ReferenceText(
+        tokens=tokens,
+        prompt_length=len(prompt),
+        choices=torch.cat([choices for choices, _ in best]) if best else tokens[:0],
+        confidence=torch.cat([confidence for _, confidence in best]) if best else torch.zeros(0),
+        keys=tuple(keys[0] for keys, _ in layers),
+        values=tuple(values[0] for _, values in layers),
+        states=torch.stack(boundaries),
+    )
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of the highest logit in each row, ``[n]``, and its probability, ``[n]``."""
+    best = logits.max(-1)
+    return best.indices, (best.values - logits.logsumexp(-1)).exp()
+
+
+def _read(path: Path) -> ReferenceText | None:
+    try:
+        return ReferenceText.from_file(path)
+    except (OSError, ValueError):  # not there, or not whole
+        return None
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LayerSkipError(
+            f"{path}: cannot keep the reference run: {error.strerror}; "
+            "make room, or set LAYERSKIP_CACHE to another folder"
+        ) from error
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:  # removed by another process just now
+        return 0.0
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

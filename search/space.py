@@ -1,12 +1,16 @@
-"""What a search may choose: one bit for each sublayer, and when a draft ends."""
+"""What a search may choose: one bit for each sublayer, and what stands in for what is left out.
+
+When a draft ends is not searched by trials: replay finds the best policy for each candidate with no model run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
+from pydantic import TypeAdapter
 
 from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
 from layerskip.stack.model import LayerSkipModel
@@ -14,6 +18,10 @@ from layerskip.stack.skipset import SkipSet
 
 _VOCABULARIES = (8192, 16384, 24576)
 _GATES = (0.3, 0.6)
+_CONFIDENCE_LENGTHS = (2, 4, 8)
+_CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+_ADAPTIVE_LENGTHS = (4, 8)
+_ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
 
 
 @dataclass(frozen=True)
@@ -22,29 +30,49 @@ class Candidate:
 
     Args:
         skip_set: What the draft leaves out.
-        draft_exit: When a draft ends.
         bridged: Whether bridges stand in for runs of skipped sublayers that are worth one.
         vocabulary: Size of the draft vocabulary; 0 is the whole one.
-        gate: Confidence of the full model below which the next round drafts nothing.
     """
 
     skip_set: SkipSet
-    draft_exit: DraftExit
     bridged: bool = False
     vocabulary: int = 0
-    gate: float = 0.0
 
     @property
-    def draft(self) -> str:
+    def extras(self) -> list[str]:
         """Everything but the skip set, for people."""
-        extras = [str(self.draft_exit)]
-        extras += ["bridged"] * self.bridged
-        extras += [f"vocabulary {self.vocabulary}"] * bool(self.vocabulary)
-        extras += [f"gate {self.gate:g}"] * bool(self.gate)
-        return ", ".join(extras)
+        return ["bridged"] * self.bridged + [f"vocabulary {self.vocabulary}"] * bool(self.vocabulary)
 
     def __str__(self) -> str:
-        return f"{self.skip_set} · draft {self.draft}"
+        return " · ".join([str(self.skip_set), *self.extras])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to draft.
+
+    Args:
+        draft_exit: When a draft ends.
+        gate: Confidence of the full model below which the next round drafts nothing.
+    """
+
+    draft_exit: DraftExit
+    gate: float = 0.0
+
+    def __str__(self) -> str:
+        return str(self.draft_exit) + f", gate {self.gate:g}" * bool(self.gate)
+
+    def as_json(self) -> str:
+        """The policy as text, to be kept with a trial."""
+        return _POLICY.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """The inverse of :meth:`as_json`."""
+        return _POLICY.validate_json(text)
+
+
+_POLICY = TypeAdapter(Policy)
 
 
 @dataclass(frozen=True)
@@ -54,8 +82,6 @@ class SearchSpace:
     Args:
         num_layers: Decoder layers of the model; twice as many bits are searched.
         max_draft_length: Longest draft to try.
-        lowest_threshold: Lowest confidence threshold to try.
-        highest_threshold: Highest confidence threshold to try.
         bridges: Whether to try bridges.
         vocabularies: Sizes of the draft vocabulary to try; 0 is the whole one.
         gates: Target-confidence gates to try; 0 is none.
@@ -63,8 +89,6 @@ class SearchSpace:
 
     num_layers: int
     max_draft_length: int = 8
-    lowest_threshold: float = 0.1
-    highest_threshold: float = 0.95
     bridges: bool = False
     vocabularies: tuple[int, ...] = (0,)
     gates: tuple[float, ...] = (0.0,)
@@ -86,14 +110,19 @@ class SearchSpace:
             gates=(0.0, *_GATES) if gate else (0.0,),
         )
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether candidates may have bridges or a draft vocabulary, which are made from a reference run."""
-        return self.bridges or any(self.vocabularies)
-
     def describe(self) -> dict[str, Any]:
         """The space as plain values, to tell one from another."""
         return asdict(self) | {"vocabularies": list(self.vocabularies), "gates": list(self.gates)}
+
+    def policies(self) -> list[Policy]:
+        """Every policy that replay tries."""
+        longest = self.max_draft_length
+        exits: list[DraftExit] = [FixedLength(length) for length in range(1, longest + 1)]
+        for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):
+            exits += [ConfidenceThreshold(threshold, length) for threshold in _CONFIDENCES]
+        for length in sorted({min(length, longest) for length in _ADAPTIVE_LENGTHS}):
+            exits += [AdaptiveThreshold(threshold, length) for threshold in _ADAPTIVE_STARTS]
+        return [Policy(draft_exit, gate) for gate in self.gates for draft_exit in exits]
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
         """Let a trial choose.
@@ -101,57 +130,29 @@ class SearchSpace:
         Raises:
             InvalidInputError: The trial chose to skip every sublayer.
         """
-        mask = [trial.suggest_categorical(name, (0, 1)) for name in self._bit_names()]
-        return Candidate(
-            SkipSet.from_mask(mask),
-            self._suggest_exit(trial),
-            bridged=trial.suggest_categorical("bridged", (False, True)) if self.bridges else False,
-            vocabulary=_suggest_among(trial, "vocabulary", self.vocabularies),
-            gate=_suggest_among(trial, "gate", self.gates),
-        )
-
-    def _suggest_exit(self, trial: optuna.trial.BaseTrial) -> DraftExit:
-        kind = trial.suggest_categorical("exit", ("fixed", "confidence", "adaptive"))
-        length = trial.suggest_int("draft_length", 1, self.max_draft_length)
-        if kind == "fixed":
-            return FixedLength(length)
-        threshold = trial.suggest_float("threshold", self.lowest_threshold, self.highest_threshold)
-        if kind == "confidence":
-            return ConfidenceThreshold(threshold, length)
-        return AdaptiveThreshold(threshold, length)
+        mask = [trial.suggest_categorical(name, (0, 1)) for name in self.bit_names()]
+        sizes = self.vocabularies
+        # All before the mask is looked at: samplers forget parameters that some trial lacks.
+        bridged = trial.suggest_categorical("bridged", (False, True)) if self.bridges else False
+        vocabulary = sizes[0] if len(sizes) == 1 else trial.suggest_categorical("vocabulary", sizes)
+        return Candidate(SkipSet.from_mask(mask), bridged, vocabulary)
 
     def parameters(self, candidate: Candidate) -> dict[str, int | float | str]:
         """A candidate as the parameters of a trial; the inverse of :meth:`candidate`."""
         chosen: dict[str, int | float | str] = {
-            name: int(skip) for name, skip in zip(self._bit_names(), candidate.skip_set.mask, strict=True)
+            name: int(skip) for name, skip in zip(self.bit_names(), candidate.skip_set.mask, strict=True)
         }
         if self.bridges:
             chosen["bridged"] = candidate.bridged
         if len(self.vocabularies) > 1:
             chosen["vocabulary"] = candidate.vocabulary
-        if len(self.gates) > 1:
-            chosen["gate"] = candidate.gate
-        match candidate.draft_exit:
-            case FixedLength(length):
-                return chosen | {"exit": "fixed", "draft_length": length}
-            case ConfidenceThreshold(threshold, length):
-                return chosen | {"exit": "confidence", "draft_length": length, "threshold": threshold}
-            case AdaptiveThreshold(threshold, length):
-                return chosen | {"exit": "adaptive", "draft_length": length, "threshold": threshold}
+        return chosen
 
     def candidate(self, parameters: Mapping[str, Any]) -> Candidate:
         """What a finished trial with these parameters tried."""
         return self.suggest(optuna.trial.FixedTrial(dict(parameters)))
 
-    def _bit_names(self) -> list[str]:
+    def bit_names(self) -> list[str]:
         """One parameter for each sublayer, in stack order."""
         width = len(str(self.num_layers - 1))
         return [f"skip_{kind}_{layer:0{width}}" for layer in range(self.num_layers) for kind in ("attn", "mlp")]
-
-
-_Choice = TypeVar("_Choice", int, float)
-
-
-def _suggest_among(trial: optuna.trial.BaseTrial, name: str, choices: tuple[_Choice, ...]) -> _Choice:
-    """A trial's choice; without alternatives, no parameter."""
-    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, choices)

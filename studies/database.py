@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from studies.errors import storage_error
 from studies.patience import persist, wait_for_server
 from studies.patient_storage import PatientStorage
+from studies.records import TableOfRecords
 
 T = TypeVar("T")
 
@@ -44,18 +45,25 @@ class DatabaseStorage(PatientStorage, RDBStorage):
         url: An Optuna storage URL.
         heartbeat_seconds: How often a running trial says that it lives. One that has been silent three times as long
             is taken for dead and tried once more.
+
+    Raises:
+        StorageError: The database is of another version of Optuna, or its driver does not know an option.
     """
 
     def __init__(self, url: str, *, heartbeat_seconds: int) -> None:
+        options = _engine_options(make_url(url))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeat_interval
-            super().__init__(
-                url,
-                engine_kwargs=_engine_options(make_url(url)),
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=3 * heartbeat_seconds,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-            )
+            try:
+                super().__init__(
+                    url,
+                    engine_kwargs=options,
+                    heartbeat_interval=heartbeat_seconds,
+                    grace_period=3 * heartbeat_seconds,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+                )
+            except (RuntimeError, TypeError) as error:  # Optuna's, of a version, and drivers', of options
+                raise storage_error(url, error) from error
         self._set_up_engine()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -69,12 +77,12 @@ class DatabaseStorage(PatientStorage, RDBStorage):
             event.listen(self.engine, "connect", _write_ahead)
             self.engine.dispose()  # the connections made so far
 
-    def persist(self, operation: Callable[[bool], T]) -> T:
-        """Do an operation, again where the connection was lost; it is told whether it may have been done before.
+    @property
+    def records(self) -> TableOfRecords:
+        """The measurements beside the studies, in a table of the same database."""
+        return TableOfRecords(self.engine)
 
-        Raises:
-            StorageError: The database refused, or was away for longer than patience lasts.
-        """
+    def persist(self, operation: Callable[[bool], T]) -> T:
         try:
             return persist(operation)
         except (StorageInternalError, SQLAlchemyError) as error:

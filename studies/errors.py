@@ -12,8 +12,31 @@ from layerskip.errors import LayerSkipError
 
 NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
 MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
-# Options of drivers that hold a secret, though they are not where a URL has its password.
-_SECRET_OPTIONS = ("password", "passwd", "sslpassword", "ssl_key_password")
+# Options of drivers that hold no secret. Any other may: odbc_connect has a password in it, and drivers have tokens.
+_HARMLESS_OPTIONS = (
+    "application_name",
+    "cache",
+    "charset",
+    "check_same_thread",
+    "client_encoding",
+    "connect_timeout",
+    "driver",
+    "host",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "mode",
+    "options",
+    "port",
+    "sslmode",
+    "target_session_attrs",
+    "tcp_user_timeout",
+    "timeout",
+    "unix_socket",
+    "uri",
+    "user",
+)
 
 
 class StorageError(LayerSkipError):
@@ -21,12 +44,12 @@ class StorageError(LayerSkipError):
 
 
 def redacted(url: str | URL) -> str:
-    """A storage URL with its passwords replaced by stars."""
+    """A storage URL with its password, and options that may be secret, replaced by stars."""
     try:
         parsed = make_url(url)
     except MALFORMED:
         return "(malformed)"
-    stars = {name: "***" for name in parsed.query if name.lower() in _SECRET_OPTIONS}
+    stars = {name: "***" for name in parsed.query if name.lower() not in _HARMLESS_OPTIONS}
     return parsed.update_query_dict(stars).render_as_string(hide_password=True).replace("%2A", "*")
 
 

@@ -11,7 +11,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from studies.errors import StorageError, causes
+from studies.patience import patience
 
+Objective = Callable[[optuna.Trial], float | Sequence[float]]
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 _log = logging.getLogger("layerskip.studies")
@@ -19,7 +21,7 @@ _log = logging.getLogger("layerskip.studies")
 
 def optimize(
     study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
+    objective: Objective,
     *,
     timeout: float | None = None,
     callbacks: Sequence[Callback] = (),
@@ -33,7 +35,7 @@ def optimize(
 
     Args:
         study: The study.
-        objective: Returns a trial's value.
+        objective: Returns a trial's value or values.
         timeout: Seconds after which no new trial starts; None for no limit.
         callbacks: Called after each trial; one of them calls ``study.stop()``.
 
@@ -49,25 +51,26 @@ def optimize(
         if time_is_up():
             study.stop()
 
-    while not time_is_up():
-        watched = _Watched(objective)
-        try:
-            study.optimize(watched, callbacks=[*callbacks, stop_in_time])
-        except Exception as error:
-            watched.explain(study, error)
-        else:
-            return
+    with patience():
+        while not time_is_up():
+            watched = _Watched(objective)
+            try:
+                study.optimize(watched, callbacks=[watched.told, *callbacks, stop_in_time])
+            except Exception as error:
+                watched.explain(study, error)
+            else:
+                return
 
 
 class _Watched:
-    """An objective that remembers which trial it was called for last, and what it raised."""
+    """An objective that remembers which trial it was called for, and what it raised, until the trial is told."""
 
-    def __init__(self, objective: Callable[[optuna.Trial], float]) -> None:
+    def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._trial: optuna.Trial | None = None
         self._raised: BaseException | None = None
 
-    def __call__(self, trial: optuna.Trial) -> float:
+    def __call__(self, trial: optuna.Trial) -> float | Sequence[float]:
         self._trial, self._raised = trial, None
         try:
             return self._objective(trial)
@@ -75,14 +78,18 @@ class _Watched:
             self._raised = error
             raise
 
+    def told(self, _: optuna.Study, __: FrozenTrial) -> None:
+        """Forget the trial: what goes wrong from now on has nothing to do with it."""
+        self._trial = self._raised = None
+
     def explain(self, study: optuna.Study, error: Exception) -> None:
         """Raise what really went wrong; return if the trial was but taken for dead."""
         for kind in (KeyboardInterrupt, StorageError):
             for cause in (*causes(self._raised), *causes(error)):
                 if isinstance(cause, kind):
                     raise cause
-        if self._raised is error and not isinstance(error, UpdateFinishedTrialError):
-            raise error
+        if self._raised is not None and not isinstance(self._raised, (UpdateFinishedTrialError, optuna.TrialPruned)):
+            raise self._raised
         if not self._given_up(study):
             raise error
 

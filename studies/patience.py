@@ -6,17 +6,20 @@ import itertools
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from threading import Event
+from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from studies.errors import StorageError, causes, redacted
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 PATIENCE_SECONDS = 120.0
 _HURRY_SECONDS = 1.0
@@ -27,22 +30,38 @@ _POSTGRESQL_AWAY = ("57P01", "57P02", "57P03")
 _MYSQL_AWAY = (1040, 1053, 2002, 2003, 2006, 2013, 2055)
 
 _patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_SECONDS)
+# When, on the monotonic clock, patience with the operation that is under way ends; None between operations.
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+_ended: ContextVar[Event | None] = ContextVar("ended", default=None)
 _log = logging.getLogger("layerskip.studies")
 
 
+def patience(seconds: float | None = None) -> AbstractContextManager[None]:
+    """Wait at most so long for a server in each operation, in this thread.
+
+    Args:
+        seconds: None for as long as now. Either way, what Ctrl-C leaves of it is forgotten at the end of the block.
+    """
+    return _set(_patience, _patience.get() if seconds is None else seconds)
+
+
+def patience_until(ended: Event) -> AbstractContextManager[None]:
+    """Wait for no server any more, in this thread, as soon as another one has set an event."""
+    return _set(_ended, ended)
+
+
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Wait at most so long for a server, in this thread."""
-    before = _patience.set(seconds)
+def _set(variable: ContextVar[V], value: V) -> Iterator[None]:
+    before = variable.set(value)
     try:
         yield
     finally:
-        _patience.reset(before)
+        variable.reset(before)
 
 
 def lost(error: BaseException) -> bool:
     """Whether an error of a database means that its server was away or went away, not that it refused."""
-    if isinstance(error, StorageError):  # patience with it is over
+    if isinstance(error, StorageError) or not isinstance(error, Exception):  # patience with it is over
         return False
     return any(isinstance(cause, DBAPIError) and _lost_connection(cause) for cause in causes(error))
 
@@ -61,27 +80,27 @@ def _lost_connection(error: DBAPIError) -> bool:
     return bool(driver_error.args) and driver_error.args[0] in _MYSQL_AWAY
 
 
-def persist(operation: Callable[[bool], T], lost: Callable[[BaseException], bool] = lost) -> T:
+def persist(
+    operation: Callable[[bool], T], lost: Callable[[BaseException], bool] = lost, *, awaited: str | None = None
+) -> T:
     """Do an operation, and again for as long as it fails for a lost connection and patience lasts.
 
     Args:
         operation: Told whether it may have been done before: what was committed when the connection broke stands,
             though nobody heard of it.
         lost: Whether an error means that the connection was lost.
+        awaited: What to tell the user is waited for; None where connecting tells it.
 
     Raises:
         Exception: What the operation raised last.
     """
     times = itertools.count()
-    attempts = Retrying(
-        retry=retry_if_exception(lost), stop=stop_after_delay(_patience.get()), wait=_BACKOFF, reraise=True
-    )
     try:
-        result: T = attempts(lambda: operation(next(times) > 0))
+        return _retry(lambda: operation(next(times) > 0), lost, awaited)
     except KeyboardInterrupt:  # nor does who pressed Ctrl-C want to wait for what is stored because of it
-        _patience.set(min(_HURRY_SECONDS, _patience.get()))
+        if _patience.get(None) is not None:  # in a block of patience, after which it is forgotten
+            _patience.set(min(_HURRY_SECONDS, _patience.get()))
         raise
-    return result
 
 
 def wait_for_server(engine: Engine) -> None:
@@ -92,18 +111,26 @@ def wait_for_server(engine: Engine) -> None:
 
     def connect(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
         refused = dialect.loaded_dbapi.OperationalError
-        attempts = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, refused)),
-            stop=stop_after_delay(_patience.get()),
-            wait=_BACKOFF,
-            before_sleep=say_once,
-            reraise=True,
-        )
-        return attempts(lambda: dialect.connect(*arguments, **options))
+        return _retry(lambda: dialect.connect(*arguments, **options), lambda error: isinstance(error, refused), awaited)
+
+    awaited = redacted(engine.url)
+    event.listen(engine, "do_connect", connect)
+
+
+def _retry(operation: Callable[[], T], lost: Callable[[BaseException], bool], awaited: str | None) -> T:
+    """Do an operation, and again; the waiting within it ends with its own."""
+    around = _deadline.get()
+    deadline = monotonic() + _patience.get() if around is None else around
+
+    def is_over(_: RetryCallState) -> bool:
+        ended = _ended.get()
+        return monotonic() >= deadline or (ended is not None and ended.is_set())
 
     def say_once(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            _log.warning("storage '%s' does not answer; waiting for at most %.0f s", shown, _patience.get())
+        if state.attempt_number == 1 and awaited is not None:
+            _log.warning("storage '%s' does not answer; waiting for at most %.0f s", awaited, deadline - monotonic())
 
-    shown = redacted(engine.url)
-    event.listen(engine, "do_connect", connect)
+    retry = retry_if_exception(lost)
+    attempts = Retrying(retry=retry, stop=is_over, wait=_BACKOFF, before_sleep=say_once, reraise=True)
+    with _set(_deadline, deadline):
+        return attempts(operation)

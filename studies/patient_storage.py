@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from studies.errors import StorageError
 from studies.patience import patience
+from studies.records import Records
 
 T = TypeVar("T")
 
 # Reads, and writes that may be done twice: doing one again after it was committed unheard changes nothing. The
 # exceptions are new trials: one that was made unheard stays behind, queued (its candidate is then measured twice) or
-# running, where it is soon taken for dead and queued once.
+# running, where it is soon taken for dead and queued once. Deleting a study, as the dashboard does, is left to Optuna.
 _OPERATIONS = (
-    "create_new_study",
     "create_new_trial",
-    "delete_study",
     "get_all_studies",
     "get_all_trials",
     "get_best_trial",
@@ -48,6 +48,11 @@ _HEARTBEAT_SLACK_SECONDS = 1.0
 class PatientStorage(BaseStorage, BaseHeartbeat):
     """Goes before an Optuna storage in a class's bases. Its errors are :class:`StorageError`, of one line."""
 
+    @property
+    def records(self) -> Records:
+        """The measurements beside the studies."""
+        raise NotImplementedError
+
     def persist(self, operation: Callable[[bool], T]) -> T:
         """Do an operation, again where the connection was lost; it is told whether it may have been done before.
 
@@ -60,8 +65,26 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         """Ids of a study's running trials that have not said for too long that they live."""
         raise NotImplementedError
 
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """Optuna's; a study that was made when the connection broke is not said to be another's."""
+        plain: Callable[..., int] = self._plain("create_new_study")
+
+        def create(repeated: bool) -> int:
+            try:
+                return plain(directions, study_name)
+            except DuplicatedStudyError:
+                if repeated and study_name is not None:
+                    return self.get_study_id_from_name(study_name)
+                raise
+
+        return self.persist(create)
+
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Optuna's; a trial that was finished, or claimed, when the connection broke is not so twice."""
+        """Optuna's; a trial that was finished, or claimed, when the connection broke is not so twice.
+
+        But of two workers that take a trial for dead while the connection breaks, each may believe that it was the one
+        to say so, and the trial is then queued twice.
+        """
         plain: Callable[..., bool] = self._plain("set_trial_state_values")
 
         def store(repeated: bool) -> bool:

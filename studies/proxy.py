@@ -58,7 +58,8 @@ class ProxyStorage(PatientStorage, GrpcStorageProxy):
         from optuna.storages._grpc.auto_generated import api_pb2_grpc
         from optuna.storages._grpc.client import GrpcClientCache
 
-        every_method = {"name": [{}], "waitForReady": True, "timeout": f"{_CALL_SECONDS:.0f}s"}
+        # A server that is away is waited for in persist, and not by gRPC.
+        every_method = {"name": [{}], "waitForReady": False, "timeout": f"{_CALL_SECONDS:.0f}s"}
         options = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.service_config", json.dumps({"methodConfig": [every_method]})),
@@ -70,25 +71,15 @@ class ProxyStorage(PatientStorage, GrpcStorageProxy):
         self._cache = GrpcClientCache(self._stub)
 
     @property
-    def engine(self) -> ProxyStorage:
-        """What takes measurements, as the engine of a database's storage does."""
-        return self
-
-    @property
     def records(self) -> RemoteRecords:
         """The measurements beside the served studies."""
         return RemoteRecords(self)
 
     def persist(self, operation: Callable[[bool], T]) -> T:
-        """Do an operation, again where the connection was lost; it is told whether it may have been done before.
-
-        Raises:
-            StorageError: The server refused, or was away for longer than patience lasts.
-        """
         import grpc
 
         try:
-            return persist(operation, _lost)
+            return persist(operation, _lost, awaited=self._shown)
         except grpc.RpcError as error:
             raise self._storage_error(error) from error
 

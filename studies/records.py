@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from sqlalchemy import DateTime, Engine, String, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -139,19 +139,13 @@ def _is_there(session: Session, values: dict[str, Any]) -> bool:
     return session.scalar(select(MeasurementRecord.id).filter_by(**told).limit(1)) is not None
 
 
-def records_of(storage: BaseStorage | Engine) -> Records:
-    """The measurements that are kept beside a storage's studies."""
-    if isinstance(storage, Engine):
-        return TableOfRecords(storage)
-    if isinstance(storage, RDBStorage):
-        return TableOfRecords(storage.engine)
-    records: Records | None = getattr(storage, "records", None)
-    if records is None:
-        raise TypeError(f"no measurements are kept beside a {type(storage).__name__}; use open_storage")
+def records_of(storage: BaseStorage) -> Records:
+    """The measurements that are kept beside the studies of a storage that ``open_storage`` opened."""
+    records: Records = storage.records  # type: ignore[attr-defined]
     return records
 
 
-def add_measurement(storage: BaseStorage | Engine, record: MeasurementRecord) -> None:
+def add_measurement(storage: BaseStorage, record: MeasurementRecord) -> None:
     """Keep one measurement, at once and for good.
 
     Raises:
@@ -160,11 +154,11 @@ def add_measurement(storage: BaseStorage | Engine, record: MeasurementRecord) ->
     records_of(storage).add(record)
 
 
-def count_measurements(storage: BaseStorage | Engine, study: str) -> int:
+def count_measurements(storage: BaseStorage, study: str) -> int:
     """How many measurements a study has."""
     return records_of(storage).count(study)
 
 
-def measurements_of(storage: BaseStorage | Engine, study: str) -> Sequence[MeasurementRecord]:
+def measurements_of(storage: BaseStorage, study: str) -> Sequence[MeasurementRecord]:
     """All measurements of a study, in the order in which they were made."""
     return records_of(storage).of(study)

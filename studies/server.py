@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 from optuna.storages import get_storage
@@ -11,7 +12,7 @@ from optuna.storages import get_storage
 from layerskip.errors import InvalidInputError, LayerSkipError
 from studies import rpc
 from studies.database import DatabaseStorage
-from studies.records import TableOfRecords
+from studies.patience import patience_until
 
 _THREADS = 10  # as many as Optuna's own; each holds a connection to the database while it works
 _SECONDS_TO_FINISH = 2.0
@@ -31,7 +32,8 @@ def serve(storage: DatabaseStorage, *, host: str, port: int, when_ready: Callabl
         InvalidInputError: The address or port cannot be listened on.
     """
     rpc.need_grpc()
-    server = _server(storage)
+    ended = Event()
+    server = _server(storage, ended)
     try:
         bound = server.add_insecure_port(rpc.address(host, port))
     except RuntimeError as error:
@@ -43,7 +45,10 @@ def serve(storage: DatabaseStorage, *, host: str, port: int, when_ready: Callabl
         when_ready(f"grpc://{rpc.address(host, bound)}")
         server.wait_for_termination()
     finally:
-        server.stop(grace=_SECONDS_TO_FINISH).wait()
+        try:
+            server.stop(grace=_SECONDS_TO_FINISH).wait()  # cancels what still waits; the workers ask again
+        finally:
+            ended.set()
 
 
 def _cannot_listen(host: str, port: int) -> InvalidInputError:
@@ -53,14 +58,14 @@ def _cannot_listen(host: str, port: int) -> InvalidInputError:
     )
 
 
-def _server(storage: DatabaseStorage) -> Any:
+def _server(storage: DatabaseStorage, ended: Event) -> Any:
     import grpc
     from optuna.storages._grpc.auto_generated import api_pb2_grpc
     from optuna.storages._grpc.servicer import OptunaStorageProxyService
 
     server = grpc.server(
         ThreadPoolExecutor(max_workers=_THREADS),
-        interceptors=[_errors_in_one_line()],
+        interceptors=[_errors_in_one_line(ended)],
         options=[("grpc.so_reuseport", 0)],  # or two servers could share a port, each with a half of the calls
     )
     cached = get_storage(storage)
@@ -75,7 +80,7 @@ def _server(storage: DatabaseStorage) -> Any:
 def _methods(storage: DatabaseStorage) -> Any:
     import grpc
 
-    records = TableOfRecords(storage.engine)
+    records = storage.records
     methods: dict[str, Callable[[Any], Any]] = {
         rpc.GREET: lambda _: {"heartbeat_seconds": storage.get_heartbeat_interval()},
         rpc.HEARTBEAT: storage.record_heartbeat,
@@ -96,8 +101,11 @@ def _handler(answer: Callable[[Any], Any]) -> Any:
     )
 
 
-def _errors_in_one_line() -> Any:
-    """An interceptor that passes our own errors on to the worker, instead of a traceback to the server's terminal."""
+def _errors_in_one_line(ended: Event) -> Any:
+    """An interceptor that passes our own errors on to the worker, instead of a traceback to the server's terminal.
+
+    What waits for the database when the server has ended gives up: Python does not end before its threads do.
+    """
     import grpc
 
     class Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -106,18 +114,19 @@ def _errors_in_one_line() -> Any:
             if handler is None:
                 return None
             return grpc.unary_unary_rpc_method_handler(
-                _answering_errors(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                _answering_errors(handler.unary_unary, ended), handler.request_deserializer, handler.response_serializer
             )
 
     return Interceptor()
 
 
-def _answering_errors(answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _answering_errors(answer: Callable[[Any, Any], Any], ended: Event) -> Callable[[Any, Any], Any]:
     import grpc
 
     def answer_or_abort(request: Any, context: Any) -> Any:
         try:
-            return answer(request, context)
+            with patience_until(ended):
+                return answer(request, context)
         except LayerSkipError as error:
             context.abort(grpc.StatusCode.INTERNAL, str(error))
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import cast
 
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from layerskip.errors import MissingDependencyError
 from studies.database import DatabaseStorage, sqlite_file
 from studies.errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
+from studies.patient_storage import PatientStorage
 from studies.proxy import SCHEME, open_proxy
 from studies.records import create_tables
 
@@ -24,7 +23,7 @@ __all__ = ["StorageError", "open_database", "open_existing_storage", "open_stora
 _TRIES_TO_MAKE_TABLES = 5
 
 
-def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
+def open_storage(url: str, *, heartbeat_seconds: int = 10) -> PatientStorage:
     """Open an Optuna storage URL, making the database's file and tables if need be.
 
     A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits. A
@@ -41,12 +40,11 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> RDBStorage:
         MissingDependencyError: The driver for this kind of storage is not installed.
     """
     if _parsed(url).drivername == SCHEME:
-        # Every part of a storage that searching needs; see studies.records for the rest.
-        return cast(RDBStorage, open_proxy(_parsed(url)))
+        return open_proxy(_parsed(url))
     return open_database(url, heartbeat_seconds=heartbeat_seconds)
 
 
-def open_existing_storage(url: str) -> RDBStorage:
+def open_existing_storage(url: str) -> PatientStorage:
     """Like :func:`open_storage`, but do not make a SQLite file that is not there.
 
     Raises:
@@ -75,7 +73,7 @@ def open_database(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:
         raise MissingDependencyError(
             f"storage '{redacted(url)}': the database driver is not installed; install '{driver}'{extra}"
         ) from error
-    except (SQLAlchemyError, StorageInternalError, RuntimeError, TypeError) as error:
+    except (SQLAlchemyError, StorageInternalError) as error:
         raise storage_error(url, error) from error
 
 

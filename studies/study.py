@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +13,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
-from studies.records import count_measurements
+from studies.ranking import Basis, basis_of, best_trials, measured_trials, pareto_front, seen_trials, speedup_of
+from studies.records import MeasurementRecord, count_measurements, records_of
 
 _CONTEXT_KEY = "layerskip"
-_FORMAT = 1
+# What a study's description tells of a trial, as far as the trial says it.
+_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
+_FORMAT = 2
 _NEWER = "was made by a newer version of layerskip; update layerskip"
 
 
@@ -60,13 +62,27 @@ class StudyContext:
         ]
 
 
-def open_study(storage: optuna.storages.BaseStorage, name: str, context: StudyContext) -> optuna.Study:
+def open_study(
+    storage: optuna.storages.BaseStorage, name: str, context: StudyContext, *, objectives: int = 1
+) -> optuna.Study:
     """Create a study that maximizes, or go on with the one of that name.
+
+    Args:
+        storage: Where it lives.
+        name: Its name.
+        context: What its values depend on.
+        objectives: How many are maximized; the first is the speedup.
 
     Raises:
         InvalidInputError: A study of that name exists, and was made in another context or by something else.
     """
-    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    directions = [StudyDirection.MAXIMIZE] * objectives
+    study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+    if len(study.directions) != objectives:
+        raise InvalidInputError(
+            f"study '{name}': has {len(study.directions)} objectives, but {objectives} are asked for; "
+            "go on with the same --pareto or --no-pareto, or choose another name with --study"
+        )
     recorded = study.user_attrs.get(_CONTEXT_KEY)
     if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
@@ -93,18 +109,30 @@ def _is_newer(recorded: dict[str, Any]) -> bool:
 
 
 def _maximizes(study: optuna.Study) -> bool:
-    return study.directions == [StudyDirection.MAXIMIZE]
+    return set(study.directions) == {StudyDirection.MAXIMIZE}
 
 
 @dataclass(frozen=True)
 class StudySummary:
-    """A study at a glance."""
+    """A study at a glance.
+
+    Args:
+        name: Its name.
+        model: Id of its model; None if layerskip did not make it.
+        trials: Trials that ran or run.
+        seen: Candidates looked at.
+        measured: Candidates decoded for real.
+        best_speedup: The highest speedup.
+        basis: Whether that was measured or predicted.
+    """
 
     name: str
     model: str | None
     trials: int
-    completed: int
+    seen: int
+    measured: int
     best_speedup: float | None
+    basis: Basis | None
 
 
 def list_studies(storage: optuna.storages.BaseStorage) -> list[StudySummary]:
@@ -122,8 +150,10 @@ def _summary(study: optuna.Study) -> StudySummary:
         name=study.study_name,
         model=study.user_attrs.get(_CONTEXT_KEY, {}).get("model"),
         trials=sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)),
-        completed=len(completed_trials(study)),
-        best_speedup=best[0].value if best else None,
+        seen=len(seen_trials(study)),
+        measured=len(measured_trials(study)),
+        best_speedup=speedup_of(best[0]) if best else None,
+        basis=basis_of(best[0]) if best else None,
     )
 
 
@@ -155,26 +185,32 @@ def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -
     context = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(context):
         raise InvalidInputError(f"study '{name}': {_NEWER}")
+    held_out = _held_out_speedups(storage, name)
+
+    def described(trial: FrozenTrial) -> dict[str, Any]:
+        told: dict[str, Any] = {"number": trial.number, "speedup": speedup_of(trial), "basis": basis_of(trial)}
+        told |= {"held_out_speedup": held_out.get(trial.number)}
+        return told | {key: trial.user_attrs.get(key) for key in _DESCRIBED}
+
     return {
         "study": name,
         "context": context,
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
         "measurements": count_measurements(storage, name),
-        "best": [
-            {"number": trial.number, "speedup": trial.values[0]}
-            | {key: trial.user_attrs.get(key) for key in ("acceptance_rate", "skip_set", "draft_exit")}
-            for trial in (best_trials(study, best) if _maximizes(study) else [])
-        ],
+        "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
+        "pareto_front": [described(trial) for trial in pareto_front(study)],
     }
 
 
-def completed_trials(study: optuna.Study) -> Sequence[FrozenTrial]:
-    """The trials that have a value."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _held_out_speedups(storage: optuna.storages.BaseStorage, name: str) -> dict[int, float]:
+    """What finalists measured on held-out prompts, by the number of the trial: of all times that they were measured."""
+    finals: dict[int, list[MeasurementRecord]] = {}
+    for record in records_of(storage).of(name):
+        if record.prompt_set == "held-out":
+            finals.setdefault(record.trial, []).append(record)
 
+    def speedup(records: list[MeasurementRecord]) -> float:
+        plain = sum(r.plain_seconds for r in records) / sum(r.tokens for r in records)
+        return plain / (sum(r.draft_seconds for r in records) / sum(r.draft_tokens for r in records))
 
-def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """The completed trials with the highest values, best first, each candidate once."""
-    ranked = sorted(completed_trials(study), key=lambda trial: trial.values[0], reverse=True)
-    different = {json.dumps(trial.params, sort_keys=True): trial for trial in reversed(ranked)}
-    return sorted(different.values(), key=lambda trial: trial.values[0], reverse=True)[:count]
+    return {number: speedup(records) for number, records in finals.items()}

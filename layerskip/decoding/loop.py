@@ -158,7 +158,7 @@ def stream(
             logits = engine.verify(torch.cat([newest, draft.tokens]), cache, draft.shared)  # [k + 1, vocab_size]
             verdict = sampler.verify(draft, logits)
             cache.rollback(past + 1 + verdict.accepted)
-        drafter.observe(len(draft), verdict.accepted, logits[verdict.accepted])
+            drafter.observe(len(draft), verdict.accepted, logits[verdict.accepted])
         newest = verdict.newest
         certain, reason = ending.cut(tokens, verdict.tokens)
         tokens += certain

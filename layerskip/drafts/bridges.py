@@ -8,6 +8,7 @@ regression from the full model's hidden states at ``a`` to their change until ``
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ _WORTH = 1 / 3
 # From this width on a d×d product costs too much; a product of rank d / 8 costs a quarter of it.
 _LOW_RANK_FROM = 2048
 _RANK_DIVISOR = 8
+_BRIDGES_KEPT = 256
 # Tried for each run, in units of the states' mean variance.
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Attention sinks have hidden states of a size of their own, which would dominate a least-squares fit.
@@ -63,6 +65,16 @@ class Bridge:
         return Bridge(self.start, self.stop, factors, self.bias.to(like.device, like.dtype))
 
 
+def blank_bridge(model: LayerSkipModel) -> Bridge:
+    """A bridge of the form that the model's bridges have and that changes nothing, to measure what bridges cost."""
+    size = int(model.config.hidden_size)
+    zeros = torch.zeros(size, dtype=model.dtype, device=model.device)
+    if size < _LOW_RANK_FROM:
+        return Bridge(0, 1, (zeros.new_zeros(size, size),), zeros)
+    rank = size // _RANK_DIVISOR
+    return Bridge(0, 1, (zeros.new_zeros(rank, size), zeros.new_zeros(size, rank)), zeros)
+
+
 @torch.inference_mode()
 def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, positions: int = 2048) -> Tensor:
     """The full model's hidden states at every boundary between sublayers.
@@ -87,10 +99,15 @@ def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, posi
             boundaries.append(x[0].to(model.device))
         states = torch.stack(boundaries)
         recorded.append(states[:, torch.linspace(0, len(tokens) - 1, min(share, len(tokens))).round().long()])
-    return _without_outliers(torch.cat(recorded, dim=1))
+    return without_outliers(torch.cat(recorded, dim=1))
 
 
-def _without_outliers(states: Tensor) -> Tensor:
+def without_outliers(states: Tensor) -> Tensor:
+    """Leave out the positions, such as attention sinks, whose states are far larger than usual at some boundary.
+
+    Args:
+        states: ``[boundaries, n, hidden_size]``.
+    """
     sizes = states.float().norm(dim=-1)  # [boundaries, n]
     usual = (sizes <= _OUTLIER * sizes.median(dim=1, keepdim=True).values).all(dim=0)
     return states[:, usual]
@@ -115,11 +132,24 @@ class BridgeFitter:
         self._ridges = _RIDGES if ridge is None else (ridge,)
         self._held_out = torch.arange(states.shape[1], device=states.device) % 4 == 3
         self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
+        self._fitted: OrderedDict[tuple[int, int], Bridge] = OrderedDict()
 
     def fit(self, skip_set: SkipSet) -> dict[int, Bridge]:
         """A bridge for each maximal run of skipped sublayers that is worth one, by the index of the run's first."""
-        runs = [run for run in runs_of(skip_set) if self._worth_it(*run)]
-        return {start: self._fit_run(start, stop) for start, stop in runs}
+        return {start: self._bridge(start, stop) for start, stop in self.worthy_runs(skip_set)}
+
+    def worthy_runs(self, skip_set: SkipSet) -> list[tuple[int, int]]:
+        """The maximal runs of skipped sublayers that cost clearly more than a bridge."""
+        return [run for run in runs_of(skip_set) if self._worth_it(*run)]
+
+    def _bridge(self, start: int, stop: int) -> Bridge:
+        """Fitted once: skip sets that a search tries one after the other share most of their runs."""
+        if (start, stop) not in self._fitted:
+            self._fitted[start, stop] = self._fit_run(start, stop)
+            if len(self._fitted) > _BRIDGES_KEPT:
+                self._fitted.popitem(last=False)
+        self._fitted.move_to_end((start, stop))
+        return self._fitted[start, stop]
 
     def _worth_it(self, start: int, stop: int) -> bool:
         return _bridge_weights(self._states.shape[-1]) <= _WORTH * sum(self._weights[start:stop])
@@ -135,7 +165,8 @@ class BridgeFitter:
         projected = vectors.T @ (x[fitted].T @ y[fitted])  # [hidden_size, hidden_size]
         solutions = [vectors @ (projected / (values + ridge * values.mean())[:, None]) for ridge in self._ridges]
         # y ≈ x @ solution
-        solution = min(solutions, key=lambda w: float((y - x @ w)[self._held_out].square().sum()))
+        x_kept_out, y_kept_out = x[self._held_out], y[self._held_out]
+        solution = min(solutions, key=lambda w: float((y_kept_out - x_kept_out @ w).square().sum()))
         factors: tuple[Tensor, ...] = (solution.T,)
         if len(solution) >= _LOW_RANK_FROM:
             factors = _low_rank(x, solution, len(solution) // _RANK_DIVISOR)

@@ -26,8 +26,8 @@ class CapturedVerification:
     replay: Callable[[], Tensor]
 
     def __call__(self, tokens: Tensor, past: int) -> Tensor:
-        """Logits of these tokens behind ``past`` others."""
-        self.tokens.copy_(tokens)
+        """Logits of up to ``width`` tokens behind ``past`` others; behind them, those of whatever was there before."""
+        self.tokens[: len(tokens)].copy_(tokens)
         torch.arange(past, past + len(self.positions), out=self.positions)
         return self.replay()
 
@@ -55,8 +55,7 @@ class CapturedDraft:
             self._position.fill_(past)
         self._next_token = self._next_past = None  # should the replay be interrupted, nobody knows
         step = self._replay()
-        # Kept to the draft's end, while the next replay writes to the same buffers.
-        prefix = None if step.prefix is None else step.prefix.clone()
-        step = replace(step, likeliest=step.likeliest.clone(), prefix=prefix)
+        # Kept to the draft's end, while the next replay writes to the same buffer.
+        step = replace(step, likeliest=step.likeliest.clone())
         self._next_token, self._next_past = step.likeliest, past + 1
         return step

@@ -46,6 +46,12 @@ class PassCosts:
     sublayers: Mapping[int, float]
     head: Mapping[int, float]
 
+    @classmethod
+    def of(cls, whole: Mapping[int, float], head: Mapping[int, float]) -> PassCosts:
+        """From seconds of whole passes and of their heads: the sublayers are the rest, however noisy the moment was."""
+        head = {width: min(head[width], (1 - _LEAST_SHARE) * seconds) for width, seconds in whole.items()}
+        return cls({width: seconds - head[width] for width, seconds in whole.items()}, head)
+
     def seconds(self, width: int) -> float:
         """Of a whole pass of a measured width."""
         return self.sublayers[width] + self.head[width]
@@ -77,15 +83,15 @@ def measure_costs(model: LayerSkipModel, widths: Sequence[int] = WIDTHS) -> Pass
         model: The model; its engine must not be in the middle of a generation.
         widths: Numbers of tokens to measure; 1 is among them.
     """
-    with _exact_widths(model.engine):
-        whole, head = _measure(model, widths)
-    head = {width: min(head[width], (1 - _LEAST_SHARE) * whole[width]) for width in widths}
-    return PassCosts({width: whole[width] - head[width] for width in widths}, head)
+    context = max(min(_CONTEXT, model.context_length - max(widths)), 1)
+    with exact_widths(model.engine):
+        whole, head = _measure(model, widths, context)
+    return PassCosts.of(whole, head)
 
 
 @contextmanager
-def _exact_widths(engine: Engine) -> Iterator[None]:
-    """Without costs, an engine verifies at the width that is needed."""
+def exact_widths(engine: Engine) -> Iterator[None]:
+    """Let an engine verify at the width that is needed meanwhile, as it does without costs."""
     costs, engine.costs = engine.costs, None
     try:
         yield
@@ -93,9 +99,8 @@ def _exact_widths(engine: Engine) -> Iterator[None]:
         engine.costs = costs
 
 
-def _measure(model: LayerSkipModel, widths: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+def _measure(model: LayerSkipModel, widths: Sequence[int], context: int) -> tuple[dict[int, float], dict[int, float]]:
     """Median seconds of whole passes and of the head, by width."""
-    context = max(min(_CONTEXT, model.context_length - max(widths)), 1)
     cache = model.engine.new_cache(context + max(widths))
     tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
     model.engine.prefill(tokens[:context], cache)

@@ -25,6 +25,7 @@ class EagerEngine:
     """
 
     name = "eager"
+    resumes = True
 
     def __init__(self, model: LayerSkipModel) -> None:
         self._model = model

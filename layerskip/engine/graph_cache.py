@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 
 
@@ -34,6 +35,15 @@ class GraphCache(KVCache):
             yield
         finally:
             self._positions = None
+
+    def reserve(self, positions: int) -> None:
+        """Captured passes have the buffers' addresses, so that nothing can grow.
+
+        Raises:
+            InvalidInputError: There is no room.
+        """
+        if self.length + positions > self.capacity:
+            raise InvalidInputError(f"engine: {self.length + positions} positions exceed the cache of {self.capacity}")
 
     def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor, end: int) -> Tensor:
         if self._positions is None:

@@ -19,8 +19,9 @@ from layerskip.stack.stack import Stack
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
 
-# Captured stacks kept, those used last; a search goes through hundreds, and each holds buffers of its own.
-_STACKS_KEPT = 4
+# Captured stacks kept, those used last; a search goes through hundreds, and each holds buffers of its own. Measuring
+# costs goes through seven in turn.
+_STACKS_KEPT = 8
 
 Outputs = TypeVar("Outputs")
 
@@ -89,6 +90,7 @@ class GraphEngine:
     """
 
     name = "cuda-graphs"
+    resumes = False
 
     def __init__(self, model: LayerSkipModel, capture: Capture | None = None, *, smallest_bucket: int = 256) -> None:
         devices = {sublayer.device for sublayer in model.sublayers}
@@ -142,18 +144,15 @@ class GraphEngine:
         own, bucket = self._room_for(width, cache)
         if (width, bucket) not in self._verifications:
             self._verifications[width, bucket] = self._capture_verification(width, bucket, own)
-        padded = torch.nn.functional.pad(tokens, (0, width - needed))
-        logits = self._verifications[width, bucket](padded, cache.length)
+        logits = self._verifications[width, bucket](tokens, cache.length)
         cache.advance(needed)
         return logits[:needed]
 
     def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
         """The cache, and the bucket that a pass of this width behind it needs."""
         assert isinstance(cache, GraphCache)  # every cache of this engine is its own
-        length = cache.length + width
-        if length > cache.capacity:
-            raise InvalidInputError(f"engine: {length} positions exceed the cache of {cache.capacity}")
-        return cache, self.bucket_of(length)
+        cache.reserve(width)
+        return cache, self.bucket_of(cache.length + width)
 
     def _steps_of(self, stack: Stack) -> dict[int, CapturedDraft]:
         """A stack's captured steps by bucket; those of stacks that were used long ago are dropped."""
@@ -169,9 +168,8 @@ class GraphEngine:
         def run() -> DraftStep:
             with cache.at(position, bucket):
                 context = model.context_at(position, bucket, cache)
-                prefix = stack.run(model.embed(token), context, stop=stack.shared)
-                x = stack.run(prefix, context, start=stack.shared)
-            step = DraftStep.of(model.logits(x, stack)[0], stack.token_ids, prefix if stack.shared else None)
+                x = stack.run(model.embed(token), context)
+            step = DraftStep.of(model.logits(x, stack)[0], stack.token_ids, prefix=None)
             token.copy_(step.likeliest)
             position.add_(1)
             return step

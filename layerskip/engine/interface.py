@@ -67,13 +67,15 @@ class Engine(Protocol):
 
     Attributes:
         name: What it is called.
-        captures: Whether the first decoding with a draft takes longer than later ones, because passes are captured or
-            compiled in it.
+        captures: Whether the first decoding takes longer than later ones, because passes are captured or compiled in
+            it.
+        resumes: Whether verification can start behind what drafting already computed.
         costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
             needs.
     """
 
     name: str
+    resumes: bool
     costs: PassCosts | None
 
     @property

@@ -54,6 +54,13 @@ class KVCache:
     def _allocate(self, like: Tensor) -> Tensor:
         return like.new_empty((*like.shape[:2], self.capacity, like.shape[3]))
 
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that was written, each ``[1, heads, length, dim]``."""
+        keys, values = self._keys[index], self._values[index]
+        if keys is None or values is None:
+            raise ValueError(f"layer {index} was never written")
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
     def reserve(self, positions: int) -> None:
         """Make room for this many positions behind ``length``, at least doubling the capacity when it must grow."""
         needed = self.length + positions

@@ -71,8 +71,35 @@ def mask_at(positions: Tensor, length: int, *, window: int | None, implementatio
     allowed = key <= query
     if window is not None:
         allowed &= key > query - window
-    allowed = allowed[None, None]
+    return _as_mask(allowed[None, None], implementation, dtype)
+
+
+def teacher_mask(
+    positions: Tensor, length: int, *, window: int | None, implementation: str, dtype: torch.dtype
+) -> Tensor:
+    """Mask for a teacher-forced pass: known keys of the positions before, and of the new keys the position's own.
+
+    Args:
+        positions: ``[b, q]``, the new positions in each of ``b`` texts.
+        length: Number of known keys; the ``q`` new ones lie behind them.
+        window: As in :func:`attention_mask`.
+        implementation: As in :func:`attention_mask`.
+        dtype: As in :func:`attention_mask`.
+
+    Returns:
+        ``[b, 1, q, length + q]``.
+    """
+    query = positions[:, None, :, None]  # [b, 1, q, 1]
+    key = torch.arange(length, device=positions.device)
+    known = key < query
+    if window is not None:
+        known &= key > query - window
+    own = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device).expand(len(positions), 1, -1, -1)
+    return _as_mask(torch.cat([known, own], dim=-1), implementation, dtype)
+
+
+def _as_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     if implementation == "sdpa":
         return allowed
-    nothing = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
+    nothing = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return nothing.masked_fill_(~allowed, torch.finfo(dtype).min)

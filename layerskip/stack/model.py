@@ -16,7 +16,7 @@ from layerskip.engine.interface import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.stack.families import family_of
 from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.masks import attention_mask, check_attention_implementation, mask_at
+from layerskip.stack.masks import attention_mask, check_attention_implementation, mask_at, teacher_mask
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack, Step, keep
 from layerskip.stack.sublayers import AttentionSublayer, PassContext, sublayers_of
@@ -153,6 +153,21 @@ class LayerSkipModel:
             for window in self._windows
         }
         return PassContext(self._rotary(self._like(), positions[None]), masks, cache)
+
+    def teacher_context(self, positions: Tensor, cache: KVCache) -> PassContext:
+        """What a teacher-forced pass shares: every position sees the texts before it and, of the new ones, itself.
+
+        Args:
+            positions: ``[b, q]``, positions in each of ``b`` texts, in any order.
+            cache: Keys and values of the texts' ``n`` positions; the pass writes its own behind them.
+        """
+        masks = {
+            window: teacher_mask(
+                positions, cache.length, window=window, implementation=self._attention, dtype=self.dtype
+            )
+            for window in self._windows
+        }
+        return PassContext(self._rotary(self._like(), positions), masks, cache)
 
     def _like(self) -> Tensor:
         """Tells the rotary module dtype and device."""

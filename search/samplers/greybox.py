@@ -83,12 +83,12 @@ class GreyBoxSampler(BaseSampler):
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _model(self, trials: list[FrozenTrial]) -> DamageModel:
-        seen: list[tuple[Draft, float]] = []
+        seen: dict[Draft, float] = {}  # a measurement tells no more of it than the look before did
         for trial in trials:
             draft, acceptance = self._choices.draft(trial.params), _acceptance_of(trial)
             if draft is not None and acceptance is not None:
-                seen.append((draft, acceptance))
-        return DamageModel(self._choices, [draft for draft, _ in seen], [rate for _, rate in seen])
+                seen[draft] = acceptance
+        return DamageModel(self._choices, list(seen), list(seen.values()))
 
 
 def _acceptance_of(trial: FrozenTrial) -> float | None:

@@ -13,7 +13,6 @@ from search.starts.paths import most_similar_paths
 from search.starts.published import published
 from search.starts.ranking import least_damage
 from search.starts.start import Start, different
-from search.starts.starting_points import starting_points
 
 __all__ = [
     "Start",
@@ -25,5 +24,4 @@ __all__ = [
     "most_similar_paths",
     "nothing_skipped",
     "published",
-    "starting_points",
 ]

@@ -45,6 +45,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """References, locks and costs are kept where no user keeps any, and measured once for all tests."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LAYERSKIP_CACHE", str(folder))
+        patched.setitem(ENVIRONMENT, "LAYERSKIP_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Every command runs in an empty folder of its own."""

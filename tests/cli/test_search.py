@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
-from studies.records import measurements_of
+from studies.ranking import measured_trials, seen_trials
 from studies.storage import open_storage
-from studies.study import completed_trials, load_study
+from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
 
 STORAGE = "sqlite:///layerskip.db"
@@ -40,12 +40,19 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert result["profile"] == "draft_profile.json"
     assert result["study"] == profile.provenance.study
     assert result["study"].startswith("tiny-")
-    assert result["trials"] == 3
+    assert (result["trials"], result["measured"]) == (3, 0)
     assert result["speedup"] == profile.measured.speedup
     assert (result["prompt_set"], result["interrupted"], result["near_ties"]) == ("held-out", False, 0)
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert f"loading {model_folder}" in done.err
-    assert [line for line in done.err.splitlines() if line.startswith("trial 0: ")]
+    said = done.err.splitlines()
+    [first] = [line for line in said if line.startswith("trial 0: ")]
+    assert first.startswith("trial 0: predicted ")
+    assert first.endswith("  [nothing skipped]")
+    reference = "reference run over 8 prompts, to hold drafts against; an earlier one is used again"
+    assert reference in said  # with few of them, all do everything
+    assert "measuring what the parts of a step cost here" in said
+    assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
 
@@ -55,7 +62,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert done.status == 0
     profile = DraftProfile.load("found.json")
     lines = done.out.splitlines()
-    assert lines[0] == f"study     {profile.provenance.study}, 2 completed trials"
+    assert lines[0] == f"study     {profile.provenance.study}, 2 candidates seen, 0 measured"
     assert lines[1] == f"skipped   {profile.skip_set}"
     assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× (95 %: ")
     assert "profile   found.json" in lines
@@ -68,7 +75,8 @@ def test_the_same_command_with_more_trials_goes_on(layerskip, options):
     done = layerskip("search", *options, "--trials", 2, "--json")
     assert done.object["study"] == first["study"]
     assert done.object["trials"] == 2
-    assert f"study {first['study']}: 1 of 2 trials done" in done.err
+    assert f"study {first['study']}: 1 of 2 candidates seen, 0 measured" in done.err
+    assert "measuring what the parts of a step cost here" not in done.err
     assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
 
 
@@ -128,6 +136,10 @@ def test_a_folder_without_write_permission_is_found_out_before_the_search(layers
         (["--dtype", "float3"], "dtype 'float3' is unknown"),
         (["--max-new-tokens", 600], "prompt 1: "),
         (["--seed", -1], "seed: "),
+        (["--sampler", "dice"], "sampler 'dice' is unknown; expected greybox, tpe, "),
+        (["--workers", 0], "workers: expected at least 1, got 0"),
+        (["--workers", 3, "--devices", "cpu,cpu"], "--workers 3: --devices names 2, "),
+        (["--devices", "abacus,cpu"], "device 'abacus' is not available"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -183,6 +195,32 @@ def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
     assert done.object["interrupted"] is False
 
 
+def test_a_study_of_two_objectives_goes_on_with_two_alone(layerskip, options):
+    named = ["--study", "mine", "--trials", 1]
+    assert layerskip("search", *options, *named, "--pareto").status == 0
+    one = layerskip("search", *options, *named)
+    assert one.status == 2
+    assert one.err.splitlines()[-1].startswith("layerskip: study 'mine': has 2 objectives, but 1 are asked for; ")
+
+
+def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
+    plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate"]
+    name = layerskip("search", *options, "--trials", 1, *plain, "--json").object["study"]
+    space = load_study(open_storage(STORAGE), name).user_attrs["layerskip"]["space"]
+    assert (space["bridges"], space["vocabularies"], space["gates"]) == (False, [0], [0.0])
+    other = layerskip("search", *options, "--trials", 1, "--json").object["study"]
+    assert other != name
+
+
+@pytest.mark.slow
+def test_several_workers_search_together(layerskip, options):
+    done = layerskip("search", *options, "--trials", 16, "--workers", 2, "--sampler", "random", "--json")
+    assert done.status == 0
+    assert 16 <= done.object["trials"] <= 17
+    assert "gave up" not in done.err
+    assert "[I " not in done.err
+
+
 def wait_for(process, beginning):
     """Read stderr up to a line that begins like this; return all lines."""
     lines = []
@@ -193,15 +231,12 @@ def wait_for(process, beginning):
     raise AssertionError(f"never said '{beginning}': {lines}")
 
 
-def test_ctrl_c_keeps_finished_trials_writes_the_best_profile_and_the_same_command_goes_on(
-    layerskip, options, model_folder
-):
-    # Long enough outputs that the search is still going when the signal arrives.
-    arguments = [str(part) for part in ("search", *options, "--trials", 6, "--max-new-tokens", 100, "--json")]
+def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, options, model_folder):
+    arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:
         try:
-            wait_for(process, "trial 1: ")
+            wait_for(process, "trial 0: ")
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=120)
         finally:
@@ -210,17 +245,18 @@ def test_ctrl_c_keeps_finished_trials_writes_the_best_profile_and_the_same_comma
     assert "Traceback" not in err
     result = json.loads(out)
     assert result["interrupted"] is True
-    assert 2 <= result["trials"] < 6
-    profile = DraftProfile.load(result["profile"])
-    profile.check(LayerSkipModel(load_checkpoint(str(model_folder), device="cpu").model))
-    storage = open_storage(STORAGE)
-    finished = completed_trials(load_study(storage, result["study"]))
-    assert len(finished) == result["trials"]
-    assert (profile.measured.prompt_set, result["prompt_set"]) == ("search", "search")
-    assert profile.measured.speedup == result["speedup"] == max(trial.value for trial in finished)
-    kept = {record.id for record in measurements_of(storage.engine, result["study"])}
+    assert 1 <= result["trials"] < 40
+    study = load_study(open_storage(STORAGE), result["study"])
+    assert len(seen_trials(study)) == result["trials"]
+    measured = measured_trials(study)
+    assert result["measured"] == len(measured)
+    assert (result["profile"] is None) == (not measured)  # the profile reports what was measured, or is not there
+    if measured:
+        assert result["prompt_set"] == "search"
 
+    arguments[arguments.index("40")] = str(result["trials"] + 2)
     again = layerskip(*arguments).object
     assert again["study"] == result["study"]
-    assert (again["trials"], again["interrupted"], again["prompt_set"]) == (6, False, "held-out")
-    assert kept < {record.id for record in measurements_of(storage.engine, result["study"])}
+    assert (again["trials"], again["interrupted"]) == (result["trials"] + 2, False)
+    assert again["prompt_set"] == "held-out"
+    DraftProfile.load(again["profile"]).check(LayerSkipModel(load_checkpoint(str(model_folder), device="cpu").model))

@@ -11,11 +11,14 @@ from urllib.request import urlopen
 
 import optuna
 import pytest
+from optuna.trial import create_trial
 
 from layerskip import identify
 from search.prompts import EncodedPrompt, PromptSplit
-from search.study import Search, SearchSettings
+from search.settings import SearchSettings
+from search.study import Search
 from studies.storage import open_storage
+from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
 
 URL = "sqlite:///layerskip.db"
@@ -23,39 +26,59 @@ URL = "sqlite:///layerskip.db"
 
 @pytest.fixture
 def searched(wrapped, elsewhere):
-    """A study of two trials in the default storage."""
+    """A study of two candidates and no measurement in the default storage."""
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
-    settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0)
+    settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
     return Search(wrapped, identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s").run()
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
     done = layerskip("studies", "list")
     assert (done.status, done.err) == (0, "")
-    [line] = [line for line in done.out.splitlines() if line.split()[0] == "s"]
-    name, model, trials, completed, best = line.split()
-    assert (name, model, completed) == ("s", "makers/tiny", "2")
-    assert int(trials) >= 2
+    header, line = done.out.splitlines()
+    assert header.split() == ["study", "model", "candidates", "measured", "best", "speedup"]
+    name, model, candidates, measured, best, basis = line.split()
+    assert (name, model, candidates, measured, basis) == ("s", "makers/tiny", "2", "0", "predicted")
     [summary] = layerskip("studies", "list", "--json").object["studies"]
-    assert summary["name"] == "s"
-    assert summary["trials"] == int(trials)
-    assert summary["completed"] == 2
+    assert set(summary) == {"name", "model", "trials", "seen", "measured", "best_speedup", "basis"}
+    assert (summary["name"], summary["trials"], summary["seen"], summary["measured"]) == ("s", 2, 2, 0)
+    assert summary["basis"] == "predicted"
     assert f"{summary['best_speedup']:.3f}×" == best
 
 
-def test_show_prints_the_best_trials_first(layerskip, searched):
+def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(layerskip, searched):
+    study = load_study(open_storage(URL), "s")
+    second = study.trials[1]
+    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft_exit", "acceptance", "predicted_speedup")}
+    study.add_trial(
+        create_trial(
+            value=0.75,
+            params=second.params,
+            distributions=second.distributions,
+            user_attrs=measured | {"basis": "measured"},
+        )
+    )
     shown = layerskip("studies", "show", "s", "--json").object
-    assert (shown["study"], shown["trials"]["complete"], shown["measurements"]) == ("s", 2, 3)
-    first, second = shown["best"]
-    assert first["speedup"] >= second["speedup"]
+    # The finalist alone was decoded, on the one prompt held out.
+    assert (shown["study"], shown["trials"]["complete"], shown["measurements"]) == ("s", 3, 1)
+    bases = {trial["number"]: (trial["speedup"], trial["basis"]) for trial in shown["best"]}
+    assert bases == {0: (study.trials[0].value, "predicted"), study.trials[-1].number: (0.75, "measured")}
+    first, last = shown["best"]
+    off = {"measured": 1.0, "predicted": 0.75 / measured["predicted_speedup"]}  # by how much predictions are too high
+    assert first["speedup"] * off[first["basis"]] >= last["speedup"] * off[last["basis"]]
     done = layerskip("studies", "show", "s")
     assert (done.status, done.err) == (0, "")
     assert "model     makers/tiny (float32 on " in done.out
-    for trial in (first, second):
-        assert any(
-            line.split()[:2] == [str(trial["number"]), f"{trial['speedup']:.3f}×"] and trial["skip_set"] in line
-            for line in done.out.splitlines()
-        )
+    assert "prompts   1 a measurement, at most 4 tokens each" in done.out
+    [header] = [line for line in done.out.splitlines() if "basis" in line]
+    assert header.split() == ["trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft"]
+    for trial in (first, last):
+        cells = [str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"]]
+        if trial["held_out_speedup"] is not None:
+            cells.append(f"{trial['held_out_speedup']:.3f}×")
+        cells.append(f"{trial['acceptance']:.0%}")
+        [line] = [line for line in done.out.splitlines() if line.split()[: len(cells)] == cells]
+        assert trial["skip_set"] in line
     [only] = layerskip("studies", "show", "s", "--best", "1", "--json").object["best"]
     assert only == first
 
@@ -191,12 +214,12 @@ def test_a_search_through_a_server_goes_on_with_the_databases_study(layerskip, w
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     with served() as (_, port):
         storage = open_storage(f"grpc://127.0.0.1:{port}")
-        settings = SearchSettings(trials=4, max_new_tokens=4, finalists=1, seed=0)
+        settings = SearchSettings(trials=4, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
         result = Search(wrapped, identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
         assert result.trials == 4
         assert result.profile.measured.prompt_set == "held-out"
     shown = layerskip("studies", "show", "s", "--json").object
-    assert (shown["trials"]["complete"], shown["measurements"]) == (4, 2 + 1 + 2 + 1)
+    assert (shown["trials"]["complete"], shown["measurements"]) == (4, 1 + 1)  # the finalist of each search
 
 
 def test_serving_on_a_port_in_use_is_wrong_usage(layerskip, searched):

@@ -16,6 +16,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """References, locks and costs are kept where no user keeps any."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LAYERSKIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def database(tmp_path):
     """The URL of a fresh SQLite file."""

@@ -1,39 +1,63 @@
-"""A search that finishes some trials and then stands still in the middle of one, for a test to kill it there.
+"""A search that stands still in the middle of a trial, for a test to kill it there.
 
-Usage: python -m tests.search.killable_search STORAGE_URL TRIALS_TO_FINISH
+Usage: python -m tests.search.killable_search STORAGE_URL FOLDER looking|measuring
 """
 
+import itertools
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+import search.preparation as preparation
+import search.study as study_module
 from layerskip import LayerSkipModel
+from search.predict import Predictor
+from search.warm_starts import warm_starts
 from studies.storage import open_storage
 from tests.models import tiny_llama
-from tests.search.searches import Log, small_search
+from tests.search.searches import Log, known_costs, small_search
 
-STUDY, TRIALS, HEARTBEAT_SECONDS = "killed", 4, 1
+STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 
-def search(url, observer=None):
+def search(url, folder, observer=None):
+    """Three starts, then measurements and what the sampler proposes."""
+    preparation.measure_latency = lambda model, space: known_costs(space)
+    study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
-    return small_search(LayerSkipModel(tiny_llama()), storage, trials=TRIALS, study_name=STUDY, observer=observer)
+    settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
+    model = LayerSkipModel(tiny_llama())
+    return small_search(model, storage, study_name=STUDY, folder=Path(folder), observer=observer, **settings)
 
 
-class StandStill(Log):
-    """After so many trials, says so on stdout at the first prompt of the next, and waits for ever."""
+def stand_still(*_):
+    print("in the middle of a trial", flush=True)
+    time.sleep(3600)
 
-    def __init__(self, trials):
-        super().__init__()
-        self._trials = trials
+
+class StandStillMeasuring(Log):
+    """Stands still at the first prompt that is measured."""
 
     def prompt_measured(self, number, total):
-        if sum(event == "trial_finished" for event, *_ in self.events) == self._trials:
-            print("in the middle of a trial", flush=True)
-            time.sleep(3600)
+        stand_still()
+
+
+def stand_still_looking():
+    """Stand still when the third candidate is looked at."""
+    original, looked = Predictor.estimate, []
+
+    def estimate(*arguments, **named):
+        looked.append(1)
+        return stand_still() if len(looked) == 3 else original(*arguments, **named)
+
+    Predictor.estimate = estimate
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    search(sys.argv[1], StandStill(int(sys.argv[2]))).run()
+    url, folder, doing = sys.argv[1:]
+    if doing == "looking":
+        stand_still_looking()
+    search(url, folder, StandStillMeasuring() if doing == "measuring" else None).run()

@@ -3,10 +3,16 @@
 import random
 from contextlib import contextmanager
 
+from optuna.trial import TrialState
+
 from layerskip import identify
+from layerskip.engine import PassCosts
+from search.latency import CostsBehind, LatencyModel, StepCosts
+from search.observer import SearchObserver
 from search.prompts import EncodedPrompt, PromptSplit
-from search.study import Search, SearchObserver, SearchSettings
-from studies.records import measurements_of
+from search.settings import SearchSettings
+from search.study import Search
+from studies.records import records_of
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -26,26 +32,43 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
     return PromptSplit(tuple(made[:search]), tuple(made[search:]))
 
 
-def small_search(model, storage, *, prompts=None, study_name=None, observer=None, space=None, **settings):
-    """A search of three trials that takes a fraction of a second on a tiny model."""
-    quick = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0}
-    return Search(
-        model,
-        identify(model, MODEL_ID),
-        prompts or random_prompts(),
-        storage,
-        SearchSettings(**quick | settings),
-        study_name=study_name,
-        observer=observer,
-        space=space,
+QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
+# The search's own parameters; the others are settings.
+_OWN = ("study_name", "observer", "space", "folder", "helpers")
+
+
+def small_search(model, storage, *, prompts=None, **named):
+    """A search of three trials that takes a fraction of a second on a tiny model; it measures finalists alone."""
+    own = {name: named.pop(name) for name in _OWN if name in named}
+    settings = SearchSettings(**QUICK | named)
+    return Search(model, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
+
+
+def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
+    """What parts cost on a machine where verification is cheap and the head is dear."""
+    step = StepCosts(
+        fixed=1.0 * scale,
+        attention=2.0 * scale,
+        mlp=3.0 * scale,
+        bridge=0.5 * scale,
+        head={size: (4.0 if size == 0 else 4.0 * size / VOCABULARY) * scale for size in vocabularies},
     )
+    sublayers = {width: (20 + width) * scale for width in range(1, 17)}
+    return CostsBehind(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
+
+
+def known_costs(space=None):
+    """A latency model that is the same on every machine."""
+    vocabularies = (0, *(space.vocabularies if space else ()))
+    near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
+    return LatencyModel(near, far)
 
 
 def records(storage, study, *, prompt_set=None, trial=None):
     """What was recorded, of one prompt set or of one trial alone if asked."""
     return [
         record
-        for record in measurements_of(storage.engine, study)
+        for record in records_of(storage).of(study)
         if prompt_set in (None, record.prompt_set) and trial in (None, record.trial)
     ]
 
@@ -57,23 +80,40 @@ def ratio(measurements):
     return plain / draft
 
 
+def completed(study):
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
 class Log(SearchObserver):
-    """Keeps what a search says, as (event, its numbers)."""
+    """Keeps what a search says, as (event, what it says)."""
 
     def __init__(self):
         self.events = []
 
-    def study_opened(self, name, completed):
-        self.events.append(("study_opened", name, completed))
+    def of(self, name):
+        """What was said at each event of a name."""
+        return [said for event, *said in self.events if event == name]
+
+    def study_opened(self, name, progress):
+        self.events.append(("study_opened", name, progress))
 
     def reference_begins(self, prompts):
         self.events.append(("reference_begins", prompts))
 
+    def costs_begin(self):
+        self.events.append(("costs_begin",))
+
+    def trials_begin(self):
+        self.events.append(("trials_begin",))
+
+    def measurement_begins(self, trial):
+        self.events.append(("measurement_begins", trial))
+
     def prompt_measured(self, number, total):
         self.events.append(("prompt_measured", number, total))
 
-    def trial_finished(self, completed, trial, best):
-        self.events.append(("trial_finished", completed, trial.number, best))
+    def trial_finished(self, progress, trial):
+        self.events.append(("trial_finished", progress, trial.number))
 
     def finalists_chosen(self, count):
         self.events.append(("finalists_chosen", count))

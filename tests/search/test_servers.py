@@ -3,11 +3,10 @@
 import threading
 
 import pytest
-from optuna.trial import TrialState
 
 from studies.storage import open_storage
 from studies.study import describe_study
-from tests.search.searches import records, small_search
+from tests.search.searches import random_prompts, records, small_search
 from tests.studies.serving import served
 
 pytest.importorskip("grpc")
@@ -47,5 +46,8 @@ def test_a_search_waits_for_a_server_that_is_restarted(llama, postgresql, url):
         back.join()
     assert result.trials == 5
     trials = storage.get_all_trials(storage.get_study_id_from_name("s"))
-    finished = {trial.number for trial in trials if trial.state == TrialState.COMPLETE}
-    assert {record.trial for record in records(storage, "s")} >= finished
+    measured = [trial for trial in trials if trial.user_attrs.get("basis") == "measured"]
+    for trial in measured:
+        assert len(records(storage, "s", prompt_set="search", trial=trial.number)) == trial.user_attrs["prompts"]
+    finalists = records(storage, "s", prompt_set="held-out")
+    assert {record.prompt for record in finalists} == {prompt.id for prompt in random_prompts().held_out}

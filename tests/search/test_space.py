@@ -1,4 +1,4 @@
-"""The search space: candidates as Optuna's parameters and back."""
+"""The search space: candidates as Optuna's parameters and back, and the policies that replay tries."""
 
 import json
 
@@ -7,25 +7,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, InvalidInputError, SkipSet
-from search.space import Candidate, SearchSpace
-from tests.strategies import skip_sets
+import search.space as space_module
+from layerskip import FixedLength, InvalidInputError, SkipSet
+from search.space import Candidate, Policy, SearchSpace
+from tests.models import LAYERS as TINY
+from tests.models import VOCABULARY
+from tests.strategies import draft_exits, fractions, skip_sets
 
 LAYERS = st.integers(1, 40)
 
 
 @st.composite
-def spaces_with_candidates(draw):
-    num_layers = draw(LAYERS)
-    space = SearchSpace(num_layers, max_draft_length=draw(st.integers(1, 12)))
-    length = st.integers(1, space.max_draft_length)
-    threshold = st.floats(space.lowest_threshold, space.highest_threshold)
-    draft_exit = draw(
-        st.builds(FixedLength, length)
-        | st.builds(ConfidenceThreshold, threshold, length)
-        | st.builds(AdaptiveThreshold, threshold, length)
+def spaces(draw):
+    return SearchSpace(
+        draw(LAYERS),
+        max_draft_length=draw(st.integers(1, 12)),
+        bridges=draw(st.booleans()),
+        vocabularies=draw(st.sampled_from([(0,), (0, 8192), (0, 8192, 16384), (8192,)])),
+        gates=draw(st.sampled_from([(0.0,), (0.0, 0.3)])),
     )
-    return space, Candidate(draw(skip_sets(num_layers)), draft_exit)
+
+
+@st.composite
+def spaces_with_candidates(draw):
+    space = draw(spaces())
+    bridged = draw(st.booleans()) if space.bridges else False
+    return space, Candidate(draw(skip_sets(space.num_layers)), bridged, draw(st.sampled_from(space.vocabularies)))
 
 
 @given(spaces_with_candidates())
@@ -41,11 +48,16 @@ def test_a_candidate_survives_the_way_through_the_database(drawn):
     assert space.candidate(parameters) == candidate
 
 
-@given(spaces_with_candidates(), spaces_with_candidates())
-def test_different_candidates_have_different_parameters(one, other):
-    (space, candidate), (_, second) = one, other
-    if candidate.skip_set.num_layers == second.skip_set.num_layers:
-        assert (space.parameters(candidate) == space.parameters(second)) == (candidate == second)
+@given(spaces_with_candidates(), st.data())
+def test_different_candidates_have_different_parameters(drawn, data):
+    space, candidate = drawn
+    bridged = data.draw(st.booleans()) if space.bridges else False
+    other = Candidate(
+        data.draw(skip_sets(space.num_layers) | st.just(candidate.skip_set)),
+        bridged,
+        data.draw(st.sampled_from(space.vocabularies)),
+    )
+    assert (space.parameters(candidate) == space.parameters(other)) == (candidate == other)
 
 
 @given(spaces_with_candidates())
@@ -59,65 +71,74 @@ def test_a_trial_that_is_told_what_to_try_tries_it(drawn):
     assert trial.params == space.parameters(candidate)
 
 
-@given(LAYERS, st.integers(1, 12), st.integers(0, 2**32 - 1))
+@given(spaces(), st.integers(0, 2**32 - 1))
 @settings(max_examples=50)
-def test_whatever_a_sampler_chooses_lies_in_the_space(num_layers, max_draft_length, seed):
-    space = SearchSpace(num_layers, max_draft_length, lowest_threshold=0.3, highest_threshold=0.4)
+def test_whatever_a_sampler_chooses_lies_in_the_space(space, seed):
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask()
     try:
         candidate = space.suggest(trial)
     except InvalidInputError:  # refused, as the next test says
-        assert all(trial.params.values())
+        assert all(trial.params[name] for name in space.bit_names())
         return
-    assert candidate.skip_set.num_layers == num_layers
     assert candidate == space.candidate(trial.params)
-    match candidate.draft_exit:
-        case FixedLength(length):
-            assert 1 <= length <= max_draft_length
-        case ConfidenceThreshold(threshold, length) | AdaptiveThreshold(threshold, length):
-            assert 1 <= length <= max_draft_length
-            assert 0.3 <= threshold <= 0.4
+    assert candidate.skip_set.num_layers == space.num_layers
+    assert candidate.vocabulary in space.vocabularies
+    assert space.bridges or not candidate.bridged
 
 
 @given(LAYERS)
 def test_skipping_every_sublayer_is_refused(num_layers):
     space = SearchSpace(num_layers)
-    kept_one = space.parameters(Candidate(SkipSet(num_layers, mlp=tuple(range(num_layers))), FixedLength(1)))
-    bits = {name: 1 for name in kept_one if name.startswith("skip_")}
-    assert len(bits) == 2 * num_layers
     with pytest.raises(InvalidInputError, match="skip"):
-        space.candidate(kept_one | bits)
+        space.candidate(dict.fromkeys(space.bit_names(), 1))
 
 
 def test_parameter_names_are_those_that_studies_of_earlier_versions_have():
-    candidate = Candidate(SkipSet(11, attention=(0, 10), mlp=(3,)), ConfidenceThreshold(0.5, 4))
-    parameters = SearchSpace(11).parameters(candidate)
+    candidate = Candidate(SkipSet(11, attention=(0, 10), mlp=(3,)), bridged=True, vocabulary=8192)
+    parameters = SearchSpace(11, bridges=True, vocabularies=(0, 8192)).parameters(candidate)
     assert list(parameters)[:3] == ["skip_attn_00", "skip_mlp_00", "skip_attn_01"]
-    assert {name for name, value in parameters.items() if value == 1} == {"skip_attn_00", "skip_attn_10", "skip_mlp_03"}
-    assert {name: parameters[name] for name in list(parameters)[22:]} == {
-        "exit": "confidence",
-        "draft_length": 4,
-        "threshold": 0.5,
+    assert {name for name, value in parameters.items() if value == 1} == {
+        *("skip_attn_00", "skip_attn_10", "skip_mlp_03"),
+        "bridged",
     }
-    assert next(iter(SearchSpace(10).parameters(Candidate(SkipSet(10), FixedLength(1))))) == "skip_attn_0"
+    assert {name: parameters[name] for name in list(parameters)[22:]} == {"bridged": True, "vocabulary": 8192}
+    assert SearchSpace(10).bit_names()[0] == "skip_attn_0"
 
 
-def test_only_what_stops_by_confidence_has_a_threshold():
-    space = SearchSpace(3)
-    exits = {"fixed": FixedLength(2), "confidence": ConfidenceThreshold(), "adaptive": AdaptiveThreshold()}
-    for kind, draft_exit in exits.items():
-        parameters = space.parameters(Candidate(SkipSet(3), draft_exit))
-        assert parameters["exit"] == kind
-        assert ("threshold" in parameters) == (kind != "fixed")
+@given(spaces())
+def test_policies_are_different_and_as_long_as_allowed(space):
+    policies = space.policies()
+    assert len(set(policies)) == len(policies)
+    assert {policy.gate for policy in policies} == set(space.gates)
+    lengths = {policy.draft_exit.controller().max_length for policy in policies}
+    assert lengths == set(range(1, space.max_draft_length + 1))
+    assert {policy.draft_exit.kind for policy in policies} == {"fixed", "confidence", "adaptive"}
 
 
-@given(LAYERS, LAYERS, st.integers(1, 9), st.integers(1, 9))
-def test_two_spaces_have_one_description_exactly_if_they_are_equal(layers, other_layers, length, other_length):
-    one, other = SearchSpace(layers, length), SearchSpace(other_layers, other_length)
+@given(draft_exits(), fractions)
+def test_a_policy_survives_the_way_through_the_database(draft_exit, gate):
+    policy = Policy(draft_exit, gate)
+    assert Policy.from_json(policy.as_json()) == policy
+
+
+@given(spaces(), spaces())
+def test_two_spaces_have_one_description_exactly_if_they_are_equal(one, other):
     assert (one.describe() == other.describe()) == (one == other)
     assert SearchSpace(**json.loads(json.dumps(one.describe()))) == one
 
 
-def test_a_candidate_reads_as_what_it_skips_and_when_it_stops():
-    candidate = Candidate(SkipSet(9, attention=(3, 5, 6, 7), mlp=(2,)), FixedLength(4))
-    assert str(candidate) == "attn 3,5-7 · mlp 2 · draft 4 tokens"
+def test_a_space_has_what_it_is_asked_for(llama, monkeypatch):
+    monkeypatch.setattr(space_module, "_VOCABULARIES", (VOCABULARY // 2, 10**6))
+    everything = SearchSpace.of(llama)
+    assert (everything.bridges, everything.vocabularies) == (True, (0, VOCABULARY // 2))
+    assert everything.gates[0] == 0
+    assert len(everything.gates) > 1
+    assert SearchSpace.of(llama, bridges=False, vocabulary=False, gate=False) == SearchSpace(TINY)
+
+
+def test_candidates_and_policies_read_as_what_they_are():
+    skip_set = SkipSet(9, attention=(3, 5, 6, 7), mlp=(2,))
+    assert str(Candidate(skip_set)) == "attn 3,5-7 · mlp 2"
+    assert str(Candidate(skip_set, bridged=True, vocabulary=64)) == "attn 3,5-7 · mlp 2 · bridged · vocabulary 64"
+    assert str(Policy(FixedLength(4))) == "4 tokens"
+    assert str(Policy(FixedLength(4), 0.3)) == "4 tokens, gate 0.3"

@@ -11,9 +11,10 @@ from sqlalchemy import event
 from layerskip import InvalidInputError
 from studies.errors import StorageError
 from studies.optimizing import optimize
+from studies.ranking import completed_trials
 from studies.records import add_measurement, count_measurements, measurements_of
 from studies.storage import open_existing_storage, open_storage
-from studies.study import StudyContext, completed_trials, describe_study, list_studies, open_study
+from studies.study import StudyContext, describe_study, list_studies, open_study
 from tests.studies.worker import measurement
 from tests.unprivileged import closed
 
@@ -141,7 +142,7 @@ def test_trials_from_the_future_are_listed_and_gone_on_from(database):
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
     [summary] = list_studies(storage)
-    assert (summary.trials, summary.completed) == (2, 2)
+    assert (summary.trials, summary.measured) == (2, 2)
     assert describe_study(storage, "s", 5)["measurements"] == 1
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert len(completed_trials(study)) == 3

@@ -10,6 +10,7 @@ import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
+from studies import rpc
 from studies.errors import StorageError
 from studies.optimizing import optimize
 from studies.patience import PATIENCE_SECONDS, patience
@@ -18,7 +19,7 @@ from studies.storage import open_storage
 from tests.studies.serving import served
 from tests.studies.worker import fleet, measurement
 
-pytest.importorskip("grpc")
+grpc = pytest.importorskip("grpc")
 pytestmark = pytest.mark.timeout(120)
 AWAY_SECONDS = 3
 
@@ -174,6 +175,36 @@ def test_a_server_that_stays_away_is_an_error_in_one_line_and_then_the_storage_c
         postgresql.start()
     add_measurement(storage, measurement("s", study.ask().number, 1.0))
     assert (len(study.trials), count_measurements(storage, "s")) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_served_storage_that_stays_away_is_an_error_in_one_line_and_then_can_be_used_again(database, caplog):
+    with served(database) as server:
+        storage = open_storage(server.url)
+        study = optuna.create_study(study_name="s", storage=storage)
+        server.end(signal.SIGINT)
+        with patience(0.5):
+            for operation in (study.ask, lambda: add_measurement(storage, measurement("s", 0, 1.0))):
+                caplog.clear()
+                with pytest.raises(StorageError, match=r"^storage '.*': nothing answers there; start it with .*$"):
+                    operation()
+                assert f"storage '{server.url}' does not answer; waiting for at most" in caplog.text
+        server.start()
+        add_measurement(storage, measurement("s", study.ask().number, 1.0))
+        assert (len(study.trials), count_measurements(storage, "s")) == (1, 1)
+
+
+def test_ctrl_c_ends_a_server_that_waits_for_its_database(postgresql, postgresql_url):
+    """Well within the patience of two minutes that the server has, or this test times out."""
+    with served(postgresql_url) as server:
+        storage = open_storage(server.url)
+        postgresql.stop()
+        try:
+            with pytest.raises(grpc.RpcError):
+                storage.call(rpc.COUNT_RECORDS, "s", timeout=1)  # goes on there after it was given up here
+            server.end(signal.SIGINT)
+        finally:
+            postgresql.start()
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")

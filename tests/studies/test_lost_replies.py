@@ -30,6 +30,15 @@ def study(storage):
     return optuna.create_study(study_name="s", storage=storage)
 
 
+def test_a_study_is_made_once_and_is_not_said_to_be_anothers(cut, storage):
+    cut.arm(b"INSERT INTO studies")
+    study = optuna.create_study(study_name="s", storage=storage)
+    assert cut.cuts == 1
+    assert storage.get_study_id_from_name("s") == study._study_id
+    with pytest.raises(optuna.exceptions.DuplicatedStudyError):
+        optuna.create_study(study_name="s", storage=storage)
+
+
 def test_a_finished_trial_is_finished_once(cut, study):
     trial = study.ask()
     cut.arm()

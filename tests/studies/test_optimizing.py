@@ -41,6 +41,41 @@ def test_an_objectives_own_error_is_raised_as_it_is(storage):
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
 
 
+def test_an_objectives_own_error_is_raised_though_its_trial_was_taken_for_dead(storage):
+    study = optuna.create_study(storage=storage)
+
+    def broken(trial):
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        optimize(study, broken, callbacks=[stop_after(2)])
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+def test_a_pruned_trial_that_was_taken_for_dead_is_given_up(storage):
+    study = optuna.create_study(storage=storage)
+
+    def objective(trial):
+        if trial.number == 0:
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        raise optuna.TrialPruned
+
+    optimize(study, objective, callbacks=[stop_after(2)])
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.PRUNED]
+
+
+def test_a_callbacks_error_is_not_taken_for_the_trials(storage):
+    study = optuna.create_study(storage=storage)
+
+    def broken(study, trial):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match=r"^a bug$"):  # without a value, the trial has failed as one taken for dead has
+        optimize(study, lambda trial: float("nan"), callbacks=[stop_after(2), broken])
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
 @pytest.mark.parametrize("notices_in_the_objective", [True, False])
 def test_a_trial_that_was_taken_for_dead_is_given_up_and_the_next_begins(storage, notices_in_the_objective):
     study = optuna.create_study(storage=storage)

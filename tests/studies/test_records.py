@@ -36,12 +36,12 @@ def values_of(record):
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 def test_what_is_recorded_is_read_back_by_study_in_order(tmp_path_factory, rows):
     url = f"sqlite:///{tmp_path_factory.mktemp('records')}/studies.db"
-    engine = open_storage(url).engine
+    storage = open_storage(url)
     for row in rows:
-        add_measurement(engine, MeasurementRecord(**row))
-    engine = open_storage(url).engine  # as another process would
+        add_measurement(storage, MeasurementRecord(**row))
+    storage = open_storage(url)  # as another process would
     for study in ("a", "b", "ä·b", "none"):
-        read = [values_of(record) for record in measurements_of(engine, study)]
+        read = [values_of(record) for record in measurements_of(storage, study)]
         expected = [row for row in rows if row["study"] == study]
         assert [{name: record[name] for name in row} for record, row in zip(read, expected, strict=True)] == expected
 
@@ -51,10 +51,8 @@ def test_a_record_says_when_it_was_made(storage):
     row = dict.fromkeys(["plain_seconds", "draft_seconds"], 1.0) | dict.fromkeys(
         ["trial", "tokens", "draft_tokens", "drafted", "accepted"], 1
     )
-    add_measurement(
-        storage.engine, MeasurementRecord(**row, study="s", prompt="p", prompt_set="search", near_tie=False)
-    )
-    [record] = measurements_of(storage.engine, "s")
+    add_measurement(storage, MeasurementRecord(**row, study="s", prompt="p", prompt_set="search", near_tie=False))
+    [record] = measurements_of(storage, "s")
     # SQLite keeps no time zone; what is kept is UTC.
     assert earliest <= record.measured_at.replace(tzinfo=None) <= datetime.now(UTC).replace(tzinfo=None)
 

@@ -107,6 +107,16 @@ def test_a_sqlite_url_with_a_host_is_an_error_in_one_line(opener):
     error_of(opener, f"sqlite://me:{PASSWORD}@host/studies.db")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug")], ids=repr)
+def test_a_bug_is_not_said_to_be_the_storages(database, monkeypatch, error):
+    def broken(engine):
+        raise error
+
+    monkeypatch.setattr("studies.storage.create_tables", broken)
+    with pytest.raises(type(error), match=r"^a bug$"):
+        open_storage(database)
+
+
 @pytest.mark.parametrize("opener", OPENERS)
 def test_a_file_that_is_no_database_is_said_to_be_none_and_left_alone(opener, tmp_path):
     file = tmp_path / "notes.txt"
@@ -161,9 +171,18 @@ def test_a_server_without_grpc_installed_says_what_to_install(monkeypatch, missi
     )
 
 
-@pytest.mark.parametrize("option", ["password", "sslpassword", "PassWd"])
-def test_a_password_among_a_urls_options_is_starred_out(option):
+@pytest.mark.parametrize(
+    "option", ["password", "sslpassword", "PassWd", "password1", "odbc_connect", "oauth_client_secret", "unheard_of"]
+)
+def test_what_may_be_secret_among_a_urls_options_is_starred_out(option):
     assert redacted(f"postgresql://me@host/db?{option}={PASSWORD}") == f"postgresql://me@host/db?{option}=***"
+    twice = redacted(f"postgresql://me@host/db?{option}={PASSWORD}&{option}={PASSWORD}")
+    assert twice == f"postgresql://me@host/db?{option}=***"
+
+
+def test_what_is_not_secret_among_a_urls_options_is_shown():
+    url = "postgresql://me@host/db?connect_timeout=3&host=other&sslmode=require"
+    assert redacted(url) == url
 
 
 def test_a_missing_folder_is_an_error_in_one_line(tmp_path):

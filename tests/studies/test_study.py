@@ -5,22 +5,14 @@ from dataclasses import fields, replace
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from layerskip import InvalidInputError
-from studies.records import MeasurementRecord, add_measurement
-from studies.study import (
-    StudyContext,
-    best_trials,
-    completed_trials,
-    describe_study,
-    list_studies,
-    load_study,
-    open_study,
-)
+from studies.records import MeasurementRecord, records_of
+from studies.study import StudyContext, describe_study, list_studies, load_study, open_study
 
 CONTEXT = StudyContext(
     model="makers/model",
@@ -121,13 +113,26 @@ def test_a_study_with_trials_that_something_else_made_is_refused(storage):
     refused_as_foreign(storage, "s")
 
 
-@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
-def test_an_empty_study_that_does_not_maximize_one_value_is_refused(storage, directions):
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "minimize"]])
+def test_an_empty_study_that_does_not_maximize_is_refused(storage, directions):
     optuna.create_study(study_name="s", storage=storage, directions=directions)
-    refused_as_foreign(storage, "s")
+    with pytest.raises(InvalidInputError, match=r"was not made by this version of layerskip; .* --study$"):
+        open_study(storage, "s", CONTEXT, objectives=len(directions))
 
 
-@pytest.mark.parametrize("recorded", [{"format": 0}, {"format": "1"}, {}])
+def test_a_study_keeps_its_number_of_objectives(storage):
+    assert len(open_study(storage, "two", CONTEXT, objectives=2).directions) == 2
+    assert len(open_study(storage, "two", CONTEXT, objectives=2).directions) == 2
+    open_study(storage, "one", CONTEXT)
+    for name, objectives in (("two", 1), ("one", 2)):
+        with pytest.raises(InvalidInputError) as caught:
+            open_study(storage, name, CONTEXT, objectives=objectives)
+        message = str(caught.value)
+        assert message.startswith(f"study '{name}': has {3 - objectives} objectives, but {objectives} are asked for; ")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("recorded", [{"format": 1}, {"format": "2"}, {}])
 def test_a_study_of_another_format_is_refused(storage, recorded):
     study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     study.set_user_attr("layerskip", recorded)
@@ -155,12 +160,18 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     assert list_studies(storage) == []
     study = open_study(storage, "b", CONTEXT)
     for value, choice in [(0.9, "a"), (1.2, "b"), (1.1, "c")]:
-        add_trial(study, value, choice)
+        add_trial(study, value, choice, basis="predicted")
     add_trial(study, None, state=TrialState.FAIL)
     study.enqueue_trial({"choice": "d"})  # not tried yet, so not counted
     optuna.create_study(study_name="a", storage=storage)
-    found = [(s.name, s.model, s.trials, s.completed, s.best_speedup) for s in list_studies(storage)]
-    assert found == [("a", None, 0, 0, None), ("b", "makers/model", 4, 3, 1.2)]
+
+    def found():
+        return [(s.name, s.model, s.trials, s.seen, s.measured, s.best_speedup, s.basis) for s in list_studies(storage)]
+
+    empty = ("a", None, 0, 0, 0, None, None)
+    assert found() == [empty, ("b", "makers/model", 4, 3, 0, 1.2, "predicted")]
+    add_trial(study, 1.15, "b", basis="measured")
+    assert found() == [empty, ("b", "makers/model", 5, 3, 1, 1.15, "measured")]
 
 
 def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(storage):
@@ -170,50 +181,52 @@ def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(sto
     assert [summary.name for summary in list_studies(storage)] == ["ours", "theirs"]
 
 
-def test_a_study_is_described_with_its_best_trials_and_its_measurements(storage):
+def test_a_study_is_described_with_its_best_candidates_and_its_measurements(storage):
     study = open_study(storage, "s", CONTEXT)
-    add_trial(study, 0.9, "a", skip_set="attn 1", draft_exit="4 tokens", acceptance_rate=0.5)
-    add_trial(study, 1.2, "b", skip_set="mlp 2", draft_exit="8 tokens", acceptance_rate=None)
+    add_trial(study, 0.9, "a", basis="predicted", skip_set="attn 1", draft_exit="4 tokens", acceptance=0.5)
+    about = {"skip_set": "mlp 2", "draft_exit": "8 tokens", "acceptance": 0.7, "predicted_speedup": 1.5}
+    add_trial(study, 1.5, "b", basis="predicted", **about)
+    add_trial(study, 1.2, "b", basis="measured", **about, acceptance_rate=0.6, source="measurement of trial 1")
     add_trial(study, None, "c", state=TrialState.FAIL)
-    numbers = {"trial": 1, "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1}
+    numbers = {"trial": 2, "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1}
+    times = {"draft_seconds": 1, "near_tie": False}
     for name in ("s", "s", "other"):
-        add_measurement(
-            storage.engine,
+        records_of(storage).add(
+            MeasurementRecord(**numbers, **times, study=name, prompt="p", prompt_set="search", plain_seconds=1),
+        )
+    for prompt, seconds in (("q", 1), ("r", 2)):
+        records_of(storage).add(
             MeasurementRecord(
-                **numbers, study=name, prompt="p", prompt_set="search", plain_seconds=1, draft_seconds=1, near_tie=False
-            ),
+                **numbers, **times, study="s", prompt=prompt, prompt_set="held-out", plain_seconds=seconds
+            )
         )
     described = describe_study(storage, "s", 1)
     assert described["study"] == "s"
-    assert described["context"] == as_recorded(CONTEXT) | {"format": 1}
-    assert described["trials"] == {"complete": 2, "fail": 1}
-    assert described["measurements"] == 2
+    assert described["context"] == as_recorded(CONTEXT) | {"format": 2}
+    assert described["trials"] == {"complete": 3, "fail": 1}
+    assert described["measurements"] == 4
     assert described["best"] == [
-        {"number": 1, "speedup": 1.2, "acceptance_rate": None, "skip_set": "mlp 2", "draft_exit": "8 tokens"}
+        {"number": 2, "speedup": 1.2, "basis": "measured", "held_out_speedup": 1.5, **about}
+        | {"acceptance_rate": 0.6, "source": "measurement of trial 1"}
     ]
-    assert [trial["number"] for trial in describe_study(storage, "s", 9)["best"]] == [1, 0]
+    best = describe_study(storage, "s", 9)["best"]
+    assert [(trial["number"], trial["basis"]) for trial in best] == [(2, "measured"), (0, "predicted")]
+    assert best[1]["acceptance_rate"] is None
     with pytest.raises(InvalidInputError, match="no such study"):
         describe_study(storage, "x", 1)
 
 
-tried = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.none() | st.sampled_from([0.5, 0.9, 1.0, 1.1, 2.0])), max_size=12
-)
-
-
-@given(tried, st.integers(1, 6))
-@settings(max_examples=60)
-def test_the_best_trials_are_the_highest_values_of_different_candidates(drawn, count):
-    study = optuna.create_study(direction="maximize")
-    for choice, value in drawn:
-        add_trial(study, value, choice, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
-    best = best_trials(study, count)
-    highest = {}
-    for choice, value in drawn:
-        if value is not None:
-            highest[choice] = max(value, highest.get(choice, value))
-    assert len(completed_trials(study)) == sum(value is not None for _, value in drawn)
-    assert [trial.value for trial in best] == sorted(highest.values(), reverse=True)[:count]
-    assert len({trial.params["choice"] for trial in best}) == len(best)
-    for trial in best:
-        assert trial.value == highest[trial.params["choice"]]
+def test_a_study_of_two_objectives_is_listed_and_described_by_its_speedup(storage):
+    study = open_study(storage, "s", CONTEXT, objectives=2)
+    for values, choice in [([1.1, 0.9], "a"), ([1.3, 0.2], "b")]:
+        study.add_trial(
+            create_trial(
+                values=values,
+                params={"choice": choice},
+                distributions={"choice": CHOICE},
+                user_attrs={"basis": "predicted"},
+            )
+        )
+    [summary] = list_studies(storage)
+    assert (summary.best_speedup, summary.seen) == (1.3, 2)
+    assert [trial["speedup"] for trial in describe_study(storage, "s", 2)["best"]] == [1.3, 1.1]

@@ -28,7 +28,7 @@ def test_passes_are_measured_as_the_engine_runs_them_at_exact_widths(monkeypatch
 
 
 def test_a_head_that_seems_to_take_longer_than_the_pass_leaves_something_for_the_sublayers(llama, monkeypatch):
-    monkeypatch.setattr(costs_module, "_measure", lambda model, widths: ({1: 1.0, 2: 4.0}, {1: 2.0, 2: 1.0}))
+    monkeypatch.setattr(costs_module, "_measure", lambda model, widths, context: ({1: 1.0, 2: 4.0}, {1: 2.0, 2: 1.0}))
     costs = measure_costs(llama, widths=(1, 2))
     assert costs.sublayers[1] > 0
     assert costs.seconds(1) == pytest.approx(1.0)

@@ -93,13 +93,10 @@ def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_se
                 steps.append(engine.draft_step(token, cache, stack))
                 confidences.append(float(steps[-1].confidence))
                 token = steps[-1].likeliest
-            prefixes = [step.prefix for step in steps if step.prefix is not None]
-            chains.append((torch.cat([step.likeliest for step in steps]), torch.tensor(confidences), prefixes))
-    (expected, sure, states), (found, ours, own) = chains
+            chains.append((torch.cat([step.likeliest for step in steps]), torch.tensor(confidences)))
+    (expected, sure), (found, ours) = chains
     assert found.tolist() == expected.tolist()
     torch.testing.assert_close(ours, sure, atol=1e-4, rtol=1e-4)
-    for one, other in zip(own, states, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_a_step_that_goes_on_from_the_last_sets_no_buffer():
@@ -161,11 +158,11 @@ def test_the_cache_is_used_again_and_what_was_captured_with_it():
 def test_captured_drafts_of_old_skip_sets_are_dropped():
     model = LayerSkipModel(tiny_llama())
     model.engine = engine = GraphEngine(model, call_directly)
-    for layer in range(1, LAYERS):
-        for kind in ("attention", "mlp"):
-            drafter = SkipDrafter(model, SkipSet(LAYERS, **{kind: (layer,)}), FixedLength(2))
+    for layer in range(LAYERS):
+        for other in range(1, LAYERS):
+            drafter = SkipDrafter(model, SkipSet(LAYERS, (layer,), (other,)), FixedLength(2))
             generate(model, [1, 2], drafter=drafter, max_new_tokens=6)
-    assert len(engine._drafts) <= 4
+    assert len(engine._drafts) <= 8
 
 
 def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):

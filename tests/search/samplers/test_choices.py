@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet
+from layerskip import SkipSet
 from search.samplers import Draft, DraftChoices
 from search.space import Candidate, SearchSpace
 from tests.search.samplers.problems import ALL_KINDS
@@ -32,7 +32,7 @@ def test_a_trial_that_did_not_choose_everything_tried_nothing(choices):
 
 def test_the_parameters_are_those_of_the_search_space():
     space = SearchSpace(3, bridges=True, vocabularies=(0, 8))
-    candidate = Candidate(SkipSet(3, (1,), (2,)), FixedLength(), bridged=True, vocabulary=8)
+    candidate = Candidate(SkipSet(3, (1,), (2,)), bridged=True, vocabulary=8)
     parameters = space.parameters(candidate)
     names = tuple(name for name in parameters if name.startswith("skip_"))
     choices = DraftChoices(names, space.bridges, space.vocabularies)

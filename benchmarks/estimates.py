@@ -1,0 +1,199 @@
+"""Whether predictions can be trusted: predicted against measured speedup of random skip sets, and what each costs.
+
+python -m benchmarks.estimates --json estimates.json
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import optuna
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from benchmarks.setting import machine_of, write_json
+from layerskip import LayerSkipModel, SkipSet, identify, load_checkpoint
+from layerskip.engine import use_engine
+from layerskip.timing import device_seconds
+from search.measure import measure_prompt, summarize, warm_up
+from search.observer import SearchObserver
+from search.preparation import Prepared, SearchPrompts, prepare
+from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+from search.quiet import Quiet
+from search.settings import SearchSettings
+from search.space import Candidate, SearchSpace
+
+console = Console(highlight=False, width=150)
+# Shares of the sublayers that are left out, one after the other.
+_SHARES = (1 / 60, 1 / 30, 1 / 15, 1 / 10, 2 / 15, 1 / 5, 4 / 15, 2 / 5)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One candidate, predicted and measured on the same prompts.
+
+    Args:
+        candidate: What it is, for people.
+        skipped: Sublayers left out.
+        acceptance: Estimated one-step acceptance rate.
+        predicted: Speedup.
+        measured: Speedup.
+        estimate_seconds: Time to predict.
+        measurement_seconds: Time to measure.
+    """
+
+    candidate: str
+    skipped: int
+    acceptance: float
+    predicted: float
+    measured: float
+    estimate_seconds: float
+    measurement_seconds: float
+
+    @property
+    def error(self) -> float:
+        """How far the prediction is off, relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model with all that predicting and measuring need, on the same prompts."""
+
+    model: LayerSkipModel
+    space: SearchSpace
+    tools: Prepared
+    prompts: tuple[EncodedPrompt, ...]
+
+
+@contextmanager
+def prepared(
+    model: str, device: str, dtype: str, engine: str, *, prompts: int, max_new_tokens: int
+) -> Iterator[Workbench]:
+    """Load a model and prepare a search of it, whose scored prompts are those that are measured."""
+    checkpoint = load_checkpoint(model, device=device, dtype=dtype)
+    wrapped = LayerSkipModel(checkpoint.model)
+    use_engine(wrapped, engine)
+    split = split_prompts(
+        built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
+    )
+    settings = SearchSettings(max_new_tokens=max_new_tokens, prompts_per_trial=prompts)
+    everyone = SearchPrompts.of(split, settings)
+    alike = replace(everyone, scored=everyone.measured)
+    space = SearchSpace.of(wrapped)
+    with tempfile.TemporaryDirectory() as folder:
+        tools = prepare(
+            wrapped,
+            identify(wrapped, checkpoint.source).fingerprint,
+            alike,
+            space,
+            settings,
+            optuna.create_study(),
+            folder=Path(folder),
+            quiet=Quiet(Path(folder), wrapped.device),
+            observer=SearchObserver(),
+        )
+        yield Workbench(wrapped, space, tools, alike.measured)
+
+
+def random_candidates(space: SearchSpace, count: int, seed: int) -> list[Candidate]:
+    """Skip sets of mixed size; every second one bridged and with a draft vocabulary, where the space has them."""
+    source = random.Random(seed)
+    made = []
+    for number in range(count):
+        size = max(round(_SHARES[number % len(_SHARES)] * 2 * space.num_layers), 1)
+        skipped = set(source.sample(range(2 * space.num_layers), size))
+        skip_set = SkipSet.from_mask([index in skipped for index in range(2 * space.num_layers)])
+        rich = number // len(_SHARES) % 2 == 1
+        vocabulary = space.vocabularies[len(space.vocabularies) // 2] if rich else 0
+        made.append(Candidate(skip_set, bridged=rich and space.bridges, vocabulary=vocabulary))
+    return made
+
+
+def compare(
+    model: LayerSkipModel,
+    tools: Prepared,
+    candidate: Candidate,
+    prompts: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+) -> Compared:
+    """Predict a candidate, then decode the same prompts with it."""
+    started = device_seconds(model.device)
+    estimate = tools.predictor.estimate(candidate)
+    estimated = device_seconds(model.device)
+    drafter = tools.makers.drafter(candidate, estimate.prediction.policy)
+    warm_up(model, drafter, prompts, max_new_tokens=max_new_tokens)
+    warm = device_seconds(model.device)
+    measured = [
+        measure_prompt(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=number % 2 == 0)
+        for number, prompt in enumerate(prompts)
+    ]
+    return Compared(
+        candidate=f"{candidate} · draft {estimate.prediction.policy}",
+        skipped=len(candidate.skip_set),
+        acceptance=estimate.acceptance,
+        predicted=estimate.prediction.speedup,
+        measured=summarize(measured).speedup,
+        estimate_seconds=estimated - started,
+        measurement_seconds=device_seconds(model.device) - warm,
+    )
+
+
+def report(results: Sequence[Compared]) -> dict[str, float]:
+    """Print the table; return the figures that sum it up."""
+    table = Table("skipped", "α", "predicted", "measured", "error", "candidate", box=None)
+    for one in results:
+        figures = (f"{one.acceptance:.2f}", f"{one.predicted:.3f}×", f"{one.measured:.3f}×", f"{one.error:+.1%}")
+        table.add_row(str(one.skipped), *figures, one.candidate)
+    console.print(table)
+    correlation = float(spearmanr([r.predicted for r in results], [r.measured for r in results]).statistic)
+    summary = {
+        "spearman": correlation,
+        "median_absolute_error": statistics.median(abs(r.error) for r in results),
+        "median_error": statistics.median(r.error for r in results),
+        "measurement_over_estimate": statistics.median(r.measurement_seconds for r in results)
+        / statistics.median(r.estimate_seconds for r in results),
+    }
+    console.print(
+        f"{len(results)} skip sets: Spearman {summary['spearman']:.3f} · median error "
+        f"{summary['median_absolute_error']:.1%} (bias {summary['median_error']:+.1%}) · a measurement takes "
+        f"{summary['measurement_over_estimate']:.0f} times as long as an estimate"
+    )
+    return summary
+
+
+def main(
+    model: str = "smollm2",
+    device: str = "auto",
+    dtype: str = "auto",
+    engine: str = "eager",
+    skip_sets: int = 40,
+    prompts: int = 6,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Compare predicted with measured speedups."""
+    with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens) as workbench:
+        wrapped = workbench.model
+        results = [
+            compare(wrapped, workbench.tools, candidate, workbench.prompts, max_new_tokens)
+            for candidate in random_candidates(workbench.space, skip_sets, seed)
+        ]
+    summary = report(results)
+    figures = [asdict(one) for one in results]
+    write_json(json, {"machine": machine_of(wrapped), "model": model, "summary": summary, "figures": figures})
+
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    typer.run(main)

@@ -1,0 +1,82 @@
+"""What every searcher is given, and what it tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from layerskip import LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip.timing import device_seconds
+from search.preparation import SearchPrompts
+from search.prompts import EncodedPrompt
+from search.space import Candidate, Policy
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is searched, and until when.
+
+    Args:
+        model: The model.
+        fingerprint: Of its weights.
+        prompts: Who may decode what; held-out prompts are for the judge alone.
+        max_new_tokens: Tokens for each of the judge's prompts.
+        seconds: How long to search, preparation included.
+        seed: Of everything that is drawn.
+    """
+
+    model: LayerSkipModel
+    fingerprint: str
+    prompts: SearchPrompts
+    max_new_tokens: int
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The best that a searcher had found at some time.
+
+    Args:
+        seconds: Since it began.
+        candidate: What the draft leaves out.
+        policy: When it drafts.
+    """
+
+    seconds: float
+    candidate: Candidate
+    policy: Policy
+
+
+Searcher = Callable[[Task], Iterator[Incumbent]]
+
+
+class Stopwatch:
+    """Seconds since it was made, and whether a task's are over."""
+
+    def __init__(self, task: Task) -> None:
+        self._began = time.perf_counter()
+        self._limit = task.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._began
+
+    @property
+    def over(self) -> bool:
+        """Whether time is up."""
+        return self.seconds >= self._limit
+
+
+def decode_seconds_per_token(
+    task: Task, skip_set: SkipSet, policy: Policy, prompts: Sequence[EncodedPrompt], max_new_tokens: int
+) -> float:
+    """What published searchers score by: decoding some prompts self-speculatively."""
+    drafter = SkipDrafter(task.model, skip_set, policy.draft_exit)
+    tokens = 0
+    started = device_seconds(task.model.device)
+    for prompt in prompts:
+        tokens += len(generate(task.model, prompt.tokens, drafter=drafter, max_new_tokens=max_new_tokens).tokens)
+    return (device_seconds(task.model.device) - started) / tokens

@@ -1,0 +1,61 @@
+"""KnapSpec (arXiv 2602.20217): dynamic programming once, for the draft closest to the full model at its cost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
+from layerskip import FixedLength, SkipSet
+from search.estimate import Estimator, Versions
+from search.latency import LatencyModel, measure_latency
+from search.reference import ReferenceRun
+from search.space import Candidate, Policy, SearchSpace
+from search.starts import most_similar_paths
+
+_LENGTHS = range(1, 9)
+
+
+def knapspec(task: Task) -> Iterator[Incumbent]:
+    """Attention and MLP sublayers at their measured costs; the cosine similarity stands in for the acceptance rate."""
+    watch, model = Stopwatch(task), task.model
+    latency = measure_latency(model, SearchSpace(model.num_layers))
+    step = latency.short.step
+    costs = [step.attention, step.mlp] * model.num_layers
+    with tempfile.TemporaryDirectory() as folder:
+        run = ReferenceRun(model, Path(folder), task.fingerprint)
+        texts = run.texts(task.prompts.scored[:1], max_new_tokens=task.max_new_tokens)
+        text = Estimator(model, texts).versions()
+        skip_sets = [skip_set for _, skip_set in most_similar_paths(text.states, text.run_sublayer, costs)]
+        scored = [_best(latency, task, text, skip_set) for skip_set in skip_sets]
+    if scored:
+        _, skip_set, length = max(scored, key=lambda one: one[0])
+        yield Incumbent(watch.seconds, Candidate(skip_set), Policy(FixedLength(length)))
+
+
+def _best(latency: LatencyModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:
+    """The expected speedup of a draft at its best length."""
+    context = float(len(task.prompts.scored[0].tokens))
+    plain = latency.verification(1, 0.0, context, None)
+    cost = latency.draft_step(task.model.stack_of(skip_set), context) / plain
+    alpha = _similarity(text, skip_set)
+    speedups = {
+        length: sum(alpha**i for i in range(length + 1))
+        / (length * cost + latency.verification(length + 1, 0.0, context, None) / plain)
+        for length in _LENGTHS
+    }
+    length = max(speedups, key=lambda one: speedups[one])
+    return speedups[length], skip_set, length
+
+
+def _similarity(text: Versions, skip_set: SkipSet) -> float:
+    """Cosine of the draft's last hidden states with the full model's, mean over positions."""
+    x: Tensor = text.states[:1]
+    kept: Sequence[int] = skip_set.kept
+    for index in kept:
+        x = text.run_sublayer(index, x)
+    return float(functional.cosine_similarity(x[0].float(), text.states[-1].float(), dim=-1).mean())

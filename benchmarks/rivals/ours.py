@@ -1,0 +1,72 @@
+"""layerskip's own search, as ``layerskip search`` runs it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from benchmarks.rivals.contest import Incumbent, Searcher, Task
+from layerskip import LayerSkipModel, identify
+from search.observer import Progress, SearchObserver
+from search.prompts import PromptSplit
+from search.settings import SearchSettings
+from search.space import SearchSpace
+from search.study import Search
+from search.trials import policy_of
+from studies.ranking import best_trials
+from studies.storage import open_storage
+
+_ENDLESS = 10**6
+
+
+def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Searcher:
+    """The search with one of its samplers in some space."""
+
+    def search(task: Task) -> Iterator[Incumbent]:
+        log = _Log(space_of(task.model))
+        with tempfile.TemporaryDirectory() as folder:
+            run = Search(
+                task.model,
+                identify(task.model, "benchmark"),
+                PromptSplit((*task.prompts.scored, *task.prompts.fitted), task.prompts.held_out),
+                open_storage(f"sqlite:///{folder}/studies.db"),
+                SearchSettings(
+                    trials=_ENDLESS,
+                    timeout=task.seconds,
+                    max_new_tokens=task.max_new_tokens,
+                    prompts_per_trial=len(task.prompts.measured),
+                    sampler=sampler,
+                    seed=task.seed,
+                ),
+                space=log.space,
+                observer=log,
+                folder=Path(folder),
+            )
+            log.study = run.open()
+            run.explore(log.study)
+        yield from log.incumbents
+
+    return search
+
+
+class _Log(SearchObserver):
+    """Notes what the search would have answered after each trial."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._began = time.perf_counter()
+        self.space = space
+        self.study: optuna.Study | None = None
+        self.incumbents: list[Incumbent] = []
+
+    def trial_finished(self, progress: Progress, trial: FrozenTrial) -> None:
+        if self.study is None or progress.best is None:
+            return
+        [best] = best_trials(self.study, 1)
+        now = Incumbent(time.perf_counter() - self._began, self.space.candidate(best.params), policy_of(best))
+        if not self.incumbents or self.incumbents[-1].candidate != now.candidate:
+            self.incumbents.append(now)

@@ -1,0 +1,158 @@
+"""Our search against the published ones: the same model, machine, prompts and wall-clock time.
+
+python -m benchmarks.searchers --seconds 300 --json searchers.json
+
+Each searcher's best at some shares of its time is judged afterwards, all in the same way: the held-out prompts decoded
+with it, paired with plain decoding, all judged ones interleaved prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import optuna
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rivals.contest import Incumbent, Searcher, Task
+from benchmarks.rivals.decoding_searches import draft_and_verify, tpe
+from benchmarks.rivals.knapspec import knapspec
+from benchmarks.rivals.ours import ours
+from benchmarks.rivals.swift import swift
+from benchmarks.setting import machine_of, write_json
+from layerskip import LayerSkipModel, SkipDrafter, identify, load_checkpoint
+from layerskip.checkpoints import cache_folder
+from layerskip.engine import use_engine
+from search.assets import AssetMaker, fit_texts
+from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.preparation import SearchPrompts
+from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+from search.reference import ReferenceRun
+from search.settings import SearchSettings
+from search.space import SearchSpace
+
+console = Console(highlight=False, width=150)
+_SHARES = (0.1, 0.25, 0.5, 1.0)
+
+
+def _plain_space(model: LayerSkipModel) -> SearchSpace:
+    return SearchSpace.of(model, bridges=False, vocabulary=False, gate=False)
+
+
+SEARCHERS: dict[str, Searcher] = {
+    "ours": ours("tpe", SearchSpace.of),
+    "ours, grey-box": ours("greybox", SearchSpace.of),
+    "ours, skip set and exit alone": ours("tpe", _plain_space),
+    "TPE, real decoding": tpe,
+    "Draft & Verify": draft_and_verify,
+    "SWIFT": swift,
+    "KnapSpec": knapspec,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a searcher had found after a share of its time.
+
+    Args:
+        searcher: Its name.
+        share: Of the time.
+        incumbent: The best it had.
+    """
+
+    searcher: str
+    share: float
+    incumbent: Incumbent
+
+
+def found_by(name: str, incumbents: Sequence[Incumbent], seconds: float) -> list[Found]:
+    """The best at each share of the time; nothing where nothing was found yet."""
+    found = []
+    for share in _SHARES:
+        so_far = [one for one in incumbents if one.seconds <= share * seconds]
+        if not so_far and share == 1 and incumbents:  # a single trial took longer than the whole time
+            so_far = list(incumbents[:1])
+        found += [Found(name, share, so_far[-1])] if so_far else []
+    return found
+
+
+def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[EncodedPrompt]) -> dict[str, Summary]:
+    """Measure every different incumbent on the same prompts; by what it is, for people."""
+    run = ReferenceRun(task.model, folder, task.fingerprint)
+    makers = AssetMaker(task.model, fit_texts(run, task.prompts.fitted, max_new_tokens=task.max_new_tokens))
+    drafters: dict[str, SkipDrafter] = {}
+    for one in found:
+        if label(one.incumbent) not in drafters:
+            drafters[label(one.incumbent)] = makers.drafter(one.incumbent.candidate, one.incumbent.policy)
+    measured: dict[str, list[PromptMeasurement]] = {name: [] for name in drafters}
+    for number, prompt in enumerate(prompts):
+        for name, drafter in drafters.items():
+            warm_up(task.model, drafter, [prompt], max_new_tokens=task.max_new_tokens)
+            measured[name].append(
+                measure_prompt(
+                    task.model, prompt, drafter, max_new_tokens=task.max_new_tokens, plain_first=number % 2 == 0
+                )
+            )
+    return {name: summarize(one) for name, one in measured.items()}
+
+
+def label(incumbent: Incumbent) -> str:
+    """An incumbent, for people."""
+    return f"{incumbent.candidate} · draft {incumbent.policy}"
+
+
+def report(found: Sequence[Found], judged: dict[str, Summary]) -> None:
+    """Print held-out speedups against time."""
+    table = Table("searcher", *(f"{share:.0%}" for share in _SHARES), "in the end", box=None)
+    for name in dict.fromkeys(one.searcher for one in found):
+        by_share = {one.share: one.incumbent for one in found if one.searcher == name}
+        cells = [f"{judged[label(by_share[share])].speedup:.3f}×" if share in by_share else "–" for share in _SHARES]
+        table.add_row(name, *cells, label(by_share[1.0]) if 1.0 in by_share else "")
+    console.print(table)
+
+
+def main(
+    model: str = "smollm2",
+    device: str = "auto",
+    dtype: str = "auto",
+    engine: str = "eager",
+    seconds: float = 300,
+    max_new_tokens: int = 48,
+    prompts: int = 8,
+    seed: int = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Names of searchers; all without it.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Let all searchers search for the same time, one after the other, and judge what they found."""
+    checkpoint = load_checkpoint(model, device=device, dtype=dtype)
+    wrapped = LayerSkipModel(checkpoint.model)
+    use_engine(wrapped, engine)
+    split = split_prompts(
+        built_in_prompts(), checkpoint.tokenizer, max_new_tokens=100, context_length=wrapped.context_length
+    )
+    everyone = SearchPrompts.of(split, SearchSettings(max_new_tokens=max_new_tokens))
+    fingerprint = identify(wrapped, checkpoint.source).fingerprint
+    task = Task(wrapped, fingerprint, everyone, max_new_tokens, seconds, seed)
+    found: list[Found] = []
+    for name in only or SEARCHERS:
+        incumbents = list(SEARCHERS[name](task))
+        last = f", the last after {incumbents[-1].seconds:.0f} s" if incumbents else ""
+        console.print(f"{name}: {len(incumbents)} incumbents{last}")
+        found += found_by(name, incumbents, seconds)
+    judged = judge(task, cache_folder(), found, everyone.held_out[:prompts])
+    report(found, judged)
+    rows = [
+        {"searcher": one.searcher, "share": one.share, "found": label(one.incumbent)}
+        | asdict(judged[label(one.incumbent)])
+        for one in found
+    ]
+    write_json(json, {"machine": machine_of(wrapped), "model": model, "seconds": seconds, "figures": rows})
+
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layerskip.decoding.drafting import SkipDrafter
+from layerskip.drafts.assets import DraftAssets
+from layerskip.drafts.bridges import BridgeFitter, without_outliers
+from layerskip.drafts.vocabulary import draft_vocabulary, emission_frequencies
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack
+from search.prompts import EncodedPrompt
+from search.reference import ReferenceRun, ReferenceText
+from search.space import Candidate, Policy
+
+# Positions of hidden states that bridges are fitted to, over all texts.
+_FIT_POSITIONS = 2048
+
+
+def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[ReferenceText]:
+    """The texts that drafts learn from, with hidden states at positions all over them."""
+    return run.texts(prompts, max_new_tokens=max_new_tokens, states=max(_FIT_POSITIONS // len(prompts), 1))
+
+
+class AssetMaker:
+    """Makes what candidates ask for.
+
+    Args:
+        model: The model.
+        texts: What the full model wrote, with hidden states at positions all over them.
+    """
+
+    def __init__(self, model: LayerSkipModel, texts: Sequence[ReferenceText]) -> None:
+        states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
+        self._model = model
+        self._fitter = BridgeFitter(model, states)
+        self._frequencies = emission_frequencies(model, states[-1])
+
+    def assets(self, candidate: Candidate) -> DraftAssets:
+        """The bridges and the draft vocabulary that a candidate asks for."""
+        bridges = self._fitter.fit(candidate.skip_set) if candidate.bridged else {}
+        token_ids = None
+        if candidate.vocabulary:
+            token_ids = draft_vocabulary(self._frequencies, self._model.eos_token_ids, candidate.vocabulary)
+        return DraftAssets(bridges, token_ids)
+
+    def num_bridges(self, skip_set: SkipSet) -> int:
+        """How many bridges a bridged candidate gets."""
+        return len(self._fitter.worthy_runs(skip_set))
+
+    def stack(self, candidate: Candidate) -> Stack:
+        """The stack of a candidate's draft."""
+        assets = self.assets(candidate)
+        return self._model.stack_of(candidate.skip_set, stand_ins=assets.bridges, token_ids=assets.token_ids)
+
+    def drafter(self, candidate: Candidate, policy: Policy) -> SkipDrafter:
+        """The drafter of a candidate that drafts by a policy."""
+        return SkipDrafter.of(
+            self._model, candidate.skip_set, policy.draft_exit, self.assets(candidate), gate=policy.gate
+        )

@@ -1,0 +1,82 @@
+"""Decoding candidates for real, with every prompt's measurement recorded as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from layerskip.profile import PromptSet
+from layerskip.stack.model import LayerSkipModel
+from search.assets import AssetMaker
+from search.measure import PromptMeasurement, measure_prompt, warm_up
+from search.observer import SearchObserver
+from search.prompts import EncodedPrompt
+from search.quiet import Quiet
+from search.space import Candidate, Policy
+from studies.records import MeasurementRecord, Records
+
+
+class Measurer:
+    """Decodes candidates, paired with plain decoding.
+
+    Attributes:
+        quiet: Turns with other workers; who asks for measurements takes one.
+
+    Args:
+        model: The model.
+        makers: Makes drafts' bridges and vocabularies.
+        records: Where measurements are kept.
+        study: Name of the study that they belong to.
+        max_new_tokens: Most tokens for each prompt.
+        quiet: Gives measurements the device for themselves.
+        observer: Told how it goes.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        makers: AssetMaker,
+        records: Records,
+        study: str,
+        *,
+        max_new_tokens: int,
+        quiet: Quiet,
+        observer: SearchObserver,
+    ) -> None:
+        self._model = model
+        self._makers = makers
+        self._records = records
+        self._study = study
+        self._limit = max_new_tokens
+        self.quiet = quiet
+        self._observer = observer
+
+    def measurements(
+        self,
+        trial: int,
+        candidate: Candidate,
+        policy: Policy,
+        prompts: Sequence[EncodedPrompt],
+        prompt_set: PromptSet,
+    ) -> Iterator[PromptMeasurement]:
+        """Decode prompts one after the other, each both ways.
+
+        Args:
+            trial: Number of the trial whose candidate it is.
+            candidate: What to draft with.
+            policy: When to draft.
+            prompts: What to decode.
+            prompt_set: What they are, for the record.
+
+        Raises:
+            LosslessnessError: The draft changed the output.
+        """
+        self._observer.measurement_begins(trial)
+        drafter = self._makers.drafter(candidate, policy)
+        warm_up(self._model, drafter, prompts, max_new_tokens=self._limit)
+        for number, prompt in enumerate(prompts, start=1):
+            plain_first = number % 2 == 1
+            one = measure_prompt(self._model, prompt, drafter, max_new_tokens=self._limit, plain_first=plain_first)
+            self._records.add(MeasurementRecord(study=self._study, trial=trial, prompt_set=prompt_set, **asdict(one)))
+            self._observer.prompt_measured(number, len(prompts))
+            yield one

@@ -1,0 +1,95 @@
+"""What a candidate would bring, foretold without decoding: an estimate of its agreement, replayed at known costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerskip.stack.model import LayerSkipModel
+from search.assets import AssetMaker
+from search.estimate import Estimator, Trace, acceptance
+from search.latency import LatencyModel
+from search.replay import Prediction, RoundCosts, replay
+from search.space import Candidate, SearchSpace
+
+# A candidate is given up when it is slower than the best one by so many standard errors of the difference.
+_RACING_ERRORS = 2.0
+# A few texts can agree by chance; the standard error is taken for at least this share of the seconds.
+_SMALLEST_ERROR = 0.01
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one candidate was found to be worth.
+
+    Args:
+        acceptance: Its one-step acceptance rate α.
+        prediction: What replay made of it.
+        complete: Whether all texts were looked at; a candidate that cannot win is given up earlier.
+    """
+
+    acceptance: float
+    prediction: Prediction
+    complete: bool
+
+
+def _cannot_win(seconds: Sequence[float], to_beat: Sequence[float]) -> bool:
+    """Whether a candidate is clearly slower than the best, on the texts that both were seen on."""
+    both = len(seconds)
+    if len(to_beat) < both or both < 2:
+        return False
+    slower = np.subtract(seconds, to_beat[:both])
+    error = max(slower.std(ddof=1) / math.sqrt(both), _SMALLEST_ERROR * float(np.mean(seconds)))
+    return bool(slower.mean() > _RACING_ERRORS * error)
+
+
+class Predictor:
+    """Foretells speedups.
+
+    Args:
+        model: The model; verification chooses its width by its engine's costs.
+        space: The search space, with the policies to replay.
+        makers: Makes drafts' bridges and vocabularies.
+        estimator: Gives drafts' traces.
+        latency: What the parts of steps cost.
+        max_new_tokens: Most tokens of a generation.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        space: SearchSpace,
+        makers: AssetMaker,
+        estimator: Estimator,
+        latency: LatencyModel,
+        *,
+        max_new_tokens: int,
+    ) -> None:
+        self._model = model
+        self._makers = makers
+        self._estimator = estimator
+        self._latency = latency
+        self._limit = max_new_tokens
+        self._longest = space.max_draft_length
+        self._policies = space.policies()
+
+    def estimate(self, candidate: Candidate, to_beat: Sequence[float] = ()) -> Estimate:
+        """Look at a candidate, some texts at a time, until all were seen or it cannot win.
+
+        Args:
+            candidate: What to look at.
+            to_beat: Predicted seconds of the best candidate so far for each text; without them all texts are looked at.
+        """
+        stack = self._makers.stack(candidate)
+        traces: list[Trace] = []
+        parts = self._estimator.traces(stack)
+        while True:
+            traces += next(parts)
+            costs = RoundCosts.of(self._latency, stack, self._model, traces, self._longest)
+            prediction = replay(traces, self._policies, costs, limit=self._limit)
+            complete = len(traces) == self._estimator.num_texts
+            if complete or _cannot_win(prediction.seconds, to_beat):
+                return Estimate(acceptance(traces), prediction, complete)

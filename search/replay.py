@@ -1,0 +1,181 @@
+"""Playing a draft's traces through every policy: when would each have drafted, and what would it have cost?
+
+No model runs. All policies and all texts go through their rounds side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerskip.decoding.draft_exit import AdaptiveThreshold
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.stack import Stack
+from search.estimate import Trace
+from search.latency import LatencyModel
+from search.space import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class RoundCosts:
+    """What one candidate's rounds cost on each of ``n`` texts.
+
+    Args:
+        prefill: ``[n]``, seconds until the first token.
+        step: ``[n]``, seconds of a draft step.
+        verification: ``[n, longest draft + 1]``, seconds of verifying so many drafted tokens.
+    """
+
+    prefill: np.ndarray
+    step: np.ndarray
+    verification: np.ndarray
+
+    @classmethod
+    def of(
+        cls, latency: LatencyModel, stack: Stack, model: LayerSkipModel, traces: Sequence[Trace], longest: int
+    ) -> RoundCosts:
+        """The costs of a draft.
+
+        Args:
+            latency: What the parts cost.
+            stack: The draft's.
+            model: The full model, whose engine chooses how to verify.
+            traces: One for each text.
+            longest: Longest draft of any policy.
+        """
+        choice = model.engine.costs
+        share = stack.shared / len(model.sublayers) if model.engine.resumes else 0.0
+        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
+        verification = [
+            [latency.verification(k + 1, share if k else 0.0, context, choice) for k in range(longest + 1)]
+            for context in contexts
+        ]
+        return cls(
+            np.array([latency.prefill(trace.prompt_length) for trace in traces]),
+            np.array([latency.draft_step(stack, context) for context in contexts]),
+            np.array(verification),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What replay foretells of a candidate under its best policy.
+
+    Args:
+        policy: The policy.
+        speedup: Predicted plain seconds ÷ self-speculative seconds.
+        acceptance_rate: Accepted ÷ drafted tokens; None if nothing would be drafted.
+        seconds: Predicted for each text.
+    """
+
+    policy: Policy
+    speedup: float
+    acceptance_rate: float | None
+    seconds: tuple[float, ...]
+
+
+def replay(traces: Sequence[Trace], policies: Sequence[Policy], costs: RoundCosts, *, limit: int) -> Prediction:
+    """Find the policy with which a candidate would have been fastest.
+
+    Args:
+        traces: The candidate's, one for each text.
+        policies: What to try.
+        costs: What its rounds cost.
+        limit: Most new tokens of a generation.
+    """
+    rounds = _Rounds(traces, policies, costs, limit)
+    rounds.play()
+    speedups = rounds.plain.sum() / rounds.seconds.sum(axis=1)  # [policies]
+    best = int(speedups.argmax())
+    drafted = rounds.drafted[best].sum()
+    return Prediction(
+        policy=policies[best],
+        speedup=float(speedups[best]),
+        acceptance_rate=float(rounds.accepted[best].sum() / drafted) if drafted else None,
+        seconds=tuple(rounds.seconds[best].tolist()),
+    )
+
+
+class _Rounds:
+    """The state of ``s`` policies on ``n`` texts, each at a token of its own.
+
+    ``newest[s, n]`` is the number of the text's newest token: the draft from there is asked at position ``newest``.
+    """
+
+    def __init__(self, traces: Sequence[Trace], policies: Sequence[Policy], costs: RoundCosts, limit: int) -> None:
+        self._costs = costs
+        self._each = np.arange(len(traces))
+        exits = [policy.draft_exit for policy in policies]
+        controllers = [draft_exit.controller() for draft_exit in exits]
+        self._longest = np.array([controller.max_length for controller in controllers])[:, None]
+        self._gate = np.array([policy.gate for policy in policies])[:, None]
+        width = costs.verification.shape[1] - 1
+        self._room = limit - 1
+        self._tabulate(traces, width)
+        shape = (len(policies), len(traces))
+        self._threshold = np.empty(shape)
+        self._threshold[:] = np.array([controller.threshold for controller in controllers])[:, None]
+        self._adaptive = [(row, one) for row, one in enumerate(exits) if isinstance(one, AdaptiveThreshold)]
+        self._rate = np.zeros(shape)
+        self._sure = np.ones(shape)
+        self._newest = np.zeros(shape, dtype=int)
+        self.drafted = np.zeros(shape, dtype=int)
+        self.accepted = np.zeros(shape, dtype=int)
+        self.seconds = np.broadcast_to(costs.prefill, shape).copy()
+        tokens = np.array([trace.new_tokens for trace in traces])
+        self.plain = costs.prefill + (tokens - 1) * costs.verification[:, 0]
+
+    def _tabulate(self, traces: Sequence[Trace], width: int) -> None:
+        """By text and position: how many proposals from there on stand, and how sure the draft is of each.
+
+        Behind the end of a text that ended by itself drafts go on, surely and in vain.
+        """
+        self._last = np.array([trace.new_tokens - 1 for trace in traces])
+        n, positions = len(traces), int(self._last.max()) + 1
+        self._stand = np.zeros((n, positions + 1), dtype=int)
+        self._confidence = np.ones((n, positions + width))
+        self._target = np.ones((n, positions + width))
+        for row, trace in enumerate(traces):
+            asked = len(trace.agrees)
+            self._confidence[row, :asked] = trace.confidence
+            self._target[row, :asked] = trace.target_confidence
+            for position in range(asked - 1, -1, -1):
+                self._stand[row, position] = trace.agrees[position] * (1 + self._stand[row, position + 1])
+        windows = np.lib.stride_tricks.sliding_window_view(self._confidence, width, axis=1)
+        self._windows = np.ascontiguousarray(windows)  # [n, positions + 1, width]
+
+    def play(self) -> None:
+        """Run rounds until every text has ended under every policy."""
+        while True:
+            active = self._newest < self._last
+            if not active.any():
+                return
+            self._round(active)
+
+    def _round(self, active: np.ndarray) -> None:
+        at = np.minimum(self._newest, self._last)  # [s, n]
+        unsure = self._windows[self._each, at] < self._threshold[..., None]  # [s, n, width]
+        by_confidence = np.where(unsure.any(-1), unsure.argmax(-1) + 1, unsure.shape[-1])
+        allowed = np.minimum(self._longest, self._room - at - 1)
+        drafted = np.where(self._sure < self._gate, 0, np.minimum(by_confidence, allowed))
+        accepted = np.minimum(drafted, self._stand[self._each, at])
+        cost = drafted * self._costs.step + self._costs.verification[self._each, drafted]
+        self.seconds += active * cost
+        self.drafted += active * drafted
+        self.accepted += active * accepted
+        self._adapt(active & (drafted > 0), drafted, accepted)
+        self._sure = self._target[self._each, at + accepted]
+        self._newest = np.where(active, at + accepted + 1, self._newest)
+
+    def _adapt(self, learns: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """As :class:`layerskip.AdaptiveThreshold` says."""
+        for row, policy in self._adaptive:
+            drafts = np.maximum(drafted[row], 1)
+            rate = policy.rate_momentum * self._rate[row] + (1 - policy.rate_momentum) * accepted[row] / drafts
+            falling = np.where(drafted[row] == policy.max_length, 0.0, -policy.step)
+            wanted = self._threshold[row] + np.where(rate < policy.target_rate, policy.step, falling)
+            moved = policy.threshold_momentum * self._threshold[row] + (1 - policy.threshold_momentum) * wanted
+            self._rate[row] = np.where(learns[row], rate, self._rate[row])
+            self._threshold[row] = np.where(learns[row], moved, self._threshold[row])

@@ -1,0 +1,79 @@
+"""A sampler that lets no candidate be tried twice."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from search.samplers.choices import Draft, DraftChoices
+
+# Trials that chose, or were told, what to try; those that wait are told it in their attributes.
+_CHOSEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+
+
+class NoRepeats(BaseSampler):
+    """Replaces what another sampler proposes, if it was tried before, by a neighbour that was not.
+
+    Optuna's samplers propose the same again, the more often the surer they are.
+
+    Args:
+        sampler: Proposes.
+        choices: What a draft may be.
+        seed: Makes the choice of neighbours repeatable.
+    """
+
+    def __init__(self, sampler: BaseSampler, choices: DraftChoices, *, seed: int | None = None) -> None:
+        self._sampler = sampler
+        self._choices = choices
+        self._random = random.Random(seed)
+
+    def reseed_rng(self) -> None:
+        self._sampler.reseed_rng()
+        self._random.seed()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        proposed = self._sampler.sample_relative(study, trial, search_space)
+        draft = self._choices.draft(proposed)
+        if draft is None:  # parameters are sampled one by one
+            return proposed
+        return proposed | self._choices.parameters(self._new(draft, self._tried(study)))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._sampler.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._sampler.after_trial(study, trial, state, values)
+
+    def _tried(self, study: Study) -> set[Draft | None]:
+        return {self._choices.draft(trial.params) for trial in study.get_trials(deepcopy=False, states=_CHOSEN)}
+
+    def _new(self, draft: Draft, tried: set[Draft | None]) -> Draft:
+        """The draft, or one that differs in a random bit, or in two, and was not tried; itself if all of these were."""
+        bits = list(range(len(draft.mask)))
+        self._random.shuffle(bits)
+        near, far = itertools.combinations(bits, 1), itertools.combinations(bits, 2)
+        neighbours = (_flipped(draft, flipped) for flipped in itertools.chain(near, far))
+        new = (one for one in itertools.chain([draft], neighbours) if one not in tried)
+        return next((one for one in new if not all(one.mask)), draft)
+
+
+def _flipped(draft: Draft, bits: Sequence[int]) -> Draft:
+    mask = tuple(skip != (index in bits) for index, skip in enumerate(draft.mask))
+    return Draft(mask, draft.bridged, draft.vocabulary)

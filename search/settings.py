@@ -1,0 +1,58 @@
+"""How long and how thoroughly to search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerskip.errors import InvalidInputError
+from search.samplers import SAMPLERS
+
+# Optuna's samplers take seeds below this.
+SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how thoroughly to search.
+
+    Args:
+        trials: Candidates that the study shall have looked at in the end.
+        timeout: Seconds after which no new trial starts; None for no limit. Finalists are measured afterwards.
+        max_new_tokens: Tokens to generate for each prompt.
+        prompts_per_trial: Prompts that a measured candidate decodes; a hopeless one stops earlier.
+        finalists: Best candidates to measure again on held-out prompts.
+        held_out_prompts: Most held-out prompts to measure each finalist on.
+        measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1.
+        sampler: Who proposes candidates.
+        workers: Processes of this machine that work on the study together.
+        pareto: Whether a high acceptance rate is an objective of its own, beside the speedup.
+        seed: Makes the proposals repeatable (measured speeds never are).
+
+    Raises:
+        InvalidInputError: A number is out of its range, or there is no such sampler.
+    """
+
+    trials: int = 200
+    timeout: float | None = None
+    max_new_tokens: int = 48
+    prompts_per_trial: int = 6
+    finalists: int = 3
+    held_out_prompts: int = 16
+    measuring_share: float = 1 / 3
+    sampler: str = "tpe"
+    workers: int = 1
+    pareto: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "max_new_tokens", "prompts_per_trial", "finalists", "held_out_prompts", "workers"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InvalidInputError(f"timeout: expected a number of seconds above 0, got {self.timeout}")
+        if not 0 <= self.measuring_share <= 1:
+            raise InvalidInputError(f"measuring_share: expected a number from 0 to 1, got {self.measuring_share}")
+        if self.sampler not in SAMPLERS:
+            raise InvalidInputError(f"sampler '{self.sampler}' is unknown; expected {', '.join(SAMPLERS)}")
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            raise InvalidInputError(f"seed: expected a whole number from 0 to {SEEDS - 1}, got {self.seed}")

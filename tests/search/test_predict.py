@@ -1,0 +1,71 @@
+"""Racing: who is looked at to the end, and who is given up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip import SkipSet
+from search.assets import AssetMaker
+from search.estimate import Estimator, acceptance
+from search.predict import Predictor
+from search.reference import record
+from search.replay import RoundCosts, replay
+from search.space import Candidate, SearchSpace
+from tests.models import LAYERS
+from tests.search.searches import known_costs, random_prompts
+from tests.strategies import skip_sets
+
+SPACE = SearchSpace(LAYERS, max_draft_length=3)
+LIMIT = 5
+
+
+@pytest.fixture(scope="module")
+def parts(llama):
+    texts = [record(llama, prompt.tokens, [1, 2, 3, 4, 5][:LIMIT]) for prompt in random_prompts(search=14).search]
+    makers = AssetMaker(llama, texts)
+    estimator = Estimator(llama, texts)
+    return estimator, makers, Predictor(llama, SPACE, makers, estimator, known_costs(), max_new_tokens=LIMIT)
+
+
+@given(skip_set=skip_sets(), best=skip_sets(), ease=st.floats(0.5, 2))
+@settings(max_examples=60)
+def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_it(llama, parts, skip_set, best, ease):
+    """It is held against the best one on the texts that both were seen on, so that hard texts are hard for both."""
+    estimator, makers, predictor = parts
+    candidate = Candidate(skip_set)
+    to_beat = [seconds * ease for seconds in predictor.estimate(Candidate(best)).prediction.seconds]
+    found = predictor.estimate(candidate, to_beat)
+    stack = makers.stack(candidate)
+    seen = []
+    for part in estimator.traces(stack):
+        seen += part
+        costs = RoundCosts.of(known_costs(), stack, llama, seen, SPACE.max_draft_length)
+        so_far = replay(seen, SPACE.policies(), costs, limit=LIMIT)
+        slower = np.array(so_far.seconds) - to_beat[: len(seen)]
+        error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))
+        if slower.mean() > 2 * error or len(seen) == estimator.num_texts:
+            break
+        assert len(so_far.seconds) < len(found.prediction.seconds)
+    assert found.prediction == so_far
+    assert found.acceptance == acceptance(seen)
+    assert found.complete == (len(seen) == estimator.num_texts)
+
+
+@given(skip_set=skip_sets())
+@settings(max_examples=20)
+def test_with_nothing_to_beat_all_texts_are_looked_at(parts, skip_set):
+    found = parts[2].estimate(Candidate(skip_set))
+    assert found.complete
+    assert len(found.prediction.seconds) == 14
+    assert found == parts[2].estimate(Candidate(skip_set))
+
+
+def test_a_hopeless_candidate_costs_the_first_texts_alone(parts):
+    found = parts[2].estimate(Candidate(SkipSet(LAYERS, mlp=range(LAYERS))), to_beat=[1e-3] * 14)
+    assert not found.complete
+    assert len(found.prediction.seconds) == 4
+
+
+def test_the_policy_is_one_of_the_space(parts):
+    assert parts[2].estimate(Candidate(SkipSet(LAYERS, mlp=(2,)))).prediction.policy in SPACE.policies()

@@ -1,0 +1,161 @@
+"""Several processes on one study."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+
+import pytest
+from optuna.trial import TrialState
+
+import search.preparation as preparation
+import search.study as study_module
+from layerskip import identify
+from search.space import SearchSpace
+from search.trials import MEASURES_KEY, SOURCE_KEY
+from search.workers import Work, Workers
+from studies.ranking import candidate_key, measured_trials, seen_trials
+from studies.storage import open_storage
+from studies.study import load_study
+from tests.models import LAYERS
+from tests.search.loaders import STARTS, broken_model, no_model, other_model, quick_model, slow_model
+from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
+
+TRIALS = 24
+
+
+@pytest.fixture(autouse=True)
+def search_as_it_was(monkeypatch):
+    """What loading a model changes in this process is changed back."""
+    monkeypatch.setattr(preparation, "measure_latency", preparation.measure_latency)
+    monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
+
+
+@pytest.fixture
+def search_with(database, tmp_path):
+    """A search of which other workers load their models by some loaders, and what was said of those that failed."""
+    failures = []
+
+    def make(*loaders, **named):
+        model = quick_model()
+        settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
+
+        def helpers(study):
+            work = [
+                Work(
+                    load,
+                    identify(model, MODEL_ID),
+                    random_prompts(),
+                    database,
+                    search._settings,
+                    SearchSpace(LAYERS),
+                    study,
+                    tmp_path,
+                )
+                for load in loaders
+            ]
+            return Workers(work, lambda number, message: failures.append((number, message)))
+
+        search = small_search(model, open_storage(database), folder=tmp_path, helpers=helpers, **settings)
+        return search, failures
+
+    return make
+
+
+def the_study(database):
+    return load_study(open_storage(database), "s")
+
+
+class WaitsForOthers(Log):
+    """Lets the first worker finish no second trial before the others have begun some."""
+
+    def __init__(self, database):
+        super().__init__()
+        self._database = database
+
+    def trial_finished(self, progress, trial):
+        super().trial_finished(progress, trial)
+        deadline = time.monotonic() + 120
+        while len(begun(self._database)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def begun(database):
+    return [trial for trial in the_study(database).trials if trial.state != TrialState.WAITING]
+
+
+def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_other_s_way(search_with, database, capfd):
+    log = WaitsForOthers(database)
+    search, failures = search_with(quick_model, quick_model, measuring_share=0.3, observer=log)
+    result = search.run()
+    assert failures == []
+    study = the_study(database)
+    looked_at = seen_trials(study)
+    assert TRIALS <= len(looked_at) <= TRIALS + 2
+    assert result.trials == len(looked_at)
+    assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.WAITING, TrialState.PRUNED}
+    assert len(log.of("trial_finished")) < len(begun(database))  # the others did their part
+    enqueued = [trial for trial in looked_at if SOURCE_KEY in trial.user_attrs]
+    assert len(enqueued) == len({candidate_key(trial) for trial in enqueued}) == STARTS
+    # Two workers may propose the same at the same moment; neither waits for the other.
+    assert len({candidate_key(trial) for trial in looked_at}) >= len(looked_at) - 4
+    measured = [trial.user_attrs[MEASURES_KEY] for trial in measured_trials(study)]
+    assert len(set(measured)) == len(measured)
+    assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
+
+
+def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
+    search, failures = search_with(no_model, broken_model, other_model, trials=STARTS + 2)
+    result = search.run()
+    assert result.trials == STARTS + 2
+    (one, lost), (two, broken), (three, differs) = failures
+    assert (one, two, three) == (1, 2, 3)
+    assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
+    assert differs.startswith("study 's': cannot go on, because this differs: dtype (study: float32, now: bfloat16)")
+
+
+def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
+    told = tmp_path / "looking"
+    told.mkdir()
+
+    def press_when_all_look():
+        deadline = time.monotonic() + 120
+        while len(list(told.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    search, failures = search_with(partial(slow_model, str(told)), partial(slow_model, str(told)))
+    monkeypatch.setattr(study_module.MeasuringPlan, "__call__", lambda *_: time.sleep(3600))
+    threading.Thread(target=press_when_all_look, daemon=True).start()
+    result = search.run()
+    assert (result.interrupted, result.trials, failures) == (True, 1, [])
+    for pid in told.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.name), 0)
+    trials = the_study(database).trials
+    broken = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert len(broken) == 2
+    waiting = [t.system_attrs["fixed_params"] for t in trials if t.state == TrialState.WAITING]
+    assert all(trial.params in waiting for trial in broken)
+    assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+
+def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
+    work = Work(partial(slow_model, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
+    workers = Workers([work], lambda *_: pytest.fail("not its fault"))
+    with workers:
+        [(process, _)] = workers._running
+        workers.__exit__(RuntimeError, RuntimeError(), None)
+        assert not process.is_alive()
+
+
+def test_a_search_without_other_workers_starts_no_process():
+    with Workers([], lambda *_: pytest.fail("there is none")) as workers:
+        assert workers._running == []
+
+
+def test_ctrl_c_in_an_observer_ends_workers_that_are_still_loading(search_with):
+    search, failures = search_with(quick_model, observer=CtrlC("trial_finished"))
+    result = search.run()
+    assert (result.interrupted, failures) == (True, [])
