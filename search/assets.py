@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,14 +40,20 @@ class AssetMaker:
         self._model = model
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
+        self._heads: dict[int, Stack] = {}
 
     def assets(self, candidate: Candidate) -> DraftAssets:
         """The bridges and the draft vocabulary that a candidate asks for."""
         bridges = self._fitter.fit(candidate.skip_set) if candidate.bridged else {}
-        token_ids = None
-        if candidate.vocabulary:
-            token_ids = draft_vocabulary(self._frequencies, self._model.eos_token_ids, candidate.vocabulary)
-        return DraftAssets(bridges, token_ids)
+        return DraftAssets(bridges, self._head(candidate.vocabulary).token_ids)
+
+    def _head(self, vocabulary: int) -> Stack:
+        """The full stack with the head of a draft vocabulary; made once, because its rows are copied."""
+        if vocabulary not in self._heads:
+            special = self._model.eos_token_ids
+            ids = draft_vocabulary(self._frequencies, special, vocabulary) if vocabulary else None
+            self._heads[vocabulary] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
+        return self._heads[vocabulary]
 
     def num_bridges(self, skip_set: SkipSet) -> int:
         """How many bridges a bridged candidate gets."""
@@ -54,8 +61,9 @@ class AssetMaker:
 
     def stack(self, candidate: Candidate) -> Stack:
         """The stack of a candidate's draft."""
-        assets = self.assets(candidate)
-        return self._model.stack_of(candidate.skip_set, stand_ins=assets.bridges, token_ids=assets.token_ids)
+        stack = self._model.stack_of(candidate.skip_set, stand_ins=self.assets(candidate).bridges)
+        head = self._head(candidate.vocabulary)
+        return replace(stack, token_ids=head.token_ids, head_rows=head.head_rows)
 
     def drafter(self, candidate: Candidate, policy: Policy) -> SkipDrafter:
         """The drafter of a candidate that drafts by a policy."""

@@ -71,7 +71,7 @@ def correction_of(study: HasTrials) -> float:
     return statistics.median(ratios) if ratios else 1.0
 
 
-def candidate_key(trial: FrozenTrial | optuna.Trial) -> str:
+def candidate_key(trial: FrozenTrial) -> str:
     """The same for trials of the same candidate, and different for all others."""
     return json.dumps(trial.params, sort_keys=True)
 
