@@ -77,7 +77,7 @@ class Workbench:
 
 @contextmanager
 def prepared(
-    model: str, device: str, dtype: str, engine: str, *, prompts: int, max_new_tokens: int
+    model: str, device: str, dtype: str, engine: str, *, prompts: int, max_new_tokens: int, gate: bool = True
 ) -> Iterator[Workbench]:
     """Load a model and prepare a search of it, whose scored prompts are those that are measured."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
@@ -89,7 +89,7 @@ def prepared(
     settings = SearchSettings(max_new_tokens=max_new_tokens, prompts_per_trial=prompts)
     everyone = SearchPrompts.of(split, settings)
     alike = replace(everyone, scored=everyone.measured)
-    space = SearchSpace.of(wrapped)
+    space = SearchSpace.of(wrapped, gate=gate)
     with tempfile.TemporaryDirectory() as folder:
         tools = prepare(
             wrapped,
@@ -179,11 +179,12 @@ def main(
     skip_sets: int = 40,
     prompts: int = 6,
     max_new_tokens: int = 48,
+    gate: Annotated[bool, typer.Option(help="Let policies draft nothing where the model is unsure.")] = True,
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Compare predicted with measured speedups."""
-    with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens) as workbench:
+    with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens, gate=gate) as workbench:
         wrapped = workbench.model
         results = [
             compare(wrapped, workbench.tools, candidate, workbench.prompts, max_new_tokens)

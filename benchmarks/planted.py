@@ -44,8 +44,9 @@ from search.prompts import PromptSplit
 from search.quiet import Quiet
 from search.settings import SearchSettings
 from search.space import Candidate, SearchSpace
-from search.study import STARTED_KEY, Search
+from search.study import Search
 from search.trials import COMPLETE_KEY
+from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
 
 console = Console(highlight=False, width=150)

@@ -8,6 +8,7 @@ with it, paired with plain decoding, all judged ones interleaved prompt by promp
 
 from __future__ import annotations
 
+import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,18 @@ def found_by(name: str, incumbents: Sequence[Incumbent], seconds: float) -> list
     return found
 
 
+def searched(name: str, task: Task, folder: Path | None) -> list[Incumbent]:
+    """What a searcher finds, or had found when it was run before."""
+    kept = folder / f"{name}, {task.seconds:.0f} s, seed {task.seed}.json" if folder else None
+    if kept and kept.exists():
+        return [Incumbent.from_json(values) for values in jsonlib.loads(kept.read_text())]
+    incumbents = list(SEARCHERS[name](task))
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(jsonlib.dumps([one.as_json() for one in incumbents]))
+    return incumbents
+
+
 def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[EncodedPrompt]) -> dict[str, Summary]:
     """Measure every different incumbent on the same prompts; by what it is, for people."""
     run = ReferenceRun(task.model, folder, task.fingerprint)
@@ -125,6 +138,9 @@ def main(
     prompts: int = 8,
     seed: int = 0,
     only: Annotated[list[str] | None, typer.Option(help="Names of searchers; all without it.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep what each searcher found here, and take it from there.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Let all searchers search for the same time, one after the other, and judge what they found."""
@@ -139,9 +155,8 @@ def main(
     task = Task(wrapped, fingerprint, everyone, max_new_tokens, seconds, seed)
     found: list[Found] = []
     for name in only or SEARCHERS:
-        incumbents = list(SEARCHERS[name](task))
-        last = f", the last after {incumbents[-1].seconds:.0f} s" if incumbents else ""
-        console.print(f"{name}: {len(incumbents)} incumbents{last}")
+        incumbents = searched(name, task, folder)
+        console.print(f"{name}:", *(f"{one.seconds:.0f} s {label(one)}" for one in incumbents), sep="\n  ")
         found += found_by(name, incumbents, seconds)
     judged = judge(task, cache_folder(), found, everyone.held_out[:prompts])
     report(found, judged)

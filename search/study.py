@@ -31,8 +31,8 @@ from search.relative_costs import RelativeCosts
 from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
-from search.trials import SOURCE_KEY, Objective, policy_of
-from search.warm_starts import warm_starts
+from search.trials import Objective, policy_of
+from search.warm_starts import StartingPlan, warm_starts
 from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
@@ -49,8 +49,6 @@ from studies.study import StudyContext, open_study
 
 # Seconds; no timeout at all would be another thing.
 _MOMENT = 1e-3
-# A study that has this attribute is given no warm starts.
-STARTED_KEY = "warm_starts"
 
 
 class Search:
@@ -164,8 +162,6 @@ class Search:
         tools = self._prepare(study)
         if len(seen_trials(study)) >= self._settings.trials:
             return
-        if self._number == 0:
-            self._enqueue_starts(study, tools)
         study.sampler = self._sampler(study, tools)
         objective = Objective(
             self._space, tools.predictor, self._measurer(tools), self._prompts.measured, self._settings.pareto
@@ -173,8 +169,15 @@ class Search:
         callbacks = [self._report]
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
-            plan = MeasuringPlan(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
-            callbacks.insert(0, plan)
+            starts = StartingPlan(
+                warm_starts(self._model, self._space, tools.estimator, tools.latency),
+                self._space,
+                2 * self._settings.workers,  # a worker that finds none waiting would propose one of its own
+                self._quiet,
+            )
+            starts(study)
+            measuring = MeasuringPlan(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
+            callbacks = [starts, measuring, *callbacks]
         self._observer.trials_begin()
         with self._helpers(study.study_name):
             optimize(study, objective, timeout=self._timeout(), callbacks=callbacks)
@@ -195,15 +198,6 @@ class Search:
             observer=self._observer,
         )
         return self._prepared
-
-    def _enqueue_starts(self, study: optuna.Study, tools: Prepared) -> None:
-        if study.user_attrs.get(STARTED_KEY):
-            return
-        with self._quiet.beside_others():
-            starts = list(warm_starts(self._model, self._space, tools.estimator, tools.latency))
-        for source, candidate in starts:
-            study.enqueue_trial(self._space.parameters(candidate), user_attrs={SOURCE_KEY: source}, skip_if_exists=True)
-        study.set_user_attr(STARTED_KEY, True)
 
     def _sampler(self, study: optuna.Study, tools: Prepared) -> BaseSampler:
         # A resumed study, or another worker, must not draw the same random numbers again.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from search.estimate import Estimator, acceptance
 from search.latency import LatencyModel
+from search.quiet import Quiet
 from search.space import Candidate, SearchSpace
 from search.starts import (
     different,
@@ -20,12 +24,49 @@ from search.starts import (
     nothing_skipped,
     published,
 )
+from search.trials import SOURCE_KEY
+
+# A study that has this attribute was given all of them.
+STARTED_KEY = "warm_starts"
+
+
+class StartingPlan:
+    """A callback for a study: enqueues the next starts when few wait, so that the first ones need not wait for all.
+
+    Args:
+        starts: Candidates with where they come from, worked out as they are taken.
+        space: Gives their parameters.
+        ahead: How many shall wait.
+        quiet: Turns with other workers.
+    """
+
+    def __init__(self, starts: Iterator[tuple[str, Candidate]], space: SearchSpace, ahead: int, quiet: Quiet) -> None:
+        self._starts = starts
+        self._space = space
+        self._ahead = ahead
+        self._quiet = quiet
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+        """Enqueue what is missing."""
+        while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
+            with self._quiet.beside_others():
+                start = next(self._starts, None)
+            if start is None:
+                study.set_user_attr(STARTED_KEY, True)
+                return
+            source, candidate = start
+            parameters = self._space.parameters(candidate)
+            study.enqueue_trial(parameters, user_attrs={SOURCE_KEY: source}, skip_if_exists=True)
+
+
+def _waiting(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def warm_starts(
     model: LayerSkipModel, space: SearchSpace, estimator: Estimator, latency: LatencyModel
 ) -> Iterator[tuple[str, Candidate]]:
-    """Candidates, each with where it comes from.
+    """Candidates, each with where it comes from; those that take long to work out come last.
 
     Args:
         model: The model.
@@ -42,11 +83,11 @@ def warm_starts(
     families = (
         nothing_skipped(space.num_layers),
         evenly_spaced(space.num_layers),
-        least_damage(alone, costs),
-        least_change(text.states),
-        most_similar_paths(text.states, text.run_sublayer, costs),
         early_exits(space.num_layers),
         published(space.num_layers),
+        least_change(text.states),
+        most_similar_paths(text.states, text.run_sublayer, costs),
+        least_damage(alone, costs),
     )
     vocabulary = space.vocabularies[len(space.vocabularies) // 2]
     for source, skip_set in different(chain.from_iterable(families)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layerskip import LayerSkipModel, SkipDrafter, SkipSet, generate
 from layerskip.timing import device_seconds
@@ -47,6 +48,23 @@ class Incumbent:
     seconds: float
     candidate: Candidate
     policy: Policy
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "seconds": self.seconds,
+            "skip_set": self.candidate.skip_set.mask,
+            "bridged": self.candidate.bridged,
+            "vocabulary": self.candidate.vocabulary,
+            "policy": self.policy.as_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Incumbent:
+        """The inverse of :meth:`as_json`."""
+        skip_set = SkipSet.from_mask(values["skip_set"])
+        candidate = Candidate(skip_set, bridged=values["bridged"], vocabulary=values["vocabulary"])
+        return cls(values["seconds"], candidate, Policy.from_json(values["policy"]))
 
 
 Searcher = Callable[[Task], Iterator[Incumbent]]

@@ -37,7 +37,6 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
                 open_storage(f"sqlite:///{folder}/studies.db"),
                 SearchSettings(
                     trials=_ENDLESS,
-                    timeout=task.seconds,
                     max_new_tokens=task.max_new_tokens,
                     prompts_per_trial=len(task.prompts.measured),
                     sampler=sampler,
@@ -46,6 +45,7 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
                 space=log.space,
                 observer=log,
                 folder=Path(folder),
+                ends=time.monotonic() + task.seconds,
             )
             log.study = run.open()
             run.explore(log.study)
