@@ -135,8 +135,8 @@ class Speculation:
             UnsupportedModelError: The model cannot be taken apart into sublayers.
         """
         _check_settings(generation_config)
-        _check_inputs(input_ids, model_kwargs)
         drafter, wrapper = drafter_of(self.profile, model), wrapper_of(model)
+        _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
         transcript = Transcript(
             input_ids,
