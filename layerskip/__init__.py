@@ -27,6 +27,7 @@ from layerskip.profile import DraftProfile, Measured, Provenance
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.text import StopStrings
+from layerskip.transformers_integration import speculate
 
 __all__ = [
     "AdaptiveThreshold",
@@ -57,6 +58,7 @@ __all__ = [
     "generate",
     "identify",
     "load_checkpoint",
+    "speculate",
     "stream",
 ]
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
+from transformers import PreTrainedModel
 
+from layerskip.assistant import assistant_of
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import SkipDrafter
 from layerskip.drafts.assets import DraftAssets
@@ -197,6 +199,22 @@ class DraftProfile(_Part):
         """
         self.check(model)
         return SkipDrafter.of(model, self.skip_set, self.draft_exit, self._assets, gate=self.gate)
+
+    def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
+
+        It shares the model's weights and changes nothing in the model. Make it anew when the model was moved to
+        another device or dtype. The profile's draft vocabulary is not used: ``generate`` wants scores for every token.
+
+        Raises:
+            InvalidProfileError: The profile is for another model.
+            InvalidInputError: The profile leaves out every attention, or the model is in training mode.
+            UnsupportedModelError: The model cannot be taken apart into sublayers, or runs something else than its
+                classes do, such as accelerate's hooks.
+        """
+        wrapper = LayerSkipModel(model)
+        self.check(wrapper)
+        return assistant_of(wrapper, self.skip_set, self.draft_exit, self._assets)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()

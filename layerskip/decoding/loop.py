@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.drafting import Drafter, NoDrafter
-from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.sampling import Sampling, SamplingRule
 from layerskip.errors import InvalidInputError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.timing import PhaseClock
@@ -77,7 +77,7 @@ def generate(
     prompt: Tensor | Sequence[int],
     *,
     drafter: Drafter | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
     eos_token_ids: int | Collection[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
@@ -89,7 +89,7 @@ def generate(
         model: The model.
         prompt: Token ids, ``[n]`` or ``[1, n]``.
         drafter: Proposes tokens to verify, such as ``profile.drafter(model)``; None decodes plainly.
-        sampling: How to choose tokens; None is greedy.
+        sampling: How to choose tokens, such as a :class:`layerskip.Sampling`; None is greedy.
         max_new_tokens: Most tokens to generate, at least 1.
         eos_token_ids: Tokens that end the text; None takes those of the model's generation config.
         stop: Called with all new tokens after each one; true ends the text there.
@@ -127,7 +127,7 @@ def stream(
     prompt: Tensor | Sequence[int],
     *,
     drafter: Drafter | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
     eos_token_ids: int | Collection[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,

@@ -45,7 +45,30 @@ class Sampling:
 
     def sampler(self, device: torch.device) -> Sampler:
         """A fresh sampler for one generation."""
-        return GreedySampler() if self.temperature == 0 else RandomSampler(self, device)
+        if self.temperature == 0:
+            return GreedySampler()
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return RandomSampler(self._warpers(), generator)
+
+    def _warpers(self) -> LogitsProcessorList:
+        """transformers' own, in generate()'s order, so that the distribution is that of model.generate()."""
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
+
+class SamplingRule(Protocol):
+    """How to choose tokens: :class:`Sampling`, or rules that look at the text."""
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """A fresh sampler for one generation, for logits on this device."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,11 @@ class Draft:
 
 
 class Sampler(Protocol):
-    """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand."""
+    """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand.
+
+    One sampler serves one generation and sees all of it in order: one token is drawn behind the prompt; each round
+    then drafts some, or none, and verifies them.
+    """
 
     def draw(self, logits: Tensor) -> Draw:
         """Choose a token by the full model's logits, ``[vocab_size]``."""
@@ -123,25 +150,16 @@ class GreedySampler:
 
 
 class RandomSampler:
-    """Draws from the distribution that temperature, top-k and top-p leave.
+    """Draws from the distribution that warpers leave, such as temperature, top-k and top-p.
 
     Args:
-        sampling: The settings, with a temperature above 0.
-        device: Where logits will be.
+        warpers: Applied in turn to logits ``[n, vocab_size]``; they look at each row alone, and not at the text.
+        generator: Source of randomness, where logits will be.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._generator = torch.Generator(device)
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
-        # transformers' own warpers in generate()'s order, so that the distribution is that of model.generate().
-        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
-        if sampling.top_k:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+    def __init__(self, warpers: LogitsProcessorList, generator: torch.Generator) -> None:
+        self._warpers = warpers
+        self._generator = generator
 
     def distributions(self, logits: Tensor) -> Tensor:
         """Probabilities to sample from, for logits of shape ``[n, vocab_size]``."""

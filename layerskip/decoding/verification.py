@@ -83,8 +83,28 @@ def speculative_sampling(drafted: Tensor, draft: Tensor, target: Tensor, generat
     # Selected by a tensor: an index that the host had to know would make it wait.
     remaining = target.index_select(0, accepted)[0]
     replaced = torch.cat([draft, torch.zeros_like(target[:1])]).index_select(0, accepted)[0]  # 0 behind the draft
-    # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
-    left = (remaining - replaced).clamp_(min=0)
-    newest = sample(torch.where(left.sum() > 0, left, remaining), generator)
+    newest = _replacement(replaced, remaining, generator)
     *proposed, own, count = torch.cat([drafted, newest, accepted]).tolist()
     return Verdict([*proposed[:count], own], newest)
+
+
+def speculative_choice(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """The token that :func:`speculative_sampling` puts where one was drafted, ``[1]``: that one, or its replacement.
+
+    For target distributions that are known one at a time only, because they depend on the tokens before.
+
+    Args:
+        drafted: ``[1]``, drawn from ``draft``.
+        draft: ``[vocab_size]``, what the draft drew from.
+        target: ``[vocab_size]``, the full model's distribution.
+        generator: As in :func:`speculative_sampling`.
+    """
+    u = torch.rand(1, generator=generator, device=drafted.device)
+    return torch.where(u * draft[drafted] < target[drafted], drafted, _replacement(draft, target, generator))
+
+
+def _replacement(draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw, ``[1]``, from ``max(p - q, 0)``, normalized."""
+    # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
+    left = (target - draft).clamp_(min=0)
+    return sample(torch.where(left.sum() > 0, left, target), generator)

@@ -1,0 +1,133 @@
+"""A draft as a model of its own, for ``generate(assistant_model=...)`` of transformers; it shares the model's weights.
+
+transformers reads positions and mask sizes off layer 0's cache entry, and counts cache entries by layer. So the draft's
+layers are cut anew: each begins with an attention that is kept and goes on to the next one, and every layer has a cache
+entry that is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerskip.decoding.draft_exit import DraftExit
+from layerskip.drafts.assets import DraftAssets
+from layerskip.errors import InvalidInputError, UnsupportedModelError
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack, Step
+from layerskip.stack.sublayers import AttentionSublayer, PassContext
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def assistant_of(
+    model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit, assets: DraftAssets
+) -> PreTrainedModel:
+    """A causal language model that computes a draft, over the model's own weights.
+
+    Args:
+        model: The model.
+        skip_set: The sublayers that the draft leaves out.
+        draft_exit: Sets how many tokens ``generate`` lets it propose at once, and from which confidence on.
+        assets: Its bridges are used. Its draft vocabulary is not: ``generate`` wants scores for every token.
+
+    Raises:
+        InvalidInputError: The skip set leaves no attention, or is for another number of layers.
+        UnsupportedModelError: A part of the model runs something else than its class does, such as accelerate's hooks,
+            which a copy of the part would not.
+    """
+    original: Any = model.hf_model
+    stack = model.stack_of(skip_set, stand_ins=assets.to(original.get_input_embeddings().weight).bridges)
+    kept = [index // 2 for index, step in stack.steps if isinstance(step, AttentionSublayer)]
+    if not kept:
+        raise InvalidInputError(
+            "as_assistant: the profile leaves out every attention, and generate counts positions by a draft's "
+            "attention; use layerskip.speculate(profile)"
+        )
+    assistant, decoder = _twin(original), _twin(original.base_model)
+    setattr(assistant, original.base_model_prefix, decoder)
+    decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(stack)))
+    assistant.config = decoder.config = _config(original.config, kept)
+    assistant.generation_config = copy.deepcopy(original.generation_config)
+    controller = draft_exit.controller()
+    assistant.generation_config.num_assistant_tokens = controller.max_length
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = controller.threshold
+    twin: PreTrainedModel = assistant
+    return twin
+
+
+def _config(original: Any, kept: list[int]) -> Any:
+    """A configuration with the kept attentions' layers alone, by which transformers makes cache and masks."""
+    config = copy.deepcopy(original)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [original.layer_types[layer] for layer in kept]
+    return config
+
+
+def _twin(module: Module) -> Module:
+    """A module of the same class over the same parts, whose parts can be exchanged without a change to the original."""
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"as_assistant: {type(module).__name__} has a forward of its own (accelerate's hooks on several devices, "
+            "or a patch), which a copy of it would not run; use layerskip.speculate(profile)"
+        )
+    twin = type(module).__new__(type(module))
+    for name, value in vars(module).items():
+        vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    vars(twin).pop("_compiled_call_impl", None)  # of module.compile(), which would call the original
+    return twin
+
+
+def _cut(stack: Stack) -> list[list[Step]]:
+    """The draft's steps by layer: each has one attention, and what comes before the first belongs to the first."""
+    layers: list[list[Step]] = [[]]
+    for _, step in stack.steps:
+        if isinstance(step, AttentionSublayer) and any(isinstance(other, AttentionSublayer) for other in layers[-1]):
+            layers.append([])
+        layers[-1].append(step)
+    return layers
+
+
+class _Layer(nn.Module):
+    """Some of a draft's steps, called as transformers calls a decoder layer.
+
+    Args:
+        steps: The steps; one of them is an attention.
+        number: The layer's place, by which its attention finds its cache entry.
+    """
+
+    def __init__(self, steps: list[Step], number: int) -> None:
+        super().__init__()
+        self._steps = [_renumbered(step, number) if isinstance(step, AttentionSublayer) else step for step in steps]
+        (self._window,) = (step.window for step in self._steps if isinstance(step, AttentionSublayer))
+        # Found by parameters(), and by whatever else goes through a model's modules.
+        self.parts = nn.ModuleList(
+            part for step in self._steps for part in vars(step).values() if isinstance(part, nn.Module)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        """Hidden states ``[b, n, hidden_size]`` behind the layer, of those before it."""
+        context = PassContext(position_embeddings, {self._window: attention_mask}, past_key_values)
+        for step in self._steps:
+            hidden_states = step(hidden_states, context)
+        return hidden_states
+
+
+def _renumbered(sublayer: AttentionSublayer, number: int) -> AttentionSublayer:
+    twin = copy.copy(sublayer)
+    twin.attention = _twin(sublayer.attention)
+    twin.attention.layer_idx = number  # type: ignore[assignment]
+    return twin

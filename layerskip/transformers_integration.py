@@ -1,0 +1,263 @@
+"""Self-speculative decoding inside ``model.generate`` of transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from layerskip.decoding.loop import DecodingStats, Generation, generate
+from layerskip.decoding.processed import ProcessedSampling, Transcript
+from layerskip.errors import InvalidInputError
+from layerskip.profile import DraftProfile
+from layerskip.stack.model import LayerSkipModel
+from layerskip.wrapped import drafter_of, wrapper_of
+
+# What generate() prepares for the model's own forward; layerskip computes positions, masks and cache itself.
+_PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What ``generate`` returns with ``return_dict_in_generate=True``: transformers' output, and counters.
+
+    ``past_key_values`` is None: layerskip keeps a cache of its own kind for the generation.
+
+    Args:
+        stats: Tokens drafted and accepted, and times.
+    """
+
+    stats: DecodingStats | None = None
+
+
+def speculate(
+    profile: DraftProfile | str | Path,
+    *,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Speculation:
+    """Let ``generate`` decode self-speculatively: ``model.generate(**inputs, custom_generate=speculate(profile))``.
+
+    The output is that of ``generate`` without it: the same tokens when greedy (in float32), samples of the same
+    distribution with ``do_sample=True``. Generation config, logits processors, stopping criteria and
+    ``return_dict_in_generate`` with ``output_scores`` and ``output_logits`` work as they do there. The model is not
+    changed. What takes time, checking the profile and making the draft, happens in the first call with a model.
+
+    ``generate`` does not hand its streamer and its tokenizer to a callable, so give them here.
+
+    Args:
+        profile: A profile, or the path of one.
+        streamer: Gets the prompt, then each token as it becomes certain. Give it here *instead of* to ``generate``.
+        tokenizer: Needed only with ``generate(stop_strings=...)``.
+
+    Raises:
+        InvalidProfileError: The file cannot be read or is not a valid profile.
+    """
+    if not isinstance(profile, DraftProfile):
+        profile = DraftProfile.load(profile)
+    return Speculation(profile, streamer, tokenizer)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A decoding method for ``generate(custom_generate=...)``; :func:`speculate` makes one.
+
+    Attributes:
+        profile: What to draft with, whether or not it was measured to be faster than plain decoding.
+        streamer: As in :func:`speculate`.
+        tokenizer: As in :func:`speculate`.
+    """
+
+    profile: DraftProfile
+    streamer: BaseStreamer | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def prepare(self, model: PreTrainedModel) -> LayerSkipModel:
+        """Do now what the first generation with a model would do: check the profile, and make the draft.
+
+        Returns:
+            The wrapper that generations with this model go through, such as for :func:`layerskip.calibrate`. It does
+            not keep the model alive.
+
+        Raises:
+            InvalidProfileError: The profile is for another model.
+            UnsupportedModelError: The model cannot be taken apart into sublayers.
+            InvalidInputError: The model is in training mode.
+        """
+        drafter_of(self.profile, model)
+        return wrapper_of(model)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        stop_strings: str | Sequence[str] | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """What ``generate`` calls.
+
+        Args:
+            model: The model whose ``generate`` it is.
+            input_ids: ``[1, n]``, the prompt.
+            logits_processor: Those of the generation config and the caller's.
+            stopping_criteria: Likewise.
+            generation_config: The settings.
+            stop_strings: ``generate``'s argument; reaches a callable because it is named here.
+            model_kwargs: Arguments for the model's forward; only what ``generate`` prepares itself is allowed.
+
+        Returns:
+            ``[1, n + m]``, prompt and new tokens, or the output that ``return_dict_in_generate`` asks for.
+
+        Raises:
+            InvalidInputError: A setting or an input is not supported. The message names it.
+            InvalidProfileError: The profile is for another model.
+            UnsupportedModelError: The model cannot be taken apart into sublayers.
+        """
+        _check_settings(generation_config)
+        drafter, wrapper = drafter_of(self.profile, model), wrapper_of(model)
+        _check_inputs(input_ids, model_kwargs)
+        criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
+        transcript = Transcript(
+            input_ids,
+            criteria,
+            keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
+            keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
+        )
+        sampling = ProcessedSampling(
+            transcript, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size
+        )
+        simple = not sampling.needs_transcript and all(type(one) in _KNOWN_TO_THE_LOOP for one in criteria)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        generation = generate(
+            wrapper,
+            input_ids,
+            drafter=drafter,
+            sampling=sampling,
+            max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),
+            eos_token_ids=_eos_token_ids(criteria) if simple else (),
+            stop=None if simple else transcript.ends_after,
+            on_token=None if self.streamer is None else self._put,
+        )
+        if self.streamer is not None:
+            self.streamer.end()
+        _warn_if_full(generation, wrapper)
+        return _output(generation, input_ids, transcript, generation_config)
+
+    def _stop_string_criteria(self, stop_strings: str | Sequence[str] | None) -> list[StopStringCriteria]:
+        if stop_strings is None:
+            return []
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                "stop_strings: generate does not hand its tokenizer to a callable; "
+                "give it to layerskip.speculate(profile, tokenizer=tokenizer)"
+            )
+        strings = stop_strings if isinstance(stop_strings, str) else list(stop_strings)
+        return [StopStringCriteria(self.tokenizer, strings)]
+
+    def _put(self, token: int) -> None:
+        assert self.streamer is not None
+        self.streamer.put(torch.tensor([token]))
+
+
+# Criteria that the loop decides itself, without a look at the device.
+_KNOWN_TO_THE_LOOP = frozenset({EosTokenCriteria, MaxLengthCriteria})
+
+
+def _check_settings(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InvalidInputError(
+            f"generation mode '{mode.value.replace('_', ' ')}': layerskip decodes greedily or by sampling only; "
+            "leave out the setting that asks for it, or custom_generate"
+        )
+    if (config.num_return_sequences or 1) > 1:
+        raise InvalidInputError(
+            f"num_return_sequences: layerskip decodes one text at a time, got {config.num_return_sequences}; "
+            "call generate as often"
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise InvalidInputError(
+                f"{name}: not available with layerskip, whose passes take several tokens at once; "
+                "leave it out, or run the model once more on the finished text"
+            )
+
+
+def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    if len(input_ids) != 1:
+        raise InvalidInputError(
+            f"input_ids: layerskip decodes one prompt at a time, got a batch of {len(input_ids)}; "
+            "call generate for each"
+        )
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _PREPARED:
+            raise InvalidInputError(f"{name}: layerskip takes token ids only; leave it out")
+    mask = model_kwargs.get("attention_mask")  # None if it is all ones
+    if mask is not None:
+        raise InvalidInputError(
+            "attention_mask: hides some of the prompt, such as padding; give the prompt alone, "
+            "and an attention_mask of ones if it contains the padding token"
+        )
+    positions = model_kwargs.get("position_ids")
+    expected = torch.arange(input_ids.shape[1])
+    if positions is not None and not torch.equal(positions.cpu(), expected[None]):
+        raise InvalidInputError("position_ids: layerskip counts positions from 0 without gaps; leave them out")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+        raise InvalidInputError("past_key_values: layerskip keeps a cache of its own; leave it out")
+
+
+def _max_new_tokens(criteria: StoppingCriteriaList, input_ids: Tensor, model: LayerSkipModel) -> int:
+    """At least one, as in generate; criteria that set no limit leave the model's context."""
+    longest = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
+    return max(min(longest, default=model.context_length + 1) - input_ids.shape[1], 1)
+
+
+def _eos_token_ids(criteria: StoppingCriteriaList) -> set[int]:
+    return {int(id) for one in criteria if isinstance(one, EosTokenCriteria) for id in one.eos_token_id}
+
+
+def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
+    if generation.finish_reason == "context":
+        warnings.warn(
+            f"the text ends after {len(generation.tokens)} new tokens because the model's context of "
+            f"{model.context_length} is full; generate by itself would go on beyond it",
+            stacklevel=5,  # where generate was called
+        )
+
+
+def _output(
+    generation: Generation, input_ids: Tensor, transcript: Transcript, config: GenerationConfig
+) -> Tensor | SpeculativeOutput:
+    new = torch.tensor([generation.tokens], dtype=input_ids.dtype, device=input_ids.device)
+    sequences = torch.cat([input_ids, new], dim=-1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return SpeculativeOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=transcript.scores,  # type: ignore[arg-type]
+        logits=transcript.logits,  # type: ignore[arg-type]
+        stats=generation.stats,
+    )
