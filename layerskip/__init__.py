@@ -17,6 +17,7 @@ from layerskip.drafts.bridges import fit_bridges
 from layerskip.engine.costs import calibrate
 from layerskip.errors import (
     CheckpointError,
+    HubError,
     InvalidInputError,
     InvalidProfileError,
     LayerSkipError,
@@ -39,6 +40,7 @@ __all__ = [
     "Drafter",
     "FixedLength",
     "Generation",
+    "HubError",
     "InvalidInputError",
     "InvalidProfileError",
     "LayerSkipError",

@@ -21,6 +21,10 @@ class CheckpointError(LayerSkipError):
     """A model could not be found or loaded."""
 
 
+class HubError(LayerSkipError):
+    """The hub cannot be reached, or has not, or does not give, what was asked of it."""
+
+
 class MissingDependencyError(LayerSkipError):
     """An optional package is needed for what was asked."""
 
