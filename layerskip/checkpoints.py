@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
 
@@ -97,6 +97,27 @@ def load_checkpoint(
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     return Checkpoint(source, model, tokenizer)
+
+
+def stored_dtype(source: str, *, revision: str | None = None) -> str:
+    """The name of the floating-point type that a model's weights are stored in; ``float32`` for quantized GGUF files.
+
+    Args:
+        source: As :func:`load_checkpoint` takes it.
+        revision: Likewise.
+
+    Raises:
+        CheckpointError: The model cannot be found.
+    """
+    location = _locate(source)
+    if location.endswith(".gguf"):
+        return "float32"
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
+    name = str(config.dtype).removeprefix("torch.")
+    return name if name in _DTYPES else "float32"
 
 
 def resolve_device(name: str) -> torch.device:

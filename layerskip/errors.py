@@ -25,6 +25,10 @@ class HubError(LayerSkipError):
     """The hub cannot be reached, or has not, or does not give, what was asked of it."""
 
 
+class ExportError(LayerSkipError):
+    """A draft cannot become a checkpoint of its own, or not in that folder."""
+
+
 class MissingDependencyError(LayerSkipError):
     """An optional package is needed for what was asked."""
 
