@@ -30,8 +30,8 @@ def export_card(profile: DraftProfile, draft: PreTrainedConfig, full: PreTrained
         *_left_out(profile),
         *_irregular(draft, full),
         measured_in_words(profile.measured),
-        "Those are figures of layerskip, where draft and model share weights, keys and values. Engines keep both twice "
-        "and have other costs: measure there.",
+        "layerskip's own draft shares weights, keys and values with the model. Engines keep them twice and have other "
+        "costs, so figures of layerskip are not theirs: measure there.",
         "## Use",
         _usage(profile),
     ]

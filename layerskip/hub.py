@@ -290,11 +290,10 @@ def _hub_errors(repo_id: str, revision: str | None, *, file: str = PROFILE_NAME)
 def _why_not_reached(error: BaseException) -> str:
     if constants.HF_HUB_OFFLINE:
         return "not in the cache, and HF_HUB_OFFLINE is set"
-    causes = [error, error.__cause__]
-    if any(isinstance(cause, HfHubHTTPError) for cause in causes):
-        [refusal] = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
-        return f"not in the cache, and the hub refuses: {_said(refusal)}"
-    return f"{constants.ENDPOINT} cannot be reached, and the cache does not help: {_first_line(causes[-1] or error)}"
+    cause = error.__cause__ or error
+    if isinstance(cause, HfHubHTTPError):
+        return f"not in the cache, and the hub refuses: {_said(cause)}"
+    return f"{constants.ENDPOINT} cannot be reached, and the cache does not help: {_first_line(cause)}"
 
 
 def _said(error: HfHubHTTPError) -> str:

@@ -128,6 +128,8 @@ class FakeHub:
                 return self._info(f"{owner}/{name}", "main")
             case "GET", ["api", "models", owner, name, "revision", revision]:
                 return self._info(f"{owner}/{name}", revision)
+            case "GET", ["api", "models", _, _, "tree", _, *folder]:
+                raise RefusalError(404, "EntryNotFound", f"{'/'.join(folder)} does not exist")  # no folders here
             case "POST", ["api", "models", owner, name, "branch", branch]:
                 return self._branch(f"{owner}/{name}", branch)
             case "POST", ["api", "models", owner, name, "preupload", _]:

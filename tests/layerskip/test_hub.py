@@ -13,7 +13,16 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from layerskip import DraftProfile, HubError, InvalidInputError, InvalidProfileError, generate
+from layerskip import (
+    DraftProfile,
+    HubError,
+    InvalidInputError,
+    InvalidProfileError,
+    LayerSkipModel,
+    generate,
+    identify,
+    load_checkpoint,
+)
 from tests.hub import TOKEN, FakeHub
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_assets, some_assets
 from tests.models import tiny_llama, tiny_tokenizer, transformers_greedy
@@ -232,8 +241,6 @@ def test_the_card_does_not_flatter(tmp_path, measured, words):
 
 
 def test_the_code_on_the_card_runs(tmp_path, llama, monkeypatch, capsys):
-    from layerskip import LayerSkipModel, identify
-
     full = tiny_llama(vocab_size=320)
     full.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -360,6 +367,21 @@ def test_what_was_fetched_once_is_there_without_the_hub(hub, offline):
     hub.requests.clear()
     assert same_assets(DraftProfile.from_pretrained("me/drafts")._assets, some_assets())
     assert hub.requests == []
+
+
+def test_the_base_model_s_revision_is_the_one_that_the_profile_is_for(hub, tmp_path):
+    models = {branch: tiny_llama(vocab_size=320, seed=seed) for seed, branch in enumerate(["main", "v2"])}
+    repository = hub.add(BASE, {})
+    for branch, model in models.items():
+        model.save_pretrained(tmp_path / branch)
+        tiny_tokenizer().save_pretrained(tmp_path / branch)
+        repository.commit(branch, contents(tmp_path / branch))
+    profile = a_profile(model=identify(LayerSkipModel(models["v2"]), "/home/me/v2")).for_base_model(BASE, "v2")
+    profile.push_to_hub("me/drafts")
+    fetched = DraftProfile.from_pretrained("me/drafts")
+    fetched.check(LayerSkipModel(load_checkpoint(fetched.model.id, device="cpu", revision=fetched.revision).model))
+    with pytest.raises(InvalidProfileError, match="fingerprint"):
+        fetched.check(LayerSkipModel(load_checkpoint(fetched.model.id, device="cpu").model))
 
 
 # What can go wrong, in one line.
