@@ -75,7 +75,8 @@ class Decoder:
         speculative: bool,
     ) -> None:
         try:
-            checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype)
+            revision = None if model else profile.revision
+            checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype, revision=revision)
         except CheckpointError as error:
             if model is not None:
                 raise

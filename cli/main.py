@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, dashboard, profile, search, studies
+from cli import apply, dashboard, export, profile, search, studies
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("search")(search.search)
 app.command("apply")(apply.apply)
+app.command("export")(export.export)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")
 app.command("dashboard")(dashboard.dashboard)

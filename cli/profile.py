@@ -9,7 +9,7 @@ import typer
 from cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ProfileArgument
 from cli.output import describe_speedup, print_json, quiet_libraries, stdout
 
-app = typer.Typer(help="Look at draft profiles.", no_args_is_help=True)
+app = typer.Typer(help="Look at draft profiles, and publish them.", no_args_is_help=True)
 
 
 @app.command("show")
@@ -67,3 +67,45 @@ def check(
         print_json({"profile": str(profile), "valid": True, "model": model})
         return
     stdout.print(f"{profile}: a valid draft profile" + (f" for {model}" if model else ""))
+
+
+@app.command("push")
+def push(
+    profile: ProfileArgument,
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the hub, owner/name; made if it is missing.", show_default=False)
+    ],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="What the profile's model is called on the hub.", show_default="the profile's model id"),
+    ] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of that model.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to; made if it is missing.", show_default="the default branch")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository.", show_default="the owner's settings"),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Publish a draft profile on the hub, with its tensors and a model card. A model's own files stay as they are.
+
+    The token is that of 'hf auth login' or of the environment variable HF_TOKEN.
+    """
+    from layerskip import DraftProfile
+
+    loaded = DraftProfile.load(profile)
+    if base_model or base_revision:
+        loaded = loaded.for_base_model(base_model or loaded.model.id, base_revision)
+    quiet_libraries()
+    address = loaded.push_to_hub(
+        repo_id, commit_message=message, private=private, revision=revision, create_pr=create_pr
+    )
+    if json:
+        print_json({"profile": str(profile), "repository": repo_id, "address": address})
+        return
+    stdout.print(f"{profile}: {address}")

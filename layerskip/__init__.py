@@ -17,11 +17,14 @@ from layerskip.drafts.bridges import fit_bridges
 from layerskip.engine.costs import calibrate
 from layerskip.errors import (
     CheckpointError,
+    ExportError,
+    HubError,
     InvalidInputError,
     InvalidProfileError,
     LayerSkipError,
     UnsupportedModelError,
 )
+from layerskip.export import Export, export_draft
 from layerskip.identity import ModelIdentity, identify
 from layerskip.profile import DraftProfile, Measured, Provenance
 from layerskip.stack.model import LayerSkipModel
@@ -38,8 +41,11 @@ __all__ = [
     "DraftExit",
     "DraftProfile",
     "Drafter",
+    "Export",
+    "ExportError",
     "FixedLength",
     "Generation",
+    "HubError",
     "InvalidInputError",
     "InvalidProfileError",
     "LayerSkipError",
@@ -54,6 +60,7 @@ __all__ = [
     "StopStrings",
     "UnsupportedModelError",
     "calibrate",
+    "export_draft",
     "fit_bridges",
     "generate",
     "identify",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
 
@@ -46,6 +46,9 @@ ALIASES = {
 }
 
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded model.
@@ -61,7 +64,9 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -> Checkpoint:
+def load_checkpoint(
+    source: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> Checkpoint:
     """Load a model and its tokenizer. Nothing is unpickled and no remote code runs.
 
     Args:
@@ -69,6 +74,7 @@ def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -
             A GGUF file is converted once and the copy kept in :func:`cache_folder`.
         device: A torch device; ``auto`` takes the first CUDA device, or else the CPU.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` takes bfloat16 on CUDA and float32 elsewhere.
+        revision: Branch, tag or commit on the hub; None takes its default branch. Local models have none.
 
     Raises:
         CheckpointError: The model cannot be found or loaded.
@@ -80,16 +86,38 @@ def load_checkpoint(source: str, *, device: str = "auto", dtype: str = "auto") -
     location = _locate(source)
     if location.endswith(".gguf"):
         location = str(_converted(Path(location), precision))
+    at = revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=at, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=precision, use_safetensors=True, trust_remote_code=False
+            location, revision=at, dtype=precision, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     return Checkpoint(source, model, tokenizer)
+
+
+def stored_dtype(source: str, *, revision: str | None = None) -> str:
+    """The name of the floating-point type that a model's weights are stored in; ``float32`` for quantized GGUF files.
+
+    Args:
+        source: As :func:`load_checkpoint` takes it.
+        revision: Likewise.
+
+    Raises:
+        CheckpointError: The model cannot be found.
+    """
+    location = _locate(source)
+    if location.endswith(".gguf"):
+        return "float32"
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
+    name = str(config.dtype).removeprefix("torch.")
+    return name if name in _DTYPES else "float32"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -118,12 +146,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         InvalidInputError: Not one of the known names.
     """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in known:
-        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(known)}")
-    return known[name]
+    if name not in _DTYPES:
+        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def cache_folder() -> Path:

@@ -21,6 +21,14 @@ class CheckpointError(LayerSkipError):
     """A model could not be found or loaded."""
 
 
+class HubError(LayerSkipError):
+    """The hub cannot be reached, or has not, or does not give, what was asked of it."""
+
+
+class ExportError(LayerSkipError):
+    """A draft cannot become a checkpoint of its own, or not in that folder."""
+
+
 class MissingDependencyError(LayerSkipError):
     """An optional package is needed for what was asked."""
 

@@ -17,6 +17,7 @@ from layerskip.decoding.drafting import SkipDrafter
 from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import InvalidProfileError
 from layerskip.files import write_atomically, write_bytes_atomically
+from layerskip.hub import OnTheHub
 from layerskip.identity import ModelIdentity, identify
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
@@ -70,10 +71,11 @@ class Provenance(_Part):
     tool: str = Field(description="Name and version of the program that made it.")
 
 
-class DraftProfile(_Part):
+class DraftProfile(OnTheHub, _Part):
     """A skip set and a draft exit for one model, with what they measured.
 
     ``DraftProfile.load(path)`` reads one, ``profile.drafter(model)`` decodes with it, ``profile.save(path)`` writes it.
+    ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` do so for folders and repositories on the hub.
     """
 
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
@@ -87,6 +89,10 @@ class DraftProfile(_Part):
     tensors: TensorsFile | None = Field(default=None, description="Bridges and draft vocabulary; absent without them.")
     measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
     provenance: Provenance = Field(description="Where the profile comes from.")
+    base_model_name_or_path: str | None = Field(
+        default=None, description="The model on the hub, as in PEFT; absent in a profile that was never published."
+    )
+    revision: str | None = Field(default=None, description="The model's branch, tag or commit on the hub, as in PEFT.")
     _source: str = PrivateAttr(default="draft profile")
     _assets: DraftAssets = PrivateAttr(default_factory=DraftAssets)
 
@@ -112,18 +118,24 @@ class DraftProfile(_Part):
             InvalidProfileError: The file cannot be read or is not a valid profile. The message names the file, the
                 field and what was expected.
         """
+        profile = cls._read(Path(path), source=str(path))
+        profile._assets = profile._load_assets(Path(path).parent)
+        return profile
+
+    @classmethod
+    def _read(cls, path: Path, *, source: str) -> DraftProfile:
+        """The profile without its tensors; errors call it by its ``source``."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidProfileError(f"{path}: not a text file; expected a draft profile in JSON") from error
+            raise InvalidProfileError(f"{source}: not a text file; expected a draft profile in JSON") from error
         except OSError as error:
-            raise InvalidProfileError(f"{path}: cannot read the draft profile: {error.strerror}") from error
+            raise InvalidProfileError(f"{source}: cannot read the draft profile: {error.strerror}") from error
         try:
             profile = cls.model_validate_json(text)
         except ValidationError as error:
-            raise InvalidProfileError(f"{path}: {_in_one_line(error)}") from error
-        profile._source = str(path)
-        profile._assets = profile._load_assets(Path(path).parent)
+            raise InvalidProfileError(f"{source}: {_in_one_line(error)}") from error
+        profile._source = source
         return profile
 
     def _load_assets(self, folder: Path) -> DraftAssets:
@@ -174,9 +186,13 @@ class DraftProfile(_Part):
         try:
             if self.tensors is not None:
                 write_bytes_atomically(Path(path).with_name(self.tensors.file), self._assets.to_bytes())
-            write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+            write_atomically(Path(path), self.to_json())
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
+
+    def to_json(self) -> str:
+        """The content of the profile's file."""
+        return self.model_dump_json(indent=2) + "\n"
 
     def check(self, model: LayerSkipModel) -> None:
         """Make sure that the profile is for this model.

@@ -63,6 +63,7 @@ def test_the_runtime_imports_only_what_it_depends_on():
         "layerskip",
         "torch",
         "transformers",
+        "huggingface_hub",
         "pydantic",
         "pydantic_core",
         "safetensors",

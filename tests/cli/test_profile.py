@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+
+from tests.hub import FakeHub
 
 
 def test_show_prints_what_a_profile_holds(layerskip, profile, model_folder):
@@ -67,3 +70,39 @@ def test_a_bad_profile_is_named_with_what_was_expected(layerskip, profile, comma
     assert done.status == 1
     assert done.error.startswith(f"{profile}: ")
     assert expected in done.error
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with FakeHub().running() as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield fake
+
+
+def test_push_publishes_a_profile_under_its_model_s_name_on_the_hub(layerskip, hub, profile, model_folder):
+    done = layerskip("profile", "push", profile, "me/drafts", "--base-model", "owner/tiny", "--base-revision", "v1")
+    repository = hub.repositories["me/drafts"]
+    commit = repository.branches["main"]
+    assert (done.status, done.out, done.err) == (0, f"{profile}: {hub.url}/me/drafts/commit/{commit}\n", "")
+    published = json.loads(repository.files()["draft_profile.json"])
+    assert (published["base_model_name_or_path"], published["revision"]) == ("owner/tiny", "v1")
+    assert not any(str(model_folder).encode() in content for content in repository.files().values())
+
+
+def test_push_prints_where_it_went_as_json(layerskip, hub, profile):
+    done = layerskip("profile", "push", profile, "me/drafts", "--base-model", "owner/tiny", "--json")
+    commit = hub.repositories["me/drafts"].branches["main"]
+    assert done.object == {
+        "profile": profile,
+        "repository": "me/drafts",
+        "address": f"{hub.url}/me/drafts/commit/{commit}",
+    }
+
+
+def test_push_asks_for_the_model_s_name_where_the_profile_has_only_a_folder(layerskip, hub, profile):
+    done = layerskip("profile", "push", profile, "me/drafts")
+    assert done.status == 2
+    assert "--base-model" in done.error
+    assert hub.requests == []

@@ -1,0 +1,141 @@
+"""A draft as a model of its own: the same architecture with the kept layers only.
+
+A layer that is skipped whole goes. A layer of which one sublayer is kept stays, and the output projection of the other
+becomes zero, so that ``x + f(x)`` is ``x``: a norm behind the projection makes zero of zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from layerskip.errors import ExportError
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+
+# What the last projection of an attention module or an MLP is called.
+_OUTPUT_PROJECTIONS = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "fc2")
+# Lists in a configuration that may happen to be as long as the model is deep.
+_NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "tokens", "_factor")
+
+
+def kept_layers(skip_set: SkipSet) -> tuple[int, ...]:
+    """The layers of which a draft keeps at least one sublayer, ascending."""
+    skipped = zip(skip_set.attention_mask, skip_set.mlp_mask, strict=True)
+    return tuple(layer for layer, both in enumerate(skipped) if not all(both))
+
+
+def config_of(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a configuration for some of its layers.
+
+    Lists with one entry a layer (``layer_types``, ``no_rope_layers`` and whatever else a family has) keep the entries
+    of these layers.
+
+    Args:
+        config: The full model's.
+        layers: The layers to keep, ascending.
+    """
+    depth = config.num_hidden_layers
+    kept = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == depth and not name.endswith(_NOT_PER_LAYER):
+            setattr(kept, name, [value[layer] for layer in layers])
+    kept.num_hidden_layers = len(layers)
+    # Of GGUF files and the like, which are dequantized by now; the weights themselves are looked at below.
+    if hasattr(kept, "quantization_config"):
+        del kept.quantization_config
+    return kept
+
+
+@torch.no_grad()
+def draft_model_of(model: LayerSkipModel, skip_set: SkipSet) -> PreTrainedModel:
+    """The draft as a model of transformers' own class, in evaluation mode. It shares the full model's weights.
+
+    Raises:
+        ExportError: The weights are not plain numbers (quantized, adapted, offloaded), or a skipped sublayer has no
+            output projection that is known.
+    """
+    full, layers = model.hf_model, kept_layers(skip_set)
+    prefix = _prefix_of_layers(full)
+    weights = _kept_weights(full.state_dict(), prefix, layers)
+    for number, layer in enumerate(layers):
+        for module, skipped in (("self_attn", skip_set.attention_mask), ("mlp", skip_set.mlp_mask)):
+            if skipped[layer]:
+                _zero_output(weights, full, f"{prefix}{layer}.{module}", f"{prefix}{number}.{module}")
+    with torch.device("meta"):
+        draft = type(full)(config_of(full.config, layers))
+    _check_plain(weights, draft)
+    draft.load_state_dict(weights, assign=True)
+    draft.tie_weights()
+    for name, buffer in _kept_weights(dict(full.named_buffers()), prefix, layers).items():
+        if name not in weights:  # rotary frequencies and the like, which no checkpoint holds
+            owner, _, own = name.rpartition(".")
+            draft.get_submodule(owner).register_buffer(own, buffer, persistent=False)
+    if full.generation_config is not None:
+        draft.generation_config = copy.deepcopy(full.generation_config)
+    draft.eval()
+    return draft
+
+
+def _prefix_of_layers(full: PreTrainedModel) -> str:
+    base: Any = full.base_model
+    [name] = [name for name, module in full.named_modules() if module is base.layers]
+    return f"{name}."
+
+
+def _kept_weights(weights: dict[str, Tensor], prefix: str, layers: Sequence[int]) -> dict[str, Tensor]:
+    """The weights outside of the layers and those of some layers, which are numbered anew."""
+    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
+    kept = {}
+    for name, weight in weights.items():
+        if not name.startswith(prefix):
+            kept[name] = weight
+            continue
+        layer, _, rest = name.removeprefix(prefix).partition(".")
+        if layer in numbers:
+            kept[f"{prefix}{numbers[layer]}.{rest}"] = weight
+    return kept
+
+
+def _zero_output(weights: dict[str, Tensor], full: PreTrainedModel, old: str, new: str) -> None:
+    """Make a sublayer's output projection zero; ``old`` is its name in the full model, ``new`` that in the draft."""
+    projection = _output_projection(full.get_submodule(old), old)
+    for name in [name for name in weights if name.startswith(f"{new}.{projection}.")]:
+        weights[name] = torch.zeros_like(weights[name])
+
+
+def _output_projection(sublayer: nn.Module, name: str) -> str:
+    children = dict(sublayer.named_children())
+    for projection in _OUTPUT_PROJECTIONS:
+        if projection in children:
+            return projection
+    raise ExportError(
+        f"{name}: half of this layer is skipped, and it has no output projection that is known "
+        f"({', '.join(_OUTPUT_PROJECTIONS)}), so it cannot be made to do nothing"
+    )
+
+
+def _check_plain(weights: dict[str, Tensor], draft: PreTrainedModel) -> None:
+    expected = draft.state_dict()
+    different = sorted(weights.keys() ^ expected.keys())
+    different += [name for name, weight in weights.items() if not _is_plain(weight, expected.get(name))]
+    if different:
+        raise ExportError(
+            f"{different[0]}: not a plain weight of {type(draft).__name__}; load the model unquantized, on one device, "
+            "with adapters merged"
+        )
+
+
+def _is_plain(weight: Tensor, expected: Tensor | None) -> bool:
+    return (
+        type(weight) is Tensor
+        and weight.is_floating_point()
+        and not weight.is_meta
+        and expected is not None
+        and weight.shape == expected.shape
+    )
