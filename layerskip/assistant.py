@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip.decoding.draft_exit import DraftExit
+from layerskip.draft_model import config_of
 from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.stack.model import LayerSkipModel
@@ -51,7 +52,7 @@ def assistant_of(
     assistant, decoder = _twin(original), _twin(original.base_model)
     setattr(assistant, original.base_model_prefix, decoder)
     decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(stack)))
-    assistant.config = decoder.config = _config(original.config, kept)
+    assistant.config = decoder.config = config_of(original.config, kept)
     assistant.generation_config = copy.deepcopy(original.generation_config)
     controller = draft_exit.controller()
     assistant.generation_config.num_assistant_tokens = controller.max_length
@@ -59,15 +60,6 @@ def assistant_of(
     assistant.generation_config.assistant_confidence_threshold = controller.threshold
     twin: PreTrainedModel = assistant
     return twin
-
-
-def _config(original: Any, kept: list[int]) -> Any:
-    """A configuration with the kept attentions' layers alone, by which transformers makes cache and masks."""
-    config = copy.deepcopy(original)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [original.layer_types[layer] for layer in kept]
-    return config
 
 
 def _twin(module: Module) -> Module:
@@ -105,7 +97,8 @@ class _Layer(nn.Module):
     def __init__(self, steps: list[Step], number: int) -> None:
         super().__init__()
         self._steps = [_renumbered(step, number) if isinstance(step, AttentionSublayer) else step for step in steps]
-        (self._window,) = (step.window for step in self._steps if isinstance(step, AttentionSublayer))
+        [attention] = [step for step in self._steps if isinstance(step, AttentionSublayer)]
+        self._window, self._rotary = attention.window, attention.rotary
         # Found by parameters(), and by whatever else goes through a model's modules.
         self.parts = nn.ModuleList(
             part for step in self._steps for part in vars(step).values() if isinstance(part, nn.Module)
@@ -120,7 +113,7 @@ class _Layer(nn.Module):
         **others: Any,
     ) -> Tensor:
         """Hidden states ``[b, n, hidden_size]`` behind the layer, of those before it."""
-        context = PassContext(position_embeddings, {self._window: attention_mask}, past_key_values)
+        context = PassContext({self._rotary: position_embeddings}, {self._window: attention_mask}, past_key_values)
         for step in self._steps:
             hidden_states = step(hidden_states, context)
         return hidden_states
