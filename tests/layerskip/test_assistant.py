@@ -21,7 +21,16 @@ from layerskip import (
 )
 from layerskip.drafts.assets import DraftAssets
 from tests.layerskip.test_transformers_integration import profile_for, state_of
-from tests.models import FAMILIES, LAYERS, WINDOW, near_tie_or_same, reference_logits, tiny_llama, transformers_greedy
+from tests.models import (
+    EVERY_FAMILY,
+    FAMILIES,
+    LAYERS,
+    WINDOW,
+    near_tie_or_same,
+    reference_logits,
+    tiny_llama,
+    transformers_greedy,
+)
 from tests.strategies import skip_sets, tokens
 
 PROMPT = [1, 2, 3]
@@ -47,10 +56,10 @@ def assisted(model, assistant, length=40, **arguments):
 attentive = skip_sets().filter(lambda skip_set: len(skip_set.attention) < LAYERS)
 
 
-@given(family=st.sampled_from(sorted(FAMILIES)), skip_set=attentive, text=tokens(4 * WINDOW))
-@settings(max_examples=40)
+@given(family=st.sampled_from(sorted(EVERY_FAMILY)), skip_set=attentive, text=tokens(4 * WINDOW))
+@settings(max_examples=60)
 def test_its_logits_are_those_of_the_draft(family, skip_set, text):
-    model = FAMILIES[family]()
+    model = EVERY_FAMILY[family]()
     assistant = profile_for(model, skip_set).as_assistant(model)
     with torch.inference_mode():
         logits = assistant(torch.tensor([text])).logits[0]

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config
 
@@ -27,6 +28,7 @@ from layerskip.drafts.bridges import Bridge
 from tests.layerskip.test_files import files_no_larger_than
 from tests.layerskip.test_profile import profile_for
 from tests.models import (
+    EVERY_FAMILY,
     LAYERS,
     VOCABULARY,
     WINDOW,
@@ -83,11 +85,10 @@ def test_stock_transformers_computes_the_draft_s_logits(tmp_path, tiny, byte_tok
     assert done.parameters == sum(weight.numel() for weight in loaded.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-@given(skip_set=skip_sets().filter(len), text=tokens(3 * WINDOW))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_draft_as_a_model_is_the_draft_for_any_skip_set(request, name, skip_set, text):
-    model = request.getfixturevalue(name)
+@given(family=st.sampled_from(sorted(EVERY_FAMILY)), skip_set=skip_sets().filter(len), text=tokens(3 * WINDOW))
+@settings(max_examples=60)
+def test_a_draft_as_a_model_is_the_draft_for_any_family_and_skip_set(family, skip_set, text):
+    model = LayerSkipModel(EVERY_FAMILY[family]())
     draft = draft_model_of(model, skip_set)
     torch.testing.assert_close(
         logits_of(draft, text), reference_logits(model.hf_model, text, skip_set), rtol=1e-4, atol=1e-4
