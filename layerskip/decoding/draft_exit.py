@@ -50,7 +50,15 @@ class ExitController:
 
 @dataclass(frozen=True)
 class FixedLength:
-    """Always propose ``length`` tokens."""
+    """Always propose ``length`` tokens.
+
+    Args:
+        length: Tokens in a draft, at least 1.
+        kind: Names the policy in a profile.
+
+    Raises:
+        InvalidInputError: The length is below 1.
+    """
 
     length: int = 4
     kind: Literal["fixed"] = "fixed"
@@ -69,7 +77,16 @@ class FixedLength:
 
 @dataclass(frozen=True)
 class ConfidenceThreshold:
-    """Stop where the draft's highest probability is below ``threshold``, or after ``max_length`` tokens."""
+    """Stop where the draft's highest probability is below ``threshold``, or after ``max_length`` tokens.
+
+    Args:
+        threshold: Lowest confidence with which drafting goes on, from 0 to 1.
+        max_length: Most tokens in a draft, at least 1.
+        kind: Names the policy in a profile.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+    """
 
     threshold: float = 0.6
     max_length: int = 8
@@ -99,6 +116,18 @@ class AdaptiveThreshold:
 
     Source: Zhang et al., "Draft & Verify", ACL 2024 (arXiv 2309.08168), section 3.3. The defaults are those of the
     authors' ``decoding.py``: ``th_stop_draft=0.8``, ``max_step_draft=8``, ``auto_parameters=[1, 0.5, 0.9, 1e-2, 0.9]``.
+
+    Args:
+        initial_threshold: Lowest confidence with which the first draft goes on, from 0 to 1.
+        max_length: Most tokens in a draft, at least 1.
+        target_rate: The acceptance rate to keep to, from 0 to 1.
+        step: How far the threshold should move after a round, from 0 to 1.
+        rate_momentum: Weight of earlier rounds in the running acceptance rate, from 0 to 1.
+        threshold_momentum: Weight of the threshold before a round in the one behind it, from 0 to 1.
+        kind: Names the policy in a profile.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
     """
 
     initial_threshold: float = 0.8
@@ -146,3 +175,4 @@ class _AdaptiveController(ExitController):
 
 
 DraftExit = FixedLength | ConfidenceThreshold | AdaptiveThreshold
+"""When a draft ends: one of the three policies."""
