@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from layerskip import LayerSkipModel, load_checkpoint
-from tests.models import FAMILIES, tiny_gemma2, tiny_llama, tiny_tokenizer
+from tests.models import EVERY_FAMILY, FAMILIES, tiny_gemma2, tiny_llama, tiny_tokenizer
 
 pytest_plugins = ["tests.postgres", "tests.unprivileged"]
 
@@ -43,8 +43,14 @@ def gemma2():
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def tiny(request):
-    """A tiny model of each family, and of each attention implementation that the family has."""
+    """A tiny model of two families and two attention implementations, for what the family should not matter to."""
     return LayerSkipModel(FAMILIES[request.param]())
+
+
+@pytest.fixture(scope="session", params=EVERY_FAMILY)
+def each_family(request):
+    """A tiny model of every family that is supported."""
+    return LayerSkipModel(EVERY_FAMILY[request.param]())
 
 
 @pytest.fixture(scope="session")

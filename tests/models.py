@@ -1,17 +1,16 @@
 """Tiny random models, and what the tests hold them against."""
 
+import copy
+from contextlib import ExitStack
 from functools import partial
+from itertools import cycle, islice
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from layerskip.stack import families
 
 VOCABULARY = 64
 LAYERS = 4
@@ -33,41 +32,104 @@ _SIZES = {
 }
 
 
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+# What each family has that Llama has not, with values that show in the output of a tiny model. A family without an
+# entry needs none.
+OWN_SETTINGS = {
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "smollm3": {"use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
+    "phi3": {
+        "sliding_window": WINDOW,
+        "resid_pdrop": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "layer_types": LOCAL_AND_GLOBAL,
+        "query_pre_attn_scalar": 3,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": LOCAL_AND_GLOBAL,
+        "query_pre_attn_scalar": 3,
+        "final_logit_softcapping": 4.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+        },
+    },
+    "olmo3": {
+        "sliding_window": WINDOW,
+        "layer_types": LOCAL_AND_GLOBAL,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+        },
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.8,
+    },
+}
+
+
+def tiny_model(family, *, seed=0, attention=None, **settings):
+    """A random model of a family whose output depends on every sublayer and on every twist of the family.
+
+    Args:
+        family: A model type.
+        seed: Of the weights.
+        attention: The attention implementation; None takes transformers' choice.
+        settings: Of the configuration, in place of the tiny ones.
+    """
+    # Embeddings are not tied unless asked: tied, a random model would repeat its last token for ever.
+    all_settings = _SIZES | {"tie_word_embeddings": False} | copy.deepcopy(OWN_SETTINGS.get(family, {})) | settings
+    for name in ("layer_types", "no_rope_layers"):
+        if name in all_settings and name not in settings:
+            all_settings[name] = list(islice(cycle(all_settings[name]), all_settings["num_hidden_layers"]))
+    config = AutoConfig.for_model(family, **all_settings)
+    if attention is None and getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # sdpa has no soft-capping, and not every version of transformers knows
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return _random_weights(model, seed, norm=0.0 if family.startswith("gemma") else 1.0)
+
+
 def tiny_llama(*, seed=0, attention="sdpa", **settings):
-    """A random Llama with grouped queries whose output depends on every sublayer."""
-    config = LlamaConfig(**_SIZES | settings, attn_implementation=attention)
-    return _random_weights(LlamaForCausalLM(config), seed, norm=1.0)
+    """A random Llama with grouped queries."""
+    return tiny_model("llama", seed=seed, attention=attention, **settings)
 
 
 def tiny_gemma2(*, seed=0, **settings):
     """A random Gemma-2: grouped queries, soft caps that bite, its own query scale, a window in every other layer."""
-    own = {
-        "sliding_window": WINDOW,
-        "query_pre_attn_scalar": 3,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 4.0,
-        "tie_word_embeddings": False,  # tied, a random model would repeat its last token for ever
-    }
-    config = Gemma2Config(**_SIZES | own | settings, attn_implementation="eager")
-    return _random_weights(Gemma2ForCausalLM(config), seed, norm=0.0)
+    return tiny_model("gemma2", seed=seed, attention="eager", **settings)
 
 
+# Enough for whatever does not depend on the family.
 FAMILIES = {
     "llama-sdpa": partial(tiny_llama, attention="sdpa"),
     "llama-eager": partial(tiny_llama, attention="eager"),
     "gemma2": tiny_gemma2,
 }
+# Every family in layerskip's table, the next one too, with the attention that transformers chooses, and the other.
+EVERY_FAMILY = {name: partial(tiny_model, name) for name in families.FAMILIES} | {
+    f"{name}-eager": partial(tiny_model, name, attention="eager") for name in ("llama", "gemma3_text", "mistral")
+}
 
 
 def _random_weights(model, seed, *, norm):
-    """Weights so large that no sublayer is a rounding error; norm weights spread around ``norm``."""
+    """Weights so large that no sublayer is a rounding error; norm weights spread around ``norm``, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 1:
-                weight.normal_(norm, 0.3, generator=generator)
-            else:
-                weight.normal_(0, 0.3, generator=generator)
+        for name, weight in model.named_parameters():
+            center = norm if weight.dim() == 1 and not name.endswith("bias") else 0
+            weight.normal_(center, 0.3, generator=generator)
     return model.eval()
 
 
@@ -82,38 +144,23 @@ def tiny_tokenizer(merges=(("s", "t"), ("o", "p"), ("st", "op"))):
 
 @torch.inference_mode()
 def reference_logits(model, tokens, skip_set=None):
-    """The forward pass over a whole text, written out: no cache, own masks, none of layerskip's code.
+    """transformers' own forward pass over a whole text, with skipped modules made to answer nothing.
+
+    No family's norm makes something of nothing, so the sublayer adds nothing to the hidden states.
 
     Args:
         model: A transformers model.
         tokens: The token ids of a text.
         skip_set: Anything with ``attention`` and ``mlp``, the layers to leave out there.
     """
-    decoder, config = model.model, model.config
-    skipped_attention = skip_set.attention if skip_set else ()
-    skipped_mlp = skip_set.mlp if skip_set else ()
-    positions = torch.arange(len(tokens))
-    distance = positions[:, None] - positions[None, :]
-    x = decoder.embed_tokens(torch.tensor([tokens]))
-    rotary = decoder.rotary_emb(x, positions[None])
-    for i, layer in enumerate(decoder.layers):
-        window = config.sliding_window if config.model_type == "gemma2" and i % 2 == 0 else len(tokens)
-        hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
-        if i not in skipped_attention:
-            change, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)
-            if config.model_type == "gemma2":
-                change = layer.post_attention_layernorm(change)
-            x = x + change
-        if i not in skipped_mlp:
-            if config.model_type == "gemma2":
-                x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
-            else:
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
-    logits = model.lm_head(decoder.norm(x))[0]
-    if config.model_type == "gemma2":
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-    return logits
+    layers = model.model.layers
+    with ExitStack() as hooks:
+        for index in skip_set.attention if skip_set else ():
+            hook = layers[index].self_attn.register_forward_hook(lambda _, __, out: (torch.zeros_like(out[0]), None))
+            hooks.callback(hook.remove)
+        for index in skip_set.mlp if skip_set else ():
+            hooks.callback(layers[index].mlp.register_forward_hook(lambda _, __, out: torch.zeros_like(out)).remove)
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
 def transformers_greedy(model, prompt, max_new_tokens, eos_token_ids=None):

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.interface import Engine
 from layerskip.errors import InvalidInputError
-from layerskip.stack.families import family_of
+from layerskip.stack.adapters import adapted_model
+from layerskip.stack.families import family_of, setting
+from layerskip.stack.heads import head_rows
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.masks import attention_mask, check_attention_implementation, mask_at, teacher_mask
 from layerskip.stack.skipset import SkipSet
@@ -29,21 +31,23 @@ class LayerSkipModel:
     weights and changes nothing in the model, so wrapping costs nothing and the model stays usable as it was.
 
     Args:
-        model: A Llama or Gemma-2 model for causal language modelling, in evaluation mode.
+        model: A model for causal language modelling of one of the families in :mod:`layerskip.stack.families`, in
+            evaluation mode; also a PEFT model around one, whose active adapters then belong to it.
 
     Attributes:
         engine: How its passes run; eager unless you set another.
         compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
 
     Raises:
-        UnsupportedModelError: The model is of another family, or uses an attention implementation that is neither
-            ``eager`` nor ``sdpa``.
+        UnsupportedModelError: The model is of another family, uses an attention implementation that is neither
+            ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
         InvalidInputError: The model is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel | nn.Module) -> None:
         if model.training:
             raise InvalidInputError("the model is in training mode; call model.eval() first")
+        model = adapted_model(model)
         self.hf_model = model
         self.config = model.config
         self.family = family_of(model.config)
@@ -52,11 +56,15 @@ class LayerSkipModel:
         self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
         self._head = model.get_output_embeddings()
         self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.sublayers = sublayers_of(decoder.layers, self.family)
+        self._embedding_multiplier = setting(model.config, self.family.embedding_multiplier)
+        self._logits_divisor = setting(model.config, self.family.logits_divisor)
+        self.sublayers = sublayers_of(decoder.layers, self.family, model.config)
         self.engine: Engine = EagerEngine(self)
         self.compiled = False
         self.full_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
-        self._windows = {s.window for s in self.sublayers if isinstance(s, AttentionSublayer)}
+        attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]
+        self._windows = {sublayer.window for sublayer in attention}
+        self._rotary_kinds = {sublayer.rotary for sublayer in attention}
 
     @property
     def num_layers(self) -> int:
@@ -121,13 +129,13 @@ class LayerSkipModel:
         stack = keep(self.sublayers, skip_set, stand_ins or {})
         if token_ids is None:
             return stack
-        rows = self._head.weight[token_ids.to(self._head.weight.device)]
+        rows = head_rows(self._head, token_ids, self._embed.weight)
         return replace(stack, token_ids=token_ids.to(self.device), head_rows=rows)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first sublayer, ``[1, n, hidden_size]``, of token ids ``[n]``."""
         x: Tensor = self._embed(tokens[None])
-        return x
+        return x if self._embedding_multiplier == 1 else x * self._embedding_multiplier
 
     def forward(self, tokens: Tensor, cache: KVCache, skip_set: SkipSet | None = None) -> Tensor:
         """Run new tokens through the stack, behind what the cache holds.
@@ -152,7 +160,7 @@ class LayerSkipModel:
             window: mask_at(positions, length, window=window, implementation=self._attention, dtype=self.dtype)
             for window in self._windows
         }
-        return PassContext(self._rotary(self._like(), positions[None]), masks, cache)
+        return PassContext(self._rotary_at(positions[None]), masks, cache)
 
     def teacher_context(self, positions: Tensor, cache: KVCache) -> PassContext:
         """What a teacher-forced pass shares: every position sees the texts before it and, of the new ones, itself.
@@ -167,11 +175,15 @@ class LayerSkipModel:
             )
             for window in self._windows
         }
-        return PassContext(self._rotary(self._like(), positions), masks, cache)
+        return PassContext(self._rotary_at(positions), masks, cache)
 
-    def _like(self) -> Tensor:
-        """Tells the rotary module dtype and device."""
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+    def _rotary_at(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Cosines and sines, ``[b, n, head_dim]``, of positions ``[b, n]``, by layer type."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)  # tells the rotary module dtype and device
+        return {
+            kind: self._rotary(like, positions) if kind is None else self._rotary(like, positions, kind)
+            for kind in self._rotary_kinds
+        }
 
     def pass_context(self, width: int, cache: KVCache) -> PassContext:
         """What a pass of ``width`` new positions behind what the cache holds shares; makes room for them."""
@@ -184,7 +196,7 @@ class LayerSkipModel:
             for window in self._windows
         }
         positions = torch.arange(past, past + width, device=self.device)[None]
-        return PassContext(self._rotary(self._like(), positions), masks, cache)
+        return PassContext(self._rotary_at(positions), masks, cache)
 
     def logits(self, x: Tensor, stack: Stack | None = None) -> Tensor:
         """Score the vocabulary.
@@ -199,6 +211,8 @@ class LayerSkipModel:
         x = self._final_norm(x.to(self._final_norm.weight.device))[0]
         rows = None if stack is None else stack.head_rows
         scores: Tensor = self._head(x) if rows is None else functional.linear(x.to(rows.device), rows)
+        if self._logits_divisor != 1:
+            scores = scores / self._logits_divisor
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
         return scores.float().to(self.device)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from layerskip.stack.families import Family
+from layerskip.stack.families import Family, setting
 from layerskip.stack.kv_cache import KVCache
 
 
@@ -18,24 +19,24 @@ class PassContext:
     """What every sublayer of one forward pass shares.
 
     Args:
-        rotary: Cosines and sines of the new positions, each ``[1, n, head_dim]``.
+        rotary: Cosines and sines of the new positions, each ``[1, n, head_dim]``, by layer type (None: one for all).
         masks: Attention mask by sliding window (None: no window).
         cache: Where keys and values are kept.
     """
 
-    rotary: tuple[Tensor, Tensor]
+    rotary: Mapping[str | None, tuple[Tensor, Tensor]]
     masks: Mapping[int | None, Tensor | None]
     cache: KVCache
     _elsewhere: dict[torch.device, PassContext] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> PassContext:
         """The same on another device, for models that lie on several; moved once a pass."""
-        if device == self.rotary[0].device:
+        if all(cos.device == device for cos, _ in self.rotary.values()):
             return self
         if device not in self._elsewhere:
-            cos, sin = (part.to(device) for part in self.rotary)
+            rotary = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in self.rotary.items()}
             masks = {window: None if mask is None else mask.to(device) for window, mask in self.masks.items()}
-            self._elsewhere[device] = PassContext((cos, sin), masks, self.cache)
+            self._elsewhere[device] = PassContext(rotary, masks, self.cache)
         return self._elsewhere[device]
 
 
@@ -65,20 +66,29 @@ def feed_forward(before: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor)
 class AttentionSublayer:
     """``x <- x + after(self_attn(before(x)))``, over the model's own modules.
 
+    Args:
+        before: What hidden states go through first.
+        attention: The attention module.
+        after: What its output goes through before it is added.
+        window: Its sliding window, in positions; None sees the whole text.
+        rotary: The layer type by which it finds its rotary embedding; None where there is one for all.
+
     Attributes:
         function: What computes it: :func:`attend`, or the same made faster.
     """
 
-    def __init__(self, before: nn.Module, attention: nn.Module, after: nn.Module) -> None:
+    def __init__(
+        self, before: nn.Module, attention: nn.Module, after: nn.Module, window: int | None, rotary: str | None
+    ) -> None:
         self.before, self.attention, self.after = before, attention, after
+        self.window, self.rotary = window, rotary
         self.device, self.num_weights = _device(attention), _num_weights(attention)
-        self.window: int | None = getattr(attention, "sliding_window", None)
         self.function: Callable[..., Tensor] = attend
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         x, here = x.to(self.device), context.on(self.device)
-        mask = here.masks[self.window]
-        return self.function(self.before, self.attention, self.after, x, here.rotary, mask, here.cache)
+        rotary, mask = here.rotary[self.rotary], here.masks[self.window]
+        return self.function(self.before, self.attention, self.after, x, rotary, mask, here.cache)
 
 
 class MLPSublayer:
@@ -109,26 +119,50 @@ def _num_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def sublayers_of(layers: nn.ModuleList, family: Family) -> tuple[Sublayer, ...]:
-    """Flatten decoder layers into ``2 * len(layers)`` sublayers, attention and MLP in turn."""
+class Scaled(nn.Module):
+    """What hidden states go through, multiplied by a number.
 
-    def norm(layer: nn.Module, name: str | None) -> nn.Module:
+    Args:
+        module: What they go through first.
+        factor: The number.
+    """
+
+    def __init__(self, module: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.module, self.factor = module, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x) * self.factor
+        return out
+
+
+def sublayers_of(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> tuple[Sublayer, ...]:
+    """Flatten decoder layers into ``2 * len(layers)`` sublayers, attention and MLP in turn."""
+    norms, factor = family.norms, setting(config, family.residual_multiplier)
+
+    def before(layer: nn.Module, name: str | None) -> nn.Module:
         return nn.Identity() if name is None else layer.get_submodule(name)
 
+    def after(layer: nn.Module, name: str | None) -> nn.Module:
+        norm = before(layer, name)
+        return norm if factor == 1 else Scaled(norm, factor)
+
     stack: list[Sublayer] = []
-    for layer in layers:
+    for index, layer in enumerate(layers):
         stack.append(
             AttentionSublayer(
-                norm(layer, family.before_attention),
+                before(layer, norms.before_attention),
                 layer.get_submodule("self_attn"),
-                norm(layer, family.after_attention),
+                after(layer, norms.after_attention),
+                family.window(config, index),
+                family.rotary(config, index),
             )
         )
         stack.append(
             MLPSublayer(
-                norm(layer, family.before_mlp),
+                before(layer, norms.before_mlp),
                 layer.get_submodule("mlp"),
-                norm(layer, family.after_mlp),
+                after(layer, norms.after_mlp),
             )
         )
     return tuple(stack)

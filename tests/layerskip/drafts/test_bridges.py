@@ -25,6 +25,11 @@ def states(tiny):
     return record_states(tiny, texts())
 
 
+@pytest.fixture(scope="module")
+def states_of_family(each_family):
+    return record_states(each_family, texts(10))
+
+
 @given(skip_sets())
 def test_runs_are_the_skipped_sublayers_each_run_as_long_as_it_can_be(skip_set):
     runs = runs_of(skip_set)
@@ -33,14 +38,14 @@ def test_runs_are_the_skipped_sublayers_each_run_as_long_as_it_can_be(skip_set):
     assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(runs))
 
 
-def test_the_states_recorded_are_those_at_the_boundaries(tiny):
+def test_the_states_recorded_are_those_at_the_boundaries(each_family):
     text = texts(1)
-    states = record_states(tiny, text)
+    states = record_states(each_family, text)
     with torch.inference_mode():
-        logits = tiny.logits(states[-1][None])
-        torch.testing.assert_close(logits, tiny.hf_model(torch.tensor(text)).logits[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(states[0], tiny.embed(torch.tensor(text[0]))[0])
-    assert states.shape == (2 * LAYERS + 1, len(text[0]), tiny.config.hidden_size)
+        logits = each_family.logits(states[-1][None])
+        torch.testing.assert_close(logits, each_family.hf_model(torch.tensor(text)).logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states[0], each_family.embed(torch.tensor(text[0]))[0])
+    assert states.shape == (2 * LAYERS + 1, len(text[0]), each_family.config.hidden_size)
 
 
 def test_no_more_positions_are_kept_than_asked_for(tiny):
@@ -104,20 +109,23 @@ def test_a_wide_model_gets_bridges_of_low_rank(tiny, states, monkeypatch):
 
 
 @given(tokens(12), skip_sets())
-@settings(max_examples=40)
-def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(tiny, states, prompt, skip_set):
-    fitter = BridgeFitter(tiny, states)
+@settings(max_examples=8)
+def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
+    each_family, states_of_family, prompt, skip_set
+):
+    fitter = BridgeFitter(each_family, states_of_family)
     fitter._worth_it = lambda start, stop: True
     drafter = SkipDrafter(
-        tiny,
+        each_family,
         skip_set,
         ConfidenceThreshold(0.1, 4),
         stand_ins=fitter.fit(skip_set),
         token_ids=torch.arange(0, VOCABULARY, 2),
         gate=0.05,
     )
-    ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
-    near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, 16, set()))
+    ours = generate(each_family, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
+    expected = transformers_greedy(each_family.hf_model, prompt, 16, set())
+    near_tie_or_same(each_family.hf_model, prompt, ours.tokens, expected)
 
 
 def test_one_call_fits_the_bridges_of_a_skip_set(tiny, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
 from layerskip.engine import EagerEngine, GraphEngine, compile_sublayers
 from layerskip.engine.graphs import call_directly
-from tests.models import FAMILIES, near_tie_or_same, transformers_greedy
+from tests.models import EVERY_FAMILY, FAMILIES, near_tie_or_same, transformers_greedy
 
 PROMPT = [1, 2, 3]
 LENGTH = 30
@@ -39,11 +39,11 @@ def decode(model, skip_set):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama-sdpa", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "llama-eager", "gemma2", "gemma3_text", "olmo3", "granite"])
 def test_compilations_do_not_grow_with_skip_sets_or_layers_and_the_text_is_the_same(family):
     backend, graphs = CountingBackend(), []
     for layers in (4, 10):
-        hf_model = FAMILIES[family](num_hidden_layers=layers)
+        hf_model = EVERY_FAMILY[family](num_hidden_layers=layers)
         expected = transformers_greedy(hf_model, PROMPT, LENGTH)
         model = LayerSkipModel(hf_model)
         compile_sublayers(model, backend)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layerskip import FixedLength, InvalidInputError, LayerSkipModel, Sampling, SkipDrafter, SkipSet, generate
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, use_engine
 from layerskip.engine.graphs import call_directly
-from tests.models import FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
+from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 
 WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in range(1, 13)}, dict.fromkeys(range(1, 13), 1.0))
@@ -55,6 +55,17 @@ def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft
     )
     expected = transformers_greedy(captured.hf_model, prompt, length, set())
     near_tie_or_same(captured.hf_model, prompt, ours.tokens, expected)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_greedy_output_of_every_family_is_that_of_transformers(family):
+    model = LayerSkipModel(EVERY_FAMILY[family]())
+    model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    for first, skip_set in enumerate((SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2)))):
+        prompt = [first, 2, 3]
+        drafter = SkipDrafter(model, skip_set, FixedLength(3))
+        ours = generate(model, prompt, drafter=drafter, max_new_tokens=24, eos_token_ids=[])
+        near_tie_or_same(model.hf_model, prompt, ours.tokens, transformers_greedy(model.hf_model, prompt, 24))
 
 
 @given(tokens(30), tokens(6), st.booleans())
@@ -184,9 +195,9 @@ def test_without_a_cuda_device_graphs_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
-    hf_model = FAMILIES[family]().to("cuda")
+    hf_model = EVERY_FAMILY[family]().to("cuda")
     eager, captured = LayerSkipModel(hf_model), LayerSkipModel(hf_model)
     captured.engine = GraphEngine(captured, smallest_bucket=16)
     for skip_set in (SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2))):

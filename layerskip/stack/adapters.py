@@ -1,0 +1,41 @@
+"""PEFT models: a causal language model with adapters in place of some of its modules."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from layerskip.errors import UnsupportedModelError
+
+# Kinds that act outside of the modules that they replace, by PEFT's names.
+_ACTING_ELSEWHERE = ("ADAPTION_PROMPT", "POLY", "XLORA")
+
+
+def adapted_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT model, its adapters in place; any other model as it is.
+
+    An adapter that takes the place of modules, as LoRA and its kin do, is called when they would be, so that nothing
+    else needs to know of it. One that does more, such as a learned prompt before the text, would silently do nothing.
+
+    Raises:
+        UnsupportedModelError: An adapter does more than to replace modules.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        _check_adapter(config)
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return cast(PreTrainedModel, model)
+    return cast(Any, model).get_base_model()  # type: ignore[no-any-return]
+
+
+def _check_adapter(config: Any) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        kind = "activated LoRA"  # on from certain tokens of the prompt on
+    elif not config.is_prompt_learning and kind not in _ACTING_ELSEWHERE:
+        return
+    raise UnsupportedModelError(
+        f"adapter: {kind} does more than to replace modules, so it is not supported; use LoRA or another kind that "
+        "does only that"
+    )
