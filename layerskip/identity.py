@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from layerskip.stack.model import LayerSkipModel
 
@@ -36,6 +38,15 @@ _COMPUTING_SETTINGS = (
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+)
+
+# Likewise, of families that came later: left out where a configuration has none, so that fingerprints stay the same.
+_SETTINGS_OF_SOME = (
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "no_rope_layers",
+    "residual_multiplier",
 )
 
 # Elements hashed at a time: keeps the scratch memory small and in the processor's cache.
@@ -107,10 +118,44 @@ def fingerprint(model: LayerSkipModel) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    settings = {name: getattr(model.config, name, None) for name in _COMPUTING_SETTINGS}
-    weights = {name: [list(weight.shape), *_checksums(weight)] for name, weight in model.hf_model.named_parameters()}
+    config, hf_model = model.config, model.hf_model
+    settings = {name: getattr(config, name, None) for name in _COMPUTING_SETTINGS}
+    settings |= {name: getattr(config, name) for name in _SETTINGS_OF_SOME if hasattr(config, name)}
+    settings |= {name: state for name, module in hf_model.named_modules() if (state := _adapter_state(module))}
+    weights = {
+        part_name: [list(part.shape), *_checksums(part)]
+        for name, weight in _weights(hf_model)
+        for part_name, part in _plain_parts(name, weight)
+    }
     text = json.dumps([settings, weights], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, each once, and what else a model saves, such as the scales that bitsandbytes keeps beside weights."""
+    yield from model.named_parameters()
+    tied_too = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in tied_too:
+            yield name, tensor
+
+
+def _adapter_state(module: nn.Module) -> dict[str, object]:
+    """What a module of PEFT's computes with besides its weights: which adapters are on, and how strong."""
+    active = getattr(module, "active_adapters", None)
+    if active is None or isinstance(module, PreTrainedModel):  # transformers' models have methods of these names
+        return {}
+    state = {name: getattr(module, name) for name in ("disable_adapters", "merged_adapters") if hasattr(module, name)}
+    return state | {"active": active, "scaling": getattr(module, "scaling", None)}
+
+
+def _plain_parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a weight is made of, by name: itself, or a quantized one's values, scales and the like."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(weight, part))
 
 
 def _checksums(weight: Tensor) -> list[int]:

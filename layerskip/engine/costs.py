@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerskip.checkpoints import cache_folder
 from layerskip.files import write_atomically
@@ -164,8 +165,17 @@ def _key(model: LayerSkipModel) -> str:
     """Changes with whatever passes take longer or shorter by."""
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
-    what = [config, model.engine.name, model.compiled, *where]
+    what = [config, _made_of(model.hf_model), model.engine.name, model.compiled, *where]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _made_of(model: nn.Module) -> list[tuple[str, ...]]:
+    """The kinds of modules and of their weights, which tell an adapted or a quantized model from the plain one."""
+    kinds = set()
+    for module in model.modules():
+        weights = (f"{type(w).__name__} {w.dtype} {list(w.shape)}" for w in module.parameters(recurse=False))
+        kinds.add((type(module).__qualname__, *weights))
+    return sorted(kinds)
 
 
 def _seconds(model: LayerSkipModel, run: Callable[[int], None], width: int) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel, identify
 from layerskip.identity import fingerprint
-from tests.models import LAYERS, VOCABULARY, tiny_gemma2, tiny_llama
+from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, tiny_gemma2, tiny_llama, tiny_model
 
 
 def fingerprint_of(hf_model):
@@ -31,18 +31,18 @@ def test_a_model_is_called_what_it_was_loaded_by(tmp_path, llama):
     assert identify(LayerSkipModel(tiny_llama())).id == "unnamed"
 
 
-def test_weights_loaded_twice_have_one_fingerprint(tmp_path, tiny):
-    tiny.hf_model.save_pretrained(tmp_path)
-    first, second = (type(tiny.hf_model).from_pretrained(tmp_path).eval() for _ in range(2))
-    assert fingerprint_of(first) == fingerprint_of(second) == fingerprint(tiny)
+def test_weights_loaded_twice_have_one_fingerprint(tmp_path, each_family):
+    each_family.hf_model.save_pretrained(tmp_path)
+    first, second = (type(each_family.hf_model).from_pretrained(tmp_path).eval() for _ in range(2))
+    assert fingerprint_of(first) == fingerprint_of(second) == fingerprint(each_family)
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_gemma2])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_bfloat16_checkpoint_has_one_fingerprint_in_float32_and_in_bfloat16(family):
-    rounded = family().to(torch.bfloat16)
+    rounded = EVERY_FAMILY[family]().to(torch.bfloat16)
     in_bfloat16 = fingerprint_of(rounded)
     assert fingerprint_of(rounded.to(torch.float32)) == in_bfloat16
-    assert fingerprint_of(family(seed=1).to(torch.bfloat16)) != in_bfloat16
+    assert fingerprint_of(EVERY_FAMILY[family](seed=1).to(torch.bfloat16)) != in_bfloat16
 
 
 def test_how_attention_is_computed_does_not_matter():
@@ -118,6 +118,28 @@ def test_a_changed_llama_setting_changes_the_fingerprint(llama, setting):
 )
 def test_a_changed_gemma2_setting_changes_the_fingerprint(gemma2, setting):
     assert fingerprint_of(tiny_gemma2(**setting)) != fingerprint(gemma2)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("granite", {"embedding_multiplier": 1.0}),
+        ("granite", {"residual_multiplier": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+        ("granite", {"attention_multiplier": 0.3}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
+        ("mistral", {"sliding_window": 6}),
+        ("olmo3", {"layer_types": ["full_attention"] * LAYERS}),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_of_another_family_changes_the_fingerprint(family, setting):
+    assert fingerprint_of(tiny_model(family, **setting)) != fingerprint_of(tiny_model(family))
+
+
+def test_fingerprints_in_profiles_stay_what_they_were(llama, gemma2):
+    """Profiles were written with them; a change here makes all of them profiles of other models."""
+    assert (fingerprint(llama), fingerprint(gemma2)) == ("644eb99ca2a39d63", "109c590f1fc8c226")
 
 
 @pytest.mark.parametrize("setting", [{"eos_token_id": 3}, {"initializer_range": 0.5}, {"use_cache": False}], ids=str)

@@ -57,6 +57,15 @@ def test_another_model_has_costs_of_its_own(llama, gemma2, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_quantized_model_has_costs_of_its_own(llama, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    hf_model = tiny_llama()
+    quantization.quantize_(hf_model, quantization.Int8WeightOnlyConfig())
+    load_costs(llama, tmp_path)
+    load_costs(LayerSkipModel(hf_model), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"sublayers": 1, "head": 2}'])
 def test_a_damaged_file_is_measured_and_written_anew(llama, tmp_path, content):
     load_costs(llama, tmp_path)
