@@ -86,7 +86,7 @@ def tiny_model(family, *, seed=0, attention=None, **settings):
     Args:
         family: A model type.
         seed: Of the weights.
-        attention: The attention implementation; None takes transformers' choice for the family.
+        attention: The attention implementation; None takes transformers' choice.
         settings: Of the configuration, in place of the tiny ones.
     """
     # Embeddings are not tied unless asked: tied, a random model would repeat its last token for ever.
@@ -95,6 +95,8 @@ def tiny_model(family, *, seed=0, attention=None, **settings):
         if name in all_settings and name not in settings:
             all_settings[name] = list(islice(cycle(all_settings[name]), all_settings["num_hidden_layers"]))
     config = AutoConfig.for_model(family, **all_settings)
+    if attention is None and getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # sdpa has no soft-capping, and not every version of transformers knows
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return _random_weights(model, seed, norm=0.0 if family.startswith("gemma") else 1.0)
 
