@@ -8,10 +8,12 @@ print(tokenizer.decode(generation.tokens))
 
 from importlib.metadata import PackageNotFoundError, version
 
+from layerskip.chat import Answer, Chat
 from layerskip.checkpoints import Checkpoint, load_checkpoint
 from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
 from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
-from layerskip.decoding.loop import DecodingStats, Generation, generate, stream
+from layerskip.decoding.loop import DecodingStats, Generation, Round, generate, stream, stream_rounds
+from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling
 from layerskip.drafts.bridges import fit_bridges
 from layerskip.engine.costs import calibrate
@@ -30,6 +32,8 @@ from layerskip.text import StopStrings
 
 __all__ = [
     "AdaptiveThreshold",
+    "Answer",
+    "Chat",
     "Checkpoint",
     "CheckpointError",
     "ConfidenceThreshold",
@@ -47,10 +51,12 @@ __all__ = [
     "ModelIdentity",
     "NoDrafter",
     "Provenance",
+    "Round",
     "Sampling",
     "SkipDrafter",
     "SkipSet",
     "StopStrings",
+    "TextMemory",
     "UnsupportedModelError",
     "calibrate",
     "fit_bridges",
@@ -58,6 +64,7 @@ __all__ = [
     "identify",
     "load_checkpoint",
     "stream",
+    "stream_rounds",
 ]
 
 try:
