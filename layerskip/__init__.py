@@ -26,6 +26,7 @@ from layerskip.errors import (
 )
 from layerskip.identity import ModelIdentity, identify
 from layerskip.profile import DraftProfile, Measured, Provenance
+from layerskip.ready_profiles import find_profile, load_profile
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.text import StopStrings
@@ -59,10 +60,12 @@ __all__ = [
     "TextMemory",
     "UnsupportedModelError",
     "calibrate",
+    "find_profile",
     "fit_bridges",
     "generate",
     "identify",
     "load_checkpoint",
+    "load_profile",
     "stream",
     "stream_rounds",
 ]
