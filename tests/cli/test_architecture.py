@@ -66,6 +66,7 @@ def test_the_runtime_imports_only_what_it_depends_on():
         "pydantic",
         "pydantic_core",
         "safetensors",
+        "huggingface_hub",
     }
     every = {name for module in modules("layerskip") for name, _ in imported(module)}
     assert every <= allowed
