@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-fast lint format docs clean
+.PHONY: install demo profiles test test-fast lint format docs clean
 
 install: $(INSTALLED)
 
@@ -21,6 +21,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/layerskip search smollm2 --trials 100 --timeout 90 --max-new-tokens 32 --finalists 2 --seed 0 --out demo_profile.json --storage sqlite:///demo.db
 	$(BIN)/layerskip apply demo_profile.json "Explain in three sentences why the sky is blue." --max-new-tokens 64 --compare
+
+# Searches a model here and puts the result among the ready profiles, under that name. DEVICE is cpu or cuda.
+MODEL := smollm2
+DEVICE := cpu
+DTYPE := auto
+profiles: install
+	mkdir -p build
+	$(BIN)/layerskip search $(MODEL) --device $(DEVICE) --dtype $(DTYPE) --seed 0 --out build/ready.json --storage sqlite:///build/ready.db
+	$(BIN)/python -m cli.ready $(notdir $(MODEL)) build/ready.json $(DEVICE)
 
 test: install
 	$(PYTEST)

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption, ProfileArgument
+from cli.options import (
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    ModelOption,
+    ProfileArgument,
+)
 from cli.output import print_json, quiet_libraries, stderr
 
 
@@ -20,10 +29,15 @@ def apply(
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave prompts as they are, without the model's chat template.")
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Another location of the profile's model.", show_default="the profile's model id"),
-    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", "-i", help="Chat: read message after message, and keep the conversation."),
+    ] = False,
+    show_drafted: Annotated[
+        bool,
+        typer.Option("--show-drafted", help="With --interactive, colour what was drafted and accepted."),
+    ] = False,
+    model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0 for all.")] = 0,
@@ -47,13 +61,15 @@ def apply(
     debug: DebugOption = False,
 ) -> None:
     """Decode a prompt with a draft profile. The text is that of the full model, streamed as it comes."""
+    from cli.chat import check_options, converse
     from cli.decoding import Decoder, in_one_line, read_given_prompts
-    from layerskip import DraftProfile, Sampling
+    from layerskip import Sampling, load_profile
 
-    loaded = DraftProfile.load(profile)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    given = read_given_prompts(prompt, prompts)
     quiet_libraries()
+    check_options(interactive, show_drafted=show_drafted, prompts=prompts, raw=raw, compare=compare)
+    loaded = load_profile(profile, device=device, dtype=dtype)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    given = [] if interactive else read_given_prompts(prompt, prompts)
     decoder = Decoder(
         loaded,
         model=model,
@@ -70,7 +86,11 @@ def apply(
         stderr.print(
             "the profile was measured to be slower than plain decoding, so this decodes plainly; --force uses the draft"
         )
+    if interactive:
+        converse(decoder, prompt, show_drafted=show_drafted, json=json)
+        return
     encoded = [decoder.encode_raw(one) if raw else decoder.encode(one) for one in given]
+    decoder.check_lengths(encoded)
     if compare:
         decoder.warm_up(encoded[0])
     results = []

@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from layerskip import DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
-from layerskip.engine import EagerEngine, compile_sublayers, use_engine
+from cli.output import counted
+from layerskip import (
+    Chat,
+    Checkpoint,
+    DraftProfile,
+    Generation,
+    LayerSkipModel,
+    Sampling,
+    StopStrings,
+    generate,
+    load_checkpoint,
+)
+from layerskip.checkpoints import resolve_device
+from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
@@ -38,6 +50,30 @@ def read_given_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty")
     return [Prompt(prompt)]
+
+
+def load_for(profile: DraftProfile, model: str | None, *, device: str, dtype: str, engine: str) -> Checkpoint:
+    """Load the model of a profile.
+
+    Args:
+        profile: Says which model, if ``model`` does not.
+        model: Another location of that model.
+        device: Device to load it to.
+        dtype: Floating-point type to load it in.
+        engine: How its passes are going to run: what cannot be is refused before the model is loaded.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        InvalidInputError: There is no such device, dtype or engine here.
+    """
+    check_engine(engine, resolve_device(device))
+    revision = None if model else profile.revision
+    try:
+        return load_checkpoint(model or profile.model.id, device=device, dtype=dtype, revision=revision)
+    except CheckpointError as error:
+        if model is not None:
+            raise
+        raise CheckpointError(f"{error}; --model names another location of the profile's model") from error
 
 
 class Decoder:
@@ -74,21 +110,15 @@ class Decoder:
         stop: Sequence[str],
         speculative: bool,
     ) -> None:
-        try:
-            revision = None if model else profile.revision
-            checkpoint = load_checkpoint(model or profile.model.id, device=device, dtype=dtype, revision=revision)
-        except CheckpointError as error:
-            if model is not None:
-                raise
-            raise CheckpointError(f"{error}; --model names another location of the profile's model") from error
+        checkpoint = load_for(profile, model, device=device, dtype=dtype, engine=engine)
         self.speculative = speculative
         self._tokenizer = checkpoint.tokenizer
         self._model = LayerSkipModel(checkpoint.model)
         if compiled:
             compile_sublayers(self._model)
+        self._drafter = profile.drafter(self._model)
         if speculative or engine != EagerEngine.name:  # plain eager decoding needs no calibration
             use_engine(self._model, engine)
-        self._drafter = profile.drafter(self._model)
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(checkpoint.tokenizer, stop) if stop else None
@@ -102,6 +132,35 @@ class Decoder:
         if not isinstance(prompt.content, str):
             raise InvalidInputError("--raw: 'messages' need the model's chat template; give the text as a 'prompt'")
         return encode_raw(self._tokenizer, prompt.content)
+
+    def check_lengths(self, encoded: Sequence[Sequence[int]]) -> None:
+        """Find out before the first prompt is decoded that one does not fit.
+
+        Raises:
+            InvalidInputError: It is longer than the model's context.
+        """
+        context = self._model.context_length
+        for number, ids in enumerate(encoded, start=1):
+            if len(ids) > context:
+                which = f"prompt {number}" if len(encoded) > 1 else "prompt"
+                raise InvalidInputError(
+                    f"{which}: {counted(len(ids), 'token')} do not fit the model's context of {context}; shorten it"
+                )
+
+    def chat(self) -> Chat:
+        """A conversation with the model."""
+        return Chat(
+            self._model,
+            self._tokenizer,
+            drafter=self._drafter if self.speculative else None,
+            sampling=self._sampling,
+            max_new_tokens=self._max_new_tokens,
+        )
+
+    @property
+    def stop(self) -> StopStrings | None:
+        """Ends a text behind the strings that shall end it, if there are such."""
+        return self._stop
 
     def warm_up(self, ids: list[int]) -> None:
         """Decode a few tokens both ways, because the first passes of a process are slow."""
@@ -123,16 +182,8 @@ class Decoder:
         )
         if streaming:
             streamer.end()
-        stats = generation.stats
-        return {
-            "text": self._tokenizer.decode(generation.tokens, skip_special_tokens=True),
-            "token_ids": generation.tokens,
-            "finish_reason": generation.finish_reason,
-            "speculative": self.speculative,
-            "tokens_per_second": stats.tokens_per_second,
-            "acceptance_rate": stats.acceptance_rate,
-            **asdict(stats),
-        }
+        text = str(self._tokenizer.decode(generation.tokens, skip_special_tokens=True))
+        return described(generation, text, self.speculative)
 
     def compare(self, ids: list[int], decoded: dict[str, Any]) -> dict[str, Any]:
         """Decode a prompt plainly and set what :meth:`decode` said of it against that."""
@@ -146,12 +197,26 @@ class Decoder:
         }
 
 
+def described(generation: Generation, text: str, speculative: bool) -> dict[str, Any]:
+    """A generation as plain values, for JSON and for :func:`in_one_line`."""
+    stats = generation.stats
+    return {
+        "text": text,
+        "token_ids": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "speculative": speculative,
+        "tokens_per_second": stats.tokens_per_second,
+        "acceptance_rate": stats.acceptance_rate,
+        **asdict(stats),
+    }
+
+
 def in_one_line(result: dict[str, Any]) -> str:
     """The figures of a decoded prompt, for people."""
-    parts = [f"{result['tokens']} tokens", f"{result['tokens_per_second']:.1f} tokens/s"]
+    parts = [counted(result["tokens"], "token"), f"{result['tokens_per_second']:.1f} tokens/s"]
     parts.append("self-speculative" if result["speculative"] else "plain")
     if result["acceptance_rate"] is not None:
-        parts.append(f"{result['acceptance_rate']:.0%} of {result['drafted']} drafted tokens accepted")
+        parts.append(f"{result['acceptance_rate']:.0%} of {counted(result['drafted'], 'drafted token')} accepted")
     if "speedup" in result:
         same = "the same text" if result["same_text"] else "another text"
         parts.append(f"plainly {result['plain_tokens_per_second']:.1f} tokens/s and {same}")

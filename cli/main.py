@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, dashboard, export, profile, search, studies
+from cli import apply, bench, dashboard, doctor, export, profile, search, studies
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -25,9 +25,11 @@ app = typer.Typer(
 app.command("search")(search.search)
 app.command("apply")(apply.apply)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")
 app.command("dashboard")(dashboard.dashboard)
+app.command("doctor")(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,9 +77,12 @@ def _explain(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
         message = error.format_message()
         return f"{message} (see --help)" if message else "", WRONG_USAGE  # without a command, the help says it all
-    from layerskip.errors import InvalidInputError, LayerSkipError
+    from layerskip.errors import InvalidInputError, LayerSkipError, out_of_memory
 
     if isinstance(error, LayerSkipError):
         return str(error), WRONG_USAGE if isinstance(error, InvalidInputError) else FAILED
+    shortage = out_of_memory(error)
+    if shortage is not None:
+        return shortage, FAILED
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where)", FAILED

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cli import completion
+
+DEFAULT_STORAGE = completion.DEFAULT_STORAGE
+# For the shell to complete; who takes them knows them itself, and is too slow to ask at every key.
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("eager", "cuda-graphs")
+SAMPLERS = ("tpe", "greybox", "gp", "nsga2", "random")
 
 _debugging = False
 
@@ -29,16 +37,42 @@ JsonOption = Annotated[
 StorageOption = Annotated[
     str, typer.Option(help="Where studies live: any Optuna storage URL.", envvar="LAYERSKIP_STORAGE")
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", autocompletion=completion.one_of(*DEVICES)
+    ),
+]
 DtypeOption = Annotated[
-    str, typer.Option(help="float32, bfloat16 or float16; auto takes bfloat16 on CUDA, float32 elsewhere.")
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16; auto takes bfloat16 on CUDA, float32 elsewhere.",
+        autocompletion=completion.one_of(*DTYPES),
+    ),
 ]
 EngineOption = Annotated[
-    str, typer.Option(help="How passes run: eager, or cuda-graphs on one CUDA device (experimental).")
+    str,
+    typer.Option(
+        help="How passes run: eager, or cuda-graphs on one CUDA device (experimental).",
+        autocompletion=completion.one_of(*ENGINES),
+    ),
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile/--no-compile", help="Compile sublayers; the first passes then take a minute or so.")
 ]
-ProfileArgument = Annotated[Path, typer.Argument(help="A draft profile (JSON).", show_default=False)]
-
-DEFAULT_STORAGE = "sqlite:///layerskip.db"
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Another location of the profile's model.",
+        show_default="the profile's model id",
+        autocompletion=completion.models,
+    ),
+]
+ProfileArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A draft profile: its file, or the name of a ready one.",
+        show_default=False,
+        autocompletion=completion.profiles,
+    ),
+]

@@ -39,6 +39,11 @@ def quiet_libraries() -> None:
     logging.basicConfig(format="%(message)s")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, as ``1 token`` or ``2 tokens``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def describe_speedup(measured: dict[str, Any]) -> str:
     """A profile's measured speedup with its interval, as ``1.23× (95 %: 1.19 to 1.27)``."""
     return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"

@@ -6,10 +6,10 @@ import time
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import stderr
+from cli.output import counted, stderr
 from search.observer import Progress, SearchObserver
 from search.trials import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
@@ -51,12 +51,16 @@ class SearchProgress(SearchObserver):
         self._bar.stop()
 
     def study_opened(self, name: str, progress: Progress) -> None:
-        self._say(f"study {name}: {progress.seen} of {self._trials} candidates seen, {progress.measured} measured")
+        self._say(
+            f"study {name}: {progress.seen} of {counted(self._trials, 'candidate')} seen, {progress.measured} measured"
+        )
         self._progress, self._highest = progress, progress.best or 0.0
         self._start("candidates", self._trials, progress.seen)
 
     def reference_begins(self, prompts: int) -> None:
-        self._say(f"reference run over {prompts} prompts, to hold drafts against; an earlier one is used again")
+        self._say(
+            f"reference run over {counted(prompts, 'prompt')}, to hold drafts against; an earlier one is used again"
+        )
 
     def costs_begin(self) -> None:
         self._say("measuring what the parts of a step cost here")
@@ -84,7 +88,8 @@ class SearchProgress(SearchObserver):
             return
         if basis == "predicted":
             self._highest = speedup
-        stopped = f", stopped after {trial.user_attrs.get('prompts')} prompts" * ("stopped_early" in trial.user_attrs)
+        decoded = counted(trial.user_attrs.get("prompts", 0), "prompt")
+        stopped = f", stopped after {decoded}" * ("stopped_early" in trial.user_attrs)
         source = trial.user_attrs.get(SOURCE_KEY, "sampler")
         self._say(
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
@@ -134,6 +139,31 @@ class SearchProgress(SearchObserver):
         elapsed = time.monotonic() - self._began
         left = elapsed / made * max((task.total or 0) - task.completed, 0)
         return left if self._timeout is None else max(min(left, self._timeout - elapsed), 0)
+
+
+class Steps:
+    """A progress bar on stderr for work of a known number of steps, gone when it is done.
+
+    Args:
+        what: What is going on.
+        total: Number of steps.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def done(self, steps: int) -> None:
+        """So many steps are done."""
+        self._bar.update(self._task, completed=steps)
 
 
 def _duration(seconds: float) -> str:

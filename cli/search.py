@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli import completion
 from cli.options import (
     DEFAULT_STORAGE,
+    SAMPLERS,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -20,7 +22,7 @@ from cli.options import (
     JsonOption,
     StorageOption,
 )
-from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stderr, stdout
+from cli.output import INTERRUPTED, counted, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 
 def search(
-    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")] = "smollm2",
+    model: Annotated[
+        str, typer.Argument(help="Alias, hub id, folder or .gguf file.", autocompletion=completion.models)
+    ] = "smollm2",
     trials: Annotated[int, typer.Option(help="Candidates that the study shall have looked at in the end.")] = 200,
     timeout: Annotated[
         float | None,
@@ -45,7 +49,13 @@ def search(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
     prompts_per_trial: Annotated[int, typer.Option(help="Prompts that a measured candidate decodes.")] = 6,
     finalists: Annotated[int, typer.Option(help="Best candidates to measure again on held-out prompts.")] = 3,
-    sampler: Annotated[str, typer.Option(help="Who proposes candidates: tpe, greybox, gp, nsga2 or random.")] = "tpe",
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="Who proposes candidates: tpe, greybox, gp, nsga2 or random.",
+            autocompletion=completion.one_of(*SAMPLERS),
+        ),
+    ] = "tpe",
     pareto: Annotated[bool, typer.Option(help="Maximize the acceptance rate too, as an objective of its own.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
     devices: Annotated[
@@ -78,6 +88,8 @@ def search(
     """
     from cli.progress import SearchProgress
     from layerskip import identify, load_checkpoint
+    from layerskip.checkpoints import resolve_device
+    from layerskip.engine import check_engine
     from search.loading import load_model, wrapped
     from search.prompts import built_in_prompts, read_prompts, split_prompts
     from search.settings import SearchSettings
@@ -89,6 +101,8 @@ def search(
     quiet_libraries()
     _check_writable(out)
     places = [place.strip() for place in devices.split(",")] if devices else [device] * max(workers, 1)
+    for place in set(places):
+        check_engine(engine, resolve_device(place))
     settings = SearchSettings(
         trials=trials,
         timeout=timeout,
@@ -190,17 +204,17 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     measured = profile.measured
     assert measured is not None  # a search always measures
     rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
-    stdout.print(f"study     {result.study}, {result.trials} candidates seen, {result.measured} measured")
+    stdout.print(f"study     {result.study}, {counted(result.trials, 'candidate')} seen, {result.measured} measured")
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
+    prompts = counted(measured.prompts, f"{measured.prompt_set} prompt")
     stdout.print(
-        f"speedup   {describe_speedup(measured.model_dump())} on {measured.prompts} {measured.prompt_set} prompts: "
+        f"speedup   {describe_speedup(measured.model_dump())} on {prompts}: "
         f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
     )
     if measured.near_ties:
-        stdout.print(
-            f"near-ties {measured.near_ties} outputs part where the model's two best tokens are as good as tied"
-        )
+        ties = counted(measured.near_ties, "output")
+        stdout.print(f"near-ties {ties} parting where the model's two best tokens are as good as tied")
     stdout.print(f"profile   {out}")
     if not profile.pays:
         stdout.print(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli import completion
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
-from cli.output import print_json, print_whole, stderr, stdout
+from cli.output import counted, print_json, print_whole, stderr, stdout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +43,9 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
 
 @app.command("show")
 def show(
-    study: Annotated[str, typer.Argument(help="Name of the study.", show_default=False)],
+    study: Annotated[
+        str, typer.Argument(help="Name of the study.", show_default=False, autocompletion=completion.studies)
+    ],
     storage: StorageOption = DEFAULT_STORAGE,
     best: Annotated[int, typer.Option(help="Number of best trials to show.", min=1)] = 10,
     json: JsonOption = False,
@@ -65,10 +68,11 @@ def show(
     if context:
         stdout.print(f"model     {context['model']} ({context['dtype']} on {context['device']})")
         stdout.print(
-            f"prompts   {context['prompts_per_trial']} a measurement, at most {context['max_new_tokens']} tokens each"
+            f"prompts   {context['prompts_per_trial']} a measurement, "
+            f"at most {counted(context['max_new_tokens'], 'token')} each"
         )
     counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
-    stdout.print(f"trials    {counts or 'none'}; {described['measurements']} prompts measured")
+    stdout.print(f"trials    {counts or 'none'}; {counted(described['measurements'], 'prompt')} measured")
     stdout.print(_table(described["best"]))
     if described["pareto_front"]:
         stdout.print("Pareto front of speedup and agreement, both predicted:")

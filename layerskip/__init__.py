@@ -8,10 +8,12 @@ print(tokenizer.decode(generation.tokens))
 
 from importlib.metadata import PackageNotFoundError, version
 
+from layerskip.chat import Answer, Chat
 from layerskip.checkpoints import Checkpoint, load_checkpoint
 from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
 from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
-from layerskip.decoding.loop import DecodingStats, Generation, generate, stream
+from layerskip.decoding.loop import DecodingStats, Generation, Round, generate, stream, stream_rounds
+from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling
 from layerskip.drafts.bridges import fit_bridges
 from layerskip.engine.costs import calibrate
@@ -27,6 +29,7 @@ from layerskip.errors import (
 from layerskip.export import Export, export_draft
 from layerskip.identity import ModelIdentity, identify
 from layerskip.profile import DraftProfile, Measured, Provenance
+from layerskip.ready_profiles import find_profile, load_profile
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.text import StopStrings
@@ -34,6 +37,8 @@ from layerskip.transformers_integration import speculate
 
 __all__ = [
     "AdaptiveThreshold",
+    "Answer",
+    "Chat",
     "Checkpoint",
     "CheckpointError",
     "ConfidenceThreshold",
@@ -54,19 +59,24 @@ __all__ = [
     "ModelIdentity",
     "NoDrafter",
     "Provenance",
+    "Round",
     "Sampling",
     "SkipDrafter",
     "SkipSet",
     "StopStrings",
+    "TextMemory",
     "UnsupportedModelError",
     "calibrate",
     "export_draft",
+    "find_profile",
     "fit_bridges",
     "generate",
     "identify",
     "load_checkpoint",
+    "load_profile",
     "speculate",
     "stream",
+    "stream_rounds",
 ]
 
 try:

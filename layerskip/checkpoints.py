@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,6 +89,7 @@ def load_checkpoint(
     if location.endswith(".gguf"):
         location = str(_converted(Path(location), precision))
     at = revision or "main"
+    _check_hub(source, location, at)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=at, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -132,12 +135,29 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InvalidInputError(f"device '{name}' is not available: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "meta":  # torch has it, but nothing can be computed there
+        raise InvalidInputError(f"device '{name}' is not available: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        _check_cuda(name, device.index or 0)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInputError(f"device '{name}' is not available: {reason}") from error
     return device
+
+
+def _check_cuda(name: str, index: int) -> None:
+    """Make sure that there is such a CUDA device, and say what is missing if not."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        reason = "this PyTorch is built for the CPU alone; install one that is built for CUDA, or use cpu"
+    elif not torch.cuda.is_available():
+        reason = "no GPU with a working driver was found (nvidia-smi lists them); use cpu"
+    elif index >= (count := torch.cuda.device_count()):
+        reason = f"the last GPU here is cuda:{count - 1}"
+    else:
+        return
+    raise InvalidInputError(f"device '{name}' is not available: {reason}")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -172,7 +192,7 @@ def _locate(source: str) -> str:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"model '{source}': no such file")
+            raise CheckpointError(f"model '{source}': no such file{_perhaps(source)}")
         return str(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -181,24 +201,64 @@ def _locate(source: str) -> str:
     if path.is_file():
         raise CheckpointError(f"model '{source}': expected a .gguf file or a folder, found another kind of file")
     if source.startswith((".", "/", "~")):
-        raise CheckpointError(f"model '{source}': no such file or folder")
+        raise CheckpointError(f"model '{source}': no such file or folder{_perhaps(source)}")
     logger.info("model '%s': no local folder, so from the hub or its cache", source)
     return source
 
 
+def _check_hub(source: str, location: str, revision: str) -> None:
+    """Find out at once that a model has to come from the hub and the hub cannot be reached: its client tries for long.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    if Path(location).exists() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if try_to_load_from_cache(location, "config.json", revision=revision) is None:
+            get_hf_file_metadata(hf_hub_url(location, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):  # an answer: why it is no good, loading the model will say
+        return
+    except Exception as error:  # by whatever library the hub's client connects
+        reason = f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}): is there a network?"
+        raise CheckpointError(f"model '{source}': {_missing(source, f': {reason}')}") from error
+
+
 def _why(source: str, location: str, error: Exception) -> str:
     """One line on why a model did not load."""
-    reason = str(error).strip().splitlines()[0]
+    reason = _first_line(error)
     if Path(location).exists():
         return reason
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    missing = "not to be had from the hub" + (" (HF_HUB_OFFLINE is set)" if offline else f": {reason}")
+    return _missing(source, " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f": {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _missing(source: str, why: str) -> str:
+    """One line on a model that is nowhere, and on what was perhaps meant."""
     alias = ALIASES.get(source)
     if alias is not None:
-        return f"the package '{alias.package}' is not installed, and {alias.hub_id} is {missing}"
-    similar = difflib.get_close_matches(source, ALIASES, n=1)
-    guess = f"; did you mean '{similar[0]}'?" if similar else ""
-    return f"not an alias ({', '.join(ALIASES)}), not a local file or folder, and {missing}{guess}"
+        return f"the package '{alias.package}' is not installed, and {alias.hub_id} is not to be had from the hub{why}"
+    known = f"not an alias ({', '.join(ALIASES)}), not a local file or folder"
+    return f"{known}, and not to be had from the hub{why}{_perhaps(source)}"
+
+
+def _perhaps(source: str) -> str:
+    similar = _similar(source)
+    return f"; did you mean '{similar[0]}'?" if similar else ""
+
+
+def _similar(source: str) -> list[str]:
+    """Aliases, and models beside where one was looked for, whose names look alike; the likeliest first."""
+    folder = Path(source).expanduser().parent
+    try:
+        beside = [str(path) for path in folder.iterdir() if path.suffix == ".gguf" or (path / "config.json").is_file()]
+    except OSError:
+        beside = []
+    known = [*ALIASES, *(alias.hub_id for alias in ALIASES.values()), *beside]
+    return difflib.get_close_matches(source, known, n=1)
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:

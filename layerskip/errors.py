@@ -1,5 +1,14 @@
 """Errors that a user can act on. Each message is one line: the thing, what is wrong, what to do."""
 
+from __future__ import annotations
+
+import errno
+import re
+
+# What libraries say when there is no memory left, and how much they wanted.
+_NO_MEMORY = re.compile("can't allocate memory|cannot allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)|tried to allocate (\d+) bytes")
+
 
 class LayerSkipError(Exception):
     """Base of every error that layerskip raises on purpose."""
@@ -35,3 +44,32 @@ class MissingDependencyError(LayerSkipError):
 
 class LosslessnessError(LayerSkipError):
     """Self-speculative decoding gave other tokens than plain decoding: a bug in layerskip, not a slow draft."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line on what to lower if an error says that memory ran out, on a GPU or in main memory; None if it does not.
+
+    There is no one class for it: PyTorch raises a ``torch.OutOfMemoryError`` for a GPU and a plain ``RuntimeError``
+    for main memory, Python a ``MemoryError``, and the system an ``OSError``.
+    """
+    text = str(error)
+    system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    spoken = isinstance(error, RuntimeError) and _NO_MEMORY.search(text) is not None
+    if not (system or spoken or isinstance(error, MemoryError)):
+        return None
+    where = "on the GPU" if "CUDA" in text or type(error).__name__ == "OutOfMemoryError" else "in main memory"
+    wanted = _WANTED.search(text)
+    amount = "" if wanted is None else f" (wanted {wanted[1] or _size(int(wanted[2]))} more)"
+    return (
+        f"out of memory {where}{amount}: lower --max-new-tokens, shorten the prompts, take a shorter type (--dtype "
+        "bfloat16) or another --device, or end other programs there"
+    )
+
+
+def _size(number: float) -> str:
+    """A number of bytes, for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,3 +40,34 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # a checkout on the path, not installed
             versions[package] = "unknown"
     return versions
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that PyTorch finds here.
+
+    Args:
+        name: What ``--device`` calls it.
+        description: Its name, and how much of it there is.
+        supported: Whether layerskip decodes on it.
+    """
+
+    name: str
+    description: str
+    supported: bool
+
+
+def devices() -> list[Device]:
+    """What there is to decode on, the device that ``auto`` takes first."""
+    found = [_cuda_device(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    found.append(Device("cpu", device_name(torch.device("cpu")), True))
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU; not supported, 'auto' takes the CPU", False))
+    return found
+
+
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    description = f"{properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+    return Device(f"cuda:{index}", description, True)

@@ -236,6 +236,11 @@ class DraftProfile(OnTheHub, _Part):
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
 
     @property
+    def assets(self) -> DraftAssets:
+        """Its bridges and its draft vocabulary."""
+        return self._assets
+
+    @property
     def draft(self) -> str:
         """Everything about the draft but its skip set, for people."""
         parts = [str(self.draft_exit)]

@@ -125,6 +125,24 @@ def _message(where: str, message: Any) -> tuple[str, str]:
     raise InvalidInputError(f"{where}: each of 'messages' needs a 'role' and a 'content', both texts")
 
 
+def encode_different(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, context_length: int
+) -> list[EncodedPrompt]:
+    """Encode prompts; repeated ones count once. The arguments are those of :func:`split_prompts`.
+
+    Raises:
+        InvalidInputError: A prompt is too long for the model's context.
+    """
+    encoded = [EncodedPrompt(prompt.id, tuple(prompt.encode(tokenizer))) for prompt in dict.fromkeys(prompts)]
+    for number, prompt in enumerate(encoded, start=1):
+        if len(prompt.tokens) + max_new_tokens > context_length:
+            raise InvalidInputError(
+                f"prompt {number}: {len(prompt.tokens)} tokens and {max_new_tokens} new ones do not fit the model's "
+                f"context of {context_length}; shorten the prompt or lower --max-new-tokens"
+            )
+    return encoded
+
+
 def split_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, context_length: int
 ) -> PromptSplit:
@@ -142,19 +160,12 @@ def split_prompts(
     Raises:
         InvalidInputError: There are fewer than two prompts, or one is too long for the model's context.
     """
-    different = list(dict.fromkeys(prompts))
+    different = encode_different(prompts, tokenizer, max_new_tokens=max_new_tokens, context_length=context_length)
     if len(different) < 2:
         raise InvalidInputError("prompts: expected at least 2 different ones, one to search with and one to hold out")
-    encoded = [EncodedPrompt(prompt.id, tuple(prompt.encode(tokenizer))) for prompt in different]
-    for number, prompt in enumerate(encoded, start=1):
-        if len(prompt.tokens) + max_new_tokens > context_length:
-            raise InvalidInputError(
-                f"prompt {number}: {len(prompt.tokens)} tokens and {max_new_tokens} new ones do not fit the model's "
-                f"context of {context_length}; shorten the prompt or lower --max-new-tokens"
-            )
-    every = min(HOLD_OUT_EVERY, len(encoded))
-    held_out = encoded[every - 1 :: every]
-    search = [prompt for prompt in encoded if prompt not in held_out]
+    every = min(HOLD_OUT_EVERY, len(different))
+    held_out = different[every - 1 :: every]
+    search = [prompt for prompt in different if prompt not in held_out]
     for part in (search, held_out):
         random.Random(0).shuffle(part)
     return PromptSplit(tuple(search), tuple(held_out))

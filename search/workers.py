@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 import optuna
 import torch
 
-from layerskip.errors import LayerSkipError
+from layerskip.errors import LayerSkipError, out_of_memory
 from layerskip.identity import ModelIdentity
 from layerskip.stack.model import LayerSkipModel
 from search.prompts import PromptSplit
@@ -161,6 +161,11 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
         search.explore(search.open())
     except LayerSkipError as error:
         messages.send(str(error))
+    except (RuntimeError, MemoryError, OSError) as error:
+        shortage = out_of_memory(error)
+        if shortage is None:
+            raise
+        messages.send(shortage)
     except KeyboardInterrupt:
         pass
 

@@ -23,6 +23,10 @@ def _check_fraction(name: str, value: float) -> None:
         raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
 
 
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number} tokens"
+
+
 class ExitController:
     """One generation's state of a draft exit: the threshold in force.
 
@@ -72,7 +76,7 @@ class FixedLength:
         return ExitController(self.length, threshold=0.0)
 
     def __str__(self) -> str:
-        return f"{self.length} tokens"
+        return _tokens(self.length)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class ConfidenceThreshold:
         return ExitController(self.max_length, self.threshold)
 
     def __str__(self) -> str:
-        return f"confidence below {self.threshold:g}, at most {self.max_length} tokens"
+        return f"confidence below {self.threshold:g}, at most {_tokens(self.max_length)}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class AdaptiveThreshold:
         return _AdaptiveController(self)
 
     def __str__(self) -> str:
-        return f"adaptive confidence from {self.initial_threshold:g}, at most {self.max_length} tokens"
+        return f"adaptive confidence from {self.initial_threshold:g}, at most {_tokens(self.max_length)}"
 
 
 class _AdaptiveController(ExitController):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.drafting import Drafter, NoDrafter
+from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling, SamplingRule
 from layerskip.errors import InvalidInputError
 from layerskip.stack.model import LayerSkipModel
@@ -27,6 +28,7 @@ class DecodingStats:
         drafted: Tokens proposed.
         accepted: Proposed tokens that stand in the output.
         tokens: Tokens in the output.
+        reused: Tokens of the prompt that were not run, because their keys and values were at hand.
         prefill_seconds: Time until the first token was chosen.
         draft_seconds: Time spent proposing.
         verification_seconds: Time spent in the full model's passes behind the prompt, and deciding what stands.
@@ -36,6 +38,7 @@ class DecodingStats:
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
+    reused: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verification_seconds: float = 0.0
@@ -70,6 +73,19 @@ class Generation:
     tokens: list[int]
     finish_reason: FinishReason
     stats: DecodingStats
+
+
+@dataclass(frozen=True)
+class Round:
+    """Tokens that became certain together: those of a round of drafting and verification, or the first one of all.
+
+    Args:
+        tokens: Their ids, at least one.
+        accepted: How many of them were drafted: the first ones. The full model chose the others itself.
+    """
+
+    tokens: list[int]
+    accepted: int
 
 
 def generate(
@@ -121,7 +137,6 @@ def generate(
             on_token(token)
 
 
-@torch.inference_mode()
 def stream(
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
@@ -133,20 +148,60 @@ def stream(
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generator[int, None, Generation]:
     """Like :func:`generate`, but yield each token id as it becomes certain, and return the :class:`Generation`."""
+    rounds = stream_rounds(
+        model,
+        prompt,
+        drafter=drafter,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        stop=stop,
+    )
+    while True:
+        try:
+            one = next(rounds)
+        except StopIteration as finished:
+            generation: Generation = finished.value
+            return generation
+        yield from one.tokens
+
+
+@torch.inference_mode()
+def stream_rounds(
+    model: LayerSkipModel,
+    prompt: Tensor | Sequence[int],
+    *,
+    drafter: Drafter | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    eos_token_ids: int | Collection[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+    memory: TextMemory | None = None,
+) -> Generator[Round, None, Generation]:
+    """Like :func:`stream`, but yield each :class:`Round`, which says which of its tokens were drafted.
+
+    Args:
+        model: As in :func:`generate`, like all that is not named here.
+        memory: Keys and values of an earlier text that the prompt may begin with, for instance a conversation so far;
+            it then holds this one's. What it holds is not run again. That changes the output only as every change of a
+            pass's width may: in float32 at a near-tie of the two best tokens. None runs the whole prompt.
+    """
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = drafter or NoDrafter()
     drafter.start()
     engine = model.engine
-    cache = engine.new_cache(len(ids) + ending.limit)
+    memory = memory or TextMemory()
+    cache = memory.begin(engine, ids.tolist(), ending.limit)
     clock = PhaseClock(model.device)
-    stats = DecodingStats()
+    stats = DecodingStats(reused=cache.length)
 
     with clock.phase("prefill"):
-        newest = sampler.draw(engine.prefill(ids, cache)).token  # [1]
+        newest = sampler.draw(engine.prefill(ids[cache.length :], cache)).token  # [1]
         tokens, reason = ending.cut([], newest.tolist())
-    yield from tokens
+    memory.goes_on(tokens)
+    yield Round(list(tokens), accepted=0)
 
     while reason is None:
         past = cache.length
@@ -162,10 +217,12 @@ def stream(
         newest = verdict.newest
         certain, reason = ending.cut(tokens, verdict.tokens)
         tokens += certain
+        memory.goes_on(certain)
+        accepted = min(verdict.accepted, len(certain))
         stats.rounds += 1
         stats.drafted += len(draft)
-        stats.accepted += min(verdict.accepted, len(certain))
-        yield from certain
+        stats.accepted += accepted
+        yield Round(certain, accepted)
 
     stats.tokens = len(tokens)
     stats.prefill_seconds = clock.seconds("prefill")

@@ -1,6 +1,6 @@
 """How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
 
-from layerskip.engine.choice import ENGINES, use_engine
+from layerskip.engine.choice import ENGINES, check_engine, use_engine
 from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
 from layerskip.engine.eager import EagerEngine
@@ -16,6 +16,7 @@ __all__ = [
     "PassCosts",
     "SharedPrefix",
     "calibrate",
+    "check_engine",
     "compile_sublayers",
     "highest_probability",
     "load_costs",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
+
+import torch
 
 from layerskip.engine.costs import calibrate
 from layerskip.engine.eager import EagerEngine
@@ -15,6 +18,24 @@ if TYPE_CHECKING:
 ENGINES = (EagerEngine.name, GraphEngine.name)
 
 
+def check_engine(name: str, device: torch.device) -> None:
+    """Find out before a model is loaded that it could not run by an engine.
+
+    Args:
+        name: The engine.
+        device: Where the model will be.
+
+    Raises:
+        InvalidInputError: There is no such engine, or it needs another device.
+    """
+    if name not in ENGINES:
+        similar = difflib.get_close_matches(name, ENGINES, n=1)
+        guess = f"; did you mean '{similar[0]}'?" if similar else ""
+        raise InvalidInputError(f"engine '{name}' is unknown; expected {' or '.join(ENGINES)}{guess}")
+    if name == GraphEngine.name and device.type != "cuda":
+        raise InvalidInputError(f"engine '{name}': {GraphEngine.needs}; use the {EagerEngine.name} engine")
+
+
 def use_engine(model: LayerSkipModel, name: str) -> None:
     """Let a model run its passes by an engine, calibrated to this machine.
 
@@ -25,7 +46,6 @@ def use_engine(model: LayerSkipModel, name: str) -> None:
     Raises:
         InvalidInputError: There is no such engine, or the model does not lie on one CUDA device.
     """
-    if name not in ENGINES:
-        raise InvalidInputError(f"engine '{name}' is unknown; expected {' or '.join(ENGINES)}")
+    check_engine(name, model.device)
     model.engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
     calibrate(model)

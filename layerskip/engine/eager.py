@@ -39,6 +39,9 @@ class EagerEngine:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
         return self._model.new_cache(capacity + padding)
 
+    def has_room(self, cache: KVCache, capacity: int) -> bool:
+        return True  # its caches grow
+
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
 

@@ -91,11 +91,12 @@ class GraphEngine:
 
     name = "cuda-graphs"
     resumes = False
+    needs = "CUDA graphs need the whole model on one CUDA device"
 
     def __init__(self, model: LayerSkipModel, capture: Capture | None = None, *, smallest_bucket: int = 256) -> None:
         devices = {sublayer.device for sublayer in model.sublayers}
         if (capture is None and {device.type for device in devices} != {"cuda"}) or len(devices) > 1:
-            raise InvalidInputError("engine: CUDA graphs need the whole model on one CUDA device; use the eager engine")
+            raise InvalidInputError(f"engine '{self.name}': {self.needs}; use the eager engine")
         self.costs: PassCosts | None = None
         self._model = model
         self._smallest_bucket = smallest_bucket
@@ -110,14 +111,21 @@ class GraphEngine:
 
     def new_cache(self, capacity: int) -> KVCache:
         """The engine's own cache, emptied; an earlier generation's is no longer valid."""
-        padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
-        needed = self.bucket_of(capacity + padding)
+        needed = self._capacity_for(capacity)
         if self._cache is None or self._cache.capacity < needed:
             self._drafts.clear()
             self._verifications.clear()
             self._cache = GraphCache(self._model.num_layers, needed)
         self._cache.rollback(0)
+        self._cache.uses += 1
         return self._cache
+
+    def has_room(self, cache: KVCache, capacity: int) -> bool:
+        return cache is self._cache and self._capacity_for(capacity) <= cache.capacity
+
+    def _capacity_for(self, positions: int) -> int:
+        padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
+        return self.bucket_of(positions + padding)
 
     def bucket_of(self, length: int) -> int:
         """The smallest bucket that holds so many positions."""

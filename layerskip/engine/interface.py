@@ -84,8 +84,11 @@ class Engine(Protocol):
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
 
+    def has_room(self, cache: KVCache, capacity: int) -> bool:
+        """Whether a cache that it made has room for ``capacity`` positions, or can make it."""
+
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Run a prompt, ``[n]``; the logits behind its last token, ``[vocab_size]``."""
+        """Run a prompt, or the rest of one, ``[n]``; the logits behind its last token, ``[vocab_size]``."""
 
     def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         """Run a token, ``[1]``, through a draft's stack; the cache moves forward by one."""

@@ -18,11 +18,17 @@ class KVCache:
     Args:
         num_layers: Number of decoder layers.
         capacity: Positions to allocate when a layer is first written. The cache grows when a pass needs more.
+
+    Attributes:
+        length: Positions that it holds.
+        capacity: Positions that it has room for.
+        uses: How often an engine has handed it out anew, emptied. Who was given it before has lost what it held.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
+        self.uses = 0
         # Allocated at the first write, which knows the layer's device, dtype and head shape: [1, heads, capacity, dim].
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers

@@ -65,10 +65,10 @@ def elsewhere(tmp_path, monkeypatch):
     return folder
 
 
-def save_model(folder, seed):
+def save_model(folder, seed, **settings):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tiny_llama(vocab_size=320, max_position_embeddings=512, seed=seed).save_pretrained(folder)
+    tiny_llama(**{"vocab_size": 320, "max_position_embeddings": 512, "seed": seed} | settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -8,6 +8,7 @@ import pytest
 from tests.cli.conftest import COMMAND
 
 HEAVY = ["torch", "optuna", "transformers", "plotly", "sqlalchemy", "scipy", "numpy"]
+COMMANDS = ["search", "apply", "bench", "profile", "studies", "dashboard", "doctor"]
 SHOW_IMPORTS = f"""
 import sys
 from cli import main
@@ -18,7 +19,11 @@ print(status, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([name, "--help"] for name in ("search", "apply", "profile", "studies", "dashboard"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("search", "apply", "bench", "profile", "studies", "dashboard", "doctor")),
+    ],
     ids=" ".join,
 )
 def test_help_and_version_import_nothing_heavy(arguments):
@@ -32,7 +37,7 @@ def test_help_and_version_import_nothing_heavy(arguments):
 def test_the_installed_command_answers_help(run_command):
     done = run_command("--help")
     assert (done.status, done.err) == (0, "")
-    assert all(name in done.out for name in ("search", "apply", "profile", "studies", "dashboard"))
+    assert all(name in done.out for name in COMMANDS)
 
 
 def test_a_reader_who_has_seen_enough_is_no_error():
@@ -43,7 +48,20 @@ def test_a_reader_who_has_seen_enough_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "search", "apply", "profile show", "profile check", "studies list", "dashboard"]
+    "command",
+    [
+        "",
+        "search",
+        "apply",
+        "profile show",
+        "profile check",
+        "profile diff",
+        "profile list",
+        "bench",
+        "doctor",
+        "studies list",
+        "dashboard",
+    ],
 )
 def test_every_command_has_help(layerskip, command):
     done = layerskip(*command.split(), "--help")

@@ -1,0 +1,145 @@
+"""``layerskip bench``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options import (
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    ModelOption,
+    ProfileArgument,
+)
+from cli.output import counted, describe_speedup, print_json, quiet_libraries, stderr, stdout
+
+if TYPE_CHECKING:
+    from layerskip import DraftProfile, LayerSkipModel
+    from search.bench import Bench
+
+# What a search generates by default, for a profile that does not say what it was measured with.
+_DEFAULT_LENGTH = 48
+
+
+def bench(
+    profile: ProfileArgument,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.",
+            show_default="the built-in ones that searches hold out",
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="How often each prompt is decoded both ways.", min=1)] = 3,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens for each prompt.", show_default="as the profile was measured", min=1),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    engine: EngineOption = "eager",
+    compiled: CompileOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a draft profile here: the same prompts plainly and with its draft, in turn."""
+    from cli.decoding import load_for
+    from cli.progress import Steps
+    from layerskip import load_profile
+    from layerskip.checkpoints import cache_folder
+    from search.bench import bench as measure
+    from search.loading import wrapped
+    from search.prompts import built_in_prompts, encode_different, read_prompts, split_prompts
+    from search.quiet import Quiet
+
+    quiet_libraries()
+    loaded = load_profile(profile, device=device, dtype=dtype)
+    own = read_prompts(prompts) if prompts else None
+    measured = loaded.measured
+    length = max_new_tokens or (measured.max_new_tokens if measured else _DEFAULT_LENGTH)
+    checkpoint = load_for(loaded, model, device=device, dtype=dtype, engine=engine)
+    layers = wrapped(checkpoint.model, engine, compiled)
+    drafter = loaded.drafter(layers)
+    limits = {"max_new_tokens": length, "context_length": layers.context_length}
+    if own is None:
+        chosen = list(split_prompts(built_in_prompts(), checkpoint.tokenizer, **limits).held_out)
+    else:
+        chosen = encode_different(own, checkpoint.tokenizer, **limits)
+    with Steps("decoding", len(chosen) * repeats) as steps:
+        result = measure(
+            layers,
+            drafter,
+            chosen,
+            max_new_tokens=length,
+            repeats=repeats,
+            quiet=Quiet(cache_folder(), layers.device),
+            on_prompt=steps.done,
+        )
+    described = _described(profile, loaded, result, repeats, length, layers)
+    if json:
+        print_json(described)
+        return
+    _report(described, own is None)
+
+
+def _described(
+    source: str, profile: DraftProfile, result: Bench, repeats: int, length: int, layers: LayerSkipModel
+) -> dict[str, Any]:
+    from layerskip.machine import device_name, library_versions
+
+    dtype = str(layers.dtype).removeprefix("torch.")
+    drafted = sum(one.drafted for one in result.prompts)
+    return {
+        "profile": source,
+        "model": profile.model.id,
+        "device": device_name(layers.device),
+        "dtype": dtype,
+        "engine": layers.engine.name,
+        "versions": library_versions(),
+        "repeats": repeats,
+        "max_new_tokens": length,
+        **asdict(result.summary),
+        "drafted": drafted,
+        "mean_accepted": result.mean_accepted,
+        "prompt_speedups": {one.prompt: one.speedup for one in result.prompts},
+        "profile_measured": profile.measured.model_dump() if profile.measured else None,
+    }
+
+
+def _report(described: dict[str, Any], built_in: bool) -> None:
+    prompts = counted(described["prompts"], "held-out built-in prompt" if built_in else "prompt")
+    times = f"{described['repeats']} times each" if described["repeats"] > 1 else "once each"
+    stdout.print(f"profile   {described['profile']}, for {described['model']}")
+    stdout.print(f"prompts   {prompts} of at most {counted(described['max_new_tokens'], 'token')}, {times}")
+    stdout.print(f"here      {described['device']}, {described['dtype']}")
+    stdout.print(
+        f"speed     {described['plain_tokens_per_second']:.1f} tokens/s plain, "
+        f"{described['draft_tokens_per_second']:.1f} tokens/s self-speculative"
+    )
+    if described["acceptance_rate"] is None:
+        stdout.print("accepted  nothing was drafted")
+    else:
+        stdout.print(
+            f"accepted  {described['acceptance_rate']:.0%} of {counted(described['drafted'], 'drafted token')}, "
+            f"{described['mean_accepted']:.2f} a round"
+        )
+    stdout.print(f"speedup   {describe_speedup(described)}")
+    theirs = described["profile_measured"]
+    if theirs is None:
+        stdout.print("profile's none: it was never measured")
+    else:
+        stdout.print(
+            f"profile's {describe_speedup(theirs)} on {theirs['device']}, {theirs['dtype']}, "
+            f"{counted(theirs['prompts'], theirs['prompt_set'] + ' prompt')}"
+        )
+    if described["near_ties"]:
+        ties = counted(described["near_ties"], "output")
+        stderr.print(f"{ties} parting where the model's two best tokens are as good as tied", style="dim")

@@ -1,0 +1,81 @@
+"""What the shell completes. All of it without torch, which takes longer to import than anybody waits for a key."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+# layerskip's own, which cannot be asked without importing torch.
+ALIASES = ("smollm2",)
+DEFAULT_STORAGE = "sqlite:///layerskip.db"
+
+Completer = Callable[[str], list[str]]
+
+
+def one_of(*values: str) -> Completer:
+    """Completes one of some values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _beginning(values, incomplete)
+
+    return complete
+
+
+def models(incomplete: str) -> list[str]:
+    """Aliases, folders and .gguf files."""
+    return _beginning(ALIASES, incomplete) + _paths(incomplete, ".gguf")
+
+
+def profiles(incomplete: str) -> list[str]:
+    """Names of ready profiles, folders and .json files."""
+    return _beginning(_ready_names(), incomplete) + _paths(incomplete, ".json")
+
+
+def studies(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the studies in the storage that the command line names, where that is a SQLite file."""
+    given = context.params.get("storage")
+    url = given if isinstance(given, str) else os.environ.get("LAYERSKIP_STORAGE", DEFAULT_STORAGE)
+    file = Path(url.removeprefix("sqlite:///"))
+    if not url.startswith("sqlite:///") or not file.is_file():
+        return []
+    try:
+        with sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=1) as database:
+            rows = database.execute("SELECT study_name FROM studies ORDER BY study_name").fetchall()
+    except sqlite3.Error:  # not a storage of studies, or locked: nothing to offer
+        return []
+    return _beginning([name for (name,) in rows], incomplete)
+
+
+def _ready_names() -> list[str]:
+    """From the index itself: to import what reads it would import torch."""
+    package = find_spec("layerskip")
+    if package is None or package.origin is None:
+        return []
+    try:
+        index = json.loads((Path(package.origin).parent / "profiles" / "index.json").read_bytes())
+        return sorted({entry["name"] for entry in index["profiles"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _beginning(values: list[str] | tuple[str, ...], incomplete: str) -> list[str]:
+    return [value for value in values if value.startswith(incomplete)]
+
+
+def _paths(incomplete: str, suffix: str) -> list[str]:
+    """Folders, with a slash behind them, and files with a suffix."""
+    folder, _, beginning = incomplete.rpartition("/")
+    try:
+        entries = sorted(os.scandir(f"{folder}/" if "/" in incomplete else "."), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    before = incomplete[: len(incomplete) - len(beginning)]
+    matching = [entry for entry in entries if entry.name.startswith(beginning) and not entry.name.startswith(".")]
+    folders = [f"{before}{entry.name}/" for entry in matching if entry.is_dir()]
+    return folders + [f"{before}{entry.name}" for entry in matching if entry.name.endswith(suffix)]

@@ -1,0 +1,80 @@
+"""``layerskip bench``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerskip import DraftProfile
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\none\nthree\n")
+    return file
+
+
+@pytest.fixture
+def bench(layerskip, prompts):
+    def run(profile, *arguments):
+        return layerskip("bench", profile, "--prompts", prompts, "--max-new-tokens", 12, "--repeats", 2, *arguments)
+
+    return run
+
+
+def test_the_figures_here_stand_beside_the_profiles_own(bench, profile):
+    done = bench(profile)
+    assert done.status == 0
+    assert f"profile   {profile}, for " in done.out
+    assert "prompts   3 prompts of at most 12 tokens, 2 times each" in done.out
+    assert "accepted  " in done.out
+    assert "speedup   " in done.out
+    assert "profile's 1.25× (95 %: 1.15 to 1.35) on a processor, float32, 8 held-out prompts" in done.out
+
+
+def test_one_object_has_all_the_figures(bench, profile):
+    done = bench(profile, "--json")
+    assert (done.status, done.err) == (0, "")
+    result = done.object
+    assert result["prompts"] == 3  # the repeated one counts once
+    assert (result["repeats"], result["max_new_tokens"], result["dtype"]) == (2, 12, "float32")
+    assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
+    assert len(result["prompt_speedups"]) == 3
+    assert 0 <= result["acceptance_rate"] <= 1
+    assert result["mean_accepted"] >= 0
+    assert result["profile_measured"] == json.loads(Path(profile).read_text())["measured"]
+
+
+def test_a_profile_that_does_not_pay_is_measured_with_its_draft_all_the_same(bench, make_profile):
+    assert bench(make_profile(0.8), "--json").object["drafted"] > 0
+
+
+def test_a_profile_that_was_never_measured_has_no_figures_to_stand_beside(bench, make_profile):
+    assert "profile's none: it was never measured" in bench(make_profile(None)).out
+    assert bench(make_profile(None), "--json").object["profile_measured"] is None
+
+
+def test_without_prompts_the_built_in_ones_that_searches_hold_out_are_decoded_as_the_profile_was_measured(
+    layerskip, make_profile, tmp_path
+):
+    """To fewer tokens than a search's default, so that the longest built-in prompt fits the tiny model's context."""
+    path = make_profile(1.25)
+    loaded = DraftProfile.load(path)
+    loaded.model_copy(update={"measured": loaded.measured.model_copy(update={"max_new_tokens": 2})}).save(path)
+    result = layerskip("bench", path, "--repeats", 1, "--json")
+    assert result.status == 0, result.err
+    assert (result.object["prompts"], result.object["max_new_tokens"]) == (8, 2)
+
+
+def test_another_model_is_refused(bench, profile, other_model_folder):
+    done = bench(profile, "--model", other_model_folder)
+    assert done.status == 1
+    assert done.error.startswith(f"{profile}: model.fingerprint: ")
+
+
+def test_a_prompt_that_does_not_fit_is_named(layerskip, profile, tmp_path):
+    (tmp_path / "long.txt").write_text("short\n" + "x" * 600)
+    done = layerskip("bench", profile, "--prompts", tmp_path / "long.txt")
+    assert done.status == 2
+    assert done.error.startswith("prompt 2: ")

@@ -1,0 +1,171 @@
+"""``layerskip doctor``: what it finds, and that it does not fall ill of what is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+
+from cli import environment
+from cli.environment import EXTRAS, packages
+from layerskip.machine import Device
+from tests.cli.conftest import ENVIRONMENT
+
+
+def test_it_says_what_is_installed_and_what_it_runs_on(layerskip):
+    done = layerskip("doctor")
+    assert (done.status, done.err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert "torch 2." in lines["needed"]
+    assert "optuna " in lines["needed"]
+    assert lines["device"].startswith("cpu: ")
+    assert lines["dtype"].startswith("float32 on cpu: the text is plain decoding's token for token")
+    assert lines["studies"] == "sqlite:///layerskip.db: not there yet; a search makes it"
+    assert set(EXTRAS) <= set(lines)
+
+
+def test_one_object_has_all_of_it(layerskip):
+    result = layerskip("doctor", "--json").object
+    assert result["ok"] is True
+    assert result["model"] is None
+    assert {"torch", "transformers", "optuna", "python"} <= {package["name"] for package in result["packages"]}
+    assert result["cache"]["writable"] is True
+    assert result["cache"]["free_bytes"] > 0
+
+
+def test_it_makes_no_database(layerskip, elsewhere):
+    layerskip("doctor")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_database_that_cannot_be_used_is_said_so_without_its_password(layerskip):
+    done = layerskip("doctor", "--storage", "nothing://me:s3cr3t@host/db")
+    assert done.status == 0
+    assert "studies     " in done.out
+    assert "unknown kind of database" in done.out
+    assert "s3cr3t" not in done.out + done.err
+    result = layerskip("doctor", "--storage", "nothing://me:s3cr3t@host/db", "--json").object
+    assert result["storage"]["reachable"] is False
+
+
+def test_studies_are_counted(layerskip):
+    import optuna
+
+    from studies.storage import open_storage
+
+    optuna.create_study(study_name="s", storage=open_storage("sqlite:///layerskip.db"))
+    assert layerskip("doctor", "--json").object["storage"]["studies"] == 1
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Some packages are not installed, or in some version."""
+
+    def pretend(**versions):
+        found = environment.version
+
+        def version(name):
+            if name in versions:
+                if versions[name] is None:
+                    raise environment.PackageNotFoundError(name)
+                return versions[name]
+            return found(name)
+
+        monkeypatch.setattr(environment, "version", version)
+
+    return pretend
+
+
+def test_a_missing_extra_is_named_with_what_it_is_for_and_is_no_fault(layerskip, without):
+    without(gguf=None)
+    done = layerskip("doctor")
+    assert done.status == 0
+    [line] = [line for line in done.out.splitlines() if line.startswith("gguf")]
+    assert "gguf is missing (>=0.17 needed); for GGUF files" in line
+    assert line.endswith("pip install 'layerskip[gguf]'")
+
+
+def test_what_is_needed_and_too_old_is_a_fault(layerskip, without):
+    without(torch="1.0", optuna=None)
+    done = layerskip("doctor", "smollm2")  # and no model is loaded then
+    assert done.status == 1
+    assert "torch 1.0 does not fit >=2.11" in done.out
+    assert "optuna is missing (>=5 needed)" in done.out
+    assert layerskip("doctor", "--json").object["ok"] is False
+
+
+def test_it_lives_where_libraries_cannot_even_be_imported():
+    code = """
+import sys
+for name in ("torch", "optuna", "transformers", "sqlalchemy"):
+    sys.modules[name] = None
+from cli import main
+sys.exit(main.run(["doctor"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=60
+    )
+    assert done.returncode == 0
+    assert "needed      python " in done.stdout
+    assert "Traceback" not in done.stderr
+    [problem] = [line for line in done.stderr.splitlines() if line.startswith("layerskip: ")]
+    assert problem.startswith("layerskip: import of ")
+
+
+def test_every_extra_of_a_user_brings_some_package():
+    assert {package.extra for package in packages()} == {None, *EXTRAS}
+    assert all(Requirement(f"x{package.needed}") for package in packages())
+
+
+def test_an_apple_gpu_is_said_not_to_be_supported(layerskip, monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert "device      mps: Apple GPU; not supported, 'auto' takes the CPU" in layerskip("doctor").out
+
+
+def test_a_gpu_is_named_with_its_memory_and_capability(layerskip, monkeypatch):
+    class Properties:
+        name, total_memory, major, minor = "A GPU", 24 * 2**30, 8, 9
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
+    from layerskip.machine import devices
+
+    assert devices()[0] == Device("cuda:0", "A GPU, 24 GiB, compute capability 8.9", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--dtype", "float32"], "the text is plain decoding's token for token"),
+        (["--dtype", "bfloat16"], "nothing is gained: try float32"),
+    ],
+)
+def test_the_dtype_comes_with_advice(layerskip, options, advice):
+    assert advice in layerskip("doctor", *options).out
+
+
+def test_a_bad_device_is_said_and_the_rest_is_looked_at(layerskip):
+    done = layerskip("doctor", "--device", "abacus")
+    assert done.status == 0
+    assert "device 'abacus' is not available" in done.err
+    assert "needed      python" in done.out
+
+
+def test_with_a_model_it_says_whether_speculation_can_pay(layerskip, model_folder):
+    done = layerskip("doctor", model_folder)
+    assert done.status == 0
+    assert "v(k)        verifying k tokens, in such steps: 1: 1.00 · 2: " in done.out
+    assert "draft       half of the sublayers skipped: " in done.out
+    assert done.out.splitlines()[-1].startswith("Speculation ")
+    result = layerskip("doctor", model_folder, "--json").object["model"]
+    assert result["verdict"].startswith("Speculation ")
+    assert isinstance(result["can_pay"], bool)
+    assert len(result["drafts"]) == 3
+    assert result["verification"]["1"] == pytest.approx(1)
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_in_one_line(layerskip):
+    done = layerskip("doctor", "./nowhere")
+    assert done.status == 1
+    assert "layerskip: model './nowhere': no such file or folder" in done.err

@@ -1,0 +1,233 @@
+"""What a new user does wrong first, and the one line that each mistake gets."""
+
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from layerskip import DraftProfile, LayerSkipModel, identify, load_checkpoint
+from tests.cli.conftest import ENVIRONMENT, save_model
+
+ONLINE = {name: value for name, value in ENVIRONMENT.items() if name != "HF_HUB_OFFLINE"}
+NOWHERE = "http://127.0.0.1:9"  # the port of the discard protocol, where nobody listens
+
+
+@pytest.fixture
+def never_loads(monkeypatch):
+    """No model may be loaded: the mistake can be seen before."""
+
+    def load(*args, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("layerskip.checkpoints.AutoModelForCausalLM.from_pretrained", load)
+
+
+# A misspelled name.
+
+
+def test_a_misspelled_alias_is_told_the_right_one(layerskip):
+    done = layerskip("search", "smollm")
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == (
+        "layerskip: model 'smollm': not an alias (smollm2), not a local file or folder, and not to be had from the hub "
+        "(HF_HUB_OFFLINE is set); did you mean 'smollm2'?"
+    )
+
+
+def test_a_misspelled_hub_id_is_told_one_that_looks_alike(layerskip):
+    done = layerskip("search", "HuggingFaceTB/SmolLM2-135M-Instruc")
+    assert done.err.splitlines()[-1].endswith("; did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?")
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("./Tinny", "Tiny"), ("modle.gguf", "model.gguf")])
+def test_a_misspelled_folder_or_file_is_told_what_lies_beside_it(layerskip, elsewhere, wrong, right):
+    save_model(elsewhere / "Tiny", seed=0)
+    (elsewhere / "model.gguf").write_text("")
+    (elsewhere / "Tinny.txt").write_text("")  # no model
+    done = layerskip("search", wrong)
+    assert done.status == 1
+    assert done.err.splitlines()[-1].endswith(f"; did you mean '{right}'?")
+
+
+def test_a_misspelled_profile_is_told_which_there_are(layerskip, monkeypatch, tmp_path, profile):
+    from layerskip import ready_profiles
+
+    monkeypatch.setattr(ready_profiles, "FOLDER", tmp_path)
+    (tmp_path / "index.json").write_text(ready_profiles.ProfileIndex().model_dump_json())
+    ready_profiles.add_profile("smollm2", profile, "cpu")
+    done = layerskip("apply", "smolm2", "hello")
+    assert done.status == 1
+    assert done.error == (
+        "profile 'smolm2': no such file, and no ready profile of that name (there are: smollm2); "
+        "did you mean 'smollm2'?"
+    )
+
+
+def test_a_model_given_as_a_profile_is_told_to_be_searched(layerskip, model_folder):
+    done = layerskip("apply", model_folder, "hello")
+    assert done.error.endswith(f"is a model, and not a draft profile; make one with 'layerskip search {model_folder}'")
+
+
+# A device or an engine that is not there.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["apply", "{profile}", "hello", "--device", "cuda"],
+        ["bench", "{profile}", "--device", "cuda:1"],
+        ["search", "{model}", "--device", "cuda"],
+        ["search", "{model}", "--devices", "cpu,cuda:7"],
+        ["profile", "check", "{profile}", "--model", "{model}", "--device", "cuda"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_without_a_gpu_its_device_is_refused_before_anything_is_loaded(
+    layerskip, profile, model_folder, elsewhere, never_loads, command
+):
+    done = layerskip(*(word.format(profile=profile, model=model_folder) for word in command))
+    assert done.status == 2
+    assert re.fullmatch(r"device 'cuda(:\d)?' is not available: .*use cpu", done.error)
+    assert list(elsewhere.iterdir()) == []  # nor was a database made
+
+
+def test_a_gpu_that_is_one_too_many_is_told_the_last(layerskip, profile, monkeypatch, never_loads):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    done = layerskip("apply", profile, "hello", "--device", "cuda:7")
+    assert (done.status, done.error) == (2, "device 'cuda:7' is not available: the last GPU here is cuda:1")
+
+
+def test_a_gpu_without_a_driver_is_told_apart_from_a_build_without_cuda(layerskip, profile, monkeypatch, never_loads):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = layerskip("apply", profile, "hello", "--device", "cuda")
+    assert "no GPU with a working driver was found" in done.error
+
+
+@pytest.mark.parametrize(
+    ("engine", "line"),
+    [
+        ("eagre", "engine 'eagre' is unknown; expected eager or cuda-graphs; did you mean 'eager'?"),
+        ("steam", "engine 'steam' is unknown; expected eager or cuda-graphs"),
+        (
+            "cuda-graphs",
+            "engine 'cuda-graphs': CUDA graphs need the whole model on one CUDA device; use the eager engine",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["apply", "bench", "search", "doctor"])
+def test_an_engine_that_cannot_be_had_is_refused_before_anything_is_loaded(
+    layerskip, profile, model_folder, never_loads, command, engine, line
+):
+    target = [model_folder] if command in ("search", "doctor") else [profile]
+    prompt = ["hello"] if command == "apply" else []
+    done = layerskip(command, *target, *prompt, "--engine", engine, "--device", "cpu")
+    assert done.status == 2
+    assert done.err.splitlines()[-1] == f"layerskip: {line}"
+
+
+# Out of memory.
+
+
+def test_out_of_memory_says_what_to_lower(profile, tmp_path):
+    """A context of ten million positions, in a process that may have half a gigabyte more than it has."""
+    folder = save_model(tmp_path / "Long", seed=0, max_position_embeddings=10_000_000)
+    model = LayerSkipModel(load_checkpoint(str(folder), device="cpu", dtype="float32").model)
+    long = DraftProfile.load(profile).model_copy(update={"model": identify(model, str(folder))})
+    long.save(tmp_path / "long.json")
+    code = """
+import re, resource, sys
+from pathlib import Path
+from cli import main
+assert main.run(["apply", sys.argv[1], "hello", "--max-new-tokens", "2"]) == 0  # all libraries are loaded
+[now] = re.findall(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+resource.setrlimit(resource.RLIMIT_AS, (int(now) * 1024 + 2**29,) * 2)
+sys.exit(main.run(["apply", sys.argv[1], "hello", "--max-new-tokens", "9000000"]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "long.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"layerskip: out of memory in main memory \(wanted .* more\): lower --max-new-tokens, ", last), last
+    assert "Traceback" not in done.stderr
+
+
+# The wrong profile, and a prompt that is too long.
+
+
+@pytest.mark.parametrize("command", ["apply", "bench"])
+def test_a_profile_for_another_model_says_for_which(layerskip, profile, model_folder, other_model_folder, command):
+    prompt = ["hello"] if command == "apply" else []
+    done = layerskip(command, profile, *prompt, "--model", other_model_folder)
+    assert done.status == 1
+    assert re.fullmatch(
+        rf"{profile}: model.fingerprint: the profile is for '\w{{16}}' \({model_folder}\), but this model has "
+        r"'\w{16}'; search this model for a profile of its own",
+        done.error,
+    )
+
+
+def test_of_many_prompts_one_that_is_too_long_is_named_before_any_is_decoded(layerskip, profile, elsewhere):
+    (elsewhere / "prompts.txt").write_text("short\n" + "x" * 600 + "\n")
+    done = layerskip("apply", profile, "--prompts", "prompts.txt")
+    assert done.status == 2
+    assert re.fullmatch(r"prompt 2: \d+ tokens do not fit the model's context of 512; shorten it", done.error)
+
+
+# No network.
+
+
+@pytest.fixture
+def online(tmp_path):
+    """Run the installed command with a hub at some address, and nothing in its cache."""
+
+    def run(endpoint, *arguments):
+        env = ONLINE | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub")}
+        command = [sys.executable, "-c", "import sys; from cli.main import main; main()", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=100)
+
+    return run
+
+
+def test_without_a_network_a_hub_id_fails_at_once_and_says_why(online):
+    done = online(NOWHERE, "search", "someone/some-model")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "layerskip: model 'someone/some-model': not an alias (smollm2), not a local file or folder, and not to be had "
+        f"from the hub: {NOWHERE} cannot be reached ("
+    )
+    assert last.endswith("): is there a network?")
+    assert "Retrying" not in done.stderr
+
+
+def test_a_hub_that_knows_no_such_model_says_so(online):
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = online(f"http://127.0.0.1:{server.server_port}", "search", "someone/some-model")
+    finally:
+        server.shutdown()
+        server.server_close()
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "not to be had from the hub: someone/some-model is not a local folder and is not a valid model" in last
+    assert "is there a network" not in last

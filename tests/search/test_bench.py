@@ -1,0 +1,88 @@
+"""Measuring a profile again."""
+
+import pytest
+
+from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip.errors import LosslessnessError
+from search.bench import bench
+from search.measure import decode_both, summarize
+from search.quiet import Quiet
+from tests.models import LAYERS, tiny_llama
+from tests.search.searches import encoded_prompt
+
+PROMPTS = [encoded_prompt("a", [3, 1, 4]), encoded_prompt("b", [1, 5, 9, 2]), encoded_prompt("c", [6])]
+
+
+@pytest.fixture
+def model():
+    return LayerSkipModel(tiny_llama())
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    def measure(drafter=None, **options):
+        drafter = drafter or SkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        rest = {"max_new_tokens": 12, "repeats": 3, "quiet": Quiet(tmp_path, model.device), "on_prompt": int} | options
+        return bench(model, drafter, PROMPTS, **rest)
+
+    return measure
+
+
+def test_every_prompt_is_decoded_both_ways_as_often_as_asked_and_in_turn(run, monkeypatch):
+    calls, counted = [], []
+
+    def decode(model, prompt, drafter, *, max_new_tokens, plain_first):
+        calls.append((prompt.id, plain_first))
+        return decode_both(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
+
+    monkeypatch.setattr("search.bench.decode_both", decode)
+    run(repeats=2, on_prompt=counted.append)
+    assert [prompt for prompt, _ in calls] == ["a", "b", "c", "a", "b", "c"]
+    assert all({first for prompt, first in calls if prompt == one} == {True, False} for one in "abc")
+    assert counted == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_prompt_counts_with_the_median_of_its_repeats(run, monkeypatch):
+    seconds = iter([1.0, 9.0, 2.0] * 3)
+
+    def decode(*args, **options):
+        pair = decode_both(*args, **options)
+        object.__setattr__(pair, "plain_seconds", 4.0)
+        object.__setattr__(pair, "draft_seconds", next(seconds))
+        return pair
+
+    monkeypatch.setattr("search.bench.decode_both", decode)
+    monkeypatch.setattr("tests.search.test_bench.PROMPTS", PROMPTS[:1])
+    result = run()
+    assert [(one.plain_seconds, one.draft_seconds) for one in result.prompts] == [(4.0, 2.0)]
+    assert result.summary.speedup == 2.0
+
+
+def test_the_summary_is_that_of_the_prompts(run):
+    result = run()
+    assert result.summary == summarize(result.prompts)
+    assert [one.prompt for one in result.prompts] == ["a", "b", "c"]
+
+
+def test_accepted_tokens_are_counted_by_the_round(run, model):
+    drafter = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    result = run(drafter)
+    made = [generate(model, prompt.tokens, drafter=drafter, max_new_tokens=12).stats for prompt in PROMPTS]
+    assert result.mean_accepted == sum(one.accepted for one in made) / sum(one.rounds for one in made)
+    assert result.summary.acceptance_rate == 1
+
+
+def test_one_token_takes_no_round(run):
+    assert run(max_new_tokens=1).mean_accepted is None
+
+
+def test_a_draft_that_changes_the_text_is_an_error(run, model, monkeypatch):
+    def decode(*args, **options):
+        pair = decode_both(*args, **options)
+        other = [(token + 1) % model.vocab_size for token in pair.draft.tokens]
+        object.__setattr__(pair.draft, "tokens", other)
+        return pair
+
+    monkeypatch.setattr("search.bench.decode_both", decode)
+    with pytest.raises(LosslessnessError):
+        run(repeats=1)
