@@ -39,7 +39,7 @@ from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet, identify
 from layerskip.machine import library_versions
 from search.observer import SearchObserver
-from search.preparation import LATENCY_KEY, Prepared, SearchPrompts, prepare
+from search.preparation import Prepared, SearchPrompts, prepare
 from search.prompts import PromptSplit
 from search.quiet import Quiet
 from search.settings import SearchSettings
@@ -47,6 +47,7 @@ from search.space import Candidate, SearchSpace
 from search.study import STARTED_KEY, Search
 from search.trials import COMPLETE_KEY
 from studies.ranking import seen_trials, speedup_of
+from studies.study import LATENCY_KEY
 
 console = Console(highlight=False, width=150)
 SAMPLERS = ("tpe", "greybox", "random")

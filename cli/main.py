@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, dashboard, profile, search, studies
+from cli import apply, dashboard, profile, report, search, studies
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -25,6 +25,7 @@ app.command("search")(search.search)
 app.command("apply")(apply.apply)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")
+app.command("report")(report.report)
 app.command("dashboard")(dashboard.dashboard)
 
 

@@ -32,7 +32,7 @@ from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.trials import SOURCE_KEY, Objective, policy_of
-from search.warm_starts import warm_starts
+from search.warm_starts import AcceptanceAlone, warm_starts
 from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
@@ -45,7 +45,7 @@ from studies.ranking import (
     speedup_of,
 )
 from studies.records import records_of
-from studies.study import StudyContext, open_study
+from studies.study import ALONE_KEY, StudyContext, open_study
 
 # Seconds; no timeout at all would be another thing.
 _MOMENT = 1e-3
@@ -168,7 +168,12 @@ class Search:
             self._enqueue_starts(study, tools)
         study.sampler = self._sampler(study, tools)
         objective = Objective(
-            self._space, tools.predictor, self._measurer(tools), self._prompts.measured, self._settings.pareto
+            self._space,
+            tools.predictor,
+            self._measurer(tools),
+            self._prompts.measured,
+            self._settings.sampler,
+            self._settings.pareto,
         )
         callbacks = [self._report]
         if self._number == 0:
@@ -200,9 +205,12 @@ class Search:
         if study.user_attrs.get(STARTED_KEY):
             return
         with self._quiet.beside_others():
-            starts = list(warm_starts(self._model, self._space, tools.estimator, tools.latency))
+            alone = AcceptanceAlone(self._model, tools.estimator)
+            starts = list(warm_starts(self._space, alone, tools.estimator, tools.latency))
         for source, candidate in starts:
             study.enqueue_trial(self._space.parameters(candidate), user_attrs={SOURCE_KEY: source}, skip_if_exists=True)
+        if alone.known:
+            study.set_user_attr(ALONE_KEY, alone.known)
         study.set_user_attr(STARTED_KEY, True)
 
     def _sampler(self, study: optuna.Study, tools: Prepared) -> BaseSampler:

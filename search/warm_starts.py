@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from layerskip.stack.model import LayerSkipModel
@@ -22,21 +22,40 @@ from search.starts import (
 )
 
 
+class AcceptanceAlone:
+    """What leaving out one sublayer alone does to the acceptance rate, on the texts of a first look.
+
+    Attributes:
+        known: The acceptance rate of each draft that was asked for, by what it skips.
+
+    Args:
+        model: The model.
+        estimator: Scores drafts.
+    """
+
+    def __init__(self, model: LayerSkipModel, estimator: Estimator) -> None:
+        self._model = model
+        self._estimator = estimator
+        self.known: dict[str, float] = {}
+
+    def __call__(self, skip_set: SkipSet) -> float:
+        """The acceptance rate α of the draft that skips this, without bridges and with the whole vocabulary."""
+        rate = acceptance(next(self._estimator.traces(self._model.stack_of(skip_set))))
+        self.known[str(skip_set)] = rate
+        return rate
+
+
 def warm_starts(
-    model: LayerSkipModel, space: SearchSpace, estimator: Estimator, latency: LatencyModel
+    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: Estimator, latency: LatencyModel
 ) -> Iterator[tuple[str, Candidate]]:
     """Candidates, each with where it comes from.
 
     Args:
-        model: The model.
         space: The choices of the search.
-        estimator: Scores single sublayers.
+        alone: Gives the acceptance rate of a draft that skips a single sublayer.
+        estimator: Has the texts that starts look at.
         latency: What sublayers cost.
     """
-
-    def alone(skip_set: SkipSet) -> float:
-        return acceptance(next(estimator.traces(model.stack_of(skip_set))))
-
     costs = _sublayer_costs(space.num_layers, latency)
     text = estimator.versions()
     families = (
