@@ -39,7 +39,7 @@ from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet, identify
 from layerskip.machine import library_versions
 from search.observer import SearchObserver
-from search.preparation import LATENCY_KEY, Prepared, SearchPrompts, prepare
+from search.preparation import Prepared, SearchPrompts, prepare
 from search.prompts import PromptSplit
 from search.quiet import Quiet
 from search.settings import SearchSettings
@@ -48,6 +48,7 @@ from search.study import Search
 from search.trials import COMPLETE_KEY
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
+from studies.study import LATENCY_KEY
 
 console = Console(highlight=False, width=150)
 SAMPLERS = ("tpe", "greybox", "random")

@@ -38,11 +38,11 @@ def export(
 
     Its README has the commands for vLLM, llama.cpp and transformers.
     """
-    from layerskip import DraftProfile, LayerSkipModel, export_draft, load_checkpoint
+    from layerskip import LayerSkipModel, export_draft, load_checkpoint
     from layerskip.checkpoints import stored_dtype
     from layerskip.export import check_exportable
 
-    loaded = DraftProfile.load(profile)
+    loaded = load_profile(profile)
     check_exportable(loaded, to, without_bridges=without_bridges)
     quiet_libraries()
     source, revision = model or loaded.model.id, None if model else loaded.revision

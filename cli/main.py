@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, bench, dashboard, doctor, export, profile, search, studies
+from cli import apply, bench, dashboard, doctor, export, profile, report, search, studies
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -28,6 +28,7 @@ app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")
+app.command("report")(report.report)
 app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 

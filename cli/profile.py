@@ -104,9 +104,9 @@ def push(
 
     The token is that of 'hf auth login' or of the environment variable HF_TOKEN.
     """
-    from layerskip import DraftProfile
+    from layerskip import load_profile
 
-    loaded = DraftProfile.load(profile)
+    loaded = load_profile(profile)
     if base_model or base_revision:
         loaded = loaded.for_base_model(base_model or loaded.model.id, base_revision)
     quiet_libraries()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from layerskip.checkpoints import ALIASES, resolve_device, resolve_dtype
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.files import write_atomically
+from layerskip.hub import PROFILE_NAME
 from layerskip.machine import device_name
 from layerskip.profile import DraftProfile
 
@@ -93,24 +94,27 @@ def find_profile(name: str, *, device: str = "auto", dtype: str = "auto", folder
 
 
 def load_profile(source: str, *, device: str = "auto", dtype: str = "auto") -> DraftProfile:
-    """Load a profile by its file or by the name of a ready one.
+    """Load a profile by its file, by the name of a ready one, or from the hub.
 
     Args:
-        source: A file; or, if there is no such file, a name for :func:`find_profile`.
+        source: A file, or a folder that holds a ``draft_profile.json``; a name for :func:`find_profile`; or else
+            ``owner/name``, a repository on the hub.
         device: As in :func:`find_profile`.
         dtype: Likewise.
 
     Raises:
         InvalidProfileError: There is no such profile, or it is not valid.
         InvalidInputError: The device or dtype is unknown or not available.
+        HubError: The repository cannot be had.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
+    is_model = (path / "config.json").is_file() and not (path / PROFILE_NAME).is_file()
+    if path.suffix == ".gguf" or is_model:
         raise InvalidProfileError(
             f"{source}: is a model, and not a draft profile; make one with 'layerskip search {source}'"
         )
-    if path.is_file() or path.suffix == ".json" or "/" in source:
-        return DraftProfile.load(path)
+    if path.exists() or path.suffix == ".json" or "/" in source:
+        return DraftProfile.from_pretrained(source)
     return DraftProfile.load(find_profile(source, device=device, dtype=dtype))
 
 

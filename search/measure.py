@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap, wilcoxon
+from scipy.stats import wilcoxon
 
 from layerskip.decoding.drafting import Drafter
 from layerskip.decoding.loop import Generation, generate
@@ -15,6 +14,7 @@ from layerskip.errors import LosslessnessError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.timing import device_seconds
 from search.prompts import EncodedPrompt
+from studies.speedups import speedup_of_all, speedup_of_prompt
 
 # In float32 two passes of different width differ by rounding; logits closer than this are as good as equal.
 _FLOAT32_TIE = 1e-3
@@ -52,7 +52,7 @@ class PromptMeasurement:
     @property
     def speedup(self) -> float:
         """Plain seconds ÷ self-speculative seconds, each for one token."""
-        return (self.plain_seconds / self.tokens) / (self.draft_seconds / self.draft_tokens)
+        return speedup_of_prompt(self)
 
 
 @dataclass(frozen=True)
@@ -190,31 +190,17 @@ def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Seque
 def summarize(measurements: Sequence[PromptMeasurement]) -> Summary:
     """Take the measurements of one candidate together.
 
-    The speedup is that of all prompts' total times. Its 95 % interval comes from resampling prompts (percentile
-    bootstrap with a fixed seed); with a single prompt it is that prompt's speedup alone.
+    The speedup and its interval are those of :func:`studies.speedups.speedup_of_all`.
     """
-    plain_seconds = np.array([m.plain_seconds for m in measurements])
-    draft_seconds = np.array([m.draft_seconds for m in measurements])
-    tokens = np.array([m.tokens for m in measurements])
-    draft_tokens = np.array([m.draft_tokens for m in measurements])
-
-    def speedup(plain_s: np.ndarray, draft_s: np.ndarray, n: np.ndarray, draft_n: np.ndarray, axis: int = -1) -> float:
-        return (plain_s.sum(axis) / n.sum(axis)) / (draft_s.sum(axis) / draft_n.sum(axis))  # type: ignore[no-any-return]
-
-    data = (plain_seconds, draft_seconds, tokens, draft_tokens)
-    value = float(speedup(*data))
-    low = high = value
-    if len(measurements) > 1:
-        interval = bootstrap(data, speedup, paired=True, method="percentile", rng=np.random.default_rng(0))
-        low, high = (float(end) for end in interval.confidence_interval)
+    speedup = speedup_of_all(measurements)
     drafted = sum(m.drafted for m in measurements)
     return Summary(
-        speedup=value,
-        speedup_low=low,
-        speedup_high=high,
+        speedup=speedup.value,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
         acceptance_rate=sum(m.accepted for m in measurements) / drafted if drafted else None,
-        plain_tokens_per_second=float(tokens.sum() / plain_seconds.sum()),
-        draft_tokens_per_second=float(draft_tokens.sum() / draft_seconds.sum()),
+        plain_tokens_per_second=sum(m.tokens for m in measurements) / sum(m.plain_seconds for m in measurements),
+        draft_tokens_per_second=sum(m.draft_tokens for m in measurements) / sum(m.draft_seconds for m in measurements),
         prompts=len(measurements),
         near_ties=sum(m.near_tie for m in measurements),
     )

@@ -27,11 +27,13 @@ class Estimate:
 
     Args:
         acceptance: Its one-step acceptance rate α.
+        draft_cost: What one of its draft steps costs, c, in units of a plain decoding step.
         prediction: What replay made of it.
         complete: Whether all texts were looked at; a candidate that cannot win is given up earlier.
     """
 
     acceptance: float
+    draft_cost: float
     prediction: Prediction
     complete: bool
 
@@ -92,4 +94,4 @@ class Predictor:
             prediction = replay(traces, self._policies, costs, limit=self._limit)
             complete = len(traces) == self._estimator.num_texts
             if complete or _cannot_win(prediction.seconds, to_beat):
-                return Estimate(acceptance(traces), prediction, complete)
+                return Estimate(acceptance(traces), costs.draft_cost, prediction, complete)

@@ -23,9 +23,8 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun
 from search.settings import SearchSettings
 from search.space import SearchSpace
+from studies.study import LATENCY_KEY
 
-# A study that has this attribute is not measured for.
-LATENCY_KEY = "latency"
 # Enough that every kernel and buffer has been used once.
 _WARM_UP_TOKENS = 8
 

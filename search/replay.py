@@ -58,6 +58,11 @@ class RoundCosts:
             np.array(verification),
         )
 
+    @property
+    def draft_cost(self) -> float:
+        """A draft step in units of a plain decoding step, over all texts."""
+        return float(self.step.sum() / self.verification[:, 0].sum())
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -32,7 +32,7 @@ from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.trials import Objective, policy_of
-from search.warm_starts import StartingPlan, warm_starts
+from search.warm_starts import AcceptanceAlone, StartingPlan, warm_starts
 from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
@@ -164,13 +164,20 @@ class Search:
             return
         study.sampler = self._sampler(study, tools)
         objective = Objective(
-            self._space, tools.predictor, self._measurer(tools), self._prompts.measured, self._settings.pareto
+            self._space,
+            tools.predictor,
+            self._measurer(tools),
+            self._prompts.measured,
+            self._settings.sampler,
+            self._settings.pareto,
         )
         callbacks = [self._report]
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
+            alone = AcceptanceAlone(self._model, tools.estimator)
             starts = StartingPlan(
-                warm_starts(self._model, self._space, tools.estimator, tools.latency),
+                warm_starts(self._space, alone, tools.estimator, tools.latency),
+                alone,
                 self._space,
                 2 * self._settings.workers,  # a worker that finds none waiting would propose one of its own
                 self._quiet,

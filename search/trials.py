@@ -19,6 +19,7 @@ from search.prompts import EncodedPrompt
 from search.space import Candidate, Policy, SearchSpace
 from studies.ranking import (
     BASIS_KEY,
+    DRAFT_COST_KEY,
     PREDICTED_KEY,
     STOPPED_KEY,
     HasTrials,
@@ -33,6 +34,8 @@ SOURCE_KEY = "source"
 MEASURES_KEY = "measures"
 SECONDS_KEY = "seconds"
 COMPLETE_KEY = "complete"
+# Names the sampler that proposed a trial, where there is no other source.
+SAMPLER_KEY = "sampler"
 ACCEPTANCE_KEY = "acceptance"
 _POLICY_KEY = "policy"
 _DRAFT_KEY = "draft_exit"
@@ -51,6 +54,7 @@ class Objective:
         predictor: Foretells speedups.
         measurer: Decodes for real.
         prompts: What measured candidates decode.
+        sampler: Name of who proposes what was not enqueued, for the record.
         pareto: Whether the acceptance rate is a second objective.
     """
 
@@ -58,6 +62,7 @@ class Objective:
     predictor: Predictor
     measurer: Measurer
     prompts: Sequence[EncodedPrompt]
+    sampler: str
     pareto: bool = False
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
@@ -76,6 +81,8 @@ class Objective:
         trial.set_user_attr("skip_set", str(candidate.skip_set))
         if MEASURES_KEY in trial.user_attrs:
             return self._measured(trial, candidate, _trial(trial, trial.user_attrs[MEASURES_KEY]))
+        if SOURCE_KEY not in trial.user_attrs:
+            trial.set_user_attr(SAMPLER_KEY, self.sampler)
         now = Snapshot(trial.study)
         known = _seen_before(trial, now)
         if known is not None:
@@ -149,6 +156,7 @@ def _described(candidate: Candidate, estimate: Estimate) -> dict[str, Any]:
         _POLICY_KEY: prediction.policy.as_json(),
         ACCEPTANCE_KEY: estimate.acceptance,
         PREDICTED_KEY: prediction.speedup,
+        DRAFT_COST_KEY: estimate.draft_cost,
         COMPLETE_KEY: estimate.complete,
         _SECONDS_BY_TEXT_KEY: prediction.seconds,
         "predicted_acceptance_rate": prediction.acceptance_rate,

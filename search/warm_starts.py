@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import optuna
@@ -25,9 +25,33 @@ from search.starts import (
     published,
 )
 from search.trials import SOURCE_KEY
+from studies.study import ALONE_KEY
 
 # A study that has this attribute was given all of them.
 STARTED_KEY = "warm_starts"
+
+
+class AcceptanceAlone:
+    """What leaving out one sublayer alone does to the acceptance rate, on the texts of a first look.
+
+    Attributes:
+        known: The acceptance rate of each draft that was asked for, by what it skips.
+
+    Args:
+        model: The model.
+        estimator: Scores drafts.
+    """
+
+    def __init__(self, model: LayerSkipModel, estimator: Estimator) -> None:
+        self._model = model
+        self._estimator = estimator
+        self.known: dict[str, float] = {}
+
+    def __call__(self, skip_set: SkipSet) -> float:
+        """The acceptance rate α of the draft that skips this, without bridges and with the whole vocabulary."""
+        rate = acceptance(next(self._estimator.traces(self._model.stack_of(skip_set))))
+        self.known[str(skip_set)] = rate
+        return rate
 
 
 class StartingPlan:
@@ -35,13 +59,22 @@ class StartingPlan:
 
     Args:
         starts: Candidates with where they come from, worked out as they are taken.
+        alone: What they ask about single sublayers; the study remembers the answers.
         space: Gives their parameters.
         ahead: How many shall wait.
         quiet: Turns with other workers.
     """
 
-    def __init__(self, starts: Iterator[tuple[str, Candidate]], space: SearchSpace, ahead: int, quiet: Quiet) -> None:
+    def __init__(
+        self,
+        starts: Iterator[tuple[str, Candidate]],
+        alone: AcceptanceAlone,
+        space: SearchSpace,
+        ahead: int,
+        quiet: Quiet,
+    ) -> None:
         self._starts = starts
+        self._alone = alone
         self._space = space
         self._ahead = ahead
         self._quiet = quiet
@@ -51,6 +84,8 @@ class StartingPlan:
         while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
             with self._quiet.beside_others():
                 start = next(self._starts, None)
+            if len(study.user_attrs.get(ALONE_KEY, ())) < len(self._alone.known):
+                study.set_user_attr(ALONE_KEY, self._alone.known)
             if start is None:
                 study.set_user_attr(STARTED_KEY, True)
                 return
@@ -64,20 +99,16 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def warm_starts(
-    model: LayerSkipModel, space: SearchSpace, estimator: Estimator, latency: LatencyModel
+    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: Estimator, latency: LatencyModel
 ) -> Iterator[tuple[str, Candidate]]:
     """Candidates, each with where it comes from; those that take long to work out come last.
 
     Args:
-        model: The model.
         space: The choices of the search.
-        estimator: Scores single sublayers.
+        alone: Gives the acceptance rate of a draft that skips a single sublayer.
+        estimator: Has the texts that starts look at.
         latency: What sublayers cost.
     """
-
-    def alone(skip_set: SkipSet) -> float:
-        return acceptance(next(estimator.traces(model.stack_of(skip_set))))
-
     costs = _sublayer_costs(space.num_layers, latency)
     text = estimator.versions()
     families = (

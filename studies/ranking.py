@@ -14,6 +14,7 @@ Basis = Literal["measured", "predicted"]
 BASIS_KEY = "basis"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"
+DRAFT_COST_KEY = "draft_cost"
 
 
 class HasTrials(Protocol):

@@ -13,13 +13,21 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
+from layerskip.machine import library_versions
 from studies.ranking import Basis, basis_of, best_trials, measured_trials, pareto_front, seen_trials, speedup_of
 from studies.records import MeasurementRecord, count_measurements, records_of
+from studies.speedups import speedup_of_all
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.
 _DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
 _FORMAT = 2
+# Attributes of a study: the versions of what it was searched with, one after the other;
+VERSIONS_KEY = "versions"
+# what the parts of a step cost, as search.latency writes it; a study that has it is not measured for;
+LATENCY_KEY = "latency"
+# and the acceptance rate of drafts that skip a single sublayer, by what they skip.
+ALONE_KEY = "acceptance_alone"
 _NEWER = "was made by a newer version of layerskip; update layerskip"
 
 
@@ -76,6 +84,14 @@ def open_study(
     Raises:
         InvalidInputError: A study of that name exists, and was made in another context or by something else.
     """
+    study = _open(storage, name, context, objectives)
+    earlier, now = study.user_attrs.get(VERSIONS_KEY, []), library_versions()
+    if now not in earlier:
+        study.set_user_attr(VERSIONS_KEY, [*earlier, now])
+    return study
+
+
+def _open(storage: optuna.storages.BaseStorage, name: str, context: StudyContext, objectives: int) -> optuna.Study:
     directions = [StudyDirection.MAXIMIZE] * objectives
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     if len(study.directions) != objectives:
@@ -112,6 +128,20 @@ def _maximizes(study: optuna.Study) -> bool:
     return set(study.directions) == {StudyDirection.MAXIMIZE}
 
 
+def context_of(study: optuna.Study) -> dict[str, Any]:
+    """What a study's values depend on: the fields of :class:`StudyContext`.
+
+    Raises:
+        InvalidInputError: This version of layerskip did not make it.
+    """
+    recorded: dict[str, Any] = study.user_attrs.get(_CONTEXT_KEY, {})
+    if _is_newer(recorded):
+        raise InvalidInputError(f"study '{study.study_name}': {_NEWER}")
+    if recorded.get("format") != _FORMAT:
+        raise InvalidInputError(f"study '{study.study_name}': was not made by this version of layerskip; search anew")
+    return recorded
+
+
 @dataclass(frozen=True)
 class StudySummary:
     """A study at a glance.
@@ -138,6 +168,12 @@ class StudySummary:
 def list_studies(storage: optuna.storages.BaseStorage) -> list[StudySummary]:
     """All studies of a storage, by name."""
     return sorted((_summary(study) for study in _studies(storage)), key=lambda summary: summary.name)
+
+
+def studies_of_ours(storage: optuna.storages.BaseStorage) -> list[str]:
+    """Names of the studies that this version of layerskip made."""
+    ours = [study for study in _studies(storage) if study.user_attrs.get(_CONTEXT_KEY, {}).get("format") == _FORMAT]
+    return sorted(study.study_name for study in ours)
 
 
 def _studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
@@ -209,8 +245,4 @@ def _held_out_speedups(storage: optuna.storages.BaseStorage, name: str) -> dict[
         if record.prompt_set == "held-out":
             finals.setdefault(record.trial, []).append(record)
 
-    def speedup(records: list[MeasurementRecord]) -> float:
-        plain = sum(r.plain_seconds for r in records) / sum(r.tokens for r in records)
-        return plain / (sum(r.draft_seconds for r in records) / sum(r.draft_tokens for r in records))
-
-    return {number: speedup(records) for number, records in finals.items()}
+    return {number: speedup_of_all(records).value for number, records in finals.items()}

@@ -12,6 +12,7 @@ from layerskip.drafts.bridges import blank_bridge
 from layerskip.engine import PassCosts, measure_costs
 from search.latency import CostsBehind, LatencyModel, StepCosts, measure_latency
 from search.space import SearchSpace
+from studies.step_costs import read_parts
 from tests.models import LAYERS, VOCABULARY, tiny_llama
 from tests.search.searches import costs_behind, known_costs
 from tests.strategies import skip_sets
@@ -126,3 +127,13 @@ def test_a_model_that_cannot_tell_two_lengths_apart_has_one_cost_for_all():
     costs = costs_behind(20)
     latency = LatencyModel(costs, costs)
     assert {latency.prefill(length) for length in (1, 20, 300)} == {20}
+
+
+def test_what_a_search_keeps_is_what_reports_read():
+    latency = known_costs()
+    parts = read_parts(latency.as_json())
+    plain = latency.verification(1, 0.0, parts.context, None)
+    assert parts.plain_seconds == pytest.approx(plain)
+    assert parts.verifying(5) == pytest.approx(latency.verification(5, 0.0, parts.context, None) / plain)
+    step = 3 * parts.attention + 2 * parts.mlp + parts.bridge + parts.head[0] + parts.fixed
+    assert step == pytest.approx(latency.parts(3, 2, 1, 0, parts.context) / plain)

@@ -1,59 +1,228 @@
-"""The dashboard, served for real on a free port."""
+"""The dashboard, served for real on a free port and read in a real browser."""
 
 import json
+import os
 import socket
 import threading
+from datetime import UTC, datetime
 from queue import Queue
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import optuna
 import pytest
+import torch
+from optuna.storages import RDBStorage
 
-from layerskip import InvalidInputError
+from layerskip import DraftProfile, FixedLength, InvalidInputError, Provenance, SkipSet, identify
+from layerskip.drafts.assets import DraftAssets
+from layerskip.errors import InvalidProfileError
 from studies.dashboard import serve
+from studies.pins import artifact_store, attach_figures, attach_profile
+from studies.study import load_study
+from tests.studies.drawn_studies import StudyInTheMaking
 
-pytest.importorskip("optuna_dashboard")
+optuna_dashboard = pytest.importorskip("optuna_dashboard")
+FIGURES = {"skip-map", "prompts", "predictions", "acceptance", "sublayers", "costs", "history"}
 
 
 @pytest.fixture
-def served(storage):
-    """The address of a dashboard that a thread serves until the tests are over, on a storage with one study."""
+def serve_storage(storage, tmp_path):
+    """Serve the storage in a thread until the tests are over; the dashboard's address."""
+
+    def begin(**options):
+        ready = Queue()
+        arguments = {"host": "127.0.0.1", "port": 0, "artifacts": tmp_path / "artifacts", "when_ready": ready.put}
+        threading.Thread(target=serve, args=(storage,), kwargs=arguments | options, daemon=True).start()
+        return ready.get(timeout=60)
+
+    return begin
+
+
+@pytest.fixture
+def served(storage, serve_storage):
+    """A dashboard on a storage with one study that is not layerskip's."""
     optuna.create_study(study_name="seen", storage=storage, direction="maximize")
-    ready = Queue()
-    arguments = {"host": "127.0.0.1", "port": 0, "when_ready": ready.put}
-    threading.Thread(target=serve, args=(storage,), kwargs=arguments, daemon=True).start()
-    return ready.get(timeout=60)
+    return serve_storage()
+
+
+@pytest.fixture
+def make_profile(llama, tmp_path):
+    """Save a profile of a study, with tensors beside it."""
+
+    def make(study, name="draft_profile.json", token_ids=(1, 2)):
+        profile = DraftProfile(
+            model=identify(llama, "makers/tiny"),
+            skip_set=SkipSet(4, attention=(1,)),
+            draft_exit=FixedLength(3),
+            provenance=Provenance(study=study, trial=0, created=datetime(2026, 1, 2, tzinfo=UTC), tool="layerskip"),
+        )
+        path = tmp_path / name
+        profile.with_assets(DraftAssets(token_ids=torch.tensor(token_ids))).save(path)
+        return path
+
+    return make
+
+
+def fetched(url):
+    with urlopen(url, timeout=60) as answer:
+        return answer.read()
+
+
+def detail(served, name="s"):
+    """What the dashboard is told about a study."""
+    summaries = json.loads(fetched(f"{served}api/studies"))["study_summaries"]
+    [number] = [summary["study_id"] for summary in summaries if summary["study_name"] == name]
+    return number, json.loads(fetched(f"{served}api/studies/{number}"))
+
+
+class CountingStorage:
+    """Counts what is written to a storage."""
+
+    def __init__(self, monkeypatch):
+        self.writes = []
+        original = RDBStorage.set_study_system_attr
+
+        def count(storage, study_id, key, value):
+            self.writes.append(key)
+            return original(storage, study_id, key, value)
+
+        monkeypatch.setattr(RDBStorage, "set_study_system_attr", count)
 
 
 def test_the_dashboard_answers_where_it_said_and_lists_the_study(served):
-    with urlopen(served, timeout=60) as page:
-        assert page.status == 200
-        assert b"<html" in page.read().lower()
-    with urlopen(f"{served}api/studies", timeout=60) as answer:
-        studies = json.load(answer)["study_summaries"]
+    assert b"<html" in fetched(served).lower()
+    studies = json.loads(fetched(f"{served}api/studies"))["study_summaries"]
     assert [study["study_name"] for study in studies] == ["seen"]
 
 
 def test_the_dashboard_leaves_the_terminal_alone(served, capfd):
-    with urlopen(f"{served}api/studies", timeout=60) as answer:
-        answer.read()
+    fetched(f"{served}api/studies")
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_port_in_use_is_an_error_in_one_line(storage):
+def test_a_study_shows_our_figures_and_note_in_a_browser_that_asks_nobody_else(storage, serve_storage, visit):
+    making = StudyInTheMaking(storage).with_costs().with_sublayers_looked_at()
+    making.looked_at(10).measured(1).finalists(1)
+    served = serve_storage()
+    number, told = detail(served)
+    assert {figure["id"] for figure in told["plotly_graph_objects"]} == FIGURES
+    visited = visit(f"{served}dashboard/studies/{number}")
+    page = visited.page
+    for title in ("What the best candidates leave out", "Predicted against measured"):
+        page.locator(".gtitle", has_text=title).wait_for()
+    page.goto(f"{served}dashboard/studies/{number}/note")
+    page.get_by_text("Best speedup: ").first.wait_for()
+    assert {urlsplit(url).hostname for url in visited.requests if not url.startswith(("data:", "blob:"))} == {
+        "127.0.0.1"
+    }
+    assert visited.complaints == []
+
+
+def test_what_has_not_changed_is_not_written_again(storage, monkeypatch):
+    making = StudyInTheMaking(storage).looked_at(12)
+    attach_figures(storage, "s")
+    counting = CountingStorage(monkeypatch)
+    attach_figures(storage, "s")
+    assert counting.writes == []
+    making.looked_at(1)
+    attach_figures(storage, "s")
+    assert any(key.startswith("dashboard:plot_data:history") for key in counting.writes)
+    assert not any(key.startswith("dashboard:plot_data:costs") for key in counting.writes)
+
+
+def test_a_note_follows_the_study_until_somebody_else_writes_it(storage):
+    making = StudyInTheMaking(storage).looked_at(1)
+    attach_figures(storage, "s")
+    assert "1 candidates looked at" in optuna_dashboard.get_note(making.study)
+    making.looked_at(2)
+    attach_figures(storage, "s")
+    assert "3 candidates looked at" in optuna_dashboard.get_note(making.study)
+    optuna_dashboard.save_note(making.study, "mine")
+    making.looked_at(1)
+    attach_figures(storage, "s")
+    assert optuna_dashboard.get_note(making.study) == "mine"
+
+
+def test_a_note_holds_no_html(storage):
+    making = StudyInTheMaking(storage, model="<img src=x onerror=alert(1)>").looked_at(1)
+    attach_figures(storage, "s")
+    assert "<" not in optuna_dashboard.get_note(making.study)
+
+
+def test_studies_of_others_are_served_as_they_are(storage, served):
+    _, told = detail(served, "seen")
+    assert told["plotly_graph_objects"] == []
+    assert told["note"]["body"] == ""
+
+
+def test_profiles_and_their_tensors_can_be_downloaded(storage, serve_storage, make_profile):
+    StudyInTheMaking(storage).looked_at(1)
+    path = make_profile("s")
+    served = serve_storage(profiles=[path])
+    number, told = detail(served)
+    contents = {
+        one["filename"]: fetched(f"{served}artifacts/{number}/{one['artifact_id']}") for one in told["artifacts"]
+    }
+    tensors = path.with_name(DraftProfile.load(path).tensors.file)
+    assert contents == {path.name: path.read_bytes(), tensors.name: tensors.read_bytes()}
+
+
+def test_a_profile_is_attached_once_and_again_where_its_copy_is_lost(storage, make_profile, tmp_path):
+    StudyInTheMaking(storage)
+    folder, path = tmp_path / "artifacts", make_profile("s")
+    for _ in range(2):
+        attach_profile(storage, path, artifact_store(folder))
+    assert len(list(folder.iterdir())) == 2
+    for file in folder.iterdir():
+        file.unlink()
+    attach_profile(storage, path, artifact_store(folder))
+    assert len(list(folder.iterdir())) == 2
+    attach_profile(storage, make_profile("s", token_ids=(3, 4)), artifact_store(folder))
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profile, tmp_path):
+    StudyInTheMaking(storage)
+    store = artifact_store(tmp_path / "artifacts")
+    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: s$"):
+        attach_profile(storage, make_profile("x"), store)
+    with pytest.raises(InvalidInputError, match="the profile was made by hand; only those of a study can be attached"):
+        attach_profile(storage, make_profile(None), store)
+    with pytest.raises(InvalidProfileError, match=r"missing\.json: cannot read the draft profile"):
+        attach_profile(storage, tmp_path / "missing.json", store)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInputError, match=r"^--artifacts .*/file/below: cannot make the folder: "):
+        artifact_store(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_an_error_in_one_line(storage, make_profile, tmp_path):
+    StudyInTheMaking(storage)
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(InvalidInputError, match="cannot be copied to the artifacts: Permission denied"):
+        attach_profile(storage, make_profile("s"), artifact_store(folder))
+    assert load_study(storage, "s").user_attrs
+
+
+def test_a_port_in_use_is_an_error_in_one_line(storage, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InvalidInputError) as caught:
-            serve(storage, host="127.0.0.1", port=port, when_ready=pytest.fail)
+            serve(storage, host="127.0.0.1", port=port, artifacts=tmp_path, when_ready=pytest.fail)
     assert str(caught.value) == (
         f"cannot listen on 127.0.0.1, port {port}: Address already in use; choose another with --host and --port"
     )
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "not a host"])
-def test_an_address_that_is_not_this_machines_is_an_error_in_one_line(storage, host):
+def test_an_address_that_is_not_this_machines_is_an_error_in_one_line(storage, tmp_path, host):
     with pytest.raises(InvalidInputError) as caught:
-        serve(storage, host=host, port=0, when_ready=pytest.fail)
+        serve(storage, host=host, port=0, artifacts=tmp_path, when_ready=pytest.fail)
     assert str(caught.value).startswith(f"cannot listen on {host}, port 0: ")
     assert "None" not in str(caught.value)
     assert "\n" not in str(caught.value)

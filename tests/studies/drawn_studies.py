@@ -1,0 +1,167 @@
+"""Studies with known contents, written through the real storage as a search writes them."""
+
+import json
+import math
+import random
+from datetime import datetime, timedelta
+
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState, create_trial
+
+from layerskip import SkipSet
+from studies.figures.acceptance import ideal_speedup
+from studies.ranking import best_trials
+from studies.records import MeasurementRecord, add_measurement
+from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
+
+BEGAN = datetime(2026, 3, 4, 12, 0)
+VOCABULARIES = (0, 8192, 16384)
+PARTS = {"fixed": 0.004, "attention": 0.0004, "mlp": 0.001, "bridge": 0.0001}
+SOURCES = (
+    "nothing skipped",
+    "evenly spaced: both, 25.0% of the inner layers",
+    "least damage: 4 of 60 sublayers, by acceptance of each alone",
+    "least change: 4 of 60 sublayers, by cosine similarity",
+    "dynamic programming: 6.2% of the cost, by cosine similarity",
+    "early exit: after 28 of 30 layers",
+    "published: LLaMA-2-13B",
+)
+
+
+def context_of(layers, model="makers/tiny"):
+    space = {"num_layers": layers, "max_draft_length": 8, "bridges": True, "vocabularies": list(VOCABULARIES)}
+    return StudyContext(model, "0123456789abcdef", "float32", "a processor, 2 threads", "p", 48, 6, space)
+
+
+def latency_of(layers):
+    """What a search would keep of a machine where verifying is cheap."""
+    plain = PARTS["fixed"] + layers * (PARTS["attention"] + PARTS["mlp"]) + 0.01
+    step = PARTS | {"head": {"0": 0.01, "8192": 0.002, "16384": 0.004}}
+    sublayers = {str(k): (plain - 0.01) * (1 + 0.04 * (k - 1)) for k in (1, 2, 4, 8, 12)}
+    behind = {"step": step, "passes": {"sublayers": sublayers, "head": dict.fromkeys(sublayers, 0.01)}, "prefill": 0.1}
+    return json.dumps({"short": {"context": 64} | behind, "long": {"context": 512} | behind})
+
+
+def damage_of(layers, seed=0):
+    """Of each sublayer, in −ln α; the first ones are needed."""
+    source = random.Random(seed)
+    return [source.expovariate(60) + 1.5 * (i < 2) + 0.2 * (i == 2 * layers - 1) for i in range(2 * layers)]
+
+
+class StudyInTheMaking:
+    """A study that grows.
+
+    Args:
+        storage: Where it lives.
+        name: Its name.
+        layers: Of the model.
+        pareto: Whether acceptance is an objective too.
+        seed: Of everything that is drawn.
+    """
+
+    def __init__(self, storage, name="s", *, layers=6, pareto=False, seed=0, model="makers/tiny"):
+        self.storage, self.name, self.layers, self.pareto = storage, name, layers, pareto
+        self.study = open_study(storage, name, context_of(layers, model), objectives=2 if pareto else 1)
+        self.random = random.Random(seed)
+        self.damage = damage_of(layers, seed)
+        self.trials = []  # reading them from the storage again and again takes long
+
+    def with_costs(self):
+        self.study.set_user_attr(LATENCY_KEY, latency_of(self.layers))
+        return self
+
+    def with_sublayers_looked_at(self):
+        masks = ([i == one for i in range(2 * self.layers)] for one in range(2 * self.layers))
+        alone = {str(SkipSet.from_mask(m)): math.exp(-d) for m, d in zip(masks, self.damage, strict=True)}
+        self.study.set_user_attr(ALONE_KEY, alone)
+        return self
+
+    def looked_at(self, count):
+        """Look at random candidates, the first of them warm starts."""
+        for number in range(len(self.trials), len(self.trials) + count):
+            share = 0.0 if number == 0 else self.random.choice((0.1, 0.2, 0.4))
+            tried = [trial.params for trial in self.trials]
+            while (parameters := self._parameters(share)) in tried:
+                pass
+            who = {"source": SOURCES[number]} if number < len(SOURCES) else {"sampler": "tpe"}
+            self._add(number, parameters, self._foretold(parameters) | who | {"basis": "predicted"})
+        return self
+
+    def measured(self, count, *, stopped=False, off=0.9):
+        """Measure the best that were not measured yet; measured speedups are ``off`` times the predicted ones."""
+        done = [trial.params for trial in self.trials if trial.user_attrs["basis"] == "measured"]
+        looks = [trial for trial in self.trials if trial.params not in done]
+        for look in sorted(looks, key=lambda trial: trial.values[0], reverse=True)[:count]:
+            number, value = len(self.trials), off * look.values[0]
+            told = look.user_attrs | {"basis": "measured", "source": f"measurement of trial {look.number}"}
+            told |= {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value} | (
+                {"stopped_early": True} if stopped else {}
+            )
+            told.pop("sampler", None)
+            self._add(number, look.params, told, value)
+            self._record(number, "search", value, 6)
+        return self
+
+    def finalists(self, count, *, off=0.95):
+        """Measure the best on held-out prompts."""
+        for trial in best_trials(self.study, count):
+            self._record(trial.number, "held-out", off * trial.values[0], 8)
+        return self
+
+    def _parameters(self, share):
+        """A candidate that leaves out about this share, and never the last sublayer."""
+        mask = [*(self.random.random() < share for _ in self.damage[1:]), False]
+        kinds = [f"skip_{kind}_{layer:02}" for layer in range(self.layers) for kind in ("attn", "mlp")]
+        chosen = dict(zip(kinds, map(int, mask), strict=True))
+        return chosen | {"bridged": self.random.random() < 0.5, "vocabulary": self.random.choice(VOCABULARIES)}
+
+    def _foretold(self, parameters):
+        mask = [value for name, value in parameters.items() if name.startswith("skip")]
+        rate = math.exp(-sum(d for d, skip in zip(self.damage, mask, strict=True) if skip)) * 0.98
+        cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary"])
+        speedup = ideal_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
+        skip_set = str(SkipSet.from_mask(mask))
+        draft = f"4 tokens · vocabulary {parameters['vocabulary']}"
+        return {"skip_set": skip_set, "draft_exit": draft, "acceptance": rate, "draft_cost": cost} | {
+            "predicted_speedup": speedup
+        }
+
+    def _add(self, number, parameters, told, value=None):
+        speedup = told["predicted_speedup"] if value is None else value
+        choices = {"bridged": (False, True), "vocabulary": VOCABULARIES}
+        began = BEGAN + timedelta(seconds=number)
+        trial = create_trial(
+            state=TrialState.COMPLETE,
+            values=[speedup, told["acceptance"]] if self.pareto else [speedup],
+            params=parameters,
+            distributions={name: CategoricalDistribution(choices.get(name, (0, 1))) for name in parameters},
+            user_attrs=told,
+        )
+        trial.datetime_start, trial.datetime_complete = began, began + timedelta(seconds=1)
+        trial.number = number
+        self.study.add_trial(trial)
+        self.trials.append(trial)
+
+    def _record(self, trial, prompt_set, speedup, count):
+        for prompt in range(count):
+            plain = 2 + self.random.random()
+            draft = plain / (speedup * self.random.uniform(0.85, 1.15))
+            told = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
+            add_measurement(
+                self.storage,
+                MeasurementRecord(
+                    study=self.name,
+                    trial=trial,
+                    prompt=f"{prompt_set[0]}{prompt}",
+                    prompt_set=prompt_set,
+                    plain_seconds=plain,
+                    draft_seconds=draft,
+                    **told,
+                ),
+            )
+
+
+def searched_study(storage, name="s", **options):
+    """A study at its end, with everything that there is to draw."""
+    making = StudyInTheMaking(storage, name, **options).with_costs().with_sublayers_looked_at()
+    return making.looked_at(25).measured(4).measured(1, stopped=True, off=0.5).finalists(3)

@@ -1,0 +1,188 @@
+"""The report: one file, read in a real browser."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from optuna.trial import create_trial
+
+from studies.figures import pictures
+from studies.report import render_report
+from studies.view import view_study
+from tests.studies.drawn_studies import StudyInTheMaking
+
+HOSTILE = "<script>alert('study')</script>"
+HOSTILE_MODEL = "</script><img src=x onerror=alert('model')>"
+# Of each drawing, how many traces it shows.
+COUNT_TRACES = "[...document.querySelectorAll('.drawing')].map(d => d.querySelectorAll('g.trace, g.hm').length)"
+WIDTHS = "[...document.querySelectorAll('.drawing .main-svg')].map(svg => svg.getBoundingClientRect().width)"
+STAGES = {
+    "no trial": lambda making: making,
+    "one candidate": lambda making: making.looked_at(1),
+    "predictions without costs": lambda making: making.looked_at(12),
+    "predictions": lambda making: making.with_costs().with_sublayers_looked_at().looked_at(12),
+    "one hopeless measurement": lambda making: making.looked_at(5).measured(1, stopped=True),
+    "measurements": lambda making: making.with_costs().looked_at(12).measured(2),
+    "finalists that were never measured in the search": lambda making: making.looked_at(4).finalists(1),
+}
+
+
+@pytest.fixture
+def reported(storage, tmp_path):
+    """Write the report of a study; its address and its text."""
+
+    def write(name):
+        file = tmp_path / "report.html"
+        file.write_text(render_report(view_study(storage, name), 8), encoding="utf-8")
+        return file.as_uri(), file.read_text(encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def full(searched, tmp_path_factory):
+    """The report of a study at its end."""
+    file = tmp_path_factory.mktemp("reports") / "report.html"
+    file.write_text(render_report(searched, 8), encoding="utf-8")
+    return file.as_uri()
+
+
+def until(page, holds):
+    """Wait for a page; Playwright's own way evaluates a text, which the page forbids."""
+    while not holds():
+        page.wait_for_timeout(20)
+
+
+def test_a_report_draws_every_figure_without_a_network_and_without_a_complaint(full, visit):
+    visited = visit(full, offline=True)
+    traces = visited.page.evaluate(COUNT_TRACES)
+    assert len(traces) == 7
+    assert all(traces)
+    assert visited.requests == [full]
+    assert visited.complaints == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
+    STAGES[stage](StudyInTheMaking(storage))
+    url, _ = reported("s")
+    visited = visit(url)
+    expected = [picture.figure is not None for picture in pictures(view_study(storage, "s"), 8)]
+    assert visited.page.locator("section").count() == len(expected) == 7
+    traces = visited.page.evaluate(COUNT_TRACES)
+    assert len(traces) == sum(expected)
+    assert all(traces)
+    assert visited.complaints == []
+
+
+def test_a_study_of_two_objectives_can_be_reported(storage, reported, visit):
+    StudyInTheMaking(storage, pareto=True).with_costs().looked_at(6).measured(1).finalists(1)
+    visited = visit(reported("s")[0])
+    assert visited.page.locator("#acceptance .legend", has_text="Pareto front").count() == 1
+    assert visited.complaints == []
+
+
+@pytest.mark.parametrize("layers", [30, 80])
+def test_a_report_of_a_deep_model_fits_a_phone(storage, reported, visit, layers):
+    making = StudyInTheMaking(storage, layers=layers).with_costs().with_sublayers_looked_at()
+    making.looked_at(4).measured(1).finalists(1)
+    visited = visit(reported("s")[0], width=390, height=844)
+    assert visited.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert all(width <= 390 for width in visited.page.evaluate(WIDTHS))
+    sizes = visited.page.evaluate(
+        "[...document.querySelectorAll('.main-svg text')].map(text => parseFloat(getComputedStyle(text).fontSize))"
+    )
+    assert min(sizes) >= 10
+
+
+def test_figures_follow_the_window(full, visit):
+    visited = visit(full)
+    visited.page.set_viewport_size({"width": 500, "height": 900})
+    until(visited.page, lambda: max(visited.page.evaluate(WIDTHS)) <= 500)
+    assert visited.complaints == []
+
+
+def test_figures_fit_the_paper_while_printing_and_the_window_afterwards(full, visit):
+    visited = visit(full)
+    before = visited.page.evaluate(WIDTHS)
+    visited.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert max(visited.page.evaluate(WIDTHS)) <= 700  # an A4 page with its margins has about 700
+    visited.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    until(visited.page, lambda: visited.page.evaluate(WIDTHS) == before)
+    assert visited.page.pdf(format="A4").startswith(b"%PDF-")
+    assert visited.complaints == []
+
+
+def test_names_that_look_like_html_stay_text(storage, reported, visit):
+    StudyInTheMaking(storage, HOSTILE, model=HOSTILE_MODEL).looked_at(1)
+    url, _ = reported(HOSTILE)
+    visited = visit(url)
+    assert visited.page.locator("h1").inner_text() == HOSTILE
+    assert HOSTILE_MODEL in visited.page.locator("dl").inner_text()
+    assert visited.page.locator("img").count() == 0
+    assert visited.complaints == []
+
+
+def test_sources_that_look_like_html_stay_text(storage, reported, visit):
+    making = StudyInTheMaking(storage).looked_at(1)
+    told = {"source": HOSTILE_MODEL, "basis": "predicted"}
+    making.study.add_trial(create_trial(value=1.0, user_attrs=told))
+    visited = visit(reported("s")[0])
+    assert HOSTILE_MODEL in visited.page.locator("#history .legend").text_content()
+    assert visited.page.locator("img").count() == 0
+    assert visited.complaints == []
+
+
+class _Counting(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(204)
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_browser_refuses_whatever_a_report_would_load_or_run(full, visit):
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Counting) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        visited = visit(full)
+        url = f"http://127.0.0.1:{server.server_port}/"
+        ran = visited.page.evaluate(
+            """async url => {
+                await fetch(url).catch(() => {});
+                await new Promise(done => {
+                    const image = new Image();
+                    image.onload = image.onerror = done;
+                    image.src = url;
+                });
+                const script = document.createElement("script");
+                script.textContent = "window.ran = true";
+                document.body.append(script);
+                return Boolean(window.ran);
+            }""",
+            url,
+        )
+        server.shutdown()
+    assert server.asked == []
+    assert ran is False
+    assert all("Content Security Policy" in complaint for complaint in visited.complaints)
+    assert len(visited.complaints) >= 3
+
+
+def test_a_report_says_what_its_speedup_rests_on(storage, reported):
+    making = StudyInTheMaking(storage).looked_at(5)
+    assert "predicted; nothing was measured yet" in reported("s")[1]
+    making.measured(1, off=1.0)
+    assert "measured on the search&#x27;s own prompts" in reported("s")[1]
+    making.finalists(1)
+    assert "measured on prompts that the search never saw" in reported("s")[1]
+
+
+def test_without_scripts_the_tables_say_what_the_figures_show(full, visit):
+    visited = visit(full, java_script_enabled=False)
+    assert visited.page.locator("noscript").count() == 1
+    visited.page.locator("summary").first.click()
+    assert visited.page.locator("section").first.locator("td", has_text="held-out").first.is_visible()
