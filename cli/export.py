@@ -38,11 +38,11 @@ def export(
 
     Its README has the commands for vLLM, llama.cpp and transformers.
     """
-    from layerskip import LayerSkipModel, export_draft, load_checkpoint
+    from layerskip import LayerSkipModel, export_draft, load_checkpoint, load_profile
     from layerskip.checkpoints import stored_dtype
     from layerskip.export import check_exportable
 
-    loaded = load_profile(profile)
+    loaded = load_profile(profile, device=device)
     check_exportable(loaded, to, without_bridges=without_bridges)
     quiet_libraries()
     source, revision = model or loaded.model.id, None if model else loaded.revision
