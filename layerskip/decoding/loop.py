@@ -172,7 +172,7 @@ def stream_rounds(
     prompt: Tensor | Sequence[int],
     *,
     drafter: Drafter | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
     eos_token_ids: int | Collection[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
