@@ -52,8 +52,8 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
-    for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed, both warn when they are imported
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which complains as it is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
 
 
