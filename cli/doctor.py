@@ -22,7 +22,7 @@ from cli.options import (
     JsonOption,
     StorageOption,
 )
-from cli.output import DONE, FAILED, print_json, quiet_libraries, stderr, stdout
+from cli.output import DONE, FAILED, counted, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from search.payoff import Payoff
@@ -204,7 +204,10 @@ def verdict(payoff: Payoff) -> str:
         return (
             "Speculation cannot pay for this model here: no draft of these kinds is faster even if it is always right."
         )
-    needs = f"a draft ({best.draft}) has to be accepted {best.break_even:.0%} of the time, {best.length} tokens a draft"
+    rate = f"at least {best.break_even:.0%} of the time, {counted(best.length, 'token')} a draft"
     if not payoff.can_pay:
-        return f"Speculation will hardly pay for this model here: {needs}."
-    return f"Speculation can pay for this model here: {needs}. Only a search tells whether drafts agree that often."
+        return f"Speculation will hardly pay for this model here: a draft ({best.draft}) would have to be right {rate}."
+    return (
+        f"Speculation can pay for this model here if a draft ({best.draft}) is right {rate}; only a search tells "
+        "whether one is."
+    )
