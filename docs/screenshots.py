@@ -60,10 +60,12 @@ def _take_report(browser: Any, url: str, folder: Path) -> None:
 
 
 def _take_dashboard(browser: Any, url: str, folder: Path) -> None:
-    page = browser.new_page(viewport={"width": 1.2 * WIDTH, "height": 1.2 * HEIGHT})
+    page = browser.new_page(viewport={"width": WIDTH + 200, "height": HEIGHT + 200})
     page.goto(url)
-    page.locator(DRAWN).first.wait_for()
+    ours = page.locator(".gtitle", has_text="What the best candidates leave out")
+    ours.wait_for()
     page.wait_for_load_state("networkidle")
+    ours.evaluate("title => title.closest('.js-plotly-plot').scrollIntoView({ block: 'center' })")
     page.screenshot(path=folder / "dashboard.png")
     page.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,7 @@ import optuna
 import plotly.graph_objects as go
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 
 from layerskip.errors import InvalidInputError
@@ -24,13 +26,17 @@ from studies.view import StudyView, view_study
 # Attributes of a study: digests of the figures and the note that were attached, and ids of artifacts by their content.
 _ATTACHED_KEY = "layerskip:attached"
 _ARTIFACTS_KEY = "layerskip:artifacts"
-_NOTE = "note"
-_MOST_CANDIDATES = 8
+_NOTE, _OBJECTIVES = "note", "objectives"
+_NAMES = ["speedup", "acceptance rate"]
+_MOST_CANDIDATES = 5  # as many as fit into the dashboard's boxes
 _TITLE_PIXELS = 44
+_LEGEND_PIXELS = 44  # of two rows
 
 
 def attach_figures(storage: BaseStorage, name: str) -> None:
-    """Attach a study's figures and a note, as far as they changed. A note that somebody else wrote stays.
+    """Attach a study's figures and a note, as far as they changed, and name its objectives once.
+
+    A note that somebody else wrote stays.
 
     Args:
         storage: Where the study lives.
@@ -51,12 +57,21 @@ def attach_figures(storage: BaseStorage, name: str) -> None:
             attached[picture.id] = _digest(figure.to_json().encode())
             if attached[picture.id] != before.get(picture.id):
                 save_plotly_graph_object(study, figure, graph_object_id=picture.id)
+    if _OBJECTIVES not in before:
+        _name_objectives(study)
+        attached[_OBJECTIVES] = ", ".join(_NAMES)
     note, there = _note(view, shown), get_note(study)
     if there != note and (not there or _digest(there.encode()) == before.get(_NOTE)):
         save_note(study, note)
         attached[_NOTE] = _digest(note.encode())
     if attached != before:
         _set_attribute(storage, study, _ATTACHED_KEY, attached)
+
+
+def _name_objectives(study: optuna.Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(_NAMES[: len(study.directions)])
 
 
 def artifact_store(folder: Path) -> FileSystemArtifactStore:
@@ -113,11 +128,12 @@ def _has(store: FileSystemArtifactStore, artifact: str) -> bool:
 
 
 def _titled(figure: go.Figure, title: str) -> go.Figure:
-    """A figure that says itself what it is."""
-    told = {"text": title, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12, "l": 12}}
-    return go.Figure(figure).update_layout(
-        title=told, margin={"t": _TITLE_PIXELS}, height=figure.layout.height + _TITLE_PIXELS
-    )
+    """A figure that says itself what it is, and fills the box that the dashboard has for it."""
+    heading = {"text": f"<b>{title}</b>", "font": {"size": 15}, "pad": {"t": 12, "l": 12}}
+    above = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}
+    legend_above = figure.layout.showlegend is not False and figure.layout.legend.y is None
+    room = _TITLE_PIXELS + _LEGEND_PIXELS * legend_above
+    return go.Figure(figure).update_layout(height=None, title=heading | above, margin={"t": room})
 
 
 def _note(view: StudyView, shown: Sequence[Picture]) -> str:
