@@ -108,12 +108,12 @@ def load_profile(source: str, *, device: str = "auto", dtype: str = "auto") -> D
         HubError: The repository cannot be had.
     """
     path = Path(source).expanduser()
-    is_model = (path / "config.json").is_file() and not (path / PROFILE_NAME).is_file()
-    if path.suffix == ".gguf" or is_model:
+    has_one = (path / PROFILE_NAME).is_file()
+    if path.suffix == ".gguf" or ((path / "config.json").is_file() and not has_one):
         raise InvalidProfileError(
             f"{source}: is a model, and not a draft profile; make one with 'layerskip search {source}'"
         )
-    if path.exists() or path.suffix == ".json" or "/" in source:
+    if path.is_file() or has_one or path.suffix == ".json" or "/" in source:
         return DraftProfile.from_pretrained(source)
     return DraftProfile.load(find_profile(source, device=device, dtype=dtype))
 

@@ -241,9 +241,9 @@ def test_another_model_is_refused(tmp_path, llama, byte_tokenizer):
 
 def test_weights_that_are_not_plain_are_refused_by_name(tmp_path, byte_tokenizer):
     model = LayerSkipModel(tiny_llama())
-    profile = profile_for(model, skip_set=SkipSet(LAYERS, (0,)))
     attention = model.hf_model.model.layers[3].self_attn
     attention.q_proj.register_buffer("scales", torch.ones(1))  # as a quantized layer has
+    profile = profile_for(model, skip_set=SkipSet(LAYERS, (0,)))
     with pytest.raises(ExportError, match=r"^model\.layers\.3\.self_attn\.q_proj\.scales: not a plain weight of Llama"):
         export_draft(model, byte_tokenizer, profile, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from layerskip import DraftProfile, InvalidInputError, InvalidProfileError, find_profile, load_profile
+from layerskip import DraftProfile, HubError, InvalidInputError, InvalidProfileError, find_profile, load_profile
 from layerskip.drafts.assets import DraftAssets
 from layerskip.machine import device_name
 from layerskip.ready_profiles import FOLDER, add_profile, ready_profiles
@@ -121,10 +122,23 @@ def test_the_name_of_a_model_without_a_ready_profile_is_told_how_to_make_one(fol
         load_profile("smollm2")
 
 
-@pytest.mark.parametrize("source", ["missing.json", "here/missing", "./missing"])
+@pytest.mark.parametrize("source", ["missing.json", "over/here/missing", "./missing"])
 def test_what_looks_like_a_file_is_taken_for_one(folder, source):
     with pytest.raises(InvalidProfileError, match="cannot read the draft profile: No such file"):
         load_profile(source)
+
+
+def test_a_folder_with_a_profile_is_one_also_beside_a_model(add, tmp_path):
+    add("tiny")
+    load_profile("tiny").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert load_profile(str(tmp_path / "model")) == load_profile("tiny")
+
+
+def test_what_is_neither_here_nor_ready_is_looked_for_on_the_hub(folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"^owner/drafts: not in the cache"):
+        load_profile("owner/drafts")
 
 
 def test_a_model_in_place_of_a_profile_is_told_apart(folder, tmp_path):

@@ -91,7 +91,9 @@ def greedy(model, **arguments):
         {"use_cache": False},
         {"cache_implementation": "static"},
     ],
-    ids=str,
+    ids=lambda rules: (
+        ", ".join(f"{name} {value}" for name, value in rules.items() if not callable(value)) or "a function"
+    ),
 )
 def test_greedy_tokens_are_those_of_generate(model, arguments):
     assert greedy(model, **arguments, custom_generate=speculate(profile_for(model))) == greedy(model, **arguments)
