@@ -30,7 +30,7 @@ def optimize(
 
     - Where storing a trial fails, or Ctrl-C falls into it, that is raised, not what Optuna stumbles over next.
     - A trial that was taken for dead while this process slept, as on a closed laptop, is given up: it is queued again
-      already. Optuna would end the search.
+      already. So is one that another worker took at the same moment and finished first. Optuna would end the search.
     - The timeout is measured on a clock that does not jump.
 
     Args:
@@ -97,7 +97,8 @@ class _Watched:
         if self._trial is None:
             return False
         number = self._trial.number
-        if study.get_trials(deepcopy=False)[number].state != TrialState.FAIL:
-            return False
-        _log.warning("trial %d was taken for dead while this process stood still; going on with the next", number)
-        return True
+        state = study.get_trials(deepcopy=False)[number].state
+        if state == TrialState.FAIL:
+            _log.warning("trial %d was taken for dead while this process stood still; going on with the next", number)
+        # SQLite locks no rows: two workers may have taken the same waiting trial, and the other was quicker.
+        return state.is_finished()

@@ -91,6 +91,21 @@ def test_a_trial_that_was_taken_for_dead_is_given_up_and_the_next_begins(storage
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
 
 
+@pytest.mark.parametrize("notices_in_the_objective", [True, False])
+def test_a_trial_that_another_worker_took_too_and_finished_first_keeps_its_value(storage, notices_in_the_objective):
+    study = optuna.create_study(storage=storage)
+
+    def objective(trial):
+        if trial.number == 0:
+            storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [7.0])
+            if notices_in_the_objective:
+                trial.set_user_attr("key", "value")
+        return 1.0
+
+    optimize(study, objective, callbacks=[stop_after(3)])
+    assert [trial.value for trial in study.trials] == [7.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("error", [StorageError("storage 'x': is full"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_what_goes_wrong_while_a_trial_is_stored_is_raised_as_it_is(storage, monkeypatch, error):
     study = optuna.create_study(storage=storage)
