@@ -137,7 +137,7 @@ def stream(
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = drafter or NoDrafter()
-    drafter.start()
+    drafter.start(ids)
     engine = model.engine
     cache = engine.new_cache(len(ids) + ending.limit)
     clock = PhaseClock(model.device)
