@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, dashboard, profile, search, studies
+from cli import apply, dashboard, profile, search, studies, tune
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("search")(search.search)
+app.command("tune")(tune.tune)
 app.command("apply")(apply.apply)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")

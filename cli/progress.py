@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from cli.output import stderr
+from cli.output import duration, stderr
 from search.observer import Progress, SearchObserver
 from search.trials import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
@@ -123,7 +123,7 @@ class SearchProgress(SearchObserver):
             notes.append(f"{self._progress.measured} measured")
             notes.append(f"best {self._progress.best:.3f}× {self._progress.basis}")
         left = self._seconds_left()
-        return [*notes, self._measuring, "" if left is None else f"about {_duration(left)} left"]
+        return [*notes, self._measuring, "" if left is None else f"about {duration(left)} left"]
 
     def _seconds_left(self) -> float | None:
         """From the pace so far; a time limit may end the search earlier."""
@@ -134,8 +134,3 @@ class SearchProgress(SearchObserver):
         elapsed = time.monotonic() - self._began
         left = elapsed / made * max((task.total or 0) - task.completed, 0)
         return left if self._timeout is None else max(min(left, self._timeout - elapsed), 0)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from cli.options import (
     JsonOption,
     StorageOption,
 )
-from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stderr, stdout
+from cli.output import INTERRUPTED, check_writable, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -87,7 +86,7 @@ def search(
     from studies.storage import open_storage
 
     quiet_libraries()
-    _check_writable(out)
+    check_writable(out)
     places = [place.strip() for place in devices.split(",")] if devices else [device] * max(workers, 1)
     settings = SearchSettings(
         trials=trials,
@@ -146,19 +145,6 @@ def _num_workers(places: list[str], workers: int) -> int:
             f"--workers {workers}: --devices names {len(places)}, one for each worker; leave --workers out"
         )
     return len(places) or workers
-
-
-def _check_writable(out: Path) -> None:
-    """Find out before the search, not after it, that the profile cannot be written."""
-    from layerskip.errors import InvalidInputError
-
-    folder = out.absolute().parent
-    if out.exists() and not out.is_file():
-        raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
-    if not folder.is_dir():
-        raise InvalidInputError(f"--out {out}: no such folder: {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")
 
 
 def _report(result: SearchResult, out: Path, json: bool) -> None:
