@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ class TuningText:
         return TuningText(self.tokens.clone(), self.before.clone(), self.after.clone(), self.choices.clone())
 
     @property
-    def held_out(self) -> bool:
-        """Whether nothing may be learned from the text: decided by its prompt."""
-        prompt = self.tokens[~self.asked].tolist()
-        return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:8], 16) % _HELD_OUT_OF == 0
+    def prompt(self) -> int:
+        """A number that depends on the prompt alone."""
+        tokens = self.tokens[~self.asked].tolist()
+        return int(hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:15], 16)
 
 
 class TuningData:
@@ -138,7 +139,7 @@ class TuningData:
             The shards, as many as it takes.
 
         Raises:
-            InvalidInputError: There are no prompts, or none that leaves something to hold out and to learn from.
+            InvalidInputError: There are no prompts.
             LayerSkipError: The disk has no room.
         """
         self._check_room(positions)
@@ -212,26 +213,24 @@ class Shards:
 
     def learned(self, paths: Sequence[Path]) -> Iterator[TuningText]:
         """The texts of some shards to learn from."""
-        return (text for path in paths for text in self.texts(path) if not text.held_out)
+        return (text for path in paths for text in self.texts(path) if text.prompt not in self._kept_out)
 
     def held_out(self, most: int) -> list[TuningText]:
-        """Texts to test with, of about ``most`` positions together.
-
-        Raises:
-            InvalidInputError: Of so few prompts none is held out.
-        """
+        """Texts to test with, of about ``most`` positions together."""
         chosen: list[TuningText] = []
         found = 0
         for path in self.paths:
             for text in self.texts(path):
-                if text.held_out and found < most:
+                if text.prompt in self._kept_out and found < most:
                     chosen.append(text.copied())
                     found += int(text.asked.sum())
-        if not chosen:
-            raise InvalidInputError(
-                f"prompts: there are too few different ones to hold any out (one of {_HELD_OUT_OF} is); give more"
-            )
         return chosen
+
+    @cached_property
+    def _kept_out(self) -> frozenset[int]:
+        """The prompts whose texts nothing may be learned from: one of several at least, however few there are."""
+        prompts = {text.prompt for path in self.paths for text in self.texts(path)}
+        return frozenset(prompt for prompt in prompts if prompt % _HELD_OUT_OF == 0) or frozenset([min(prompts)])
 
 
 @dataclass

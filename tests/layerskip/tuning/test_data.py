@@ -90,6 +90,14 @@ def test_no_prompt_is_both_learned_from_and_held_out(shards):
     assert not learned & held_out
 
 
+@pytest.mark.parametrize(("count", "learned"), [(1, 0), (2, 1), (3, 2)])
+def test_of_few_prompts_one_is_held_out_all_the_same(llama, tmp_path, count, learned):
+    prompts = GivenPrompts([[number, 3] for number in range(count)])
+    shards = TuningData(llama, prompts, SETTINGS, tmp_path, "f").collect(10**3)
+    assert len(shards.held_out(10**6)) == 1
+    assert len(list(shards.learned(shards.paths))) == learned
+
+
 def test_given_prompts_are_asked_once_a_round():
     given = GivenPrompts([[i] for i in range(10)], rounds=2)
     portions = [given.portion(number, 4) for number in range(6)]
