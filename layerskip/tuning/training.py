@@ -24,7 +24,7 @@ from layerskip.tuning.learners import Learner
 from layerskip.tuning.scoring import LOSSES, Agreement, Loss, Scorer, frozen
 
 # The rate of AdamW that suits a hidden size of this; it falls with the root of the size.
-_RATE, _RATE_SIZE = 1e-3, 576
+_RATE, _RATE_SIZE = 2e-3, 576
 _BETAS = (0.9, 0.95)
 _WARM_UP = 0.05
 _LARGEST_GRADIENT = 1.0
@@ -54,7 +54,7 @@ class TrainingSettings:
     loss: Loss = "kl"
     epochs: int = 8
     minutes: float | None = None
-    batch_positions: int = 1024
+    batch_positions: int = 512
     learning_rate: float | None = None
     weight_decay: float = 0.01
     seed: int = 0
