@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, bench, dashboard, doctor, export, profile, report, search, studies
+from cli import apply, bench, dashboard, doctor, export, profile, report, search, studies, tune
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("search")(search.search)
+app.command("tune")(tune.tune)
 app.command("apply")(apply.apply)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)

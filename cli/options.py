@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,20 +76,3 @@ ProfileArgument = Annotated[
         autocompletion=completion.profiles,
     ),
 ]
-
-
-def check_writable(out: Path) -> None:
-    """Find out before the work, not after it, that its result cannot be written.
-
-    Raises:
-        InvalidInputError: It cannot.
-    """
-    from layerskip.errors import InvalidInputError
-
-    folder = out.absolute().parent
-    if out.exists() and not out.is_file():
-        raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
-    if not folder.is_dir():
-        raise InvalidInputError(f"--out {out}: no such folder: {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -47,3 +49,22 @@ def counted(number: int, noun: str) -> str:
 def describe_speedup(measured: dict[str, Any]) -> str:
     """A profile's measured speedup with its interval, as ``1.23× (95 %: 1.19 to 1.27)``."""
     return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"
+
+
+def check_writable(out: Path) -> None:
+    """Find out before the search, not after it, that the profile cannot be written."""
+    from layerskip.errors import InvalidInputError
+
+    folder = out.absolute().parent
+    if out.exists() and not out.is_file():
+        raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
+    if not folder.is_dir():
+        raise InvalidInputError(f"--out {out}: no such folder: {folder}")
+    if not os.access(folder, os.W_OK):
+        raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as ``3 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

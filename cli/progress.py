@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import counted, stderr
+from cli.output import counted, duration, stderr
 from search.observer import Progress, SearchObserver
 from search.trials import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
@@ -128,7 +128,7 @@ class SearchProgress(SearchObserver):
             notes.append(f"{self._progress.measured} measured")
             notes.append(f"best {self._progress.best:.3f}× {self._progress.basis}")
         left = self._seconds_left()
-        return [*notes, self._measuring, "" if left is None else f"about {_duration(left)} left"]
+        return [*notes, self._measuring, "" if left is None else f"about {duration(left)} left"]
 
     def _seconds_left(self) -> float | None:
         """From the pace so far; a time limit may end the search earlier."""
@@ -164,8 +164,3 @@ class Steps:
     def done(self, steps: int) -> None:
         """So many steps are done."""
         self._bar.update(self._task, completed=steps)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

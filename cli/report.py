@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, check_writable
-from cli.output import print_json, stdout
+from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
+from cli.output import check_writable, print_json, stdout
 
 
 def report(

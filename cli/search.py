@@ -20,9 +20,17 @@ from cli.options import (
     EngineOption,
     JsonOption,
     StorageOption,
-    check_writable,
 )
-from cli.output import INTERRUPTED, counted, describe_speedup, print_json, quiet_libraries, stderr, stdout
+from cli.output import (
+    INTERRUPTED,
+    check_writable,
+    counted,
+    describe_speedup,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile

@@ -54,11 +54,12 @@ class Measured(_Part):
 
 
 class TensorsFile(_Part):
-    """The safetensors file beside the profile that holds bridges and draft vocabulary."""
+    """The safetensors file beside the profile that holds stand-ins and draft vocabulary."""
 
     file: str = Field(pattern=r"^[^/\\\\]+$", description="Its name, in the profile's folder.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Checksum of its content.")
     bridges: int = Field(ge=0, description="Number of bridges in it.")
+    layers: int = Field(default=0, ge=0, description="Number of trained decoder layers in it.")
     vocabulary: int = Field(ge=0, description="Size of the draft vocabulary; 0 is the whole one.")
 
 
@@ -86,7 +87,9 @@ class DraftProfile(OnTheHub, _Part):
     gate: float = Field(
         default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
     )
-    tensors: TensorsFile | None = Field(default=None, description="Bridges and draft vocabulary; absent without them.")
+    tensors: TensorsFile | None = Field(
+        default=None, description="Stand-ins and draft vocabulary; absent without them."
+    )
     measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
     provenance: Provenance = Field(description="Where the profile comes from.")
     base_model_name_or_path: str | None = Field(
@@ -159,13 +162,14 @@ class DraftProfile(OnTheHub, _Part):
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
 
     def with_assets(self, assets: DraftAssets) -> DraftProfile:
-        """The same profile with these bridges and this draft vocabulary."""
+        """The same profile with these stand-ins and this draft vocabulary."""
         content = assets.to_bytes()
         checksum = hashlib.sha256(content).hexdigest()
         tensors = TensorsFile(
             file=f"draft-{checksum[:16]}.safetensors",
             sha256=checksum,
             bridges=len(assets.bridges),
+            layers=len(assets.layers),
             vocabulary=0 if assets.token_ids is None else len(assets.token_ids),
         )
         profile = self.model_copy(update={"tensors": tensors if assets else None})
@@ -246,6 +250,8 @@ class DraftProfile(OnTheHub, _Part):
         parts = [str(self.draft_exit)]
         if self.tensors is not None and self.tensors.bridges:
             parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
+        if self.tensors is not None and self.tensors.layers:
+            parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
         if self.tensors is not None and self.tensors.vocabulary:
             parts.append(f"vocabulary of {self.tensors.vocabulary}")
         if self.gate:

@@ -17,6 +17,7 @@ from layerskip.engine.costs import exact_widths
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack
+from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer
 from layerskip.timing import device_seconds
 from search.space import SearchSpace
 
@@ -84,11 +85,12 @@ class LatencyModel:
 
     def draft_step(self, stack: Stack, context: float) -> float:
         """Seconds of one draft step behind ``context`` positions."""
-        sublayers = [index for index, step in stack.steps if not isinstance(step, Bridge)]
-        attention = sum(index % 2 == 0 for index in sublayers)
-        bridges = len(stack.steps) - len(sublayers)
+        bridges = sum(isinstance(step, Bridge) for _, step in stack.steps)
+        layers = sum(isinstance(step, LayerStandIn) for _, step in stack.steps)
+        sublayers = [step for _, step in stack.steps if isinstance(step, AttentionSublayer | MLPSublayer)]
+        attention = sum(isinstance(step, AttentionSublayer) for step in sublayers)
         vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)
-        return self.parts(attention, len(sublayers) - attention, bridges, vocabulary, context)
+        return self.parts(attention + layers, len(sublayers) - attention + layers, bridges, vocabulary, context)
 
     def parts(self, attention: int, mlp: int, bridges: int, vocabulary: int, context: float) -> float:
         """Seconds of a draft step made of these parts."""

@@ -57,6 +57,28 @@ class SearchResult:
     interrupted: bool
 
 
+def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: int, device: str, dtype: str) -> Measured:
+    """Measurements as a profile tells them.
+
+    Args:
+        summary: What was measured.
+        prompt_set: On what.
+        max_new_tokens: Most tokens generated for each prompt.
+        device: Name of the device.
+        dtype: Name of the model's floating-point type.
+    """
+    figures = asdict(summary)
+    figures["speculative_tokens_per_second"] = figures.pop("draft_tokens_per_second")
+    return Measured(
+        **figures,
+        prompt_set=prompt_set,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        versions=library_versions(),
+    )
+
+
 def profile_of(
     best: Finalist,
     candidate: Candidate,
@@ -76,27 +98,23 @@ def profile_of(
         context: What the study's values depend on.
     """
     policy = policy_of(best.trial)
-    figures = asdict(best.summary)
-    figures["speculative_tokens_per_second"] = figures.pop("draft_tokens_per_second")
-    versions = library_versions()
     profile = DraftProfile(
         model=identity,
         skip_set=candidate.skip_set,
         draft_exit=policy.draft_exit,
         gate=policy.gate,
-        measured=Measured(
-            **figures,
-            prompt_set=best.prompt_set,
+        measured=measured_part(
+            best.summary,
+            best.prompt_set,
             max_new_tokens=context.max_new_tokens,
             device=context.device,
             dtype=context.dtype,
-            versions=versions,
         ),
         provenance=Provenance(
             study=study,
             trial=best.trial.number,
             created=datetime.now(UTC),
-            tool=f"layerskip {versions['layerskip']}",
+            tool=f"layerskip {library_versions()['layerskip']}",
         ),
     )
     return profile.with_assets(assets)

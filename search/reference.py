@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import GenerationConfig
 
 from layerskip.errors import LayerSkipError
 from layerskip.files import write_bytes_atomically
 from layerskip.machine import library_versions
+from layerskip.side_by_side import continuations
 from layerskip.stack.model import LayerSkipModel
 from search.prompts import EncodedPrompt
 
@@ -147,39 +147,6 @@ class ReferenceRun:
                 with _clear_errors(path):
                     write_bytes_atomically(path, text.to_bytes())
         return [ReferenceText.from_file(path) for path in paths]
-
-
-@torch.inference_mode()
-def continuations(model: LayerSkipModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """The full model's greedy continuations of several prompts, decoded side by side by transformers.
-
-    Returns:
-        The new tokens of each; an end-of-sequence token is the last of them.
-    """
-    longest = max(map(len, prompts))
-    eos = sorted(model.eos_token_ids)
-    padding = eos[0] if eos else 0
-    rows = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos or None,
-        pad_token_id=padding,
-    )
-    out: Tensor = model.hf_model.generate(  # type: ignore[operator]
-        torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(seen, device=model.device),
-        generation_config=settings,
-    )
-    return [_until_end(row[longest:], model.eos_token_ids) for row in out.tolist()]
-
-
-def _until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[:end]
 
 
 @torch.inference_mode()

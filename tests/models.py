@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.drafts.layers import LayerWeights
 from layerskip.stack import families
 
 VOCABULARY = 64
@@ -196,3 +197,17 @@ def near_tie_or_same(model, prompt, ours, expected):
     assert gap < NEAR_TIE, f"token {at} is {ours[at]}, expected {expected[at]}; the two best logits lie {gap:.4f} apart"
     assert {ours[at], expected[at]} == set(best.indices.tolist())
     return True
+
+
+def random_layers(model, runs, *, like=1, seed=0):
+    """Random decoder layers that stand for runs of sublayers, ``{start: stop}``, by the index of the run's first."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for start, stop in runs.items():
+        copied = LayerWeights.copied(model, start, stop, like)
+        noise = {
+            name: weight + 0.3 * torch.randn(weight.shape, generator=generator)
+            for name, weight in copied.weights.items()
+        }
+        layers[start] = LayerWeights(start, stop, like, noise)
+    return layers

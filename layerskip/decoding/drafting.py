@@ -26,8 +26,8 @@ from layerskip.stack.stack import Step
 class Drafter(Protocol):
     """Proposes how the text might go on. One drafter serves one generation at a time."""
 
-    def start(self) -> None:
-        """Forget what earlier generations taught."""
+    def start(self, prompt: Tensor) -> None:
+        """Begin a generation behind a prompt, ``[n]``, and forget what earlier generations taught."""
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         """Propose at most ``limit`` tokens (``limit`` may be 0) to follow ``newest``.
@@ -53,7 +53,7 @@ class Drafter(Protocol):
 class NoDrafter:
     """Proposes nothing: plain decoding."""
 
-    def start(self) -> None:
+    def start(self, prompt: Tensor) -> None:
         pass
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
@@ -95,37 +95,46 @@ class SkipDrafter:
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
         self._draft_exit = draft_exit
         self._gate = gate
-        self.start()
 
     @classmethod
     def of(
         cls, model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit, assets: DraftAssets, *, gate: float = 0.0
     ) -> SkipDrafter:
-        """The drafter with these bridges and this draft vocabulary, brought to where the model is."""
+        """The drafter with these stand-ins and this draft vocabulary, brought to where the model is."""
         here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
-        return cls(model, skip_set, draft_exit, stand_ins=here.bridges, token_ids=here.token_ids, gate=gate)
+        return cls(model, skip_set, draft_exit, stand_ins=here.stand_ins(model), token_ids=here.token_ids, gate=gate)
 
-    def start(self) -> None:
+    def start(self, prompt: Tensor) -> None:
         self._exit = self._draft_exit.controller()
         self._unsure = False
+        self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
+        self._proposed = prompt[:0]
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draws: list[Draw] = []
         prefixes: list[Tensor] = []
-        token = newest
+        tokens = torch.cat([self._unseen, newest]) if self._stack.remembers else newest
         while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
-            step = self._model.engine.draft_step(token, cache, self._stack)
+            step = self._model.engine.draft_step(tokens, cache, self._stack)
             draws.append(sampler.draft(step, self._stack.token_ids))
-            token = draws[-1].token
+            tokens = draws[-1].token
             if step.prefix is not None:
                 prefixes.append(step.prefix)
             if self._exit.reads_confidence and self._exit.stops_after(float(step.confidence)):
                 break
         shared = SharedPrefix(torch.cat(prefixes, dim=1), self._stack.shared) if prefixes else None
-        return Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
+        draft = Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
+        self._proposed = torch.cat([newest, draft.tokens])
+        return draft
 
     def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
+        self._remember(drafted, accepted)
         if drafted:
             self._exit.observe(drafted, accepted)
         # Reading a probability makes the host wait for the device.
         self._unsure = self._gate > 0 and float(highest_probability(logits)) < self._gate
+
+    def _remember(self, drafted: int, accepted: int) -> None:
+        """Note what is certain now and was not seen: the last drafted token, if it stands, was never run."""
+        before = self._proposed[:0] if drafted else self._unseen
+        self._unseen = torch.cat([before, self._proposed[drafted : accepted + 1]])

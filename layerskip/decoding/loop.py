@@ -190,7 +190,7 @@ def stream_rounds(
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = drafter or NoDrafter()
-    drafter.start()
+    drafter.start(ids)
     engine = model.engine
     memory = memory or TextMemory()
     cache = memory.begin(engine, ids.tolist(), ending.limit)

@@ -1,9 +1,10 @@
-"""The tensors of a draft, beside its profile: bridges and draft vocabulary, as safetensors."""
+"""The tensors of a draft, beside its profile: stand-ins and draft vocabulary, as safetensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from layerskip.drafts.bridges import Bridge
+from layerskip.drafts.layers import LayerWeights
+from layerskip.stack.stack import Step
+
+if TYPE_CHECKING:
+    from layerskip.stack.model import LayerSkipModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +26,15 @@ class DraftAssets:
     Args:
         bridges: By the index of their first sublayer.
         token_ids: ``[n]``, the draft vocabulary, ascending; None for the whole one.
+        layers: Trained decoder layers, by the index of the first sublayer that they stand for.
     """
 
     bridges: Mapping[int, Bridge] = field(default_factory=dict)
     token_ids: Tensor | None = None
+    layers: Mapping[int, LayerWeights] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.bridges) or self.token_ids is not None
+        return bool(self.bridges) or bool(self.layers) or self.token_ids is not None
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file."""
@@ -35,6 +43,9 @@ class DraftAssets:
             name = f"bridge.{bridge.start}.{bridge.stop}"
             tensors[f"{name}.bias"] = bridge.bias
             tensors |= {f"{name}.factor.{number}": factor for number, factor in enumerate(bridge.factors)}
+        for layer in self.layers.values():
+            name = f"layer.{layer.start}.{layer.stop}.{layer.like}"
+            tensors |= {f"{name}.{weight}": tensor for weight, tensor in layer.weights.items()}
         return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     @classmethod
@@ -47,19 +58,43 @@ class DraftAssets:
         try:
             tensors = load(content)
             token_ids = tensors.pop("token_ids", None)
-            ends = {tuple(int(part) for part in name.split(".")[1:3]) for name in tensors}
-            bridges = {start: _bridge(tensors, start, stop) for start, stop in sorted(ends)}
+            layers = _layers({name: tensor for name, tensor in tensors.items() if name.startswith("layer.")})
+            rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("layer.")}
+            ends = {tuple(int(part) for part in name.split(".")[1:3]) for name in rest}
+            bridges = {start: _bridge(rest, start, stop) for start, stop in sorted(ends)}
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"not the tensors of a draft: {error}") from error
-        return cls(bridges, None if token_ids is None else token_ids.long())
+        return cls(bridges, None if token_ids is None else token_ids.long(), layers)
 
     def to(self, like: Tensor) -> DraftAssets:
-        """The assets on the device of a tensor, the bridges in its dtype."""
+        """The assets on the device of a tensor, the stand-ins in its dtype."""
         bridges = {start: bridge.to(like) for start, bridge in self.bridges.items()}
-        return DraftAssets(bridges, None if self.token_ids is None else self.token_ids.to(like.device))
+        layers = {start: layer.to(like) for start, layer in self.layers.items()}
+        return DraftAssets(bridges, None if self.token_ids is None else self.token_ids.to(like.device), layers)
+
+    def stand_ins(self, model: LayerSkipModel) -> dict[int, Step]:
+        """What runs in place of runs of skipped sublayers, by the index of the run's first.
+
+        Args:
+            model: The model, to whose device and dtype the assets were brought.
+
+        Raises:
+            InvalidInputError: A layer's weights are not those of a layer of this model.
+        """
+        built = {start: self.layers[start].build(model, number) for number, start in enumerate(sorted(self.layers))}
+        return {**self.bridges, **built}
 
 
 def _bridge(tensors: Mapping[str, Tensor], start: int, stop: int) -> Bridge:
     name = f"bridge.{start}.{stop}"
     factors = sorted(key for key in tensors if key.startswith(f"{name}.factor."))
     return Bridge(start, stop, tuple(tensors[key] for key in factors), tensors[f"{name}.bias"])
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> dict[int, LayerWeights]:
+    """By the index of the first sublayer that they stand for; names begin with ``layer.START.STOP.LIKE.``."""
+    weights: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        _, start, stop, like, weight = name.split(".", maxsplit=4)
+        weights.setdefault((int(start), int(stop), int(like)), {})[weight] = tensor
+    return {layer[0]: LayerWeights(*layer, weights[layer]) for layer in sorted(weights)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -199,6 +199,20 @@ def fit_bridges(
         Bridges by the index of their first sublayer, to be given to :class:`layerskip.SkipDrafter` as ``stand_ins``.
     """
     return BridgeFitter(model, record_states(model, texts), ridge=ridge).fit(skip_set)
+
+
+def fit_bridge(model: LayerSkipModel, before: Tensor, after: Tensor, start: int, stop: int) -> Bridge:
+    """Fit the bridge of one run to hidden states at its two ends.
+
+    Args:
+        model: The model.
+        before: ``[n, hidden_size]``, the full model's hidden states before sublayer ``start``.
+        after: Likewise, before sublayer ``stop``.
+        start: Index of the run's first sublayer.
+        stop: Index behind its last.
+    """
+    states = without_outliers(torch.stack([before, after]))
+    return replace(BridgeFitter(model, states)._fit_run(0, 1), start=start, stop=stop)
 
 
 def runs_of(skip_set: SkipSet) -> list[tuple[int, int]]:

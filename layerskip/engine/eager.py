@@ -45,12 +45,14 @@ class EagerEngine:
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
 
-    def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        context = self._model.pass_context(1, cache)
-        prefix = stack.run(self._model.embed(token), context, stop=stack.shared)
-        x = stack.run(prefix, context, start=stack.shared)
+    def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        with cache.seen_again(len(tokens) - 1):
+            context = self._model.pass_context(len(tokens), cache)
+            shared = stack.run(self._model.embed(tokens), context, stop=stack.shared)
+            x = stack.run(shared, context, start=stack.shared)[:, -1:]
         cache.advance(1)
-        return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix if stack.shared else None)
+        prefix = shared[:, -1:] if stack.shared else None
+        return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix)
 
     def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
         needed = len(tokens)

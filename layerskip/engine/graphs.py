@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from layerskip.engine.captured import CapturedDraft, CapturedVerification
 from layerskip.engine.costs import PassCosts
+from layerskip.engine.eager import EagerEngine
 from layerskip.engine.graph_cache import GraphCache
 from layerskip.engine.interface import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError
@@ -75,6 +77,8 @@ class GraphEngine:
     It owns one cache for all generations, because captured passes write to fixed addresses; a generation that needs a
     larger one replaces it and drops what was captured.
 
+    Where a stand-in has to see more than one token at once, that draft step runs eagerly.
+
     Verification does not resume behind what drafting computed of the shared prefix. Each skip set would need captured
     verifications of its own, from its own depth. And graphs are used where the verification cost v is nearly flat, so
     that resuming could save at most ``share * (v(width) - 1)`` plain steps, next to nothing.
@@ -100,6 +104,7 @@ class GraphEngine:
         self.costs: PassCosts | None = None
         self._model = model
         self._smallest_bucket = smallest_bucket
+        self._eager = EagerEngine(model)
         self._capture = capture or CudaGraphCapture(model.device)
         self._cache: GraphCache | None = None
         self._drafts: dict[Stack, dict[int, CapturedDraft]] = {}  # by bucket
@@ -137,12 +142,14 @@ class GraphEngine:
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
 
-    def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+    def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        if len(tokens) > 1:  # what a stand-in has not seen, of any length: once a round at most
+            return replace(self._eager.draft_step(tokens, cache, stack), prefix=None)
         own, bucket = self._room_for(1, cache)
         steps = self._steps_of(stack)
         if bucket not in steps:
             steps[bucket] = self._capture_draft(stack, bucket, own)
-        step = steps[bucket](token, cache.length)
+        step = steps[bucket](tokens, cache.length)
         cache.advance(1)
         return step
 

@@ -90,8 +90,18 @@ class Engine(Protocol):
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Run a prompt, or the rest of one, ``[n]``; the logits behind its last token, ``[vocab_size]``."""
 
-    def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        """Run a token, ``[1]``, through a draft's stack; the cache moves forward by one."""
+    def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        """Run tokens, ``[m]``, through a draft's stack; the cache moves forward by one.
+
+        Args:
+            tokens: A new token, and before it the last ``m - 1`` of the text that the stack has not seen yet: more
+                than one only where it remembers.
+            cache: Keys and values of the text before the new token.
+            stack: The draft's.
+
+        Returns:
+            The step behind the last token.
+        """
 
     def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
         """Run the text's last token and the ``k`` drafted ones, ``[k + 1]``, through the full model.

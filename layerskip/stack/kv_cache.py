@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 
@@ -13,10 +16,11 @@ class KVCache:
     A draft leaves gaps in the layers that it skips. They lie behind the length it is rolled back to, so verification
     fills them before anybody reads them.
 
-    Attention modules see this object as ``past_key_values`` and call :meth:`update`.
+    Attention modules see this object as ``past_key_values`` and call :meth:`update`. The full model never writes to the
+    slots behind its layers: those belong to layers of a draft's own.
 
     Args:
-        num_layers: Number of decoder layers.
+        num_layers: Number of decoder layers; slots behind them come with their first write.
         capacity: Positions to allocate when a layer is first written. The cache grows when a pass needs more.
 
     Attributes:
@@ -32,6 +36,8 @@ class KVCache:
         # Allocated at the first write, which knows the layer's device, dtype and head shape: [1, heads, capacity, dim].
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
+        self._num_layers = num_layers
+        self._certain = 0  # positions whose keys and values in the model's layers are not written again
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write the new positions of one layer; return all its positions, old and new.
@@ -39,11 +45,13 @@ class KVCache:
         Args:
             keys: ``[1, heads, n, dim]``, the keys of the ``n`` positions behind ``length``.
             values: Likewise.
-            layer: The layer's index.
+            layer: The layer's index, or that of a slot behind the layers.
 
         Returns:
             Keys and values, each a view of shape ``[1, heads, length + n, dim]``.
         """
+        for buffers in (self._keys, self._values):
+            buffers.extend([None] * (layer + 1 - len(buffers)))
         end = self.length + keys.shape[2]
         return (
             self._write(self._keys, layer, keys, end),
@@ -54,7 +62,8 @@ class KVCache:
         buffer = buffers[layer]
         if buffer is None:
             buffer = buffers[layer] = self._allocate(new)
-        buffer[:, :, self.length : end] = new
+        known = max(self._certain - self.length, 0) if layer < self._num_layers else 0
+        buffer[:, :, self.length + known : end] = new[:, :, known:]
         return buffer[:, :, :end]
 
     def _allocate(self, like: Tensor) -> Tensor:
@@ -95,6 +104,24 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to length {length}: the cache holds {self.length} positions")
         self.length = length
+
+    @contextmanager
+    def seen_again(self, positions: int) -> Iterator[None]:
+        """For the enclosed pass, go back by some positions that it takes along with the new ones.
+
+        The pass writes them in the slots behind the model's layers alone. In the model's layers it reads what the full
+        model wrote: verification builds on that, and a draft's own keys would change the output.
+
+        Args:
+            positions: How many of the last positions the pass sees again.
+        """
+        certain = self.length
+        self.rollback(certain - positions)
+        self._certain = certain
+        try:
+            yield
+        finally:
+            self.length, self._certain = certain, 0
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from layerskip.stack.skipset import SkipSet
-from layerskip.stack.sublayers import PassContext
+from layerskip.stack.sublayers import LayerStandIn, PassContext
 
 
 class Step(Protocol):
@@ -34,6 +34,11 @@ class Stack:
     shared: int
     token_ids: Tensor | None = None
     head_rows: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step keeps keys and values of its own, so that it has to see the whole text."""
+        return any(isinstance(step, LayerStandIn) for _, step in self.steps)
 
     def run(self, x: Tensor, context: PassContext, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Run the steps from sublayer ``start`` on and before sublayer ``stop``.

@@ -110,6 +110,24 @@ class MLPSublayer:
 Sublayer = AttentionSublayer | MLPSublayer
 
 
+class LayerStandIn:
+    """A decoder layer of a draft's own that runs instead of skipped sublayers.
+
+    Its attention keeps keys and values of its own, which the full model's passes do not write: it has to see every
+    position of the text itself.
+
+    Args:
+        attention: Its attention sublayer, which writes to a slot of the cache behind the model's layers.
+        mlp: Its MLP sublayer.
+    """
+
+    def __init__(self, attention: AttentionSublayer, mlp: MLPSublayer) -> None:
+        self.attention, self.mlp = attention, mlp
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        return self.mlp(self.attention(x, context), context)
+
+
 def _device(module: nn.Module) -> torch.device:
     device: torch.device = next(module.parameters()).device
     return device

@@ -13,7 +13,7 @@ from layerskip.engine import PassCosts, measure_costs
 from search.latency import CostsBehind, LatencyModel, StepCosts, measure_latency
 from search.space import SearchSpace
 from studies.step_costs import read_parts
-from tests.models import LAYERS, VOCABULARY, tiny_llama
+from tests.models import LAYERS, VOCABULARY, random_layers, tiny_llama
 from tests.search.searches import costs_behind, known_costs
 from tests.strategies import skip_sets
 
@@ -91,6 +91,14 @@ def test_a_draft_costs_what_it_is_made_of(llama, skip_set, context, bridged, sma
     kept = (LAYERS - len(skip_set.attention), LAYERS - len(skip_set.mlp))
     expected = latency.parts(*kept, len(stand_ins), VOCABULARY // 2 if small else 0, context)
     assert latency.draft_step(stack, context) == expected
+
+
+def test_a_layer_of_the_drafts_own_costs_what_one_of_the_models_does(llama):
+    exited = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
+    stand_ins = {2: random_layers(llama, {2: 2 * LAYERS})[2].build(llama, 0)}
+    latency = known_costs(SPACE)
+    expected = latency.draft_step(llama.stack_of(SkipSet(LAYERS, range(2, LAYERS), range(2, LAYERS))), 70)
+    assert latency.draft_step(llama.stack_of(exited, stand_ins=stand_ins), 70) == expected
 
 
 @given(latencies, st.floats(64, 512))

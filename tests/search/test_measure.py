@@ -28,8 +28,8 @@ class CountingDrafter(SkipDrafter):
     def _count(self, *_):
         self.passes += 1
 
-    def start(self):
-        super().start()
+    def start(self, prompt):
+        super().start(prompt)
         self.passes_before = self.passes
 
 

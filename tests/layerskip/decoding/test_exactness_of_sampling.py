@@ -23,7 +23,8 @@ from layerskip.decoding import sampling as sampling_module
 from layerskip.decoding.loop import generate
 from layerskip.decoding.sampling import Draft, Draw
 from layerskip.decoding.verification import Verdict
-from tests.models import tiny_llama
+from layerskip.drafts.assets import DraftAssets
+from tests.models import random_layers, tiny_llama
 
 VOCABULARY = 4
 LENGTH = 4  # one token from the prefill, then at least one round, which may draft two
@@ -103,6 +104,12 @@ EXITS = {
 def test_self_speculative_samples_follow_the_full_model(model, draft_exit, settings):
     observed = samples(model, SkipDrafter(model, SKIPPED, EXITS[draft_exit]), settings, 1000)
     assert p_value(observed, distribution_of_texts(model, settings)) > DOUBT
+
+
+def test_samples_with_a_layer_of_the_drafts_own_follow_the_full_model(model):
+    assets = DraftAssets(layers=random_layers(model, {1: 4}))
+    drafter = SkipDrafter.of(model, SkipSet(2, (1,), (0, 1)), EXITS["fixed"], assets)
+    assert p_value(samples(model, drafter, PLAIN, 1000), distribution_of_texts(model, PLAIN)) > DOUBT
 
 
 def test_plain_samples_follow_the_full_model(model):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layerskip import ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipDrafter, SkipSet, generate
 from layerskip.engine import GraphEngine
 from layerskip.engine.graphs import call_directly
-from tests.models import FAMILIES, LAYERS
+from tests.models import FAMILIES, LAYERS, random_layers
 
 SKIPPED = SkipSet(LAYERS, (2,), (1,))
 # Operations that look at values on the host, or whose result has a size that depends on them.
@@ -68,9 +68,9 @@ def model(request, llama):
     return captured
 
 
-def reads_in_rounds(model, draft_exit, sampling, **settings):
+def reads_in_rounds(model, draft_exit, sampling, skip_set=SKIPPED, **settings):
     """Reads of all rounds of a generation, and what it counted."""
-    drafter = SkipDrafter(model, SKIPPED, draft_exit, **settings)
+    drafter = SkipDrafter(model, skip_set, draft_exit, **settings)
     counts, last = [], None
     for length in (1, 24):  # one token comes from the prompt alone
         with HostReads() as reads:
@@ -92,6 +92,14 @@ class TestReads:
     def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, model, sampling, vocabulary):
         reads, stats = reads_in_rounds(model, ConfidenceThreshold(0.3), sampling, token_ids=vocabulary)
         assert reads == stats.rounds + stats.drafted
+
+    def test_a_layer_of_the_drafts_own_adds_none(self, model, sampling, vocabulary):
+        stand_ins = {2: random_layers(model, {2: 2 * LAYERS})[2].build(model, 0)}
+        skip_set = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
+        reads, stats = reads_in_rounds(
+            model, FixedLength(3), sampling, skip_set=skip_set, token_ids=vocabulary, stand_ins=stand_ins
+        )
+        assert reads == stats.rounds
 
     def test_a_gate_reads_once_more_a_round(self, model, sampling, vocabulary):
         reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary, gate=0.2)

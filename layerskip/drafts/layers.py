@@ -1,0 +1,107 @@
+"""One decoder layer of a draft's own in place of a run of skipped sublayers, as in Kangaroo (arXiv 2404.18911)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip.errors import InvalidInputError
+from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer, sublayers_of
+
+if TYPE_CHECKING:
+    from layerskip.stack.model import LayerSkipModel
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The weights of a decoder layer that runs instead of sublayers ``start`` to ``stop - 1``.
+
+    Args:
+        start: Index of the first sublayer that it stands for.
+        stop: Index behind the last.
+        like: The model's layer that it is built like: in some families layers differ, such as by their window.
+        weights: By their names in that layer.
+    """
+
+    start: int
+    stop: int
+    like: int
+    weights: Mapping[str, Tensor] = field(repr=False)
+
+    @classmethod
+    def copied(cls, model: LayerSkipModel, start: int, stop: int, like: int) -> LayerWeights:
+        """The weights of one of the model's own layers, to start from.
+
+        Raises:
+            InvalidInputError: They are quantized or adapted, so that nothing can be trained from them.
+        """
+        layer = _layers(model)[like]
+        weights = {name: weight.detach().clone() for name, weight in layer.state_dict().items()}
+        expected = {name: weight.shape for name, weight in _empty_layer(model, like).state_dict().items()}
+        if expected != {name: weight.shape for name, weight in weights.items() if weight.is_floating_point()}:
+            raise InvalidInputError(
+                f"layer {like}: its weights are quantized or adapted; tune the model that it was made from"
+            )
+        return cls(start, stop, like, weights)
+
+    def to(self, like: Tensor) -> LayerWeights:
+        """The weights in the dtype and on the device of a tensor."""
+        weights = {name: weight.to(like.device, like.dtype) for name, weight in self.weights.items()}
+        return LayerWeights(self.start, self.stop, self.like, weights)
+
+    def module(self, model: LayerSkipModel, slot: int) -> nn.Module:
+        """A decoder layer of the model's own kind with these weights, which it shares and does not copy.
+
+        Args:
+            model: The model.
+            slot: Where in the cache its attention keeps keys and values.
+
+        Raises:
+            InvalidInputError: The weights are not those of a layer of this model.
+        """
+        if not 0 <= self.like < model.num_layers:
+            raise InvalidInputError(f"stand-in: is like layer {self.like}, but the model has {model.num_layers} layers")
+        layer = _empty_layer(model, self.like)
+        try:
+            layer.load_state_dict(dict(self.weights), assign=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InvalidInputError(f"stand-in: its weights do not fit a layer of this model: {reason}") from error
+        layer.get_submodule("self_attn").layer_idx = slot  # type: ignore[assignment]
+        return layer.eval()
+
+    def build(self, model: LayerSkipModel, number: int) -> LayerStandIn:
+        """What runs in a draft's stack.
+
+        Args:
+            model: The model, to whose device and dtype the weights were brought.
+            number: Which of the draft's own layers it is, from 0.
+
+        Raises:
+            InvalidInputError: As :meth:`module`.
+        """
+        return stand_in_of(model, self.module(model, model.num_layers + number))
+
+
+def stand_in_of(model: LayerSkipModel, layer: nn.Module) -> LayerStandIn:
+    """A decoder layer as a step of a stack."""
+    attention, mlp = sublayers_of(nn.ModuleList([layer]), model.family)
+    assert isinstance(attention, AttentionSublayer)
+    assert isinstance(mlp, MLPSublayer)
+    return LayerStandIn(attention, mlp)
+
+
+def _layers(model: LayerSkipModel) -> Any:
+    decoder: Any = model.hf_model.base_model
+    return decoder.layers
+
+
+def _empty_layer(model: LayerSkipModel, like: int) -> nn.Module:
+    """A layer of the model's kind without memory for weights."""
+    with torch.device("meta"):
+        layer: nn.Module = type(_layers(model)[like])(model.config, like)
+    return layer

@@ -1,0 +1,396 @@
+"""From a model and an exit to a profile of a trained draft: texts, training, the draft exit by replay, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from layerskip.decoding.draft_exit import ConfidenceThreshold
+from layerskip.drafts.assets import DraftAssets
+from layerskip.drafts.bridges import fit_bridge, runs_of
+from layerskip.drafts.layers import LayerWeights
+from layerskip.errors import InvalidInputError, LayerSkipError
+from layerskip.identity import ModelIdentity
+from layerskip.machine import device_name, library_versions
+from layerskip.profile import DraftProfile, Provenance
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack
+from layerskip.tuning import (
+    Agreement,
+    DataSettings,
+    GivenPrompts,
+    Learner,
+    Look,
+    Loss,
+    PromptSource,
+    SelfWrittenPrompts,
+    Shards,
+    Trained,
+    TrainingSettings,
+    TuningData,
+    bridge_learner,
+    layer_learner,
+    train,
+    vocabulary_of,
+)
+from layerskip.tuning.prediction import speedup, step_cost_by_weights
+from search.estimate import Trace
+from search.latency import measure_latency
+from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.outcome import measured_part
+from search.prompts import PromptSplit
+from search.quiet import Quiet
+from search.reference import CHUNK, ReferenceRun, ReferenceText, likeliest
+from search.replay import Prediction, RoundCosts, replay
+from search.space import Policy, SearchSpace
+
+Kind = Literal["layer", "bridge"]
+KINDS: tuple[Kind, ...] = ("layer", "bridge")
+
+# The share of layers that a draft keeps unless it is told otherwise; Kangaroo's exits are lower, in deeper models.
+_EXIT_SHARE = 1 / 8
+_VOCABULARY = 8192
+# Answers to the same given prompts are sampled, so that asking them again gives other texts.
+_ROUNDS = 64
+_AGAIN_TEMPERATURE = 0.8
+_BRIDGE_POSITIONS = 8192
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What to train and how.
+
+    Args:
+        exit: Layers that the draft keeps; None takes an eighth of them.
+        kind: ``layer``: one decoder layer above the exit; ``bridge``: an affine map.
+        loss: What training minimizes, see :class:`layerskip.tuning.TrainingSettings`.
+        positions: Positions of the model's own text to learn from and to test with.
+        minutes: Most minutes of training; None has no limit but the epochs.
+        epochs: How often each text is learned from, at most.
+        vocabulary: Size of the draft vocabulary; 0 is the whole one, None takes 8,192 where the model has twice as
+            many tokens.
+        answer_tokens: Most tokens of each text that the model writes to learn from.
+        max_new_tokens: Most tokens of each prompt that is measured.
+        seed: Makes texts and training repeatable.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+    """
+
+    exit: int | None = None
+    kind: Kind = "layer"
+    loss: Loss = "kl"
+    positions: int = 80_000
+    minutes: float | None = None
+    epochs: int = 8
+    vocabulary: int | None = None
+    answer_tokens: int = 128
+    max_new_tokens: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidInputError(f"kind '{self.kind}' is unknown; expected {' or '.join(KINDS)}")
+        for name in ("exit", "positions", "answer_tokens", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.vocabulary is not None and self.vocabulary < 0:
+            raise InvalidInputError(f"draft vocabulary: expected a number of tokens from 0 on, got {self.vocabulary}")
+        self.training  # noqa: B018 - its own checks
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The part that says how to train."""
+        return TrainingSettings(loss=self.loss, epochs=self.epochs, minutes=self.minutes, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    Args:
+        profile: The draft's profile; without figures if Ctrl-C ended the training.
+        exit: Layers that the draft keeps.
+        positions: Positions of text that there were.
+        agreement: How the stand-in does on held-out texts.
+        ideal: The speedup that this gives for chains if verifying costs one plain step, and a draft step the weights
+            that it reads.
+        predicted: What replay foretells of the draft exit that it chose; None without figures.
+        interrupted: Whether Ctrl-C ended the training.
+    """
+
+    profile: DraftProfile
+    exit: int
+    positions: int
+    agreement: Agreement
+    ideal: float
+    predicted: float | None
+    interrupted: bool
+
+
+class TuningObserver:
+    """Told how tuning goes. Does nothing; override what you want to know."""
+
+    def texts_begin(self, positions: int) -> None:
+        """The model will write until there are so many positions to draft at; what was written earlier counts."""
+
+    def text_written(self, positions: int) -> None:
+        """There are so many."""
+
+    def training_begins(self, positions: int, vocabulary: int) -> None:
+        """There are texts, and the draft scores so many tokens."""
+
+    def looked(self, look: Look, ideal: float) -> None:
+        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
+
+    def costs_begin(self) -> None:
+        """What the parts of a step cost will be measured."""
+
+    def exit_chosen(self, policy: Policy, predicted: float) -> None:
+        """Replay chose when drafts end."""
+
+    def prompt_measured(self, number: int, total: int) -> None:
+        """``number`` of ``total`` held-out prompts were decoded both ways."""
+
+
+class Tuning:
+    """Makes a profile of a trained draft.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        identity: What it is.
+        split: Prompts: ``search`` for choosing the draft exit, ``held_out`` for the figures.
+        given: Whether texts to learn from shall come from these prompts too (two thirds of ``search``) rather than from
+            prompts that the model writes itself.
+        settings: What to train and how.
+        folder: Where texts, trainings and references are kept.
+        observer: Told how it goes.
+
+    Raises:
+        InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: ModelIdentity,
+        split: PromptSplit,
+        settings: TuningSettings,
+        *,
+        given: bool,
+        folder: Path,
+        observer: TuningObserver,
+    ) -> None:
+        self._model = model
+        self._identity = identity
+        self._settings = settings
+        self._folder = folder
+        self._observer = observer
+        self.exit = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
+        learned = 2 * len(split.search) // 3 if given else 0
+        self._choosing = split.search[learned:] or split.search
+        self._measuring = split.held_out
+        source: PromptSource
+        if given:
+            prompts = split.search[:learned] or split.search
+            source = GivenPrompts([prompt.tokens for prompt in prompts], rounds=_ROUNDS, seed=settings.seed)
+        else:
+            source = SelfWrittenPrompts(model, tokenizer, seed=settings.seed)
+        data_settings = DataSettings(
+            self.exit,
+            max_new_tokens=settings.answer_tokens,
+            temperature=_AGAIN_TEMPERATURE if given else 0.0,
+            seed=settings.seed,
+        )
+        self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
+
+    @property
+    def _start(self) -> int:
+        return 2 * self.exit
+
+    @property
+    def _stop(self) -> int:
+        return len(self._model.sublayers)
+
+    def run(self) -> Tuned:
+        """Write, train, choose and measure.
+
+        Raises:
+            LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
+        """
+        self._observer.texts_begin(self._settings.positions)
+        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        ids = self._vocabulary(shards)
+        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        learner = self._learner(shards)
+        skip_set = early_exit(self._model.num_layers, self.exit)
+        untrained = learner.assets(learner.parameters).stand_ins(self._model)
+        cost = step_cost_by_weights(self._model, self._model.stack_of(skip_set, stand_ins=untrained, token_ids=ids))
+
+        def observe(look: Look) -> None:
+            self._observer.looked(look, speedup(look.agreement.top[1], cost))
+
+        trained = self._trained(learner, shards, ids, observe)
+        profile = self._profile(skip_set, trained)
+        predicted = None
+        if not trained.interrupted:
+            profile, predicted = self._with_figures(profile, trained.assets)
+        ideal = speedup(trained.agreement.top[1], cost)
+        return Tuned(profile, self.exit, shards.positions, trained.agreement, ideal, predicted, trained.interrupted)
+
+    def _vocabulary(self, shards: Shards) -> Tensor | None:
+        size = self._settings.vocabulary
+        if size is None:
+            size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
+        return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
+
+    def _learner(self, shards: Shards) -> Learner:
+        if self._settings.kind == "layer":
+            # The top one knows best what the head expects.
+            top = self._model.num_layers - 1
+            return layer_learner(self._model, LayerWeights.copied(self._model, self._start, self._stop, top))
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        share = max(shards.positions // _BRIDGE_POSITIONS, 1)
+        for text in shards.learned(shards.paths):
+            before.append(text.before[text.asked][::share])
+            after.append(text.after[text.asked][::share])
+        below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
+        return bridge_learner(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
+
+    def _trained(
+        self, learner: Learner, shards: Shards, ids: Tensor | None, observe: Callable[[Look], None]
+    ) -> Trained:
+        try:
+            trained = train(
+                self._model,
+                learner,
+                shards,
+                self._settings.training,
+                token_ids=ids,
+                folder=self._data.folder,
+                observe=observe,
+            )
+        except OSError as error:
+            raise LayerSkipError(
+                f"{self._data.folder}: cannot keep the training: {error.strerror}; "
+                "make room, or set LAYERSKIP_CACHE to another folder"
+            ) from error
+        # In two bytes a number: half the file, and what a draft is off by changes no output.
+        return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
+
+    def _profile(self, skip_set: SkipSet, trained: Trained) -> DraftProfile:
+        profile = DraftProfile(
+            model=self._identity,
+            skip_set=skip_set,
+            draft_exit=ConfidenceThreshold(),
+            provenance=Provenance(created=datetime.now(UTC), tool=f"layerskip {library_versions()['layerskip']}"),
+        )
+        return profile.with_assets(trained.assets)
+
+    def _with_figures(self, profile: DraftProfile, assets: DraftAssets) -> tuple[DraftProfile, float]:
+        """The profile with the draft exit that replay finds best, measured on held-out prompts."""
+        quiet = Quiet(self._folder, self._model.device)
+        with quiet.beside_others():
+            run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
+            texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
+        here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
+        stack = self._model.stack_of(profile.skip_set, stand_ins=here.stand_ins(self._model), token_ids=here.token_ids)
+        best = self._best_exit(stack, texts, quiet)
+        self._observer.exit_chosen(best.policy, best.speedup)
+        profile = profile.model_copy(update={"draft_exit": best.policy.draft_exit, "gate": best.policy.gate})
+        profile = profile.with_assets(assets)
+        with quiet.alone():
+            summary = self._measured(profile)
+        measured = measured_part(
+            summary,
+            "held-out",
+            max_new_tokens=self._settings.max_new_tokens,
+            device=device_name(self._model.device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+        )
+        return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
+
+    def _best_exit(self, stack: Stack, texts: Sequence[ReferenceText], quiet: Quiet) -> Prediction:
+        size = 0 if stack.token_ids is None else len(stack.token_ids)
+        space = replace(SearchSpace.of(self._model), vocabularies=(0, size) if size else (0,))
+        self._observer.costs_begin()
+        with quiet.alone():
+            latency = measure_latency(self._model, space)
+        traces = [trace_of(self._model, stack, text) for text in texts]
+        costs = RoundCosts.of(latency, stack, self._model, traces, space.max_draft_length)
+        return replay(traces, space.policies(), costs, limit=self._settings.max_new_tokens)
+
+    def _measured(self, profile: DraftProfile) -> Summary:
+        limit = self._settings.max_new_tokens
+        drafter = profile.drafter(self._model)
+        warm_up(self._model, drafter, self._measuring, max_new_tokens=limit)
+        done: list[PromptMeasurement] = []
+        for number, prompt in enumerate(self._measuring, start=1):
+            plain_first = number % 2 == 1
+            done.append(measure_prompt(self._model, prompt, drafter, max_new_tokens=limit, plain_first=plain_first))
+            self._observer.prompt_measured(number, len(self._measuring))
+        return summarize(done)
+
+
+def early_exit(num_layers: int, layers: int) -> SkipSet:
+    """The skip set of a draft that leaves the model behind so many layers.
+
+    Raises:
+        InvalidInputError: They are none, or all.
+    """
+    if not 1 <= layers < num_layers:
+        raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {layers}")
+    skipped = range(layers, num_layers)
+    return SkipSet(num_layers, skipped, skipped)  # type: ignore[arg-type]
+
+
+def exit_of(skip_set: SkipSet) -> int:
+    """The layers that a draft with an early exit keeps.
+
+    Raises:
+        InvalidInputError: The skip set is none: it keeps something above what it leaves out.
+    """
+    match runs_of(skip_set):
+        case [(start, stop)] if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
+            return start // 2
+    raise InvalidInputError(
+        f"the profile leaves out {skip_set}, which is no early exit, and only what reaches the top can be tuned; "
+        "name an exit with --exit"
+    )
+
+
+@torch.inference_mode()
+def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+    """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
+
+    Args:
+        model: The model.
+        stack: The draft's; above what it shares with the full model it has stand-ins alone.
+        text: What the full model wrote.
+    """
+    tokens = text.tokens.to(model.device)
+    n = len(tokens)
+    x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
+    asked = x[0, text.prompt_length : n - 1]
+    scored = [likeliest(model.logits(part[None], stack)) for part in asked.split(CHUNK)]
+    columns, confidence = (torch.cat(part) for part in zip(*scored, strict=True))
+    ids = columns if stack.token_ids is None else stack.token_ids[columns]
+    agrees = ids.cpu() == text.choices.cpu()
+    return Trace(
+        agrees.numpy(),
+        confidence.float().cpu().numpy(),
+        text.confidence.cpu().numpy(),
+        text.prompt_length,
+        text.new_tokens,
+    )

@@ -1,0 +1,113 @@
+"""``layerskip tune``: from a model to a profile of a trained draft, in one command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerskip import DraftProfile, SkipSet, generate
+from tests.models import transformers_greedy
+
+QUICK = ("--positions", 300, "--epochs", 2, "--max-new-tokens", 8, "--device", "cpu")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"Tell me about {what}.\n" for what in range(48)))
+    return path
+
+
+def test_a_model_is_tuned_and_its_profile_applied(layerskip, model_folder, prompts, wrapped):
+    outcome = layerskip("tune", model_folder, "--exit", 1, "--prompts", prompts, "--out", "t.json", "--json", *QUICK)
+    assert outcome.status == 0, outcome.err
+    result = outcome.object
+    assert result["exit"] == 1
+    assert result["positions"] >= 300
+    assert list(result["agreement"]) == ["1", "2", "4", "8"]
+    assert result["speedup"] > 0
+    assert result["predicted_speedup"] > 0
+    profile = DraftProfile.load("t.json")
+    assert profile.skip_set == SkipSet(4, (1, 2, 3), (1, 2, 3))
+    assert (profile.tensors.layers, profile.tensors.bridges, profile.tensors.vocabulary) == (1, 0, 0)
+    assert profile.measured.speedup == result["speedup"]
+    assert profile.measured.prompt_set == "held-out"
+    made = generate(wrapped, [5, 6, 7], drafter=profile.drafter(wrapped), max_new_tokens=16, eos_token_ids=[])
+    assert made.tokens == transformers_greedy(wrapped.hf_model, [5, 6, 7], 16)
+    assert "held-out agreement" in outcome.err
+    applied = layerskip("apply", "t.json", "Hello", "--force", "--json", "--max-new-tokens", 8)
+    assert applied.object["speculative"]
+    shown = layerskip("profile", "show", "t.json")
+    assert "1 trained layer" in shown.out
+
+
+def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
+    common = ("--prompts", prompts, *QUICK)
+    first = layerskip("tune", model_folder, "--exit", 2, "--draft-vocabulary", 100, "--out", "a.json", *common)
+    assert first.status == 0, first.err
+    assert "exit      after layer 2 of 4" in first.out
+    again = layerskip("tune", "a.json", "--kind", "bridge", "--loss", "both", "--out", "b.json", "--json", *common)
+    assert again.status == 0, again.err
+    assert again.object["exit"] == 2
+    assert again.object["coverage"] < 1
+    profile = DraftProfile.load("b.json")
+    assert (profile.tensors.layers, profile.tensors.bridges, profile.tensors.vocabulary) == (0, 1, 100)
+
+
+def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
+    arguments = ("tune", model_folder, "--exit", 3, "--prompts", prompts, "--json", *QUICK)
+    first, again = (layerskip(*arguments).object for _ in range(2))
+    assert again["agreement"] == first["agreement"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kind", "head"), "kind 'head' is unknown; expected layer or bridge"),
+        (("--loss", "mse"), "loss 'mse' is unknown; expected kl, ce, both"),
+        (("--positions", "0"), "positions: expected at least 1, got 0"),
+        (("--minutes", "0"), "minutes: expected a number above 0, got 0.0"),
+        (("--draft-vocabulary", "-1"), "draft vocabulary: expected a number of tokens from 0 on, got -1"),
+        (("--exit", "0"), "exit: expected at least 1, got 0"),
+        (("--exit", "4"), "exit: expected 1 to 3, layers of the model to keep below what is stood in for, got 4"),
+    ],
+)
+def test_wrong_usage_is_one_line(layerskip, model_folder, prompts, arguments, message):
+    outcome = layerskip("tune", model_folder, "--prompts", prompts, *arguments)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1] == f"layerskip: {message}"
+
+
+def test_a_model_that_cannot_write_prompts_asks_for_some(layerskip, model_folder):
+    outcome = layerskip("tune", model_folder, "--exit", 1, *QUICK)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].endswith("has no end-of-sequence token to end its own prompts; give --prompts")
+
+
+def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
+    outcome = layerskip("tune", profile)
+    assert outcome.status == 2
+    assert "attn 1 · mlp 2, which is no early exit" in outcome.error
+
+
+def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
+    from cli.tuning import TuningProgress
+
+    looked = TuningProgress.looked
+    arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)
+
+    def press_at_the_second(self, look, ideal):
+        looked(self, look, ideal)
+        if look.progress > 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TuningProgress, "looked", press_at_the_second)
+        stopped = layerskip(*arguments)
+    assert stopped.status == 130
+    assert "nothing was measured" in stopped.out
+    fields = json.loads(Path("c.json").read_text())
+    assert fields["measured"] is None
+    assert fields["tensors"]["layers"] == 1
+    assert layerskip(*arguments).status == 0
+    assert DraftProfile.load("c.json").measured is not None

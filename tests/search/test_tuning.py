@@ -1,0 +1,68 @@
+"""Parts of tuning that decide what is measured: the exit of a profile, and a draft's traces along a text."""
+
+import pytest
+import torch
+
+from layerskip import FixedLength, InvalidInputError, SkipDrafter, SkipSet, generate
+from layerskip.drafts.assets import DraftAssets
+from search.reference import continuations, record
+from search.tuning import early_exit, exit_of, trace_of
+from tests.models import LAYERS, random_layers
+
+TOP = 2 * LAYERS
+
+
+class Followed(SkipDrafter):
+    """Keeps for each proposal how much of the answer was certain, and whether the proposal stood."""
+
+    def start(self, prompt):
+        super().start(prompt)
+        self.certain, self.stood = 0, {}
+
+    def observe(self, drafted, accepted, logits):
+        super().observe(drafted, accepted, logits)
+        if drafted:
+            self.stood[self.certain] = bool(accepted)
+        self.certain += accepted + 1
+
+
+@pytest.mark.parametrize("token_ids", [None, torch.arange(3, 50)], ids=["whole vocabulary", "draft vocabulary"])
+def test_a_trace_says_what_stands_in_decoding(tiny, token_ids):
+    layers = random_layers(tiny, {TOP - 2: TOP}, like=LAYERS - 1, seed=2)
+    assets = DraftAssets(token_ids=token_ids, layers=layers)
+    drafter = Followed.of(tiny, early_exit(LAYERS, LAYERS - 1), FixedLength(1), assets)
+    said = []
+    for first in range(4):
+        prompt = [first, 7, 5]
+        [new] = continuations(tiny, [prompt], 16)
+        trace = trace_of(tiny, drafter._stack, record(tiny, prompt, new))
+        generate(tiny, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
+        assert len(trace.agrees) == 15
+        assert (trace.confidence > 0).all()
+        assert (trace.confidence <= 1).all()
+        for position, stood in drafter.stood.items():
+            assert trace.agrees[position] == stood
+        said += trace.agrees.tolist()
+    assert True in said
+    assert False in said
+
+
+def test_an_early_exit_and_its_layers_are_each_others_inverse():
+    for layers in range(1, LAYERS):
+        assert exit_of(early_exit(LAYERS, layers)) == layers
+
+
+@pytest.mark.parametrize("layers", [0, LAYERS])
+def test_an_exit_keeps_some_layers_and_leaves_some_out(layers):
+    with pytest.raises(InvalidInputError, match=f"^exit: expected 1 to {LAYERS - 1}, .* got {layers}$"):
+        early_exit(LAYERS, layers)
+
+
+@pytest.mark.parametrize(
+    "skip_set",
+    [SkipSet(LAYERS), SkipSet(LAYERS, (1,), (1,)), SkipSet(LAYERS, (3,), (2, 3)), SkipSet(LAYERS, (1, 3), (1, 3))],
+    ids=str,
+)
+def test_what_keeps_something_above_is_no_early_exit(skip_set):
+    with pytest.raises(InvalidInputError, match="is no early exit"):
+        exit_of(skip_set)
