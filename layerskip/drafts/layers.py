@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerskip.errors import InvalidInputError
-from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer, sublayers_of
+from layerskip.stack.sublayers import LayerStandIn, sublayers_in
 
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
@@ -84,15 +84,18 @@ class LayerWeights:
         Raises:
             InvalidInputError: As :meth:`module`.
         """
-        return stand_in_of(model, self.module(model, model.num_layers + number))
+        return stand_in_of(model, self.module(model, model.num_layers + number), self.like)
 
 
-def stand_in_of(model: LayerSkipModel, layer: nn.Module) -> LayerStandIn:
-    """A decoder layer as a step of a stack."""
-    attention, mlp = sublayers_of(nn.ModuleList([layer]), model.family)
-    assert isinstance(attention, AttentionSublayer)
-    assert isinstance(mlp, MLPSublayer)
-    return LayerStandIn(attention, mlp)
+def stand_in_of(model: LayerSkipModel, layer: nn.Module, like: int) -> LayerStandIn:
+    """A decoder layer as a step of a stack.
+
+    Args:
+        model: The model.
+        layer: The layer, of the model's own kind.
+        like: The model's layer that it is built like.
+    """
+    return LayerStandIn(*sublayers_in(layer, like, model.family, model.config))
 
 
 def _layers(model: LayerSkipModel) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -156,31 +157,33 @@ class Scaled(nn.Module):
 
 def sublayers_of(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> tuple[Sublayer, ...]:
     """Flatten decoder layers into ``2 * len(layers)`` sublayers, attention and MLP in turn."""
+    return tuple(chain.from_iterable(sublayers_in(layer, i, family, config) for i, layer in enumerate(layers)))
+
+
+def sublayers_in(
+    layer: nn.Module, index: int, family: Family, config: PreTrainedConfig
+) -> tuple[AttentionSublayer, MLPSublayer]:
+    """The two sublayers of a decoder layer.
+
+    Args:
+        layer: The layer.
+        index: The model's layer that it is, or is like: in some families layers differ, such as by their window.
+        family: Of the model.
+        config: The model's.
+    """
     norms, factor = family.norms, setting(config, family.residual_multiplier)
 
-    def before(layer: nn.Module, name: str | None) -> nn.Module:
+    def before(name: str | None) -> nn.Module:
         return nn.Identity() if name is None else layer.get_submodule(name)
 
-    def after(layer: nn.Module, name: str | None) -> nn.Module:
-        norm = before(layer, name)
-        return norm if factor == 1 else Scaled(norm, factor)
+    def after(name: str | None) -> nn.Module:
+        return before(name) if factor == 1 else Scaled(before(name), factor)
 
-    stack: list[Sublayer] = []
-    for index, layer in enumerate(layers):
-        stack.append(
-            AttentionSublayer(
-                before(layer, norms.before_attention),
-                layer.get_submodule("self_attn"),
-                after(layer, norms.after_attention),
-                family.window(config, index),
-                family.rotary(config, index),
-            )
-        )
-        stack.append(
-            MLPSublayer(
-                before(layer, norms.before_mlp),
-                layer.get_submodule("mlp"),
-                after(layer, norms.after_mlp),
-            )
-        )
-    return tuple(stack)
+    attention = AttentionSublayer(
+        before(norms.before_attention),
+        layer.get_submodule("self_attn"),
+        after(norms.after_attention),
+        family.window(config, index),
+        family.rotary(config, index),
+    )
+    return attention, MLPSublayer(before(norms.before_mlp), layer.get_submodule("mlp"), after(norms.after_mlp))

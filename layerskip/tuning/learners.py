@@ -42,7 +42,7 @@ def layer_learner(model: LayerSkipModel, weights: LayerWeights) -> Learner:
     def assets(values: Mapping[str, Tensor]) -> DraftAssets:
         return DraftAssets(layers={weights.start: LayerWeights(weights.start, weights.stop, weights.like, values)})
 
-    step = stand_in_of(model, layer)
+    step = stand_in_of(model, layer, weights.like)
     return Learner(weights.start, weights.stop, step, dict(layer.named_parameters()), assets)
 
 
