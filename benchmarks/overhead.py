@@ -20,9 +20,10 @@ from torch import Tensor
 from benchmarks.setting import Setting, load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel, generate
 from layerskip.decoding.drafting import Drafter
-from layerskip.engine import DraftStep, EagerEngine, SharedPrefix
+from layerskip.engine import DraftStep, EagerEngine, Scored, SharedPrefix
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.stack import Stack
+from layerskip.stack.tree import Tree
 from layerskip.timing import device_seconds
 
 console = Console(highlight=False, width=150)
@@ -38,14 +39,18 @@ class TimedEngine(EagerEngine):
         self._device = model.device
         self.passes: dict[str, list[float]] = defaultdict(list)
 
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
         return self._timed("prefill", lambda: super(TimedEngine, self).prefill(tokens, cache))
 
     def draft_step(self, token: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         return self._timed("draft", lambda: super(TimedEngine, self).draft_step(token, cache, stack))
 
-    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
-        return self._timed(f"verify {len(tokens)}", lambda: super(TimedEngine, self).verify(tokens, cache, shared))
+    def verify(
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+    ) -> Scored:
+        return self._timed(
+            f"verify {len(tokens)}", lambda: super(TimedEngine, self).verify(tokens, cache, shared, tree)
+        )
 
     def _timed(self, name: str, run: Callable[[], Result]) -> Result:
         started = device_seconds(self._device)

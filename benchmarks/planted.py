@@ -108,7 +108,7 @@ class PlantedProblem:
         self.space = SearchSpace(num_layers)
         self._identity = identify(self.model, "planted")
         self._prompts: PromptSplit = random_texts(seed, search=_PROMPTS)
-        self._latency = flat_latency(num_layers, self.space.max_draft_length)
+        self._latency = flat_latency(num_layers, self.space.most_drafted)
         self._folder = folder
 
     def optimum(self) -> Optimum:

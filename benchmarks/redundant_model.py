@@ -124,12 +124,12 @@ def _pairs(strengths: Sequence[float]) -> list[tuple[float, float]]:
     return list(zip(strengths[::2], strengths[1::2], strict=True))
 
 
-def flat_latency(num_layers: int, max_draft_length: int) -> LatencyModel:
+def flat_latency(num_layers: int, most_drafted: int) -> LatencyModel:
     """A machine bound by memory: parts cost their share of the weights, and verifying a token more next to nothing."""
     attention = 2 * HIDDEN * HIDDEN * (1 + KEY_VALUE_HEADS / HEADS)
     mlp, head = 3 * HIDDEN * INTERMEDIATE, HIDDEN * VOCABULARY
     weight = (1 - _FIXED) / (num_layers * (attention + mlp) + head)
-    widths = range(1, max_draft_length + 2)
+    widths = range(1, most_drafted + 2)
     step = StepCosts(_FIXED, attention * weight, mlp * weight, bridge=0.0, head={0: head * weight})
     passes = PassCosts(
         {width: 1 - head * weight + _WIDER * (width - 1) for width in widths}, dict.fromkeys(widths, head * weight)

@@ -96,7 +96,7 @@ def measure_context(model: LayerSkipModel, engine: Engine, context: int, bandwid
     engine.prefill(torch.zeros(context, dtype=torch.long, device="cuda"), cache)
 
     def verify(width: int) -> object:
-        logits = engine.verify(torch.zeros(width, dtype=torch.long, device="cuda"), cache, None)
+        logits = engine.verify(torch.zeros(width, dtype=torch.long, device="cuda"), cache).logits
         cache.rollback(context)
         return logits
 
@@ -135,7 +135,7 @@ def host_seconds_of(engine: Engine) -> float:
     for _ in range(_REPEATS):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        engine.verify(token, cache, None)
+        engine.verify(token, cache)
         taken.append(time.perf_counter() - started)
         cache.rollback(1)
     torch.cuda.synchronize()

@@ -25,8 +25,9 @@ from benchmarks.rivals.knapspec import knapspec
 from benchmarks.rivals.ours import ours
 from benchmarks.rivals.swift import swift
 from benchmarks.setting import machine_of, write_json
-from layerskip import LayerSkipModel, SkipDrafter, identify, load_checkpoint
+from layerskip import LayerSkipModel, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.decoding.drafting import Drafter
 from layerskip.engine import use_engine
 from search.assets import AssetMaker, fit_texts
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
@@ -41,7 +42,7 @@ _SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
 def _plain_space(model: LayerSkipModel) -> SearchSpace:
-    return SearchSpace.of(model, bridges=False, vocabulary=False, gate=False)
+    return SearchSpace.of(model, bridges=False, vocabulary=False, gate=False, branches=False, ngrams=False)
 
 
 SEARCHERS: dict[str, Searcher] = {
@@ -97,7 +98,7 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
     """Measure every different incumbent on the same prompts; by what it is, for people."""
     run = ReferenceRun(task.model, folder, task.fingerprint)
     makers = AssetMaker(task.model, fit_texts(run, task.prompts.fitted, max_new_tokens=task.max_new_tokens))
-    drafters: dict[str, SkipDrafter] = {}
+    drafters: dict[str, Drafter] = {}
     for one in found:
         if label(one.incumbent) not in drafters:
             drafters[label(one.incumbent)] = makers.drafter(one.incumbent.candidate, one.incumbent.policy)

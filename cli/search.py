@@ -86,6 +86,8 @@ def search(
     bridges: Annotated[bool, typer.Option(help="Try bridges in place of runs of skipped sublayers.")] = True,
     draft_vocabulary: Annotated[bool, typer.Option(help="Try drafts that score the likeliest tokens only.")] = True,
     gate: Annotated[bool, typer.Option(help="Try to draft nothing where the full model is unsure.")] = True,
+    branches: Annotated[bool, typer.Option(help="Try drafts that propose several tokens for a place.")] = True,
+    ngrams: Annotated[bool, typer.Option(help="Try to copy from the text before the model drafts.")] = True,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -130,7 +132,9 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.context_length
     )
-    space = SearchSpace.of(first, bridges=bridges, vocabulary=draft_vocabulary, gate=gate)
+    space = SearchSpace.of(
+        first, bridges=bridges, vocabulary=draft_vocabulary, gate=gate, branches=branches, ngrams=ngrams
+    )
     identity = identify(first, checkpoint.source)
 
     def helpers(name: str) -> Workers:

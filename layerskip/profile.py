@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
 from layerskip.decoding.draft_exit import DraftExit
-from layerskip.decoding.drafting import SkipDrafter
+from layerskip.decoding.drafting import Drafter, SkipDrafter
+from layerskip.decoding.ngrams import NGrams, behind_copies
 from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import InvalidProfileError
 from layerskip.files import write_atomically, write_bytes_atomically
@@ -86,6 +87,14 @@ class DraftProfile(OnTheHub, _Part):
     draft_exit: Annotated[DraftExit, Field(discriminator="kind")] = Field(description="When a draft ends.")
     gate: float = Field(
         default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
+    )
+    branches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(),
+        strict=False,
+        description="How many tokens a draft proposes for its first place, its second, and so on; 1 for later ones.",
+    )
+    ngrams: NGrams | None = Field(
+        default=None, description="What to copy from the text before the model drafts; absent copies nothing."
     )
     tensors: TensorsFile | None = Field(
         default=None, description="Stand-ins and draft vocabulary; absent without them."
@@ -211,14 +220,17 @@ class DraftProfile(OnTheHub, _Part):
                 f"but this model has {found!r}; search this model for a profile of its own"
             )
 
-    def drafter(self, model: LayerSkipModel) -> SkipDrafter:
+    def drafter(self, model: LayerSkipModel) -> Drafter:
         """A drafter for :func:`layerskip.generate`.
 
         Raises:
             InvalidProfileError: The profile is for another model.
         """
         self.check(model)
-        return SkipDrafter.of(model, self.skip_set, self.draft_exit, self._assets, gate=self.gate)
+        drafter = SkipDrafter.of(
+            model, self.skip_set, self.draft_exit, self._assets, gate=self.gate, branches=self.branches
+        )
+        return behind_copies(self.ngrams, drafter)
 
     def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
         """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
@@ -248,12 +260,16 @@ class DraftProfile(OnTheHub, _Part):
     def draft(self) -> str:
         """Everything about the draft but its skip set, for people."""
         parts = [str(self.draft_exit)]
+        if self.branches:
+            parts.append(f"branches {'-'.join(map(str, self.branches))}")
         if self.tensors is not None and self.tensors.bridges:
             parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
         if self.tensors is not None and self.tensors.layers:
             parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
         if self.tensors is not None and self.tensors.vocabulary:
             parts.append(f"vocabulary of {self.tensors.vocabulary}")
+        if self.ngrams:
+            parts.append(str(self.ngrams))
         if self.gate:
             parts.append(f"none where the full model's confidence is below {self.gate:g}")
         return "; ".join(parts)

@@ -66,6 +66,8 @@ def _without(one: SkipSet, other: SkipSet) -> SkipSet:
 def _drafts(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
     yield Difference("draft", str(a.draft_exit), str(b.draft_exit))
     yield Difference("gate", a.gate, b.gate)
+    yield Difference("branches", list(a.branches), list(b.branches))
+    yield Difference("copies", str(a.ngrams), str(b.ngrams))
 
 
 def _bridges(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:

@@ -14,7 +14,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from layerskip.decoding.drafting import SkipDrafter
+from layerskip.decoding.drafting import Drafter
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.profile import DraftProfile
@@ -30,7 +30,7 @@ class _Wrapped:
 
     wrapper: LayerSkipModel
     state: object
-    drafters: list[tuple[DraftProfile, SkipDrafter]] = field(default_factory=list)
+    drafters: list[tuple[DraftProfile, Drafter]] = field(default_factory=list)
 
 
 _WRAPPED: weakref.WeakKeyDictionary[PreTrainedModel, _Wrapped] = weakref.WeakKeyDictionary()
@@ -49,7 +49,7 @@ def wrapper_of(model: PreTrainedModel) -> LayerSkipModel:
     return _wrapped(model).wrapper
 
 
-def drafter_of(profile: DraftProfile, model: PreTrainedModel) -> SkipDrafter:
+def drafter_of(profile: DraftProfile, model: PreTrainedModel) -> Drafter:
     """A drafter for one generation; what is costly about it is made and checked once for a profile and a model.
 
     Raises:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from layerskip.decoding.drafting import SkipDrafter
+from layerskip.decoding.drafting import Drafter, SkipDrafter
+from layerskip.decoding.ngrams import behind_copies
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import BridgeFitter, without_outliers
 from layerskip.drafts.vocabulary import draft_vocabulary, emission_frequencies
@@ -65,8 +66,14 @@ class AssetMaker:
         head = self._head(candidate.vocabulary)
         return replace(stack, token_ids=head.token_ids, head_rows=head.head_rows)
 
-    def drafter(self, candidate: Candidate, policy: Policy) -> SkipDrafter:
+    def drafter(self, candidate: Candidate, policy: Policy) -> Drafter:
         """The drafter of a candidate that drafts by a policy."""
-        return SkipDrafter.of(
-            self._model, candidate.skip_set, policy.draft_exit, self.assets(candidate), gate=policy.gate
+        drafter = SkipDrafter.of(
+            self._model,
+            candidate.skip_set,
+            policy.draft_exit,
+            self.assets(candidate),
+            gate=policy.gate,
+            branches=policy.branches,
         )
+        return behind_copies(policy.ngrams, drafter)

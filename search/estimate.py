@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ _FIRST_LOOK = 4
 _TEXTS_AT_A_TIME = 8
 # Bytes of reference that stay in the device's memory; what goes beyond is read from disk for each candidate.
 _MEMORY = 4 * 2**30
+# Further down no branch of a draft reaches.
+LAST_RANK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +35,25 @@ class Trace:
     """What a draft would propose along one reference text.
 
     Args:
-        agrees: ``[m - 1]``, whether the draft's likeliest token is the full model's choice.
+        ranks: ``[m - 1]``, the place of the full model's choice among the draft's tokens, likeliest first: 0 where the
+            draft agrees, at most ``LAST_RANK``.
         confidence: ``[m - 1]``, its probability under the draft.
         target_confidence: ``[m - 1]``, the probability that the full model gives to its own choice.
         prompt_length: Tokens of the prompt.
         new_tokens: ``m``, tokens of the continuation.
     """
 
-    agrees: np.ndarray
+    ranks: np.ndarray
     confidence: np.ndarray
     target_confidence: np.ndarray
     prompt_length: int
     new_tokens: int
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """``[m - 1]``, whether the draft's likeliest token is the full model's choice."""
+        agrees: np.ndarray = self.ranks == 0
+        return agrees
 
 
 def acceptance(traces: Sequence[Trace]) -> float:
@@ -73,6 +83,11 @@ class Estimator:
         """A draft's traces, some texts at a time, so that a hopeless draft need not be followed to the end."""
         for number in range(len(self._parts)):
             yield self._batch(number).traces(self._model, stack)
+
+    @property
+    def texts(self) -> list[ReferenceText]:
+        """The texts, in the order in which they are looked at."""
+        return list(chain.from_iterable(self._parts))
 
     @property
     def num_texts(self) -> int:
@@ -152,15 +167,39 @@ class _Batch:
         """What a draft would propose along each text."""
         # Below its first skipped sublayer the draft is the full model.
         x = stack.run(self.states[stack.shared], self.context, start=stack.shared)  # [b, q, hidden_size]
-        scored = [likeliest(model.logits(part[None], stack)) for part in x[self.valid.to(x.device)].split(CHUNK)]
+        ranks, confidence = ranked(model, stack, x[self.valid.to(x.device)], self._choices)
         lengths = [text.new_tokens - 1 for text in self._texts]
-        columns, confidence = (torch.cat(part) for part in zip(*scored, strict=True))
-        ids = columns if stack.token_ids is None else stack.token_ids[columns]
-        agrees = (ids == self._choices).cpu().split(lengths)
         return [
-            Trace(a.numpy(), c.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)
-            for a, c, text in zip(agrees, confidence.cpu().split(lengths), self._texts, strict=True)
+            Trace(r.numpy(), c.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)
+            for r, c, text in zip(ranks.split(lengths), confidence.split(lengths), self._texts, strict=True)
         ]
+
+
+def ranked(model: LayerSkipModel, stack: Stack, states: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """What a draft makes of the full model's choices.
+
+    Args:
+        model: The model.
+        stack: The draft's.
+        states: ``[n, hidden_size]``, the draft's hidden states above its stack.
+        choices: ``[n]``, the ids that the full model chose there.
+
+    Returns:
+        The ranks of the choices among the draft's tokens, ``[n]``, and the probability of its likeliest, ``[n]``; in
+        main memory.
+    """
+    columns = torch.arange(model.vocab_size, device=model.device)
+    if stack.token_ids is not None:
+        columns = torch.full_like(columns, -1).index_copy_(0, stack.token_ids, columns[: len(stack.token_ids)])
+    ranks, confidences = [], []
+    for part, wanted in zip(states.split(CHUNK), columns[choices.to(model.device)].split(CHUNK), strict=True):
+        logits = model.logits(part[None], stack)  # [n, columns]
+        best, confidence = likeliest(logits)
+        own = logits.gather(1, wanted.clamp(min=0)[:, None])
+        rank = (logits > own).sum(-1).clamp(1, LAST_RANK).masked_fill(wanted < 0, LAST_RANK)
+        ranks.append(rank.masked_fill(best == wanted, 0))  # of equal logits the first is proposed
+        confidences.append(confidence)
+    return torch.cat(ranks).cpu(), torch.cat(confidences).float().cpu()
 
 
 def _padded(rows: Sequence[Tensor], width: int) -> Tensor:

@@ -174,7 +174,7 @@ def _behind(model: LayerSkipModel, space: SearchSpace, context: int) -> CostsBeh
         cache.rollback(context)
 
     def verify(width: int) -> None:
-        engine.verify(tokens[:width], cache, None)
+        engine.verify(tokens[:width], cache)
         cache.rollback(context)
 
     runs: dict[str, Callable[[], object]] = {name: partial(step, name) for name in stacks}
@@ -204,7 +204,7 @@ def _step_costs(num_layers: int, space: SearchSpace, medians: Mapping[str, float
 
 def _widths(model: LayerSkipModel, space: SearchSpace) -> list[int]:
     """The widths at which drafts of any length would be verified."""
-    needed = range(1, space.max_draft_length + 2)
+    needed = range(1, space.most_drafted + 2)
     choice = model.engine.costs
     return sorted({1, *(needed if choice is None else map(choice.cheapest_width, needed))})
 

@@ -103,6 +103,8 @@ def profile_of(
         skip_set=candidate.skip_set,
         draft_exit=policy.draft_exit,
         gate=policy.gate,
+        branches=policy.branches,
+        ngrams=policy.ngrams,
         measured=measured_part(
             best.summary,
             best.prompt_set,

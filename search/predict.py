@@ -10,6 +10,8 @@ import numpy as np
 
 from layerskip.stack.model import LayerSkipModel
 from search.assets import AssetMaker
+from search.branching import branching_policies
+from search.copying import copies_along, copying_policies
 from search.estimate import Estimator, Trace, acceptance
 from search.latency import LatencyModel
 from search.replay import Prediction, RoundCosts, replay
@@ -75,8 +77,9 @@ class Predictor:
         self._estimator = estimator
         self._latency = latency
         self._limit = max_new_tokens
-        self._longest = space.max_draft_length
-        self._policies = space.policies()
+        self._space = space
+        self._chains = space.policies()
+        self._copies = copies_along(estimator.texts) if space.ngrams else {}
 
     def estimate(self, candidate: Candidate, to_beat: Sequence[float] = ()) -> Estimate:
         """Look at a candidate, some texts at a time, until all were seen or it cannot win.
@@ -90,8 +93,12 @@ class Predictor:
         parts = self._estimator.traces(stack)
         while True:
             traces += next(parts)
-            costs = RoundCosts.of(self._latency, stack, self._model, traces, self._longest)
-            prediction = replay(traces, self._policies, costs, limit=self._limit)
+            costs = RoundCosts.of(self._latency, stack, self._model, traces, self._space.most_drafted)
+            policies = [*self._chains, *branching_policies(traces, self._space)]
+            prediction = replay(traces, policies, costs, limit=self._limit)
+            if self._copies:
+                policies = list(copying_policies(prediction.policy))
+                prediction = replay(traces, policies, costs, limit=self._limit, copies=self._copies)
             complete = len(traces) == self._estimator.num_texts
             if complete or _cannot_win(prediction.seconds, to_beat):
                 return Estimate(acceptance(traces), costs.draft_cost, prediction, complete)

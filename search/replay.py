@@ -5,15 +5,17 @@ No model runs. All policies and all texts go through their rounds side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from layerskip.decoding.draft_exit import AdaptiveThreshold
+from layerskip.decoding.ngrams import NGrams
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
-from search.estimate import Trace
+from search.copying import Copies
+from search.estimate import LAST_RANK, Trace
 from search.latency import LatencyModel
 from search.space import Policy
 
@@ -25,16 +27,18 @@ class RoundCosts:
     Args:
         prefill: ``[n]``, seconds until the first token.
         step: ``[n]``, seconds of a draft step.
-        verification: ``[n, longest draft + 1]``, seconds of verifying so many drafted tokens.
+        verification: ``[n, largest draft + 1]``, seconds of verifying so many drafted tokens in a chain.
+        trees: The same for tokens that branch or were copied, which are verified from the bottom of the stack.
     """
 
     prefill: np.ndarray
     step: np.ndarray
     verification: np.ndarray
+    trees: np.ndarray
 
     @classmethod
     def of(
-        cls, latency: LatencyModel, stack: Stack, model: LayerSkipModel, traces: Sequence[Trace], longest: int
+        cls, latency: LatencyModel, stack: Stack, model: LayerSkipModel, traces: Sequence[Trace], most: int
     ) -> RoundCosts:
         """The costs of a draft.
 
@@ -43,19 +47,25 @@ class RoundCosts:
             stack: The draft's.
             model: The full model, whose engine chooses how to verify.
             traces: One for each text.
-            longest: Longest draft of any policy.
+            most: Tokens in the largest draft of any policy.
         """
         choice = model.engine.costs
         share = stack.shared / len(model.sublayers) if model.engine.resumes else 0.0
         contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
-        verification = [
-            [latency.verification(k + 1, share if k else 0.0, context, choice) for k in range(longest + 1)]
-            for context in contexts
-        ]
+
+        def verification(share: float) -> np.ndarray:
+            return np.array(
+                [
+                    [latency.verification(k + 1, share if k else 0.0, context, choice) for k in range(most + 1)]
+                    for context in contexts
+                ]
+            )
+
         return cls(
             np.array([latency.prefill(trace.prompt_length) for trace in traces]),
             np.array([latency.draft_step(stack, context) for context in contexts]),
-            np.array(verification),
+            verification(share),
+            verification(0.0),
         )
 
     @property
@@ -81,7 +91,14 @@ class Prediction:
     seconds: tuple[float, ...]
 
 
-def replay(traces: Sequence[Trace], policies: Sequence[Policy], costs: RoundCosts, *, limit: int) -> Prediction:
+def replay(
+    traces: Sequence[Trace],
+    policies: Sequence[Policy],
+    costs: RoundCosts,
+    *,
+    limit: int,
+    copies: Mapping[NGrams, Sequence[Copies]] | None = None,
+) -> Prediction:
     """Find the policy with which a candidate would have been fastest.
 
     Args:
@@ -89,8 +106,9 @@ def replay(traces: Sequence[Trace], policies: Sequence[Policy], costs: RoundCost
         policies: What to try.
         costs: What its rounds cost.
         limit: Most new tokens of a generation.
+        copies: What the n-grams of the policies would copy, for each text.
     """
-    rounds = _Rounds(traces, policies, costs, limit)
+    rounds = _Rounds(traces, policies, costs, limit, copies or {})
     rounds.play()
     speedups = rounds.plain.sum() / rounds.seconds.sum(axis=1)  # [policies]
     best = int(speedups.argmax())
@@ -109,16 +127,25 @@ class _Rounds:
     ``newest[s, n]`` is the number of the text's newest token: the draft from there is asked at position ``newest``.
     """
 
-    def __init__(self, traces: Sequence[Trace], policies: Sequence[Policy], costs: RoundCosts, limit: int) -> None:
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        policies: Sequence[Policy],
+        costs: RoundCosts,
+        limit: int,
+        copies: Mapping[NGrams, Sequence[Copies]],
+    ) -> None:
         self._costs = costs
         self._each = np.arange(len(traces))
         exits = [policy.draft_exit for policy in policies]
         controllers = [draft_exit.controller() for draft_exit in exits]
         self._longest = np.array([controller.max_length for controller in controllers])[:, None]
         self._gate = np.array([policy.gate for policy in policies])[:, None]
-        width = costs.verification.shape[1] - 1
+        width = int(self._longest.max())
+        self._shape(policies, width)
         self._room = limit - 1
         self._tabulate(traces, width)
+        self._tabulate_copies(policies, copies)
         shape = (len(policies), len(traces))
         self._threshold = np.empty(shape)
         self._threshold[:] = np.array([controller.threshold for controller in controllers])[:, None]
@@ -132,6 +159,17 @@ class _Rounds:
         tokens = np.array([trace.new_tokens for trace in traces])
         self.plain = costs.prefill + (tokens - 1) * costs.verification[:, 0]
 
+    def _shape(self, policies: Sequence[Policy], width: int) -> None:
+        """By policy and depth: how many tokens are proposed there, and how many down to there."""
+        self._branches = np.ones((len(policies), width + 1), dtype=int)
+        for row, policy in enumerate(policies):
+            here = policy.branches[:width]
+            self._branches[row, : len(here)] = here
+        none = np.zeros((len(policies), 1), dtype=int)
+        self._tokens = np.concatenate([none, self._branches[:, :width].cumsum(axis=1)], axis=1)
+        self._branching = np.array([[bool(policy.branches)] for policy in policies])
+        self._policy = np.arange(len(policies))[:, None]
+
     def _tabulate(self, traces: Sequence[Trace], width: int) -> None:
         """By text and position: how many proposals from there on stand, and how sure the draft is of each.
 
@@ -142,14 +180,27 @@ class _Rounds:
         self._stand = np.zeros((n, positions + 1), dtype=int)
         self._confidence = np.ones((n, positions + width))
         self._target = np.ones((n, positions + width))
+        self._ranks = np.full((n, positions + width), LAST_RANK)
         for row, trace in enumerate(traces):
             asked = len(trace.agrees)
             self._confidence[row, :asked] = trace.confidence
             self._target[row, :asked] = trace.target_confidence
+            self._ranks[row, :asked] = trace.ranks
             for position in range(asked - 1, -1, -1):
                 self._stand[row, position] = trace.agrees[position] * (1 + self._stand[row, position + 1])
         windows = np.lib.stride_tricks.sliding_window_view(self._confidence, width, axis=1)
         self._windows = np.ascontiguousarray(windows)  # [n, positions + 1, width]
+
+    def _tabulate_copies(self, policies: Sequence[Policy], copies: Mapping[NGrams, Sequence[Copies]]) -> None:
+        """By n-grams, text and position: how many tokens are copied, and how many of them stand. Row 0 copies none."""
+        shape = (len(copies) + 1, *self._stand.shape)
+        self._copied, self._copies_stand = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
+        for number, of_texts in enumerate(copies.values(), start=1):
+            for row, one in enumerate(of_texts[: len(self._each)]):
+                self._copied[number, row, : len(one.drafted)] = one.drafted
+                self._copies_stand[number, row, : len(one.stand)] = one.stand
+        numbers = {None: 0} | {ngrams: number for number, ngrams in enumerate(copies, start=1)}
+        self._ngrams = np.array([[numbers[policy.ngrams]] for policy in policies])
 
     def play(self) -> None:
         """Run rounds until every text has ended under every policy."""
@@ -163,16 +214,32 @@ class _Rounds:
         at = np.minimum(self._newest, self._last)  # [s, n]
         unsure = self._windows[self._each, at] < self._threshold[..., None]  # [s, n, width]
         by_confidence = np.where(unsure.any(-1), unsure.argmax(-1) + 1, unsure.shape[-1])
-        allowed = np.minimum(self._longest, self._room - at - 1)
-        drafted = np.where(self._sure < self._gate, 0, np.minimum(by_confidence, allowed))
-        accepted = np.minimum(drafted, self._stand[self._each, at])
-        cost = drafted * self._costs.step + self._costs.verification[self._each, drafted]
-        self.seconds += active * cost
+        room = np.maximum(self._room - at - 1, 0)
+        copied = np.minimum(self._copied[self._ngrams, self._each, at], room)
+        copies = copied > 0
+        asked = np.minimum(np.minimum(by_confidence, self._longest), room)  # of the model
+        asked = np.where(copies | (self._sure < self._gate), 0, asked)
+        chain = np.minimum(asked, self._stand[self._each, at])
+        # Where the chain fails, one of the leaves beside it may stand.
+        beside = (chain < asked) & (self._ranks[self._each, at + chain] < self._branches[self._policy, chain])
+        copies_stand = np.minimum(copied, self._copies_stand[self._ngrams, self._each, at])
+        accepted = np.where(copies, copies_stand, chain + beside)
+        verification = np.where(copies, self._costs.trees[self._each, copied], self._verification(asked))
+        self.seconds += active * (asked * self._costs.step + verification)
+        drafted = copied + asked
         self.drafted += active * drafted
         self.accepted += active * accepted
-        self._adapt(active & (drafted > 0), drafted, accepted)
+        self._adapt(active & (asked > 0), asked, accepted)
         self._sure = self._target[self._each, at + accepted]
         self._newest = np.where(active, at + accepted + 1, self._newest)
+
+    def _verification(self, drafted: np.ndarray) -> np.ndarray:
+        tokens = self._tokens[self._policy, drafted]
+        costs = self._costs
+        seconds: np.ndarray = np.where(
+            self._branching, costs.trees[self._each, tokens], costs.verification[self._each, tokens]
+        )
+        return seconds
 
     def _adapt(self, learns: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """As :class:`layerskip.AdaptiveThreshold` says."""

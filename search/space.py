@@ -13,6 +13,7 @@ import optuna
 from pydantic import TypeAdapter
 
 from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
+from layerskip.decoding.ngrams import NGrams
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 
@@ -20,6 +21,8 @@ _VOCABULARIES = (8192, 16384, 24576)
 _GATES = (0.3, 0.6)
 _CONFIDENCE_LENGTHS = (2, 4, 8)
 _CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+# With the token behind which is drafted, these make passes of widths that are cheap on many machines.
+_TREES = (3, 7, 15, 23)
 _ADAPTIVE_LENGTHS = (4, 8)
 _ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
 
@@ -54,13 +57,22 @@ class Policy:
     Args:
         draft_exit: When a draft ends.
         gate: Confidence of the full model below which the next round drafts nothing.
+        branches: How many tokens are proposed for the first place of a draft, for the second, and so on.
+        ngrams: What to copy from the text before the model is asked to draft; None copies nothing.
     """
 
     draft_exit: DraftExit
     gate: float = 0.0
+    branches: tuple[int, ...] = ()
+    ngrams: NGrams | None = None
 
     def __str__(self) -> str:
-        return str(self.draft_exit) + f", gate {self.gate:g}" * bool(self.gate)
+        return (
+            str(self.draft_exit)
+            + f", branches {'-'.join(map(str, self.branches))}" * bool(self.branches)
+            + f", {self.ngrams}" * bool(self.ngrams)
+            + f", gate {self.gate:g}" * bool(self.gate)
+        )
 
     def as_json(self) -> str:
         """The policy as text, to be kept with a trial."""
@@ -85,6 +97,8 @@ class SearchSpace:
         bridges: Whether to try bridges.
         vocabularies: Sizes of the draft vocabulary to try; 0 is the whole one.
         gates: Target-confidence gates to try; 0 is none.
+        trees: Sizes of drafts that branch to try, in tokens; none are chains alone.
+        ngrams: Whether to try to copy from the text first.
     """
 
     num_layers: int
@@ -92,14 +106,24 @@ class SearchSpace:
     bridges: bool = False
     vocabularies: tuple[int, ...] = (0,)
     gates: tuple[float, ...] = (0.0,)
+    trees: tuple[int, ...] = ()
+    ngrams: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocabularies", tuple(self.vocabularies))  # lists, where they come from JSON
         object.__setattr__(self, "gates", tuple(self.gates))
+        object.__setattr__(self, "trees", tuple(self.trees))
 
     @classmethod
     def of(
-        cls, model: LayerSkipModel, *, bridges: bool = True, vocabulary: bool = True, gate: bool = True
+        cls,
+        model: LayerSkipModel,
+        *,
+        bridges: bool = True,
+        vocabulary: bool = True,
+        gate: bool = True,
+        branches: bool = True,
+        ngrams: bool = True,
     ) -> SearchSpace:
         """The space for a model, with all that drafts can have or with a part of it."""
         sizes = (size for size in _VOCABULARIES if size < model.vocab_size)
@@ -108,14 +132,22 @@ class SearchSpace:
             bridges=bridges,
             vocabularies=(0, *sizes) if vocabulary else (0,),
             gates=(0.0, *_GATES) if gate else (0.0,),
+            trees=_TREES if branches else (),
+            ngrams=ngrams,
         )
 
     def describe(self) -> dict[str, Any]:
         """The space as plain values, to tell one from another."""
-        return asdict(self) | {"vocabularies": list(self.vocabularies), "gates": list(self.gates)}
+        lists = ("vocabularies", "gates", "trees")
+        return asdict(self) | {name: list(getattr(self, name)) for name in lists}
+
+    @property
+    def most_drafted(self) -> int:
+        """Tokens in the largest draft of any policy."""
+        return max((self.max_draft_length, *self.trees))
 
     def policies(self) -> list[Policy]:
-        """Every policy that replay tries."""
+        """Every policy without branches that replay tries."""
         longest = self.max_draft_length
         exits: list[DraftExit] = [FixedLength(length) for length in range(1, longest + 1)]
         for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):

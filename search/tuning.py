@@ -42,13 +42,15 @@ from layerskip.tuning import (
     vocabulary_of,
 )
 from layerskip.tuning.prediction import speedup, step_cost_by_weights
-from search.estimate import Trace
+from search.branching import branching_policies
+from search.copying import copies_along, copying_policies
+from search.estimate import Trace, ranked
 from search.latency import measure_latency
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
 from search.outcome import measured_part
 from search.prompts import PromptSplit
 from search.quiet import Quiet
-from search.reference import CHUNK, ReferenceRun, ReferenceText, likeliest
+from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Policy, SearchSpace
 
@@ -308,7 +310,7 @@ class Tuning:
         stack = self._model.stack_of(profile.skip_set, stand_ins=here.stand_ins(self._model), token_ids=here.token_ids)
         best = self._best_exit(stack, texts, quiet)
         self._observer.exit_chosen(best.policy, best.speedup)
-        profile = profile.model_copy(update={"draft_exit": best.policy.draft_exit, "gate": best.policy.gate})
+        profile = profile.model_copy(update=vars(best.policy))
         profile = profile.with_assets(assets)
         with quiet.alone():
             summary = self._measured(profile)
@@ -328,8 +330,10 @@ class Tuning:
         with quiet.alone():
             latency = measure_latency(self._model, space)
         traces = [trace_of(self._model, stack, text) for text in texts]
-        costs = RoundCosts.of(latency, stack, self._model, traces, space.max_draft_length)
-        return replay(traces, space.policies(), costs, limit=self._settings.max_new_tokens)
+        costs = RoundCosts.of(latency, stack, self._model, traces, space.most_drafted)
+        limit = self._settings.max_new_tokens
+        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], costs, limit=limit)
+        return replay(traces, list(copying_policies(best.policy)), costs, limit=limit, copies=copies_along(texts))
 
     def _measured(self, profile: DraftProfile) -> Summary:
         limit = self._settings.max_new_tokens
@@ -382,15 +386,5 @@ def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
     tokens = text.tokens.to(model.device)
     n = len(tokens)
     x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
-    asked = x[0, text.prompt_length : n - 1]
-    scored = [likeliest(model.logits(part[None], stack)) for part in asked.split(CHUNK)]
-    columns, confidence = (torch.cat(part) for part in zip(*scored, strict=True))
-    ids = columns if stack.token_ids is None else stack.token_ids[columns]
-    agrees = ids.cpu() == text.choices.cpu()
-    return Trace(
-        agrees.numpy(),
-        confidence.float().cpu().numpy(),
-        text.confidence.cpu().numpy(),
-        text.prompt_length,
-        text.new_tokens,
-    )
+    ranks, confidence = ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices)
+    return Trace(ranks.numpy(), confidence.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)

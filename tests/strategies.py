@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
+from layerskip.stack.tree import Tree
 from tests.models import LAYERS, VOCABULARY
 
 fractions = st.floats(0, 1)
@@ -39,3 +40,14 @@ def draft_exits():
 
 def tokens(max_size, min_size=1):
     return st.lists(st.integers(0, VOCABULARY - 1), min_size=min_size, max_size=max_size)
+
+
+def trees(max_tokens=8):
+    """Any tree: each token follows some row before it."""
+    sizes = st.integers(0, max_tokens)
+    return sizes.flatmap(lambda size: st.tuples(*(st.integers(0, row) for row in range(size)))).map(Tree)
+
+
+def branches():
+    """How many tokens a draft proposes for its first places."""
+    return st.lists(st.integers(1, 5), max_size=4).map(tuple)

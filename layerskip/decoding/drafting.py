@@ -1,12 +1,13 @@
 """Who proposes tokens.
 
-A drafter proposes a chain of tokens; verification and the loop treat every drafter alike. Plain decoding is the
-drafter that proposes nothing.
+A drafter proposes a tree of tokens, most often a chain; verification and the loop treat every drafter alike. Plain
+decoding is the drafter that proposes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,20 +15,60 @@ from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.sampling import Draft, Draw, Sampler
+from layerskip.decoding.verification import Verdict
 from layerskip.drafts.assets import DraftAssets
-from layerskip.engine import SharedPrefix, highest_probability
+from layerskip.engine import Scored, SharedPrefix, highest_probability
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Step
+from layerskip.stack.tree import MOST_LEAVES
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a round went.
+
+    Args:
+        draft: What was proposed, ``k`` tokens, maybe none.
+        verdict: What stood.
+        tokens: ``[k + 1]``, the rows of the draft's tree: the token behind which was drafted, and the drafted ones.
+        scored: What the full model made of them, ``[k + 1, ...]``.
+    """
+
+    draft: Draft
+    verdict: Verdict
+    tokens: Tensor
+    scored: Scored
+
+    @property
+    def seen(self) -> Tensor:
+        """``[accepted + 1]``, the token behind which was drafted and those that stood: the cache holds them now."""
+        return self.tokens[list(self.verdict.rows)]
+
+    @property
+    def logits(self) -> Tensor:
+        """``[vocab_size]``, the full model's, for the token that it chose itself at the round's end."""
+        return self.scored.logits[self.verdict.rows[-1]]
+
+    @property
+    def state(self) -> Tensor:
+        """``[hidden_size]``, the hidden state that they come from; a copy, which later passes leave alone."""
+        return self.scored.states[self.verdict.rows[-1]].clone()
 
 
 class Drafter(Protocol):
     """Proposes how the text might go on. One drafter serves one generation at a time."""
 
-    def start(self, prompt: Tensor) -> None:
-        """Begin a generation behind a prompt, ``[n]``, and forget what earlier generations taught."""
+    def start(self, prompt: Tensor, state: Tensor) -> None:
+        """Begin a generation, and forget what earlier generations taught.
+
+        Args:
+            prompt: ``[n]``, token ids.
+            state: ``[hidden_size]``, the full model's hidden state behind the prompt, from which the first new token
+                was chosen.
+        """
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         """Propose at most ``limit`` tokens (``limit`` may be 0) to follow ``newest``.
@@ -36,30 +77,24 @@ class Drafter(Protocol):
             newest: ``[1]``, the last token of the text, not in the cache yet.
             cache: Keys and values of the text before. A drafter may write behind its length and move it; the loop
                 rolls it back.
-            limit: Most tokens that could be used.
+            limit: Most tokens that could be used; no path of the draft is longer.
             sampler: Chooses tokens; each must be drawn from the distribution that the draft reports for it.
         """
 
-    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
-        """Learn how a round went.
-
-        Args:
-            drafted: Tokens proposed; may be 0.
-            accepted: How many of them stood.
-            logits: ``[vocab_size]``, the full model's, for the token that it chose itself at the round's end.
-        """
+    def observe(self, outcome: Outcome) -> None:
+        """Learn how a round went."""
 
 
 class NoDrafter:
     """Proposes nothing: plain decoding."""
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Tensor, state: Tensor) -> None:
         pass
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         return Draft.of([], newest.device)
 
-    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
+    def observe(self, outcome: Outcome) -> None:
         pass
 
 
@@ -74,9 +109,12 @@ class SkipDrafter:
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
         gate: Propose nothing after a round at whose end the full model gave its likeliest token a probability below
             this; 0 always proposes.
+        branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
+            one. Drafting goes on behind the first of them alone.
 
     Raises:
-        InvalidInputError: The skip set is for another number of layers, or the gate is not from 0 to 1.
+        InvalidInputError: The skip set is for another number of layers, the gate is not from 0 to 1, or the branches
+            are not from 1 on or too many.
     """
 
     def __init__(
@@ -88,27 +126,48 @@ class SkipDrafter:
         stand_ins: Mapping[int, Step] | None = None,
         token_ids: Tensor | None = None,
         gate: float = 0.0,
+        branches: Sequence[int] = (),
     ) -> None:
         if not 0 <= gate <= 1:
             raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
+        if any(width < 1 for width in branches):
+            raise InvalidInputError(f"branches: expected numbers from 1 on, got {list(branches)}")
+        if sum(branches) - len(branches) > MOST_LEAVES:
+            raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} beside the first ones")
         self._model = model
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
         self._draft_exit = draft_exit
         self._gate = gate
+        self._branches = tuple(branches)
 
     @classmethod
     def of(
-        cls, model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit, assets: DraftAssets, *, gate: float = 0.0
+        cls,
+        model: LayerSkipModel,
+        skip_set: SkipSet,
+        draft_exit: DraftExit,
+        assets: DraftAssets,
+        *,
+        gate: float = 0.0,
+        branches: Sequence[int] = (),
     ) -> SkipDrafter:
         """The drafter with these stand-ins and this draft vocabulary, brought to where the model is."""
         here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
-        return cls(model, skip_set, draft_exit, stand_ins=here.stand_ins(model), token_ids=here.token_ids, gate=gate)
+        return cls(
+            model,
+            skip_set,
+            draft_exit,
+            stand_ins=here.stand_ins(model),
+            token_ids=here.token_ids,
+            gate=gate,
+            branches=branches,
+        )
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Tensor, state: Tensor) -> None:
         self._exit = self._draft_exit.controller()
         self._unsure = False
         self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
-        self._proposed = prompt[:0]
+        self._run = 0  # rows of the last draft's tree that went through the stack, the first ones
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draws: list[Draw] = []
@@ -116,25 +175,26 @@ class SkipDrafter:
         tokens = torch.cat([self._unseen, newest]) if self._stack.remembers else newest
         while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
             step = self._model.engine.draft_step(tokens, cache, self._stack)
-            draws.append(sampler.draft(step, self._stack.token_ids))
-            tokens = draws[-1].token
+            draws.append(sampler.draft(step, self._stack.token_ids, self._branches_at(len(draws))))
+            tokens = draws[-1].tokens[:1]
             if step.prefix is not None:
                 prefixes.append(step.prefix)
             if self._exit.reads_confidence and self._exit.stops_after(float(step.confidence)):
                 break
+        self._run = len(draws)
         shared = SharedPrefix(torch.cat(prefixes, dim=1), self._stack.shared) if prefixes else None
-        draft = Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
-        self._proposed = torch.cat([newest, draft.tokens])
-        return draft
+        return Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
 
-    def observe(self, drafted: int, accepted: int, logits: Tensor) -> None:
-        self._remember(drafted, accepted)
-        if drafted:
-            self._exit.observe(drafted, accepted)
+    def _branches_at(self, depth: int) -> int:
+        return self._branches[depth] if depth < len(self._branches) else 1
+
+    def observe(self, outcome: Outcome) -> None:
+        # Rows that were run hold certain tokens now as far as the text runs through them.
+        seen = sum(row < self._run for row in outcome.verdict.rows)
+        if self._stack.remembers:
+            self._unseen = torch.cat([self._unseen[:0] if seen else self._unseen, outcome.seen[seen:]])
+        if self._run:
+            self._exit.observe(self._run, outcome.verdict.accepted)
+        self._run = 0  # the next draft may be another drafter's
         # Reading a probability makes the host wait for the device.
-        self._unsure = self._gate > 0 and float(highest_probability(logits)) < self._gate
-
-    def _remember(self, drafted: int, accepted: int) -> None:
-        """Note what is certain now and was not seen: the last drafted token, if it stands, was never run."""
-        before = self._proposed[:0] if drafted else self._unseen
-        self._unseen = torch.cat([before, self._proposed[drafted : accepted + 1]])
+        self._unsure = self._gate > 0 and float(highest_probability(outcome.logits)) < self._gate

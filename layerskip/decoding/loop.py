@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerskip.decoding.drafting import Drafter, NoDrafter
+from layerskip.decoding.drafting import Drafter, NoDrafter, Outcome
 from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling, SamplingRule
 from layerskip.errors import InvalidInputError
@@ -25,7 +25,7 @@ class DecodingStats:
 
     Attributes:
         rounds: Verification passes of the full model; in plain decoding, one a token.
-        drafted: Tokens proposed.
+        drafted: Places in the text that tokens were proposed for; those of a tree that branches compete for one.
         accepted: Proposed tokens that stand in the output.
         tokens: Tokens in the output.
         reused: Tokens of the prompt that were not run, because their keys and values were at hand.
@@ -45,7 +45,7 @@ class DecodingStats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted tokens ÷ drafted tokens; None if nothing was drafted."""
+        """Accepted ÷ drafted; None if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
@@ -190,7 +190,6 @@ def stream_rounds(
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = drafter or NoDrafter()
-    drafter.start(ids)
     engine = model.engine
     memory = memory or TextMemory()
     cache = memory.begin(engine, ids.tolist(), ending.limit)
@@ -198,7 +197,9 @@ def stream_rounds(
     stats = DecodingStats(reused=cache.length)
 
     with clock.phase("prefill"):
-        newest = sampler.draw(engine.prefill(ids[cache.length :], cache)).token  # [1]
+        behind = engine.prefill(ids[cache.length :], cache)
+        newest = sampler.draw(behind.logits[0]).tokens  # [1]
+        drafter.start(ids, behind.states[0])
         tokens, reason = ending.cut([], newest.tolist())
     memory.goes_on(tokens)
     yield Round(list(tokens), accepted=0)
@@ -206,21 +207,22 @@ def stream_rounds(
     while reason is None:
         past = cache.length
         with clock.phase("draft"):
-            # A round gives one token more than it drafts.
+            # A round gives one token more than its draft is deep.
             draft = drafter.propose(newest, cache, ending.limit - len(tokens) - 1, sampler)  # k tokens
             cache.rollback(past)
         with clock.phase("verification"):
-            logits = engine.verify(torch.cat([newest, draft.tokens]), cache, draft.shared)  # [k + 1, vocab_size]
-            verdict = sampler.verify(draft, logits)
-            cache.rollback(past + 1 + verdict.accepted)
-            drafter.observe(len(draft), verdict.accepted, logits[verdict.accepted])
+            drafted = torch.cat([newest, draft.tokens])  # [k + 1], the rows of the draft's tree
+            scored = engine.verify(drafted, cache, draft.shared, draft.tree)
+            verdict = sampler.verify(draft, scored.logits)
+            cache.keep(past, verdict.rows)
+            drafter.observe(Outcome(draft, verdict, drafted, scored))
         newest = verdict.newest
         certain, reason = ending.cut(tokens, verdict.tokens)
         tokens += certain
         memory.goes_on(certain)
         accepted = min(verdict.accepted, len(certain))
         stats.rounds += 1
-        stats.drafted += len(draft)
+        stats.drafted += draft.tree.depth
         stats.accepted += accepted
         yield Round(certain, accepted)
 

@@ -142,18 +142,18 @@ class Transcript:
 class Choice(Protocol):
     """Chooses by scores alone."""
 
-    def draft(self, scores: Tensor) -> Draw:
-        """Choose a token to propose by a draft's scores, ``[vocab_size]``."""
+    def draft(self, scores: Tensor, count: int) -> Draw:
+        """Choose tokens to propose by a draft's scores, ``[vocab_size]``."""
 
     def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
-        """The text's next token, ``[1]``, by the full model's scores; the drafted one if there is one that stands."""
+        """The text's next token, ``[1]``, by the full model's scores; a drafted one if there is one that stands."""
 
 
 class GreedyChoice:
     """Always the highest score."""
 
-    def draft(self, scores: Tensor) -> Draw:
-        return Draw(scores.argmax(-1, keepdim=True), None)
+    def draft(self, scores: Tensor, count: int) -> Draw:
+        return Draw(scores.topk(count).indices, None)
 
     def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
         return scores.argmax(-1, keepdim=True)
@@ -169,9 +169,9 @@ class RandomChoice:
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
 
-    def draft(self, scores: Tensor) -> Draw:
+    def draft(self, scores: Tensor, count: int) -> Draw:
         distribution = scores.softmax(-1)
-        return Draw(sample(distribution, self._generator), distribution)
+        return Draw(sample(distribution, self._generator, count), distribution)
 
     def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
         distribution = scores.softmax(-1)
@@ -183,7 +183,7 @@ class RandomChoice:
         if drafted is None:
             return sample(distribution, self._generator)
         assert drafted.distribution is not None  # what was drafted under this choice was drawn
-        return speculative_choice(drafted.token, drafted.distribution, distribution, self._generator)
+        return speculative_choice(drafted.tokens, drafted.distribution, distribution, self._generator)
 
 
 class ProcessedSampler:
@@ -211,7 +211,7 @@ class ProcessedSampler:
             token = self._settle(None, logits)
         return Draw(token.to(logits.device), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
         """Drawn from the whole vocabulary; outside the draft's it has probability 0, unless a processor forces it."""
         with _as_in_generate():
             logits = step.logits.clone()
@@ -221,25 +221,30 @@ class ProcessedSampler:
             scores = self._draft_processors(text, logits[None].to(text.device))  # type: ignore[arg-type]
             # Processors may leave no token of the draft's vocabulary. The distribution is then not a number, and what
             # is drawn from it never stands: the full model's own choice takes its place.
-            draw = self._choice.draft(scores[0])
-            self._drafted.append(draw.token)
-        return Draw(draw.token.to(step.logits.device), draw.distribution)
+            draw = self._choice.draft(scores[0], min(count, len(step.logits)))
+            self._drafted.append(draw.tokens[:1])
+        return Draw(draw.tokens.to(step.logits.device), draw.distribution)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         self._drafted = []
         proposed = draft.tokens.tolist()
-        tokens: list[int] = []
+        siblings = self._siblings(draft)
+        rows, tokens = [0], []
         with _as_in_generate():
-            for row, drafted in zip(logits, [*self._draws(draft), None], strict=True):
-                newest = self._settle(drafted, row)
+            while True:
+                newest = self._settle(siblings.get(rows[-1]), logits[rows[-1]])
                 tokens += newest.tolist()
-                if self._transcript.over or tokens != proposed[: len(tokens)]:
-                    break
-        return Verdict(tokens, newest.to(logits.device))
+                following = draft.tree.children.get(rows[-1], ())
+                stands = [row for row in following if proposed[row - 1] == tokens[-1]]
+                if self._transcript.over or not stands:
+                    return Verdict(tokens, newest.to(logits.device), tuple(rows))
+                rows.append(stands[0])
 
-    def _draws(self, draft: Draft) -> list[Draw]:
-        tokens = draft.tokens.to(self._transcript.device).split(1) if len(draft) else ()
-        return [Draw(token, row) for token, row in zip(tokens, draft.distributions, strict=True)]
+    def _siblings(self, draft: Draft) -> dict[int, Draw]:
+        """What was drafted behind each row that anything follows."""
+        tokens = draft.tokens.to(self._transcript.device)
+        drafted = zip(draft.tree.children.items(), draft.distributions, strict=True)
+        return {row: Draw(tokens[[child - 1 for child in children]], q) for (row, children), q in drafted}
 
     def _settle(self, drafted: Draw | None, logits: Tensor) -> Tensor:
         """The text's next token, ``[1]``, by the full model's logits, ``[vocab_size]``; the transcript has it then."""

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from layerskip.decoding.verification import Verdict, greedy_match, sample, speculative_sampling
 from layerskip.engine import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError
+from layerskip.stack.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ class SamplingRule(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """A chosen token, and what it was drawn from.
+    """Chosen tokens for one place in the text, and what they were drawn from.
 
     Args:
-        token: ``[1]``, its id.
-        distribution: ``[n]``, the probabilities it was drawn from, one for each token that was scored; None where
-            nothing was drawn.
+        tokens: ``[b]``, their ids, drawn in turn without replacement; a draft goes on behind the first.
+        distribution: ``[n]``, the probabilities that they were drawn from, one for each token that was scored; None
+            where nothing was drawn.
     """
 
-    token: Tensor
+    tokens: Tensor
     distribution: Tensor | None
 
 
@@ -91,13 +92,15 @@ class Draft:
 
     Args:
         tokens: ``[k]``, their ids; k may be 0.
-        distributions: For each token the distribution it was drawn from, ``[vocab_size]``, or a probability for each of
-            ``token_ids``; None under greedy choice.
+        tree: Which of them follows which.
+        distributions: For each row of the tree that others follow, in order, the distribution that they were drawn
+            from, ``[vocab_size]``, or a probability for each of ``token_ids``; None under greedy choice.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         shared: What drafting already computed of the full model's pass, if anything.
     """
 
     tokens: Tensor
+    tree: Tree
     distributions: tuple[Tensor | None, ...]
     token_ids: Tensor | None = None
     shared: SharedPrefix | None = None
@@ -111,9 +114,11 @@ class Draft:
         token_ids: Tensor | None = None,
         shared: SharedPrefix | None = None,
     ) -> Draft:
-        """The draft that some draws make up, in order."""
-        tokens = torch.cat([d.token for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
-        return cls(tokens, tuple(d.distribution for d in draws), token_ids, shared)
+        """The draft of some draws, each behind the first token of the one before: a chain with leaves."""
+        chain, leaves = [d.tokens[:1] for d in draws], [d.tokens[1:] for d in draws]
+        tokens = torch.cat([*chain, *leaves]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        tree = Tree.comb(len(d.tokens) for d in draws)
+        return cls(tokens, tree, tuple(d.distribution for d in draws), token_ids, shared)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -129,8 +134,14 @@ class Sampler(Protocol):
     def draw(self, logits: Tensor) -> Draw:
         """Choose a token by the full model's logits, ``[vocab_size]``."""
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
-        """Choose a token to propose by a draft step over a draft vocabulary, ``[n]``; None is the whole vocabulary."""
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+        """Choose tokens to propose for one place.
+
+        Args:
+            step: The draft step before it.
+            token_ids: ``[n]``, the draft vocabulary; None is the whole one.
+            count: How many different ones, best first.
+        """
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         """Check ``k`` drafted tokens against the full model's logits, ``[k + 1, vocab_size]``."""
@@ -142,11 +153,14 @@ class GreedySampler:
     def draw(self, logits: Tensor) -> Draw:
         return Draw(logits.argmax(-1, keepdim=True), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
-        return Draw(step.likeliest, None)
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+        if count == 1:
+            return Draw(step.likeliest, None)
+        columns = step.logits.topk(min(count, len(step.logits))).indices
+        return Draw(columns if token_ids is None else token_ids[columns], None)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
-        return greedy_match(draft.tokens, logits)
+        return greedy_match(draft.tree, draft.tokens, logits)
 
 
 class RandomSampler:
@@ -168,12 +182,15 @@ class RandomSampler:
         return scores.softmax(-1)
 
     def draw(self, logits: Tensor) -> Draw:
-        distribution = self.distributions(logits[None])[0]
-        return Draw(sample(distribution, self._generator), distribution)
+        return self._draw(logits, 1)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None) -> Draw:
-        draw = self.draw(step.logits)
-        return draw if token_ids is None else Draw(token_ids[draw.token], draw.distribution)
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+        draw = self._draw(step.logits, min(count, len(step.logits)))
+        return draw if token_ids is None else Draw(token_ids[draw.tokens], draw.distribution)
+
+    def _draw(self, logits: Tensor, count: int) -> Draw:
+        distribution = self.distributions(logits[None])[0]
+        return Draw(sample(distribution, self._generator, count), distribution)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         target = self.distributions(logits)
@@ -181,4 +198,4 @@ class RandomSampler:
         q = torch.stack(drawn_from) if drawn_from else target[:0]
         if draft.token_ids is not None and drawn_from:  # every other token has draft probability 0
             q = torch.zeros_like(target[: len(q)]).index_copy_(1, draft.token_ids, q)
-        return speculative_sampling(draft.tokens, q, target, self._generator)
+        return speculative_sampling(draft.tree, draft.tokens, q, target, self._generator)

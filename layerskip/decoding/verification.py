@@ -1,7 +1,9 @@
 """Which of the proposed tokens stand.
 
-Everything is decided where the logits are, without a branch, and comes to the host in one transfer at the end: each
-transfer makes the host wait for the device.
+For every row of a draft's tree a token is chosen that follows it, should the text come there: the full model's
+likeliest, or a sample from its distribution that prefers what was drafted. The text then runs through the tree while
+the chosen tokens were drafted. Everything is decided where the logits are, without a branch, and comes to the host in
+one transfer: each transfer makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerskip.stack.tree import Tree, siblings_on
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -19,92 +23,134 @@ class Verdict:
     Args:
         tokens: The drafted tokens that stand, and behind them the full model's own next token.
         newest: ``[1]``, that last token, where the model is.
+        rows: The rows of the draft's tree that the text runs through: row 0, and those of the tokens that stand.
     """
 
     tokens: list[int]
     newest: Tensor
+    rows: tuple[int, ...]
 
     @property
     def accepted(self) -> int:
         """How many drafted tokens stand."""
         return len(self.tokens) - 1
 
+    @classmethod
+    def of(cls, tree: Tree, drafted: Tensor, choices: Tensor) -> Verdict:
+        """The verdict by what follows each row.
 
-def greedy_match(drafted: Tensor, logits: Tensor) -> Verdict:
+        Args:
+            tree: The shape of the draft, of ``k`` tokens.
+            drafted: ``[k]``, their ids.
+            choices: ``[k + 1]``, the ids that were chosen to follow each row.
+        """
+        ids = torch.cat([drafted, choices]).tolist()
+        proposed, following = ids[: len(drafted)], ids[len(drafted) :]
+        rows = tree.follow(proposed, following)
+        return cls([following[row] for row in rows], choices[rows[-1] : rows[-1] + 1], rows)
+
+
+def greedy_match(tree: Tree, drafted: Tensor, logits: Tensor) -> Verdict:
     """Accept drafted tokens while they are what the full model would have chosen.
 
     Args:
+        tree: The shape of the draft, of ``k`` tokens.
         drafted: ``[k]``, proposed token ids.
-        logits: ``[k + 1, vocab_size]``, the full model's, before each proposed token and behind the last.
+        logits: ``[k + 1, vocab_size]``, the full model's, behind each row.
     """
-    choices = logits.argmax(-1)
-    accepted = _length_of_run(drafted == choices[:-1])
-    newest = choices.index_select(0, accepted)
-    *tokens, count = torch.cat([choices, accepted]).tolist()
-    return Verdict(tokens[: count + 1], newest)
+    return Verdict.of(tree, drafted, logits.argmax(-1))
 
 
-def _length_of_run(stands: Tensor) -> Tensor:
-    """How many flags, of ``[k]``, are true before the first that is not: ``[1]``."""
-    return stands.long().cumprod(0).sum(0, keepdim=True)
+def sample(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
+    """Draw indices, ``[count]``, without replacement, from probabilities ``[n]`` that need not be normalized.
 
-
-def sample(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an index, ``[1]``, from probabilities ``[n]`` that need not be normalized.
-
-    The first of ``n`` independent exponential clocks with these rates to ring. ``torch.multinomial`` would check the
-    probabilities on the host, which waits for the device.
+    The first of ``n`` independent exponential clocks with these rates to ring, in order. ``torch.multinomial`` would
+    check the probabilities on the host, which waits for the device.
     """
-    # exponential_() never gives 0, so what has probability 0 never wins.
-    return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1, True)
+    # exponential_() never gives 0, so what has probability 0 comes last.
+    rates = probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return rates.argmax(-1, True) if count == 1 else rates.topk(count).indices
 
 
-def speculative_sampling(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Verdict:
+def speculative_sampling(
+    tree: Tree, drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
+) -> Verdict:
     """Accept or replace drafted tokens so that the output is distributed as the full model's own samples.
 
-    A token ``x`` that was drawn from the draft distribution ``q`` stands with probability ``min(1, p(x) / q(x))``
-    under the target distribution ``p``. The first that does not is replaced by a draw from ``max(p - q, 0)``,
-    normalized; behind a draft that stands whole, one more token is drawn from ``p``.
+    Behind each row the drafted siblings are tried in turn. One that was drawn from the draft distribution ``q`` stands
+    with probability ``min(1, p(x) / q(x))`` under the target distribution ``p``. If it does not, ``p`` becomes
+    ``max(p - q, 0)`` and ``q`` loses that token, both normalized, and the next sibling is tried; if none stands, a draw
+    from what is left of ``p`` follows.
 
-    Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318).
+    Sources: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318); for siblings
+    drawn without replacement, Jeon et al. 2024 (arXiv 2402.14160), Chen et al. 2024 (Sequoia, arXiv 2402.12374).
 
     Args:
-        drafted: ``[k]``, proposed token ids, each drawn from its row of ``draft``.
-        draft: ``[k, vocab_size]``, the distributions that the draft drew from.
-        target: ``[k + 1, vocab_size]``, the full model's distributions, before each proposal and behind the last.
+        tree: The shape of the draft, of ``k`` tokens, ``n`` of whose rows have others behind them.
+        drafted: ``[k]``, proposed token ids; those behind one row were drawn from its row of ``draft`` in turn, without
+            replacement.
+        draft: ``[n, vocab_size]``, the distributions that the draft drew from.
+        target: ``[k + 1, vocab_size]``, the full model's distributions behind each row.
         generator: Source of randomness, on the same device.
     """
-    k = len(drafted)
-    each = torch.arange(k, device=drafted.device)
-    p, q = target[each, drafted], draft[each, drafted]
-    # u < p / q, written without the division
-    stands = torch.rand(k, generator=generator, device=drafted.device) * q < p
-    accepted = _length_of_run(stands)
-    # Selected by a tensor: an index that the host had to know would make it wait.
-    remaining = target.index_select(0, accepted)[0]
-    replaced = torch.cat([draft, torch.zeros_like(target[:1])]).index_select(0, accepted)[0]  # 0 behind the draft
-    newest = _replacement(replaced, remaining, generator)
-    *proposed, own, count = torch.cat([drafted, newest, accepted]).tolist()
-    return Verdict([*proposed[:count], own], newest)
+    settled = torch.full((len(target),), -1, device=drafted.device)
+    if len(drafted):
+        inner, indices, there = siblings_on(tree, drafted.device)
+        stands, left = _settle(drafted[indices], there, draft, target.index_select(0, inner), generator)
+        settled, target = settled.index_copy(0, inner, stands), target.index_copy(0, inner, left)
+    # One draw of the clocks for all rows: at most one row's own token comes to be.
+    clocks = torch.empty_like(target[0]).exponential_(1, generator=generator)
+    return Verdict.of(tree, drafted, torch.where(settled < 0, (target / clocks).argmax(-1), settled))
 
 
 def speculative_choice(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-    """The token that :func:`speculative_sampling` puts where one was drafted, ``[1]``: that one, or its replacement.
+    """The token that :func:`speculative_sampling` chooses behind one row, ``[1]``.
 
     For target distributions that are known one at a time only, because they depend on the tokens before.
 
     Args:
-        drafted: ``[1]``, drawn from ``draft``.
-        draft: ``[vocab_size]``, what the draft drew from.
+        drafted: ``[b]``, the siblings behind the row.
+        draft: ``[vocab_size]``, what they were drawn from.
         target: ``[vocab_size]``, the full model's distribution.
         generator: As in :func:`speculative_sampling`.
     """
-    u = torch.rand(1, generator=generator, device=drafted.device)
-    return torch.where(u * draft[drafted] < target[drafted], drafted, _replacement(draft, target, generator))
+    there = torch.ones_like(drafted, dtype=torch.bool)
+    settled, left = _settle(drafted[None], there[None], draft[None], target[None], generator)
+    return torch.where(settled < 0, sample(left[0], generator), settled)
 
 
-def _replacement(draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw, ``[1]``, from ``max(p - q, 0)``, normalized."""
-    # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
-    left = (target - draft).clamp_(min=0)
-    return sample(torch.where(left.sum() > 0, left, target), generator)
+def _settle(
+    candidates: Tensor, there: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Try siblings in turn.
+
+    Args:
+        candidates: ``[n, b]``, their ids behind each of ``n`` rows.
+        there: ``[n, b]``, which of them there are.
+        draft: ``[n, vocab_size]``.
+        target: ``[n, vocab_size]``.
+        generator: Source of randomness.
+
+    Returns:
+        The one that stands behind each row, ``[n]``, -1 where none does; and what is left of ``target`` there.
+    """
+    settled = torch.full_like(candidates[:, 0], -1)
+    for number in range(candidates.shape[1]):
+        token = candidates[:, number : number + 1]  # [n, 1]
+        p, q = target.gather(1, token)[:, 0], draft.gather(1, token)[:, 0]
+        u = torch.rand(len(token), generator=generator, device=token.device)
+        tried = there[:, number] & (settled < 0)
+        stands = tried & (q > 0) & (u * q < p)  # u < p / q, without the division; where q is 0 nothing was drawn
+        settled = torch.where(stands, token[:, 0], settled)
+        fails = (tried & ~stands)[:, None]
+        # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
+        rest = (target - draft).clamp_(min=0)
+        target = torch.where(fails & (rest.sum(-1, keepdim=True) > 0), _normalized(rest), target)
+        if number + 1 < candidates.shape[1]:
+            draft = torch.where(fails, _normalized(draft.scatter(1, token, 0.0)), draft)
+    return settled, target
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    """Rows that sum up to 1; 0 where nothing is left."""
+    return weights / weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny)

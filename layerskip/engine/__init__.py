@@ -5,7 +5,7 @@ from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.graphs import GraphEngine
-from layerskip.engine.interface import DraftStep, Engine, SharedPrefix, highest_probability
+from layerskip.engine.interface import DraftStep, Engine, Scored, SharedPrefix, highest_probability
 
 __all__ = [
     "ENGINES",
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "GraphEngine",
     "PassCosts",
+    "Scored",
     "SharedPrefix",
     "calibrate",
     "check_engine",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from layerskip.engine.interface import DraftStep
+from layerskip.engine.interface import DraftStep, Scored
+from layerskip.stack.tree import Tree, ancestors_on, depths_on
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,46 @@ class CapturedVerification:
     Args:
         tokens: ``[width]``, where it reads the tokens.
         positions: ``[width]``, where it reads their positions.
-        replay: Runs it; gives ``[width, vocab_size]``, which the next replay overwrites.
+        replay: Runs it; the next replay overwrites what it gives.
     """
 
     tokens: Tensor
     positions: Tensor
-    replay: Callable[[], Tensor]
+    replay: Callable[[], Scored]
 
-    def __call__(self, tokens: Tensor, past: int) -> Tensor:
-        """Logits of up to ``width`` tokens behind ``past`` others; behind them, those of whatever was there before."""
+    def __call__(self, tokens: Tensor, past: int) -> Scored:
+        """The pass of up to ``width`` tokens behind ``past`` others; behind them, of whatever was there before."""
         self.tokens[: len(tokens)].copy_(tokens)
         torch.arange(past, past + len(self.positions), out=self.positions)
+        return self.replay()
+
+
+@dataclass(frozen=True)
+class CapturedTree:
+    """A pass of the full model over trees of one width, of any shape, in one bucket.
+
+    Args:
+        tokens: ``[width]``, where it reads the tokens.
+        slots: ``[width]``, where it reads where in the cache they go.
+        positions: ``[width]``, where it reads their positions in the text.
+        ancestors: ``[width, width]``, where it reads which rows each comes from.
+        replay: Runs it; the next replay overwrites what it gives.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    positions: Tensor
+    ancestors: Tensor
+    replay: Callable[[], Scored]
+
+    def __call__(self, tokens: Tensor, past: int, tree: Tree) -> Scored:
+        """The pass of a tree behind ``past`` tokens; behind its rows, of whatever was there before."""
+        width, device = len(self.tokens), self.tokens.device
+        tree = tree.padded(width)
+        self.tokens[: len(tokens)].copy_(tokens)
+        torch.arange(past, past + width, out=self.slots)
+        torch.add(depths_on(tree, device), past, out=self.positions)
+        self.ancestors.copy_(ancestors_on(tree, device))
         return self.replay()
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Wide enough for the longest draft that a search tries, and for the dips behind it that CPUs have.
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+# Wide enough for the largest tree that a search tries, and for the dips that CPUs have.
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24)
 # A text of usual length; attention is a small part of a pass until contexts are much longer.
 _CONTEXT = 128
 _REPEATS = 7
@@ -108,7 +108,7 @@ def _measure(model: LayerSkipModel, widths: Sequence[int], context: int) -> tupl
     states = model.embed(tokens[: max(widths)])
 
     def verify(width: int) -> None:
-        model.engine.verify(tokens[:width], cache, None)
+        model.engine.verify(tokens[:width], cache)
         cache.rollback(context)
 
     def score(width: int) -> None:
@@ -168,7 +168,7 @@ def _key(model: LayerSkipModel) -> str:
     """Changes with whatever passes take longer or shorter by."""
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
-    what = [config, _made_of(model.hf_model), model.engine.name, model.compiled, *where]
+    what = [config, WIDTHS, _made_of(model.hf_model), model.engine.name, model.compiled, *where]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerskip.engine.costs import PassCosts
-from layerskip.engine.interface import DraftStep, SharedPrefix
+from layerskip.engine.interface import DraftStep, Scored, SharedPrefix
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.stack import Stack
+from layerskip.stack.sublayers import PassContext
+from layerskip.stack.tree import MOST_LEAVES, Tree
 
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
@@ -37,13 +39,13 @@ class EagerEngine:
 
     def new_cache(self, capacity: int) -> KVCache:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
-        return self._model.new_cache(capacity + padding)
+        return self._model.new_cache(capacity + MOST_LEAVES + padding)
 
     def has_room(self, cache: KVCache, capacity: int) -> bool:
         return True  # its caches grow
 
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
+        return self._scored(self._model.forward(tokens, cache)[:, -1:])
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         with cache.seen_again(len(tokens) - 1):
@@ -54,17 +56,30 @@ class EagerEngine:
         prefix = shared[:, -1:] if stack.shared else None
         return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix)
 
-    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
+    def verify(
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+    ) -> Scored:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
-        if shared is not None and self._resuming_pays(width, shared):
+        tree = tree or Tree.chain(needed - 1)
+        if shared is not None and tree.is_chain and self._resuming_pays(width, shared):
             x, start = self._resume(tokens, cache, shared), shared.depth
         else:
             x, start = self._model.embed(tokens), 0
         x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
-        x = self._model.full_stack.run(x, self._model.pass_context(width, cache), start=start)
+        x = self._model.full_stack.run(x, self._context(tree, width, cache), start=start)
         cache.advance(needed)
-        return self._model.logits(x)[:needed]
+        scored = self._scored(x)
+        return Scored(scored.logits[:needed], scored.states[:needed])
+
+    def _context(self, tree: Tree, width: int, cache: KVCache) -> PassContext:
+        # What a chain sees is simpler, and faster where no mask is needed.
+        if tree.is_chain:
+            return self._model.pass_context(width, cache)
+        return self._model.tree_context(tree.padded(width), cache)
+
+    def _scored(self, x: Tensor) -> Scored:
+        return Scored(self._model.logits(x), x[0])
 
     def _resuming_pays(self, width: int, shared: SharedPrefix) -> bool:
         share = shared.depth / len(self._model.sublayers)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from layerskip.engine.captured import CapturedDraft, CapturedVerification
+from layerskip.engine.captured import CapturedDraft, CapturedTree, CapturedVerification
 from layerskip.engine.costs import PassCosts
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.graph_cache import GraphCache
-from layerskip.engine.interface import DraftStep, SharedPrefix
+from layerskip.engine.interface import DraftStep, Scored, SharedPrefix
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.stack import Stack
+from layerskip.stack.tree import MOST_LEAVES, Tree
 
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
@@ -109,6 +110,7 @@ class GraphEngine:
         self._cache: GraphCache | None = None
         self._drafts: dict[Stack, dict[int, CapturedDraft]] = {}  # by bucket
         self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
+        self._trees: dict[tuple[int, int], CapturedTree] = {}  # likewise
 
     @property
     def captures(self) -> bool:
@@ -120,6 +122,7 @@ class GraphEngine:
         if self._cache is None or self._cache.capacity < needed:
             self._drafts.clear()
             self._verifications.clear()
+            self._trees.clear()
             self._cache = GraphCache(self._model.num_layers, needed)
         self._cache.rollback(0)
         self._cache.uses += 1
@@ -130,7 +133,7 @@ class GraphEngine:
 
     def _capacity_for(self, positions: int) -> int:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
-        return self.bucket_of(positions + padding)
+        return self.bucket_of(positions + MOST_LEAVES + padding)
 
     def bucket_of(self, length: int) -> int:
         """The smallest bucket that holds so many positions."""
@@ -139,8 +142,8 @@ class GraphEngine:
             bucket *= 2
         return bucket
 
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        return self._model.logits(self._model.forward(tokens, cache)[:, -1:])[0]
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
+        return self._eager.prefill(tokens, cache)
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         if len(tokens) > 1:  # what a stand-in has not seen, of any length: once a round at most
@@ -153,15 +156,28 @@ class GraphEngine:
         cache.advance(1)
         return step
 
-    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
+    def verify(
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+    ) -> Scored:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
         own, bucket = self._room_for(width, cache)
-        if (width, bucket) not in self._verifications:
-            self._verifications[width, bucket] = self._capture_verification(width, bucket, own)
-        logits = self._verifications[width, bucket](tokens, cache.length)
+        if tree is None or tree.is_chain:
+            scored = self._verification(width, bucket, own)(tokens, cache.length)
+        else:
+            scored = self._tree(width, bucket, own)(tokens, cache.length, tree)
         cache.advance(needed)
-        return logits[:needed]
+        return Scored(scored.logits[:needed], scored.states[:needed])
+
+    def _verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification:
+        if (width, bucket) not in self._verifications:
+            self._verifications[width, bucket] = self._capture_verification(width, bucket, cache)
+        return self._verifications[width, bucket]
+
+    def _tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree:
+        if (width, bucket) not in self._trees:
+            self._trees[width, bucket] = self._capture_tree(width, bucket, cache)
+        return self._trees[width, bucket]
 
     def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
         """The cache, and the bucket that a pass of this width behind it needs."""
@@ -195,12 +211,26 @@ class GraphEngine:
         model = self._model
         tokens, positions = self._buffers(width, cache)
 
-        def run() -> Tensor:
+        def run() -> Scored:
             with cache.at(positions, bucket):
                 context = model.context_at(positions, bucket, cache)
-                return model.logits(model.full_stack.run(model.embed(tokens), context))
+                x = model.full_stack.run(model.embed(tokens), context)
+            return Scored(model.logits(x), x[0])
 
         return CapturedVerification(tokens, positions, self._capture(run))
+
+    def _capture_tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree:
+        model = self._model
+        tokens, slots = self._buffers(width, cache)
+        positions, ancestors = slots.clone(), torch.eye(width, dtype=torch.bool, device=model.device)
+
+        def run() -> Scored:
+            with cache.at(slots, bucket):
+                context = model.tree_context_at(slots, positions, ancestors, bucket, cache)
+                x = model.full_stack.run(model.embed(tokens), context)
+            return Scored(model.logits(x), x[0])
+
+        return CapturedTree(tokens, slots, positions, ancestors, self._capture(run))
 
     def _buffers(self, width: int, cache: GraphCache) -> tuple[Tensor, Tensor]:
         """Tokens and positions of a pass, ``[width]`` each."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from layerskip.engine.costs import PassCosts
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.stack import Stack
+from layerskip.stack.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,19 @@ class SharedPrefix:
     depth: int
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a pass of the full model gives.
+
+    Args:
+        logits: ``[n, vocab_size]``, scores behind each of ``n`` tokens, in float32.
+        states: ``[n, hidden_size]``, the hidden states behind the last sublayer that they come from.
+    """
+
+    logits: Tensor
+    states: Tensor
+
+
 class Engine(Protocol):
     """Runs passes of one model. One engine serves one generation at a time.
 
@@ -87,8 +101,8 @@ class Engine(Protocol):
     def has_room(self, cache: KVCache, capacity: int) -> bool:
         """Whether a cache that it made has room for ``capacity`` positions, or can make it."""
 
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Run a prompt, or the rest of one, ``[n]``; the logits behind its last token, ``[vocab_size]``."""
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
+        """Run a prompt, or the rest of one, ``[n]``; what comes out behind its last token, ``[1, ...]``."""
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         """Run tokens, ``[m]``, through a draft's stack; the cache moves forward by one.
@@ -103,14 +117,17 @@ class Engine(Protocol):
             The step behind the last token.
         """
 
-    def verify(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None) -> Tensor:
+    def verify(
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+    ) -> Scored:
         """Run the text's last token and the ``k`` drafted ones, ``[k + 1]``, through the full model.
 
         Args:
             tokens: The tokens.
             cache: Keys and values of the text before; moves forward by ``k + 1``.
-            shared: What drafting already computed of it, if anything.
+            shared: What drafting already computed of it, if anything; of no use where the tree branches.
+            tree: Which token follows which; None is a chain.
 
         Returns:
-            ``[k + 1, vocab_size]``, logits behind each of them.
+            What comes out behind each of them. The next pass may overwrite it.
         """

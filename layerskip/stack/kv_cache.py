@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -104,6 +105,22 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to length {length}: the cache holds {self.length} positions")
         self.length = length
+
+    def keep(self, past: int, rows: Sequence[int]) -> None:
+        """Keep some of the positions behind ``past``, moved together, and forget the others.
+
+        Args:
+            past: Positions that stay as they are.
+            rows: Which of those behind to keep, counted from ``past``, ascending.
+        """
+        moved = [row for number, row in enumerate(rows) if row != number]
+        end = past + len(rows)
+        if moved:
+            for buffer in (*self._keys[: self._num_layers], *self._values[: self._num_layers]):
+                if buffer is not None:
+                    index = torch.tensor(moved, device=buffer.device) + past
+                    buffer[:, :, end - len(moved) : end] = buffer.index_select(2, index)
+        self.rollback(end)
 
     @contextmanager
     def seen_again(self, positions: int) -> Iterator[None]:

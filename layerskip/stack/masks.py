@@ -74,6 +74,37 @@ def mask_at(positions: Tensor, length: int, *, window: int | None, implementatio
     return _as_mask(allowed[None, None], implementation, dtype)
 
 
+def tree_mask(
+    slots: Tensor,
+    positions: Tensor,
+    ancestors: Tensor,
+    length: int,
+    *,
+    window: int | None,
+    implementation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Mask for a tree: each row sees the text, and of the tree the rows that it comes from.
+
+    Args:
+        slots: ``[n]``, where in the cache the rows are, one behind the other.
+        positions: ``[n]``, their positions in the text, which siblings share.
+        ancestors: ``[n, n]``, which rows each comes from, itself included.
+        length: Number of keys, those behind the tree included.
+        window: As in :func:`attention_mask`.
+        implementation: As in :func:`attention_mask`.
+        dtype: As in :func:`attention_mask`.
+
+    Returns:
+        ``[1, 1, n, length]``.
+    """
+    key = torch.arange(length, device=slots.device)
+    allowed = (key < slots[0]).expand(len(slots), -1).index_copy(1, slots, ancestors)  # [n, length]
+    if window is not None:
+        allowed &= key.index_copy(0, slots, positions) > positions[:, None] - window
+    return _as_mask(allowed[None, None], implementation, dtype)
+
+
 def teacher_mask(
     positions: Tensor, length: int, *, window: int | None, implementation: str, dtype: torch.dtype
 ) -> Tensor:

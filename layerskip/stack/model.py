@@ -18,10 +18,17 @@ from layerskip.stack.adapters import adapted_model
 from layerskip.stack.families import family_of, setting
 from layerskip.stack.heads import head_rows
 from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.masks import attention_mask, check_attention_implementation, mask_at, teacher_mask
+from layerskip.stack.masks import (
+    attention_mask,
+    check_attention_implementation,
+    mask_at,
+    teacher_mask,
+    tree_mask,
+)
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack, Step, keep
 from layerskip.stack.sublayers import AttentionSublayer, PassContext, sublayers_of
+from layerskip.stack.tree import Tree, ancestors_on, depths_on
 
 
 class LayerSkipModel:
@@ -158,6 +165,44 @@ class LayerSkipModel:
         """Like :meth:`pass_context`, in fixed shapes: positions on the device, ``[n]``, and ``length`` keys to read."""
         masks = {
             window: mask_at(positions, length, window=window, implementation=self._attention, dtype=self.dtype)
+            for window in self._windows
+        }
+        return PassContext(self._rotary_at(positions[None]), masks, cache)
+
+    def tree_context(self, tree: Tree, cache: KVCache) -> PassContext:
+        """What a verification of a tree shares; makes room for it.
+
+        Args:
+            tree: The shape of the ``n`` rows behind what the cache holds.
+            cache: Keys and values of the text before.
+        """
+        depths, ancestors = depths_on(tree, self.device), ancestors_on(tree, self.device)
+        cache.reserve(len(depths))
+        slots = torch.arange(cache.length, cache.length + len(depths), device=self.device)
+        return self.tree_context_at(slots, cache.length + depths, ancestors, cache.length + len(depths), cache)
+
+    def tree_context_at(
+        self, slots: Tensor, positions: Tensor, ancestors: Tensor, length: int, cache: KVCache
+    ) -> PassContext:
+        """Like :meth:`tree_context`, in fixed shapes: the tree on the device, and ``length`` keys to read.
+
+        Args:
+            slots: ``[n]``, where in the cache the rows are.
+            positions: ``[n]``, their positions in the text.
+            ancestors: ``[n, n]``, which rows each comes from, itself included.
+            length: Number of keys.
+            cache: Keys and values of the text before.
+        """
+        masks: dict[int | None, Tensor | None] = {
+            window: tree_mask(
+                slots,
+                positions,
+                ancestors,
+                length,
+                window=window,
+                implementation=self._attention,
+                dtype=self.dtype,
+            )
             for window in self._windows
         }
         return PassContext(self._rotary_at(positions[None]), masks, cache)

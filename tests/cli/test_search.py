@@ -204,10 +204,10 @@ def test_a_study_of_two_objectives_goes_on_with_two_alone(layerskip, options):
 
 
 def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
-    plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate"]
+    plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate", "--no-branches", "--no-ngrams"]
     name = layerskip("search", *options, "--trials", 1, *plain, "--json").object["study"]
     space = load_study(open_storage(STORAGE), name).user_attrs["layerskip"]["space"]
-    assert (space["bridges"], space["vocabularies"], space["gates"]) == (False, [0], [0.0])
+    assert (space["bridges"], space["vocabularies"], space["gates"], space["trees"]) == (False, [0], [0.0], [])
     other = layerskip("search", *options, "--trials", 1, "--json").object["study"]
     assert other != name
 

@@ -53,7 +53,7 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
         bridge=0.5 * scale,
         head={size: (4.0 if size == 0 else 4.0 * size / VOCABULARY) * scale for size in vocabularies},
     )
-    sublayers = {width: (20 + width) * scale for width in range(1, 17)}
+    sublayers = {width: (20 + width) * scale for width in range(1, 27)}
     return CostsBehind(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
 
 

@@ -141,7 +141,10 @@ def test_texts_of_one_token_ask_for_no_draft(tiny):
 
 @given(st.lists(st.lists(st.booleans(), max_size=5), min_size=1, max_size=4))
 def test_acceptance_is_the_share_of_all_positions(agreements):
-    traces = [Trace(np.array(a, bool), np.zeros(len(a)), np.zeros(len(a)), 1, len(a) + 1) for a in agreements]
+    traces = [
+        Trace(np.array([not one for one in a], int), np.zeros(len(a)), np.zeros(len(a)), 1, len(a) + 1)
+        for a in agreements
+    ]
     positions = [one for a in agreements for one in a]
     assert acceptance(traces) == pytest.approx(sum(positions) / len(positions) if positions else 1)
 

@@ -40,7 +40,7 @@ def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_i
     seen = []
     for part in estimator.traces(stack):
         seen += part
-        costs = RoundCosts.of(known_costs(), stack, llama, seen, SPACE.max_draft_length)
+        costs = RoundCosts.of(known_costs(), stack, llama, seen, SPACE.most_drafted)
         so_far = replay(seen, SPACE.policies(), costs, limit=LIMIT)
         slower = np.array(so_far.seconds) - to_beat[: len(seen)]
         error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))

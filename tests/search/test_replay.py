@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip.decoding.ngrams import NGrams
 from layerskip.engine import PassCosts
-from search.estimate import Estimator, Trace
+from search.copying import Copies
+from search.estimate import LAST_RANK, Estimator, Trace
 from search.reference import continuations, record
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import known_costs, random_prompts
-from tests.strategies import draft_exits, fractions, skip_sets, tokens
+from tests.strategies import branches, draft_exits, fractions, skip_sets, tokens
 
-LONGEST = 9
-policies = st.builds(Policy, draft_exits(), st.just(0.0) | fractions)
+LONGEST, MOST = 9, 25
+NGRAMS = NGrams(1, 2, 3)
+policies = st.builds(
+    Policy, draft_exits(), st.just(0.0) | fractions, st.just(()) | branches(), st.sampled_from([None, NGRAMS])
+)
 
 
 @st.composite
@@ -27,9 +32,9 @@ def traces(draw, limit):
     """Any trace of at most ``limit`` tokens; shorter ones ended by themselves."""
     tokens = draw(st.integers(1, limit))
     asked = {"min_size": tokens - 1, "max_size": tokens - 1}
-    agrees = draw(st.lists(st.booleans() | st.just(True), **asked))
+    ranks = draw(st.lists(st.sampled_from([0, 0, 0, 1, 2, 5, LAST_RANK]), **asked))
     confidence, target = (draw(st.lists(fractions, **asked)) for _ in range(2))
-    return Trace(np.array(agrees, bool), np.array(confidence), np.array(target), draw(st.integers(1, 9)), tokens)
+    return Trace(np.array(ranks, int), np.array(confidence), np.array(target), draw(st.integers(1, 9)), tokens)
 
 
 @st.composite
@@ -41,18 +46,36 @@ def replays(draw):
     costs = RoundCosts(
         np.array(draw(st.lists(seconds, min_size=texts, max_size=texts))),
         np.array(draw(st.lists(seconds, min_size=texts, max_size=texts))),
-        np.array(draw(st.lists(seconds, min_size=texts * (LONGEST + 1), max_size=texts * (LONGEST + 1)))).reshape(
-            texts, LONGEST + 1
-        ),
+        *(np.random.default_rng(draw(st.integers(0, 99))).uniform(0.01, 10, (2, texts, MOST + 1))),
     )
     return drawn, costs, limit
+
+
+def copied_along(trace):
+    """Some copies along a text, always the same for the same text, none of which stands behind its end."""
+    source = np.random.default_rng(trace.new_tokens * 10 + trace.prompt_length)
+    drafted = source.integers(0, 4, trace.new_tokens)
+    left = trace.new_tokens - 1 - np.arange(trace.new_tokens)
+    return Copies(drafted, np.minimum(np.minimum(drafted, source.integers(0, 4, trace.new_tokens)), left))
+
+
+def replayed(texts, tried, costs, limit):
+    return replay(texts, tried, costs, limit=limit, copies={NGRAMS: [copied_along(trace) for trace in texts]})
 
 
 def played(trace, policy, row, costs, limit):
     """Seconds, drafted and accepted tokens of one text under one policy, round by round."""
     controller, unsure, at = policy.draft_exit.controller(), False, 0
     seconds, drafted, accepted = costs.prefill[row], 0, 0
+    copies = copied_along(trace) if policy.ngrams else None
     while at < trace.new_tokens - 1:
+        copied = min(copies.drafted[at], limit - (at + 1) - 1) if copies else 0
+        if copied > 0:
+            stands = min(copied, copies.stand[at])
+            seconds += costs.trees[row, copied]
+            unsure = unsure_behind(trace, at + stands, policy)
+            drafted, accepted, at = drafted + copied, accepted + stands, at + stands + 1
+            continue
         proposed = 0
         while proposed < min(limit - (at + 1) - 1, controller.max_length) and not unsure:
             asked = at + proposed
@@ -62,13 +85,21 @@ def played(trace, policy, row, costs, limit):
         stands = 0
         while stands < proposed and at + stands < len(trace.agrees) and trace.agrees[at + stands]:
             stands += 1
-        seconds += proposed * costs.step[row] + costs.verification[row, proposed]
+        widths = [*policy.branches, *[1] * proposed][:proposed]
+        verified = costs.trees if policy.branches else costs.verification
+        seconds += proposed * costs.step[row] + verified[row, sum(widths)]
+        if stands < proposed and at + stands < len(trace.ranks):
+            stands += trace.ranks[at + stands] < widths[stands]
         if proposed:
             controller.observe(proposed, stands)
         end = at + stands
-        unsure = (trace.target_confidence[end] if end < len(trace.agrees) else 1.0) < policy.gate
+        unsure = unsure_behind(trace, end, policy)
         drafted, accepted, at = drafted + proposed, accepted + stands, end + 1
     return seconds, drafted, accepted
+
+
+def unsure_behind(trace, place, policy):
+    return (trace.target_confidence[place] if place < len(trace.agrees) else 1.0) < policy.gate
 
 
 @given(replays(), policies)
@@ -79,7 +110,7 @@ def test_replay_does_what_a_loop_with_the_real_controller_does(drawn, policy):
     plain = [
         costs.prefill[row] + (trace.new_tokens - 1) * costs.verification[row, 0] for row, trace in enumerate(texts)
     ]
-    found = replay(texts, [policy], costs, limit=limit)
+    found = replayed(texts, [policy], costs, limit)
     drafted, accepted = sum(d for _, d, _ in rounds), sum(a for _, _, a in rounds)
     assert found.policy == policy
     assert math.isclose(found.speedup, sum(plain) / sum(seconds for seconds, _, _ in rounds))
@@ -91,22 +122,22 @@ def test_replay_does_what_a_loop_with_the_real_controller_does(drawn, policy):
 @settings(max_examples=60)
 def test_the_best_of_all_policies_is_found_and_they_do_not_disturb_each_other(drawn, tried):
     texts, costs, limit = drawn
-    alone = [replay(texts, [policy], costs, limit=limit) for policy in tried]
-    best = replay(texts, tried, costs, limit=limit)
+    alone = [replayed(texts, [policy], costs, limit) for policy in tried]
+    best = replayed(texts, tried, costs, limit)
     assert math.isclose(best.speedup, max(one.speedup for one in alone))
     assert best.policy in tried
     [same] = {one for one, policy in zip(alone, tried, strict=True) if policy == best.policy}
     assert math.isclose(best.speedup, same.speedup)
     assert (best.acceptance_rate, best.seconds) == (same.acceptance_rate, same.seconds)
-    assert replay(texts, tried, costs, limit=limit) == best
+    assert replayed(texts, tried, costs, limit) == best
 
 
 @given(replays(), policies)
 @settings(max_examples=40)
 def test_the_order_of_texts_does_not_matter(drawn, policy):
     texts, costs, limit = drawn
-    backwards = RoundCosts(costs.prefill[::-1], costs.step[::-1], costs.verification[::-1])
-    one, other = (replay(t, [policy], c, limit=limit) for t, c in ((texts, costs), (texts[::-1], backwards)))
+    backwards = RoundCosts(costs.prefill[::-1], costs.step[::-1], costs.verification[::-1], costs.trees[::-1])
+    one, other = (replayed(t, [policy], c, limit) for t, c in ((texts, costs), (texts[::-1], backwards)))
     assert math.isclose(one.speedup, other.speedup)
     assert one.acceptance_rate == other.acceptance_rate
 
@@ -123,7 +154,7 @@ def predicted(model, stack, prompts, policy, limit):
     traces = [trace for part in Estimator(model, texts).traces(stack) for trace in part]
     found = []
     for trace in traces:
-        costs = RoundCosts.of(known_costs(), stack, model, [trace], LONGEST)
+        costs = RoundCosts.of(known_costs(), stack, model, [trace], MOST)
         drafts = _Counted(trace, policy, costs, limit)
         found.append((drafts.drafted, drafts.accepted))
     return found
@@ -135,7 +166,9 @@ class _Counted:
     def __init__(self, trace, policy, costs, limit):
         rate = replay([trace], [policy], costs, limit=limit).acceptance_rate
         nothing = np.zeros_like(costs.verification)
-        step = RoundCosts(np.ones(1), np.ones(1), nothing)  # a second for the prompt, and one for each draft step
+        step = RoundCosts(
+            np.ones(1), np.ones(1), nothing, nothing
+        )  # a second for the prompt, and one for each draft step
         one = replay([trace], [policy], step, limit=limit)
         self.drafted = round(1 / one.speedup) - 1
         self.accepted = round(self.drafted * rate) if self.drafted else 0
@@ -146,11 +179,12 @@ class _Counted:
     skip_set=skip_sets(),
     gate=st.just(0.0) | fractions,
     limit=st.integers(1, 9),
+    widths=st.just(()) | branches(),
 )
-@settings(max_examples=25)
-def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit):
-    policy = Policy(FixedLength(1), gate)
-    drafter = SkipDrafter(tiny, skip_set, policy.draft_exit, gate=gate)
+@settings(max_examples=40)
+def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit, widths):
+    policy = Policy(FixedLength(1), gate, widths)
+    drafter = SkipDrafter(tiny, skip_set, policy.draft_exit, gate=gate, branches=widths)
     real = [counted(tiny, prompt, drafter, limit) for prompt in prompts]
     assert predicted(tiny, tiny.stack_of(skip_set), prompts, policy, limit) == real
 
@@ -158,8 +192,8 @@ def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_se
 @given(prompt=tokens(9), policy=policies, limit=st.integers(1, 12))
 @settings(max_examples=25)
 def test_a_draft_that_skips_nothing_comes_out_as_in_real_decoding(tiny, prompt, policy, limit):
-    nothing = SkipSet(LAYERS)
-    drafter = SkipDrafter(tiny, nothing, policy.draft_exit, gate=policy.gate)
+    nothing, policy = SkipSet(LAYERS), replace(policy, ngrams=None)
+    drafter = SkipDrafter(tiny, nothing, policy.draft_exit, gate=policy.gate, branches=policy.branches)
     assert predicted(tiny, tiny.stack_of(nothing), [prompt], policy, limit) == [counted(tiny, prompt, drafter, limit)]
 
 
@@ -180,7 +214,7 @@ def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
     model = LayerSkipModel(tiny_llama())
     skip_set = SkipSet(LAYERS, attention=(2,), mlp=(3,))  # the first half is shared
     stack, latency = model.stack_of(skip_set), known_costs()
-    traces = [Trace(np.ones(4, bool), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
+    traces = [Trace(np.zeros(4, int), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
     costs = RoundCosts.of(latency, stack, model, traces, 2)
     for row, context in enumerate([5.5, 32.5]):
         assert costs.prefill[row] == latency.prefill(traces[row].prompt_length)

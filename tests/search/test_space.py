@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 import search.space as space_module
 from layerskip import FixedLength, InvalidInputError, SkipSet
+from layerskip.decoding.ngrams import NGrams
 from search.space import Candidate, Policy, SearchSpace
 from tests.models import LAYERS as TINY
 from tests.models import VOCABULARY
-from tests.strategies import draft_exits, fractions, skip_sets
+from tests.strategies import branches, draft_exits, fractions, skip_sets
 
 LAYERS = st.integers(1, 40)
 
@@ -25,6 +26,8 @@ def spaces(draw):
         bridges=draw(st.booleans()),
         vocabularies=draw(st.sampled_from([(0,), (0, 8192), (0, 8192, 16384), (8192,)])),
         gates=draw(st.sampled_from([(0.0,), (0.0, 0.3)])),
+        trees=draw(st.sampled_from([(), (7,), (3, 7)])),
+        ngrams=draw(st.booleans()),
     )
 
 
@@ -115,9 +118,9 @@ def test_policies_are_different_and_as_long_as_allowed(space):
     assert {policy.draft_exit.kind for policy in policies} == {"fixed", "confidence", "adaptive"}
 
 
-@given(draft_exits(), fractions)
-def test_a_policy_survives_the_way_through_the_database(draft_exit, gate):
-    policy = Policy(draft_exit, gate)
+@given(draft_exits(), fractions, branches(), st.sampled_from([None, NGrams(1, 2, 3)]))
+def test_a_policy_survives_the_way_through_the_database(draft_exit, gate, widths, ngrams):
+    policy = Policy(draft_exit, gate, widths, ngrams)
     assert Policy.from_json(policy.as_json()) == policy
 
 
@@ -133,7 +136,9 @@ def test_a_space_has_what_it_is_asked_for(llama, monkeypatch):
     assert (everything.bridges, everything.vocabularies) == (True, (0, VOCABULARY // 2))
     assert everything.gates[0] == 0
     assert len(everything.gates) > 1
-    assert SearchSpace.of(llama, bridges=False, vocabulary=False, gate=False) == SearchSpace(TINY)
+    assert SearchSpace.of(
+        llama, bridges=False, vocabulary=False, gate=False, branches=False, ngrams=False
+    ) == SearchSpace(TINY)
 
 
 def test_candidates_and_policies_read_as_what_they_are():

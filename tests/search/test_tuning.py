@@ -15,13 +15,14 @@ TOP = 2 * LAYERS
 class Followed(SkipDrafter):
     """Keeps for each proposal how much of the answer was certain, and whether the proposal stood."""
 
-    def start(self, prompt):
-        super().start(prompt)
+    def start(self, prompt, state):
+        super().start(prompt, state)
         self.certain, self.stood = 0, {}
 
-    def observe(self, drafted, accepted, logits):
-        super().observe(drafted, accepted, logits)
-        if drafted:
+    def observe(self, outcome):
+        super().observe(outcome)
+        accepted = outcome.verdict.accepted
+        if len(outcome.draft):
             self.stood[self.certain] = bool(accepted)
         self.certain += accepted + 1
 

@@ -120,35 +120,35 @@ def test_plain_samples_follow_the_full_model(model):
 
 
 def verdict_of(tokens):
-    return Verdict(tokens, torch.tensor(tokens[-1:]))
+    return Verdict(tokens, torch.tensor(tokens[-1:]), tuple(range(len(tokens))))
 
 
-def accept_everything(drafted, draft, target, generator):
+def accept_everything(tree, drafted, draft, target, generator):
     own = torch.multinomial(target[len(drafted)], 1, generator=generator)
     return verdict_of([*drafted.tolist(), *own.tolist()])
 
 
-def accept_never(drafted, draft, target, generator):
+def accept_never(tree, drafted, draft, target, generator):
     """Not a mistake: slow, and exact."""
     return verdict_of(torch.multinomial(target[0], 1, generator=generator).tolist())
 
 
-def replace_from_the_target(drafted, draft, target, generator):
+def replace_from_the_target(tree, drafted, draft, target, generator):
     """Leviathan's rule, but a rejected token is replaced by a draw from p instead of max(p - q, 0)."""
     for i, token in enumerate(drafted.tolist()):
         if torch.rand((), generator=generator) * draft[i, token] >= target[i, token]:
             own = torch.multinomial(target[i], 1, generator=generator)
             return verdict_of([*drafted[:i].tolist(), *own.tolist()])
-    return accept_everything(drafted, draft, target, generator)
+    return accept_everything(tree, drafted, draft, target, generator)
 
 
-def accept_only_the_likeliest(drafted, draft, target, generator):
+def accept_only_the_likeliest(tree, drafted, draft, target, generator):
     """Greedy matching applied to samples."""
     for i, token in enumerate(drafted.tolist()):
         if token != int(target[i].argmax()):
             own = torch.multinomial(target[i], 1, generator=generator)
             return verdict_of([*drafted[:i].tolist(), *own.tolist()])
-    return accept_everything(drafted, draft, target, generator)
+    return accept_everything(tree, drafted, draft, target, generator)
 
 
 @pytest.mark.parametrize("broken", [accept_everything, replace_from_the_target, accept_only_the_likeliest])

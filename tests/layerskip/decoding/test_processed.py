@@ -81,7 +81,7 @@ def sampling_by(processors, do_sample=True, criteria=(), **kept):
 
 def text_by(sampler, token_ids=None):
     """A text of ``LENGTH`` tokens by the rounds that decoding goes through, with drafts of two tokens."""
-    tokens = sampler.draw(TARGET[0]).token.tolist()
+    tokens = sampler.draw(TARGET[0]).tokens.tolist()
     while len(tokens) < LENGTH:
         at = len(tokens)
         rows = [row if token_ids is None else row[token_ids] for row in DRAFT[at : min(at + 2, LENGTH - 1)]]

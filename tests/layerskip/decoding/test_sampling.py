@@ -48,7 +48,7 @@ def test_the_distribution_is_that_of_model_generate(tiny, prompt, temperature, t
 def test_a_draw_comes_from_the_tokens_that_top_k_leaves(top_k, seed):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(seed))
     draw = Sampling(2.0, top_k=top_k, seed=seed).sampler(CPU).draw(logits)
-    assert int(draw.token) in logits.topk(top_k).indices
+    assert int(draw.tokens) in logits.topk(top_k).indices
     assert int((draw.distribution > 0).sum()) == top_k
 
 

@@ -59,8 +59,8 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, runs, like, draft_e
 class Watched(SkipDrafter):
     """Follows the text, and keeps each proposal's logits with the text that it was proposed behind."""
 
-    def start(self, prompt):
-        super().start(prompt)
+    def start(self, prompt, state):
+        super().start(prompt, state)
         self.text, self.seen = prompt.tolist(), []
 
     def propose(self, newest, cache, limit, sampler):
@@ -77,9 +77,9 @@ class Watched(SkipDrafter):
             self.seen.append(([*self.text, *self.last[: number + 1]], step.logits))
         return draft
 
-    def observe(self, drafted, accepted, logits):
-        super().observe(drafted, accepted, logits)
-        self.text += self.last[: accepted + 1]
+    def observe(self, outcome):
+        super().observe(outcome)
+        self.text += outcome.seen.tolist()
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def test_a_verification_gives_the_logits_of_a_plain_pass(tiny, costs, text, draf
         shared = None
         if stack.shared:
             shared = SharedPrefix(torch.cat([step.prefix for step in steps], dim=1), stack.shared)
-        verified = engine.verify(torch.tensor(drafted), cache, shared)
+        verified = engine.verify(torch.tensor(drafted), cache, shared).logits
     assert cache.length == len(text) + len(drafted)
     torch.testing.assert_close(verified, plain, atol=1e-4, rtol=1e-4)
 

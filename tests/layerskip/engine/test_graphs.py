@@ -79,10 +79,10 @@ def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
         found, expected = [], []
         for one, logits in ((eager, expected), (engine, found)):
             cache = one.new_cache(len(text) + len(new) + 1)
-            logits.append(one.prefill(torch.tensor(text), cache))
+            logits.append(one.prefill(torch.tensor(text), cache).logits)
             logits.append(one.draft_step(torch.tensor(new[:1]), cache, stack).logits.clone())
             cache.rollback(len(text))
-            logits.append(one.verify(torch.tensor(new), cache, None))
+            logits.append(one.verify(torch.tensor(new), cache).logits)
     engine.costs = None
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
@@ -163,7 +163,7 @@ def test_the_cache_is_used_again_and_what_was_captured_with_it():
     again = engine.new_cache(16)
     assert again is first
     assert again.length == 0
-    assert engine.new_cache(17) is not first
+    assert engine.new_cache(first.capacity) is not first
 
 
 def test_captured_drafts_of_old_skip_sets_are_dropped():

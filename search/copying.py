@@ -1,0 +1,64 @@
+"""When copying from the text pays: what n-gram drafts would have proposed along reference texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from layerskip.decoding.ngrams import NGrams, TextIndex
+from search.reference import ReferenceText
+from search.space import Policy
+
+_SHORTEST = (1, 2, 3)
+_LENGTHS = (3, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """What was copied along one text.
+
+    Args:
+        drafted: ``[m]``, how many tokens would be proposed behind each new token; 0 where nothing came before.
+        stand: ``[m]``, how many of them are what the full model wrote.
+    """
+
+    drafted: np.ndarray
+    stand: np.ndarray
+
+    @classmethod
+    def of(cls, text: ReferenceText, ngrams: NGrams) -> Copies:
+        """What n-grams would have proposed along a text."""
+        tokens, index = text.tokens.tolist(), TextIndex(ngrams)
+        index.extend(tokens[: text.prompt_length])
+        drafted, stand = [], []
+        for place in range(text.prompt_length, len(tokens)):
+            index.extend(tokens[place : place + 1])
+            copied = index.copy(ngrams.length)
+            drafted.append(len(copied))
+            stand.append(_common(copied, tokens[place + 1 :]))
+        return cls(np.array(drafted), np.array(stand))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that two rows have in common."""
+    different = [number for number, (one, other) in enumerate(zip(a, b, strict=False)) if one != other]
+    return different[0] if different else min(len(a), len(b))
+
+
+def settings_of_ngrams() -> list[NGrams]:
+    """The n-grams that replay tries."""
+    return [NGrams(shortest=shortest, length=length) for shortest in _SHORTEST for length in _LENGTHS]
+
+
+def copies_along(texts: Sequence[ReferenceText]) -> dict[NGrams, list[Copies]]:
+    """What each of the n-grams that replay tries would copy along each text."""
+    return {ngrams: [Copies.of(text, ngrams) for text in texts] for ngrams in settings_of_ngrams()}
+
+
+def copying_policies(policy: Policy) -> Iterator[Policy]:
+    """A policy, and the same with copies as a first try."""
+    yield policy
+    for ngrams in settings_of_ngrams():
+        yield replace(policy, ngrams=ngrams)
