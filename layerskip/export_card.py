@@ -46,9 +46,14 @@ def _what(profile: DraftProfile) -> str:
     layers, skip_set = kept_layers(profile.skip_set), profile.skip_set
     return (
         f"A draft model for speculative decoding of {_target(profile)}, and of no use alone: {len(layers)} of its "
-        f"{skip_set.num_layers} layers ({', '.join(map(str, layers))}), with their weights unchanged. Skipped: "
-        f"{skip_set}. Written by layerskip; it is an ordinary checkpoint."
+        f"{skip_set.num_layers} layers ({', '.join(map(str, layers))}), with their weights unchanged"
+        f"{_trained(profile)}. Skipped: {skip_set}. Written by layerskip; it is an ordinary checkpoint."
     )
+
+
+def _trained(profile: DraftProfile) -> str:
+    number = 0 if profile.tensors is None else profile.tensors.layers
+    return f", and {number} trained layer{'s' * (number > 1)} in place of some that are skipped" if number else ""
 
 
 def _half_kept(profile: DraftProfile) -> list[str]:

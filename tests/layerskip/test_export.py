@@ -33,6 +33,7 @@ from tests.models import (
     VOCABULARY,
     WINDOW,
     near_tie_or_same,
+    random_layers,
     reference_logits,
     tiny_llama,
     transformers_greedy,
@@ -161,6 +162,47 @@ def test_the_tokenizer_comes_along(tmp_path, llama, byte_tokenizer):
     exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,)))
     assert AutoTokenizer.from_pretrained(tmp_path / "draft")("stop").input_ids == byte_tokenizer("stop").input_ids
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "draft").backend_tokenizer, Tokenizer)
+
+
+# Trained layers.
+
+
+def with_trained_layers(model, runs, **made):
+    skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
+    return profile_for(model, skip_set=skip_set).with_assets(DraftAssets(layers=random_layers(model, runs, **made)))
+
+
+@torch.inference_mode()
+def drafted_logits(model, profile, text):
+    stack = model.stack_of(profile.skip_set, stand_ins=profile.assets.stand_ins(model))
+    context = model.pass_context(len(text), model.new_cache(len(text)))
+    return model.logits(stack.run(model.embed(torch.tensor(text)), context))
+
+
+@pytest.mark.parametrize(("runs", "like"), [({2: 2 * LAYERS}, 0), ({3: 6}, 1), ({2: 5}, 1), ({1: 3, 5: 7}, 0)], ids=str)
+def test_trained_layers_take_their_place_among_the_kept_ones(tmp_path, gemma2, byte_tokenizer, runs, like):
+    profile = with_trained_layers(gemma2, runs, like=like)
+    done = export_draft(gemma2, byte_tokenizer, profile, tmp_path / "draft")
+    loaded = stock(tmp_path / "draft")
+    torch.testing.assert_close(logits_of(loaded, TEXT), drafted_logits(gemma2, profile, TEXT), rtol=1e-4, atol=1e-4)
+    assert (done.layers, done.trained) == (kept_layers(profile.skip_set), len(runs))
+    assert len(loaded.model.layers) == len(done.layers) + done.trained
+    assert f"and {len(runs)} trained layer" in (tmp_path / "draft" / "README.md").read_text()
+
+
+def test_a_trained_layer_is_exported_for_every_family(each_family):
+    profile = with_trained_layers(each_family, {1: 5})
+    draft = draft_model_of(each_family, profile.skip_set, profile.assets.layers)
+    torch.testing.assert_close(logits_of(draft, TEXT), drafted_logits(each_family, profile, TEXT), rtol=1e-4, atol=1e-4)
+
+
+def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_tokenizer):
+    wider = LayerSkipModel(tiny_llama(hidden_size=64))
+    profile = profile_for(llama, skip_set=SkipSet(LAYERS, (1,), (1,)))
+    foreign = profile.with_assets(DraftAssets(layers=random_layers(wider, {2: 4})))
+    with pytest.raises(InvalidInputError, match="stand-in: its weights do not fit a layer of this model"):
+        export_draft(llama, byte_tokenizer, foreign, tmp_path / "draft")
+    assert list(tmp_path.iterdir()) == []
 
 
 # As a draft model in transformers.
