@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from layerskip.drafts.layers import LayerWeights
 from layerskip.errors import ExportError
@@ -23,6 +23,7 @@ from layerskip.stack.skipset import SkipSet
 
 # What the last projection of an attention module or an MLP is called.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "fc2")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Lists in a configuration that may happen to be as long as the model is deep.
 _NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "tokens", "_factor")
 
@@ -113,10 +114,15 @@ def draft_model_of(
         if name not in weights:  # rotary frequencies and the like, which no checkpoint holds
             owner, _, own = name.rpartition(".")
             draft.get_submodule(owner).register_buffer(own, buffer, persistent=False)
-    if full.generation_config is not None:
-        draft.generation_config = copy.deepcopy(full.generation_config)
+    draft.generation_config = _generation_config_of(full)
     draft.eval()
     return draft
+
+
+def _generation_config_of(full: PreTrainedModel) -> GenerationConfig:
+    """The special tokens alone: how to sample is the full model's to say, maybe in a way that cannot be saved."""
+    original = full.generation_config or GenerationConfig()
+    return GenerationConfig(**{name: getattr(original, name) for name in _SPECIAL_TOKENS})
 
 
 def _prefix_of_layers(full: PreTrainedModel) -> str:
