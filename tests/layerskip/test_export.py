@@ -150,6 +150,17 @@ def test_the_dtype_is_kept(tmp_path, byte_tokenizer, dtype):
     assert {weight.dtype for weight in stock(tmp_path / "draft").parameters()} == {dtype}
 
 
+def test_settings_of_sampling_that_transformers_does_not_save_are_no_hindrance(tmp_path, byte_tokenizer):
+    model = LayerSkipModel(tiny_llama())
+    settings = model.hf_model.generation_config
+    settings.temperature, settings.do_sample, settings.eos_token_id = 0.6, False, [5, 7]
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.hf_model.save_pretrained(tmp_path / "model")
+    exported(model, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,), (1,)))
+    assert stock(tmp_path / "draft").generation_config.eos_token_id == [5, 7]
+    assert settings.temperature == 0.6
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_tied(tmp_path, byte_tokenizer, tied):
     model = LayerSkipModel(tiny_llama(tie_word_embeddings=tied))
@@ -399,6 +410,20 @@ def test_the_readme_says_when_layers_do_not_follow_the_family_s_pattern(
     exported(gemma2, byte_tokenizer, tmp_path / "draft", skip_set)
     card = (tmp_path / "draft" / "README.md").read_text()
     assert ("longer than the window of 5 tokens" in card) is says
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("gemma3_text", "layer_types"), ("smollm3", "no_rope_layers")])
+def test_the_readme_says_when_layers_out_of_the_pattern_have_other_positions_from_the_first_token_on(
+    tmp_path, byte_tokenizer, family, kinds
+):
+    model = LayerSkipModel(EVERY_FAMILY[family]())
+    exported(model, byte_tokenizer, tmp_path / "odd", SkipSet(LAYERS, (0,), (0,)))
+    card = (tmp_path / "odd" / "README.md").read_text()
+    assert f"`{kinds}` in" in card
+    assert "run another draft and accept fewer tokens" in card
+    assert "window of" not in card
+    exported(model, byte_tokenizer, tmp_path / "even", SkipSet(LAYERS, (0, 1), (0, 1)))
+    assert "do not follow the pattern" not in (tmp_path / "even" / "README.md").read_text()
 
 
 @pytest.mark.slow
