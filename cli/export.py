@@ -63,6 +63,7 @@ def export(
             {
                 "folder": str(to),
                 "layers": list(done.layers),
+                "trained": done.trained,
                 "zeroed": done.zeroed,
                 "parameters": done.parameters,
                 "full_parameters": done.full_parameters,
@@ -71,8 +72,9 @@ def export(
         )
         return
     half = f", {done.zeroed} sublayers in them zeroed" * bool(done.zeroed)
+    trained = f", and {done.trained} trained" * bool(done.trained)
     stdout.print(f"draft     {to}")
-    stdout.print(f"layers    {len(done.layers)} of {loaded.skip_set.num_layers}{half}")
+    stdout.print(f"layers    {len(done.layers)} of {loaded.skip_set.num_layers}{half}{trained}")
     stdout.print(
         f"weights   {done.parameters / 1e6:.1f} of {done.full_parameters / 1e6:.1f} million, "
         f"{done.parameters / done.full_parameters:.0%}"

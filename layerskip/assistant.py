@@ -20,7 +20,7 @@ from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack, Step
-from layerskip.stack.sublayers import AttentionSublayer, PassContext
+from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, PassContext
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,25 +34,27 @@ def assistant_of(
         model: The model.
         skip_set: The sublayers that the draft leaves out.
         draft_exit: Sets how many tokens ``generate`` lets it propose at once, and from which confidence on.
-        assets: Its bridges are used. Its draft vocabulary is not: ``generate`` wants scores for every token.
+        assets: Its bridges and trained layers are used. Its draft vocabulary is not: ``generate`` wants scores for
+            every token.
 
     Raises:
-        InvalidInputError: The skip set leaves no attention, or is for another number of layers.
+        InvalidInputError: The draft has no attention, or the skip set or a trained layer is for another model.
         UnsupportedModelError: A part of the model runs something else than its class does, such as accelerate's hooks,
             which a copy of the part would not.
     """
     original: Any = model.hf_model
-    stack = model.stack_of(skip_set, stand_ins=assets.to(original.get_input_embeddings().weight).bridges)
-    kept = [index // 2 for index, step in stack.steps if isinstance(step, AttentionSublayer)]
-    if not kept:
+    here = assets.to(original.get_input_embeddings().weight)
+    steps = _single_steps(model.stack_of(skip_set, stand_ins=here.stand_ins(model)), here)
+    kinds = [layer for layer, step in steps if isinstance(step, AttentionSublayer)]
+    if not kinds:
         raise InvalidInputError(
             "as_assistant: the profile leaves out every attention, and generate counts positions by a draft's "
             "attention; use layerskip.speculate(profile)"
         )
     assistant, decoder = _twin(original), _twin(original.base_model)
     setattr(assistant, original.base_model_prefix, decoder)
-    decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(stack)))
-    assistant.config = decoder.config = config_of(original.config, kept)
+    decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(steps)))
+    assistant.config = decoder.config = config_of(original.config, kinds)
     assistant.generation_config = copy.deepcopy(original.generation_config)
     controller = draft_exit.controller()
     assistant.generation_config.num_assistant_tokens = controller.max_length
@@ -76,10 +78,21 @@ def _twin(module: Module) -> Module:
     return twin
 
 
-def _cut(stack: Stack) -> list[list[Step]]:
+def _single_steps(stack: Stack, assets: DraftAssets) -> list[tuple[int, Step]]:
+    """The draft's steps, trained layers as two, each with the model's layer that it is of, or is like."""
+    steps: list[tuple[int, Step]] = []
+    for index, step in stack.steps:
+        if isinstance(step, LayerStandIn):
+            steps += [(assets.layers[index].like, part) for part in (step.attention, step.mlp)]
+        else:
+            steps.append((index // 2, step))
+    return steps
+
+
+def _cut(steps: list[tuple[int, Step]]) -> list[list[Step]]:
     """The draft's steps by layer: each has one attention, and what comes before the first belongs to the first."""
     layers: list[list[Step]] = [[]]
-    for _, step in stack.steps:
+    for _, step in steps:
         if isinstance(step, AttentionSublayer) and any(isinstance(other, AttentionSublayer) for other in layers[-1]):
             layers.append([])
         layers[-1].append(step)

@@ -105,11 +105,7 @@ class Chat:
             stop=stop,
             memory=self._memory,
         )
-        try:
-            generation = yield from self._pieces(rounds)
-        except BaseException:
-            self._memory.forget()  # it may have ended in the middle of a pass
-            raise
+        generation = yield from self._pieces(rounds)
         forgotten = (len(self._history) - len(kept)) // 2
         text = str(self._tokenizer.decode(generation.tokens, skip_special_tokens=True))
         self._history = [*kept, said, {"role": "assistant", "content": text}]

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -92,14 +93,43 @@ def load_checkpoint(
     _check_hub(source, location, at)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=at, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, revision=at, dtype=precision, use_safetensors=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=at,
+            dtype=precision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
-    model.to(where)  # type: ignore[arg-type]
+    model, found = loaded
+    _check_weights(source, found)
+    model.to(where)
     model.eval()
     return Checkpoint(source, model, tokenizer)
+
+
+def _check_weights(source: str, found: dict[str, Any]) -> None:
+    """Make sure that no weight is left random, which transformers only mentions.
+
+    Raises:
+        CheckpointError: One is.
+    """
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"model '{source}': its files lack {_first_of(missing)}; get them again")
+    if mismatched:
+        names = [name for name, *_ in mismatched]
+        raise CheckpointError(
+            f"model '{source}': {_first_of(names)} in its files is not of the shape that its config.json asks for; get "
+            "them again"
+        )
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def stored_dtype(source: str, *, revision: str | None = None) -> str:
@@ -306,6 +336,8 @@ def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except OSError as error:
-        raise CheckpointError(f"model '{gguf}': cannot be converted: {error}") from error
+        raise CheckpointError(f"model '{gguf}': cannot be converted: {_first_line(error)}") from error
     except (ValueError, KeyError, IndexError, struct.error, NotImplementedError) as error:
-        raise CheckpointError(f"model '{gguf}': not a GGUF file that transformers can read: {error}") from error
+        raise CheckpointError(
+            f"model '{gguf}': not a GGUF file that transformers can read: {_first_line(error)}"
+        ) from error

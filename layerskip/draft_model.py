@@ -1,25 +1,29 @@
 """A draft as a model of its own: the same architecture with the kept layers only.
 
 A layer that is skipped whole goes. A layer of which one sublayer is kept stays, and the output projection of the other
-becomes zero, so that ``x + f(x)`` is ``x``: a norm behind the projection makes zero of zero.
+becomes zero, so that ``x + f(x)`` is ``x``: a norm behind the projection makes zero of zero. A trained layer takes its
+place among them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from layerskip.drafts.layers import LayerWeights
 from layerskip.errors import ExportError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 
 # What the last projection of an attention module or an MLP is called.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "fc2")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Lists in a configuration that may happen to be as long as the model is deep.
 _NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "tokens", "_factor")
 
@@ -38,7 +42,7 @@ def config_of(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConf
 
     Args:
         config: The full model's.
-        layers: The layers to keep, ascending.
+        layers: For each of the copy's layers the one that it is, or is built like.
     """
     depth = config.num_hidden_layers
     kept = copy.deepcopy(config)
@@ -52,34 +56,73 @@ def config_of(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConf
     return kept
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a draft.
+
+    Args:
+        place: Index of the first sublayer that it runs or stands for.
+        like: The model's layer that it is, or is built like.
+        trained: Its weights where it is a trained one.
+    """
+
+    place: int
+    like: int
+    trained: LayerWeights | None = None
+
+
+def _layers_of(skip_set: SkipSet, trained: Mapping[int, LayerWeights]) -> list[_Layer]:
+    """In the order in which they run. No trained layer lies between the sublayers of one that is kept."""
+    kept = [_Layer(2 * layer + skip_set.attention_mask[layer], layer) for layer in kept_layers(skip_set)]
+    return sorted(
+        [*kept, *(_Layer(start, one.like, one) for start, one in trained.items())], key=lambda layer: layer.place
+    )
+
+
 @torch.no_grad()
-def draft_model_of(model: LayerSkipModel, skip_set: SkipSet) -> PreTrainedModel:
-    """The draft as a model of transformers' own class, in evaluation mode. It shares the full model's weights.
+def draft_model_of(
+    model: LayerSkipModel, skip_set: SkipSet, trained: Mapping[int, LayerWeights] | None = None
+) -> PreTrainedModel:
+    """The draft as a model of transformers' own class, in evaluation mode. It shares its weights.
+
+    Args:
+        model: The full model.
+        skip_set: The sublayers that the draft leaves out.
+        trained: Layers that run in place of some of them, by the index of the first; in the model's dtype, and where
+            it is.
 
     Raises:
         ExportError: The weights are not plain numbers (quantized, adapted, offloaded), or a skipped sublayer has no
             output projection that is known.
     """
-    full, layers = model.hf_model, kept_layers(skip_set)
-    prefix = _prefix_of_layers(full)
-    weights = _kept_weights(full.state_dict(), prefix, layers)
+    full, layers = model.hf_model, _layers_of(skip_set, trained or {})
+    prefix, likes = _prefix_of_layers(full), [layer.like for layer in layers]
+    weights = _renumbered(full.state_dict(), prefix, likes)
     for number, layer in enumerate(layers):
+        if layer.trained is not None:
+            weights |= {f"{prefix}{number}.{name}": weight for name, weight in layer.trained.weights.items()}
+            continue
         for module, skipped in (("self_attn", skip_set.attention_mask), ("mlp", skip_set.mlp_mask)):
-            if skipped[layer]:
-                _zero_output(weights, full, f"{prefix}{layer}.{module}", f"{prefix}{number}.{module}")
+            if skipped[layer.like]:
+                _zero_output(weights, full, f"{prefix}{layer.like}.{module}", f"{prefix}{number}.{module}")
     with torch.device("meta"):
-        draft = type(full)(config_of(full.config, layers))
+        draft = type(full)(config_of(full.config, likes))
     _check_plain(weights, draft)
     draft.load_state_dict(weights, assign=True)
     draft.tie_weights()
-    for name, buffer in _kept_weights(dict(full.named_buffers()), prefix, layers).items():
+    for name, buffer in _renumbered(dict(full.named_buffers()), prefix, likes).items():
         if name not in weights:  # rotary frequencies and the like, which no checkpoint holds
             owner, _, own = name.rpartition(".")
             draft.get_submodule(owner).register_buffer(own, buffer, persistent=False)
-    if full.generation_config is not None:
-        draft.generation_config = copy.deepcopy(full.generation_config)
+    draft.generation_config = _generation_config_of(full)
     draft.eval()
     return draft
+
+
+def _generation_config_of(full: PreTrainedModel) -> GenerationConfig:
+    """The special tokens alone: how to sample is the full model's to say, maybe in a way that cannot be saved."""
+    original = full.generation_config or GenerationConfig()
+    return GenerationConfig(**{name: getattr(original, name) for name in _SPECIAL_TOKENS})
 
 
 def _prefix_of_layers(full: PreTrainedModel) -> str:
@@ -88,18 +131,17 @@ def _prefix_of_layers(full: PreTrainedModel) -> str:
     return f"{name}."
 
 
-def _kept_weights(weights: dict[str, Tensor], prefix: str, layers: Sequence[int]) -> dict[str, Tensor]:
-    """The weights outside of the layers and those of some layers, which are numbered anew."""
-    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
-    kept = {}
-    for name, weight in weights.items():
-        if not name.startswith(prefix):
-            kept[name] = weight
-            continue
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if layer in numbers:
-            kept[f"{prefix}{numbers[layer]}.{rest}"] = weight
-    return kept
+def _renumbered(tensors: Mapping[str, Tensor], prefix: str, likes: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors outside of the layers, and for each layer of the draft those of the one that it is like."""
+    renumbered = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    for number, like in enumerate(likes):
+        start = f"{prefix}{like}."
+        renumbered |= {
+            f"{prefix}{number}.{name.removeprefix(start)}": tensor
+            for name, tensor in tensors.items()
+            if name.startswith(start)
+        }
+    return renumbered
 
 
 def _zero_output(weights: dict[str, Tensor], full: PreTrainedModel, old: str, new: str) -> None:

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.draft_model import draft_model_of, kept_layers
+from layerskip.drafts.assets import DraftAssets
 from layerskip.errors import ExportError, InvalidInputError
 from layerskip.export_card import export_card
 from layerskip.hub import published
 from layerskip.model_card import CARD_NAME
 from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -40,7 +41,8 @@ class Export:
     Args:
         folder: Where the checkpoint is.
         layers: The full model's layers that it has, ascending.
-        zeroed: Number of sublayers in them that are skipped, so that their output projection is zero.
+        trained: Number of trained layers that it has besides, in place of skipped sublayers.
+        zeroed: Number of sublayers in ``layers`` that are skipped, so that their output projection is zero.
         parameters: Number of its weights.
         full_parameters: Number of the full model's weights.
         difference: Largest difference between the logits that stock transformers computes from the checkpoint and
@@ -49,6 +51,7 @@ class Export:
 
     folder: Path
     layers: tuple[int, ...]
+    trained: int
     zeroed: int
     parameters: int
     full_parameters: int
@@ -65,10 +68,10 @@ def export_draft(
 ) -> Export:
     """Write a profile's draft as a stand-alone checkpoint that plain transformers loads.
 
-    It has the kept layers only; of a layer of which one sublayer is skipped, that sublayer's output projection is zero.
-    Dtype, tied embeddings and tokenizer are the model's. A draft vocabulary is left out: engines need the vocabulary of
-    the full model. The folder appears when it is whole and the checkpoint, loaded again with stock transformers, has
-    given the draft's logits; an earlier export there is replaced.
+    It has the kept layers and the trained ones; of a layer of which one sublayer is skipped, that sublayer's output
+    projection is zero. Dtype, tied embeddings and tokenizer are the model's. A draft vocabulary is left out: engines
+    need the vocabulary of the full model. The folder appears when it is whole and the checkpoint, loaded again with
+    stock transformers, has given the draft's logits; an earlier export there is replaced.
 
     Args:
         model: The profile's model.
@@ -79,7 +82,7 @@ def export_draft(
             all the same, so that fewer tokens will be accepted than were when the profile was measured.
 
     Raises:
-        InvalidInputError: The profile has bridges, or skips nothing.
+        InvalidInputError: The profile has bridges, or skips nothing, or its trained layers are another model's.
         InvalidProfileError: The profile is for another model.
         ExportError: The folder holds something else or cannot be written, or the weights cannot be exported.
     """
@@ -87,7 +90,9 @@ def export_draft(
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)
     profile = published(profile)
-    draft = draft_model_of(model, profile.skip_set)
+    trained = profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device)).layers
+    stack = model.stack_of(profile.skip_set, stand_ins=DraftAssets(layers=trained).stand_ins(model))
+    draft = draft_model_of(model, profile.skip_set, trained)
     _set_draft_length(draft, profile.draft_exit)
     try:
         folder = folder.resolve()
@@ -98,7 +103,7 @@ def export_draft(
             draft.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             (scratch / CARD_NAME).write_text(export_card(profile, draft.config, model.config), encoding="utf-8")
-            difference = _check(scratch, model, profile.skip_set)
+            difference = _check(scratch, model, stack)
             _write_record(scratch, profile)
             _put_in_place(scratch, folder)
         finally:
@@ -111,6 +116,7 @@ def export_draft(
     return Export(
         folder=folder,
         layers=layers,
+        trained=len(trained),
         zeroed=2 * len(layers) - len(profile.skip_set.kept),
         parameters=draft.num_parameters(),
         full_parameters=model.hf_model.num_parameters(),
@@ -173,7 +179,7 @@ def _set_draft_length(draft: PreTrainedModel, draft_exit: DraftExit) -> None:
 
 
 @torch.inference_mode()
-def _check(folder: Path, model: LayerSkipModel, skip_set: SkipSet) -> float:
+def _check(folder: Path, model: LayerSkipModel, draft: Stack) -> float:
     """Load a checkpoint as anybody would and hold its logits against the draft's.
 
     Returns:
@@ -188,7 +194,7 @@ def _check(folder: Path, model: LayerSkipModel, skip_set: SkipSet) -> float:
     stock = stock.to(model.device).eval()
     count = min(_PROBE_TOKENS, model.context_length)
     tokens = torch.linspace(0, model.vocab_size - 1, count, device=model.device).long()
-    expected = model.logits(model.forward(tokens, model.new_cache(count), skip_set))
+    expected = model.logits(draft.run(model.embed(tokens), model.pass_context(count, model.new_cache(count))))
     found = stock(tokens[None]).logits[0].float()
     difference = float((found - expected).abs().max())
     close = _CLOSE.get(model.dtype, _CLOSE_IN_HALF_PRECISION)

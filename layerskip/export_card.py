@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from layerskip.draft_model import kept_layers
 from layerskip.model_card import measured_in_words, metadata
+from layerskip.stack.families import family_of
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -46,9 +47,14 @@ def _what(profile: DraftProfile) -> str:
     layers, skip_set = kept_layers(profile.skip_set), profile.skip_set
     return (
         f"A draft model for speculative decoding of {_target(profile)}, and of no use alone: {len(layers)} of its "
-        f"{skip_set.num_layers} layers ({', '.join(map(str, layers))}), with their weights unchanged. Skipped: "
-        f"{skip_set}. Written by layerskip; it is an ordinary checkpoint."
+        f"{skip_set.num_layers} layers ({', '.join(map(str, layers))}), with their weights unchanged"
+        f"{_trained(profile)}. Skipped: {skip_set}. Written by layerskip; it is an ordinary checkpoint."
     )
+
+
+def _trained(profile: DraftProfile) -> str:
+    number = 0 if profile.tensors is None else profile.tensors.layers
+    return f", and {number} trained layer{'s' * (number > 1)} in place of some that are skipped" if number else ""
 
 
 def _half_kept(profile: DraftProfile) -> list[str]:
@@ -76,15 +82,28 @@ def _left_out(profile: DraftProfile) -> list[str]:
 
 def _irregular(draft: PreTrainedConfig, full: PreTrainedConfig) -> list[str]:
     """Some engines take a layer's kind from its number instead of the configuration."""
-    own, original = (getattr(config, "layer_types", None) for config in (draft, full))
-    if not own or not original or list(own) == list(original)[: len(own)]:
+    lists = [name for name in ("layer_types", "no_rope_layers") if _leaves_the_pattern(draft, full, name)]
+    if not lists:
         return []
+    named = " and ".join(f"`{name}`" for name in lists)
     return [
-        f"Its layers' kinds do not follow the pattern of {draft.model_type} models any more (`layer_types` in "
-        "`config.json`). Engines that take them from the layer's number instead, as llama.cpp does for Gemma-2, run "
-        f"another draft once a text is longer than the window of {getattr(draft, 'sliding_window', None)} tokens, and "
-        "accept fewer tokens there. The output stays right."
+        f"Its layers' kinds do not follow the pattern of {draft.model_type} models any more ({named} in "
+        "`config.json`). Engines that take them from the layer's number instead, as llama.cpp does, run another draft "
+        f"{_from_when(draft, lists)}. The output stays right."
     ]
+
+
+def _leaves_the_pattern(draft: PreTrainedConfig, full: PreTrainedConfig, name: str) -> bool:
+    own, original = (list(getattr(config, name, None) or ()) for config in (draft, full))
+    return own != original[: len(own)]
+
+
+def _from_when(draft: PreTrainedConfig, lists: list[str]) -> str:
+    """A layer's window shows in longer texts only, its positions at once."""
+    if lists == ["layer_types"] and family_of(draft).rotary(draft, 0) is None:
+        window = getattr(draft, "sliding_window", None)
+        return f"once a text is longer than the window of {window} tokens, and accept fewer tokens there"
+    return "and accept fewer tokens"
 
 
 def _usage(profile: DraftProfile) -> str:

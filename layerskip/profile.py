@@ -253,7 +253,7 @@ class DraftProfile(OnTheHub, _Part):
 
     @property
     def assets(self) -> DraftAssets:
-        """Its bridges and its draft vocabulary."""
+        """Its stand-ins (bridges, trained layers) and its draft vocabulary."""
         return self._assets
 
     @property

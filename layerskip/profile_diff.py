@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerskip.drafts.bridges import Bridge
+from layerskip.drafts.layers import LayerWeights
 from layerskip.profile import DraftProfile
 from layerskip.stack.skipset import SkipSet
 
@@ -39,7 +41,15 @@ def differences(a: DraftProfile, b: DraftProfile) -> list[Difference]:
         a: A profile that was loaded with its tensors.
         b: Another.
     """
-    found = [*_model(a, b), *_skipped(a, b), *_drafts(a, b), *_bridges(a, b), *_vocabulary(a, b), *_measured(a, b)]
+    found = [
+        *_model(a, b),
+        *_skipped(a, b),
+        *_drafts(a, b),
+        *_stand_ins("bridges", a.assets.bridges, b.assets.bridges),
+        *_stand_ins("layers", a.assets.layers, b.assets.layers),
+        *_vocabulary(a, b),
+        *_measured(a, b),
+    ]
     return [difference for difference in found if difference.a != difference.b or difference.notes]
 
 
@@ -70,21 +80,29 @@ def _drafts(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
     yield Difference("copies", str(a.ngrams), str(b.ngrams))
 
 
-def _bridges(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
+def _stand_ins(
+    what: str, of_a: Mapping[int, Bridge | LayerWeights], of_b: Mapping[int, Bridge | LayerWeights]
+) -> Iterable[Difference]:
     """By the sublayers that they stand for, and where those are the same, by their weights."""
-    of_a, of_b = a.assets.bridges, b.assets.bridges
-    spans_a, spans_b = ([f"{bridge.start}-{bridge.stop - 1}" for bridge in of.values()] for of in (of_a, of_b))
+    spans_a, spans_b = ([f"{one.start}-{one.stop - 1}" for one in of.values()] for of in (of_a, of_b))
     other_weights = [
-        f"other weights in {bridge.start}-{bridge.stop - 1}"
-        for start, bridge in of_a.items()
-        if start in of_b and of_b[start].stop == bridge.stop and not _same_weights(bridge, of_b[start])
+        f"other weights in {one.start}-{one.stop - 1}"
+        for start, one in of_a.items()
+        if start in of_b and of_b[start].stop == one.stop and not _same_weights(one, of_b[start])
     ]
-    yield Difference("bridges", spans_a, spans_b, tuple(other_weights))
+    yield Difference(what, spans_a, spans_b, tuple(other_weights))
 
 
-def _same_weights(a: Bridge, b: Bridge) -> bool:
-    of_a, of_b = (*a.factors, a.bias), (*b.factors, b.bias)
-    return len(of_a) == len(of_b) and all(torch.equal(one, other) for one, other in zip(of_a, of_b, strict=True))
+def _same_weights(a: Bridge | LayerWeights, b: Bridge | LayerWeights) -> bool:
+    of_a, of_b = _weights(a), _weights(b)
+    return of_a.keys() == of_b.keys() and all(torch.equal(of_a[name], of_b[name]) for name in of_a)
+
+
+def _weights(one: Bridge | LayerWeights) -> dict[str, Tensor]:
+    """By name; a layer's with the model's layer that it is built like."""
+    if isinstance(one, Bridge):
+        return {str(number): part for number, part in enumerate((*one.factors, one.bias))}
+    return {f"{one.like}.{name}": weight for name, weight in one.weights.items()}
 
 
 def _vocabulary(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:

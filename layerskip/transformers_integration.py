@@ -28,6 +28,7 @@ from layerskip.decoding.loop import DecodingStats, Generation, generate
 from layerskip.decoding.processed import ProcessedSampling, Transcript
 from layerskip.errors import InvalidInputError
 from layerskip.profile import DraftProfile
+from layerskip.stack.adapters import check_generating
 from layerskip.stack.model import LayerSkipModel
 from layerskip.wrapped import drafter_of, wrapper_of
 
@@ -132,9 +133,11 @@ class Speculation:
         Raises:
             InvalidInputError: A setting or an input is not supported. The message names it.
             InvalidProfileError: The profile is for another model.
-            UnsupportedModelError: The model cannot be taken apart into sublayers.
+            UnsupportedModelError: The model cannot be taken apart into sublayers, or generates with an adapter that
+                does more than to replace modules.
         """
         _check_settings(generation_config)
+        check_generating(model)
         drafter, wrapper = drafter_of(self.profile, model), wrapper_of(model)
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])

@@ -13,8 +13,8 @@ class TextMemory:
     """The text of the last generation, and the keys and values of it.
 
     Give the same one to one generation after the other, and each runs only what its prompt does not have in common with
-    the beginning of the text before. Use it with one model and engine, and :meth:`forget` after a generation that an
-    exception ended.
+    the beginning of the text before, also after a generation that was left or that an exception ended. Use it with one
+    model and engine.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class TextMemory:
         if cache is None or cache.uses != self._uses or not engine.has_room(cache, needed):
             cache = engine.new_cache(needed)
             self._text = []
-        # The last token of a text is in no cache: nothing has followed it yet.
-        cache.rollback(_common(self._text[:-1], prompt[:-1]))
+        # The last token of a text is in no cache: nothing has followed it yet. An exception may have left even less.
+        cache.rollback(min(_common(self._text[:-1], prompt[:-1]), cache.length))
         self._cache, self._uses, self._text = cache, cache.uses, list(prompt)
         return cache
 

@@ -29,6 +29,19 @@ def adapted_model(model: nn.Module) -> PreTrainedModel:
     return cast(Any, model).get_base_model()  # type: ignore[no-any-return]
 
 
+def check_generating(model: nn.Module) -> None:
+    """Make sure that the model is not inside a PEFT model that generates with it and does more than to replace modules.
+
+    While it generates, a PEFT model puts a method of its own into the model inside it, which knows nothing else of it.
+
+    Raises:
+        UnsupportedModelError: It is.
+    """
+    around = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if isinstance(around, nn.Module):
+        adapted_model(around)
+
+
 def _check_adapter(config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if getattr(config, "alora_invocation_tokens", None) is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layerskip.stack.sublayers import weights_of
+
 # Unit vectors put through the head at a time: keeps [vectors, vocab_size] small.
 _CHUNK = 256
 
@@ -23,7 +25,7 @@ def head_rows(head: nn.Module, token_ids: Tensor, like: Tensor) -> Tensor:
     Returns:
         ``[n, hidden_size]``, on the head's device.
     """
-    device = next(head.parameters()).device
+    device = next(weights_of(head)).device
     token_ids = token_ids.to(device)
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
         return head.weight[token_ids]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -129,13 +129,17 @@ class LayerStandIn:
         return self.mlp(self.attention(x, context), context)
 
 
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's weights; some quantized modules (GPTQ, AWQ) have buffers in place of parameters."""
+    return chain(module.parameters(), module.buffers())
+
+
 def _device(module: nn.Module) -> torch.device:
-    device: torch.device = next(module.parameters()).device
-    return device
+    return next(weights_of(module)).device
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(weight.numel() for weight in weights_of(module))
 
 
 class Scaled(nn.Module):

@@ -28,6 +28,7 @@ def test_export_prints_what_it_wrote_as_json(layerskip, profile):
     assert printed | {"difference": 0} == {
         "folder": "draft",
         "layers": [0, 1, 2, 3],
+        "trained": 0,
         "zeroed": 2,
         "parameters": printed["full_parameters"],
         "full_parameters": printed["full_parameters"],

@@ -27,6 +27,7 @@ from tests.models import (
     LAYERS,
     WINDOW,
     near_tie_or_same,
+    random_layers,
     reference_logits,
     tiny_llama,
     transformers_greedy,
@@ -116,6 +117,33 @@ def test_bridges_stand_in_for_what_is_skipped(model):
     near_tie_or_same(
         model, PROMPT, assisted(model, profile.as_assistant(model)), transformers_greedy(model, PROMPT, 40)
     )
+
+
+@pytest.mark.parametrize("runs", [{2: 2 * LAYERS}, {3: 6}, {1: 3, 5: 7}, {0: 2}], ids=str)
+@pytest.mark.parametrize("like", [0, 1])
+def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
+    """Gemma-2's layers 0 and 1 differ by their window."""
+    wrapper = LayerSkipModel(model)
+    layers = random_layers(wrapper, runs, like=like)
+    skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
+    profile = profile_for(model, skip_set, assets=DraftAssets(layers=layers))
+    text = torch.randint(64, (4 * WINDOW,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stack = wrapper.stack_of(skip_set, stand_ins=profile.assets.stand_ins(wrapper))
+        context = wrapper.pass_context(len(text), wrapper.new_cache(len(text)))
+        drafted = wrapper.logits(stack.run(wrapper.embed(text), context))
+        logits = profile.as_assistant(model)(text[None]).logits[0]
+    torch.testing.assert_close(logits, drafted, rtol=0, atol=1e-4)
+    near_tie_or_same(
+        model, PROMPT, assisted(model, profile.as_assistant(model)), transformers_greedy(model, PROMPT, 40)
+    )
+
+
+def test_a_draft_whose_only_attention_is_a_trained_layer_s_can_be_an_assistant(model):
+    layers = random_layers(LayerSkipModel(model), {2: 2 * LAYERS})
+    skip_set = SkipSet(LAYERS, range(LAYERS), range(1, LAYERS))
+    assistant = profile_for(model, skip_set, assets=DraftAssets(layers=layers)).as_assistant(model)
+    near_tie_or_same(model, PROMPT, assisted(model, assistant), transformers_greedy(model, PROMPT, 40))
 
 
 def test_a_draft_vocabulary_is_left_out(model):

@@ -1,14 +1,15 @@
 """Models come from an alias, a folder or a GGUF file, without a network; what is wrong is said in one line."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from layerskip import CheckpointError, InvalidInputError, LayerSkipModel, generate, load_checkpoint
 from layerskip.checkpoints import ALIASES, cache_folder, resolve_device, resolve_dtype
@@ -158,6 +159,44 @@ def test_weights_cut_short_are_an_error_in_one_line(own_folder):
     assert error_of(own_folder).startswith(f"model '{own_folder}': ")
 
 
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_weight_that_is_missing_is_named_and_not_made_up(own_folder):
+    change_weights(own_folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    message = error_of(own_folder)
+    assert message == f"model '{own_folder}': its files lack model.layers.1.mlp.up_proj.weight; get them again"
+
+
+def test_of_several_missing_weights_one_is_named(own_folder):
+    change_weights(own_folder, lambda weights: [weights.pop(f"model.layers.{i}.mlp.up_proj.weight") for i in (1, 2)])
+    assert "model.layers.1.mlp.up_proj.weight (and 1 more)" in error_of(own_folder)
+
+
+def test_a_weight_of_another_shape_is_named(own_folder):
+    change_weights(own_folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)}))
+    assert "model.norm.weight in its files is not of the shape" in error_of(own_folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_lack_nothing(tmp_path, tied):
+    tiny_llama(tie_word_embeddings=tied, vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_checkpoint(str(tmp_path), device="cpu").model
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+@pytest.mark.skipif(find_spec("optimum") is not None, reason="optimum is installed")
+def test_a_package_that_its_quantization_needs_is_named_in_one_line(own_folder):
+    config = json.loads((own_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (own_folder / "config.json").write_text(json.dumps(config))
+    assert "pip install optimum" in error_of(own_folder)
+
+
 def test_a_missing_tokenizer_is_an_error_in_one_line(own_folder):
     for file in own_folder.glob("token*"):
         file.unlink()
@@ -245,7 +284,7 @@ def test_without_its_package_and_without_a_hub_the_alias_is_a_clear_error(tmp_pa
 
 def shipped():
     alias = ALIASES["smollm2"]
-    package = importlib.util.find_spec(alias.package)
+    package = find_spec(alias.package)
     return Path(package.submodule_search_locations[0]) / alias.file
 
 

@@ -33,6 +33,7 @@ from tests.models import (
     VOCABULARY,
     WINDOW,
     near_tie_or_same,
+    random_layers,
     reference_logits,
     tiny_llama,
     transformers_greedy,
@@ -149,6 +150,17 @@ def test_the_dtype_is_kept(tmp_path, byte_tokenizer, dtype):
     assert {weight.dtype for weight in stock(tmp_path / "draft").parameters()} == {dtype}
 
 
+def test_settings_of_sampling_that_transformers_does_not_save_are_no_hindrance(tmp_path, byte_tokenizer):
+    model = LayerSkipModel(tiny_llama())
+    settings = model.hf_model.generation_config
+    settings.temperature, settings.do_sample, settings.eos_token_id = 0.6, False, [5, 7]
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.hf_model.save_pretrained(tmp_path / "model")
+    exported(model, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,), (1,)))
+    assert stock(tmp_path / "draft").generation_config.eos_token_id == [5, 7]
+    assert settings.temperature == 0.6
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_tied(tmp_path, byte_tokenizer, tied):
     model = LayerSkipModel(tiny_llama(tie_word_embeddings=tied))
@@ -161,6 +173,47 @@ def test_the_tokenizer_comes_along(tmp_path, llama, byte_tokenizer):
     exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,)))
     assert AutoTokenizer.from_pretrained(tmp_path / "draft")("stop").input_ids == byte_tokenizer("stop").input_ids
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "draft").backend_tokenizer, Tokenizer)
+
+
+# Trained layers.
+
+
+def with_trained_layers(model, runs, **made):
+    skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
+    return profile_for(model, skip_set=skip_set).with_assets(DraftAssets(layers=random_layers(model, runs, **made)))
+
+
+@torch.inference_mode()
+def drafted_logits(model, profile, text):
+    stack = model.stack_of(profile.skip_set, stand_ins=profile.assets.stand_ins(model))
+    context = model.pass_context(len(text), model.new_cache(len(text)))
+    return model.logits(stack.run(model.embed(torch.tensor(text)), context))
+
+
+@pytest.mark.parametrize(("runs", "like"), [({2: 2 * LAYERS}, 0), ({3: 6}, 1), ({2: 5}, 1), ({1: 3, 5: 7}, 0)], ids=str)
+def test_trained_layers_take_their_place_among_the_kept_ones(tmp_path, gemma2, byte_tokenizer, runs, like):
+    profile = with_trained_layers(gemma2, runs, like=like)
+    done = export_draft(gemma2, byte_tokenizer, profile, tmp_path / "draft")
+    loaded = stock(tmp_path / "draft")
+    torch.testing.assert_close(logits_of(loaded, TEXT), drafted_logits(gemma2, profile, TEXT), rtol=1e-4, atol=1e-4)
+    assert (done.layers, done.trained) == (kept_layers(profile.skip_set), len(runs))
+    assert len(loaded.model.layers) == len(done.layers) + done.trained
+    assert f"and {len(runs)} trained layer" in (tmp_path / "draft" / "README.md").read_text()
+
+
+def test_a_trained_layer_is_exported_for_every_family(each_family):
+    profile = with_trained_layers(each_family, {1: 5})
+    draft = draft_model_of(each_family, profile.skip_set, profile.assets.layers)
+    torch.testing.assert_close(logits_of(draft, TEXT), drafted_logits(each_family, profile, TEXT), rtol=1e-4, atol=1e-4)
+
+
+def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_tokenizer):
+    wider = LayerSkipModel(tiny_llama(hidden_size=64))
+    profile = profile_for(llama, skip_set=SkipSet(LAYERS, (1,), (1,)))
+    foreign = profile.with_assets(DraftAssets(layers=random_layers(wider, {2: 4})))
+    with pytest.raises(InvalidInputError, match="stand-in: its weights do not fit a layer of this model"):
+        export_draft(llama, byte_tokenizer, foreign, tmp_path / "draft")
+    assert list(tmp_path.iterdir()) == []
 
 
 # As a draft model in transformers.
@@ -357,6 +410,20 @@ def test_the_readme_says_when_layers_do_not_follow_the_family_s_pattern(
     exported(gemma2, byte_tokenizer, tmp_path / "draft", skip_set)
     card = (tmp_path / "draft" / "README.md").read_text()
     assert ("longer than the window of 5 tokens" in card) is says
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("gemma3_text", "layer_types"), ("smollm3", "no_rope_layers")])
+def test_the_readme_says_when_layers_out_of_the_pattern_have_other_positions_from_the_first_token_on(
+    tmp_path, byte_tokenizer, family, kinds
+):
+    model = LayerSkipModel(EVERY_FAMILY[family]())
+    exported(model, byte_tokenizer, tmp_path / "odd", SkipSet(LAYERS, (0,), (0,)))
+    card = (tmp_path / "odd" / "README.md").read_text()
+    assert f"`{kinds}` in" in card
+    assert "run another draft and accept fewer tokens" in card
+    assert "window of" not in card
+    exported(model, byte_tokenizer, tmp_path / "even", SkipSet(LAYERS, (0, 1), (0, 1)))
+    assert "do not follow the pattern" not in (tmp_path / "even" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from layerskip import DraftProfile, FixedLength, Provenance, SkipSet
 from layerskip.drafts.assets import DraftAssets
 from layerskip.profile_diff import differences
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, some_assets
-from tests.models import LAYERS
+from tests.models import LAYERS, random_layers
 from tests.strategies import skip_sets
 
 
@@ -68,6 +68,21 @@ def test_bridges_are_compared_by_what_they_stand_for_and_by_their_weights():
     refitted = different(bridged, a_profile().with_assets(some_assets(1)))
     assert refitted.keys() == {"bridges"}
     assert refitted["bridges"].notes == ("other weights in 2-3",)
+
+
+def test_trained_layers_are_compared_by_what_they_stand_for_and_by_their_weights(llama):
+    bare = a_profile()
+    trained, trained_anew, like_another = (
+        a_profile().with_assets(DraftAssets(layers=random_layers(llama, {2: 6}, **made)))
+        for made in ({}, {"seed": 1}, {"like": 0})
+    )
+    added = different(bare, trained)
+    assert (added["layers"].a, added["layers"].b) == ([], ["2-5"])
+    for other in (trained_anew, like_another):
+        found = different(trained, other)
+        assert found.keys() == {"layers"}
+        assert found["layers"].notes == ("other weights in 2-5",)
+    assert different(trained, a_profile().with_assets(trained.assets)) == {}
 
 
 def test_vocabularies_are_compared_by_size_and_by_what_they_share():

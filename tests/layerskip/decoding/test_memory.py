@@ -112,6 +112,22 @@ def test_a_generation_that_fails_in_the_middle_of_a_draft_leaves_what_was_certai
     assert made.tokens == generate(model, prompt, max_new_tokens=8, eos_token_ids=[]).tokens
 
 
+def test_a_generation_that_fails_in_its_prompt_leaves_what_was_certain_before(model, monkeypatch):
+    memory = TextMemory()
+    decoded(model, [3, 5, 7], memory, max_new_tokens=4)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoded(model, [3, 5, 8, 9, 1], memory, max_new_tokens=4)
+    made = decoded(model, [3, 5, 8, 9, 1], memory, max_new_tokens=4)
+    assert made.stats.reused == 2
+    assert made.tokens == generate(model, [3, 5, 8, 9, 1], max_new_tokens=4, eos_token_ids=[]).tokens
+
+
 def test_an_engine_whose_cache_served_another_generation_meanwhile_runs_the_whole_prompt():
     model = LayerSkipModel(tiny_llama())
     model.engine = GraphEngine(model, call_directly, smallest_bucket=8)

@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, UnsupportedModelError, fit_bridges, generate
+from layerskip import (
+    FixedLength,
+    LayerSkipModel,
+    SkipDrafter,
+    SkipSet,
+    UnsupportedModelError,
+    fit_bridges,
+    generate,
+    speculate,
+)
 from layerskip.identity import fingerprint
 from layerskip.stack.families import FAMILIES
+from tests.layerskip.test_profile import profile_for
 from tests.models import LAYERS, VOCABULARY, WINDOW, near_tie_or_same, tiny_llama, tiny_model, transformers_greedy
 
 peft = pytest.importorskip("peft")
@@ -140,10 +150,28 @@ def test_a_fingerprint_tells_adapters_apart_by_weights_scale_and_whether_they_ar
     ids=["prefix", "prompt", "activated-lora"],
 )
 def test_an_adapter_that_does_more_than_to_replace_modules_is_refused(config, kind):
-    peft_model = peft.get_peft_model(tiny_llama(), config()).eval()
-    with pytest.raises(UnsupportedModelError) as error:
-        LayerSkipModel(peft_model)
-    assert str(error.value) == (
-        f"adapter: {kind} does more than to replace modules, so it is not supported; use LoRA or another kind that "
-        "does only that"
-    )
+    """By its model, and where that generates with the plain model inside it, whose profile would fit."""
+    inner = tiny_llama()
+    decode = speculate(profile_for(LayerSkipModel(inner)))
+    peft_model = peft.get_peft_model(inner, config()).eval()
+    for refused in (
+        lambda: LayerSkipModel(peft_model),
+        lambda: peft_model.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=4, custom_generate=decode),
+    ):
+        with pytest.raises(UnsupportedModelError) as error:
+            refused()
+        assert str(error.value) == (
+            f"adapter: {kind} does more than to replace modules, so it is not supported; use LoRA or another kind that "
+            "does only that"
+        )
+
+
+def test_a_peft_model_generates_with_its_lora():
+    peft_model = adapted(config=lora(task_type="CAUSAL_LM"))
+    decode = speculate(profile_for(LayerSkipModel(peft_model)))
+    prompt = torch.tensor([PROMPT])
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    for _ in range(2):  # PEFT leaves a method behind in the model inside it
+        found = peft_model.generate(input_ids=prompt, **settings, custom_generate=decode)
+        expected = peft_model.generate(input_ids=prompt, **settings)
+        near_tie_or_same(peft_model, PROMPT, found[0].tolist(), expected[0].tolist())

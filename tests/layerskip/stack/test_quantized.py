@@ -57,6 +57,31 @@ def test_a_draft_vocabulary_scores_as_the_quantized_head_does():
     assert_same_text(model, token_ids=chosen)
 
 
+class InBuffers(torch.nn.Module):
+    """A linear layer without a parameter, as those of GPTQ and AWQ are."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = torch.nn.Buffer(linear.weight.detach().abs().amax() / 127)
+        self.qweight = torch.nn.Buffer((linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.qweight * self.scale).T
+
+
+def test_a_model_whose_weights_are_buffers_decodes_as_transformers_decodes_it():
+    hf_model = tiny_llama()
+    for name, module in list(hf_model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            hf_model.set_submodule(name, InBuffers(module))
+    model = LayerSkipModel(hf_model)
+    plain = LayerSkipModel(tiny_llama())
+    for ours, whole in zip(model.sublayers, plain.sublayers, strict=True):
+        assert ours.num_weights >= whole.num_weights  # what bridges and predictions weigh them by
+    torch.testing.assert_close(our_logits_of(model), logits_of(hf_model), atol=1e-4, rtol=1e-5)
+    assert_same_text(model, token_ids=torch.arange(3, 40))
+
+
 def test_bridges_can_be_fitted_to_a_quantized_model():
     model = LayerSkipModel(in_int8(tiny_llama(intermediate_size=256)))
     bridges = fit_bridges(model, [TEXT, TEXT[::-1]], SKIPPED)
