@@ -71,6 +71,9 @@ class Provenance(_Part):
     trial: int | None = Field(default=None, ge=0, description="Number of the trial in that study.")
     created: datetime = Field(description="When the profile was made.")
     tool: str = Field(description="Name and version of the program that made it.")
+    training_seconds: float | None = Field(
+        default=None, ge=0, description="How long its stand-ins or heads were trained; absent where nothing was."
+    )
 
 
 class DraftProfile(OnTheHub, _Part):

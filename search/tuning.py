@@ -296,7 +296,11 @@ class Tuning:
             model=self._identity,
             skip_set=skip_set,
             draft_exit=ConfidenceThreshold(),
-            provenance=Provenance(created=datetime.now(UTC), tool=f"layerskip {library_versions()['layerskip']}"),
+            provenance=Provenance(
+                created=datetime.now(UTC),
+                tool=f"layerskip {library_versions()['layerskip']}",
+                training_seconds=trained.looks[-1].seconds if trained.looks else None,
+            ),
         )
         return profile.with_assets(trained.assets)
 

@@ -113,6 +113,7 @@ provenances = st.builds(
     trial=st.none() | st.integers(0, 10**6),
     created=st.datetimes(timezones=st.just(UTC)),
     tool=st.text(),
+    training_seconds=st.none() | st.floats(0, 1e6),
 )
 
 
