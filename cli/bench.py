@@ -57,7 +57,7 @@ def bench(
     from layerskip.checkpoints import cache_folder
     from search.bench import bench as measure
     from search.loading import wrapped
-    from search.prompts import built_in_prompts, encode_different, read_prompts, split_prompts
+    from search.prompts import prompts_to_measure, read_prompts
     from search.quiet import Quiet
 
     quiet_libraries()
@@ -68,11 +68,7 @@ def bench(
     checkpoint = load_for(loaded, model, device=device, dtype=dtype, engine=engine)
     layers = wrapped(checkpoint.model, engine, compiled)
     drafter = loaded.drafter(layers)
-    limits = {"max_new_tokens": length, "context_length": layers.context_length}
-    if own is None:
-        chosen = list(split_prompts(built_in_prompts(), checkpoint.tokenizer, **limits).held_out)
-    else:
-        chosen = encode_different(own, checkpoint.tokenizer, **limits)
+    chosen = prompts_to_measure(own, checkpoint.tokenizer, max_new_tokens=length, context_length=layers.context_length)
     with Steps("decoding", len(chosen) * repeats) as steps:
         result = measure(
             layers,

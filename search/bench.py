@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from layerskip.decoding.drafting import Drafter
-from layerskip.decoding.loop import generate
 from layerskip.stack.model import LayerSkipModel
-from search.measure import Pair, PromptMeasurement, Summary, decode_both, measurement_of, summarize, warm_up
+from search.contenders import Contender, own_way
+from search.interleaving import interleaved, measurement, warm_up
+from search.measure import PromptMeasurement, Summary, parts_at_near_tie, summarize
 from search.prompts import EncodedPrompt
 from search.quiet import Quiet
-
-# Enough that every kernel and buffer has been used once.
-_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -56,27 +53,17 @@ def bench(
     Raises:
         LosslessnessError: The draft changed the output.
     """
-    for one in (None, drafter):
-        generate(model, prompts[0].tokens, drafter=one, max_new_tokens=_WARM_UP_TOKENS)
-    warm_up(model, drafter, prompts, max_new_tokens=max_new_tokens)
-    pairs: dict[str, list[Pair]] = {prompt.id: [] for prompt in prompts}
-    for done in range(repeats * len(prompts)):
-        repeat, number = divmod(done, len(prompts))
-        prompt, plain_first = prompts[number], (repeat + number) % 2 == 0
-        with quiet.alone():
-            pair = decode_both(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
-        pairs[prompt.id].append(pair)
-        on_prompt(done + 1)
-    measured = tuple(_with_medians(model, prompt, pairs[prompt.id]) for prompt in prompts)
-    rounds = sum(pairs[prompt.id][0].draft.stats.rounds for prompt in prompts)
-    accepted = sum(one.accepted for one in measured)
-    return Bench(summarize(measured), measured, accepted / rounds if rounds else None)
-
-
-def _with_medians(model: LayerSkipModel, prompt: EncodedPrompt, pairs: Sequence[Pair]) -> PromptMeasurement:
-    """One prompt's repeats as one: greedy decoding says the same each time, only the seconds differ."""
-    return replace(
-        measurement_of(model, prompt, pairs[0]),
-        plain_seconds=statistics.median(pair.plain_seconds for pair in pairs),
-        draft_seconds=statistics.median(pair.draft_seconds for pair in pairs),
+    both = (Contender("plain", own_way(model, None)), Contender("draft", own_way(model, drafter)))
+    warm_up(model, both, prompts, max_new_tokens=max_new_tokens)
+    plain, draft = interleaved(
+        model, both, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
     )
+    measured: list[PromptMeasurement] = []
+    rounds = 0
+    for prompt in prompts:
+        one, other = plain[prompt.id], draft[prompt.id]
+        near_tie = parts_at_near_tie(model, prompt, one[0].decoded.tokens, other[0].decoded.tokens)
+        measured.append(measurement(prompt.id, one, other, near_tie=near_tie))
+        rounds += other[0].decoded.full_passes - 1  # the prompt's pass is no round
+    accepted = sum(one.accepted for one in measured)
+    return Bench(summarize(measured), tuple(measured), accepted / rounds if rounds else None)

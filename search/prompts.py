@@ -143,6 +143,24 @@ def encode_different(
     return encoded
 
 
+def prompts_to_measure(
+    own: Sequence[Prompt] | None, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, context_length: int
+) -> list[EncodedPrompt]:
+    """Somebody's own prompts, encoded; or the built-in ones that searches hold out.
+
+    Args:
+        own: The prompts; None takes the built-in ones.
+        tokenizer: As in :func:`split_prompts`, like what follows.
+
+    Raises:
+        InvalidInputError: A prompt is too long for the model's context.
+    """
+    limits = {"max_new_tokens": max_new_tokens, "context_length": context_length}
+    if own is None:
+        return list(split_prompts(built_in_prompts(), tokenizer, **limits).held_out)
+    return encode_different(own, tokenizer, **limits)
+
+
 def split_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, context_length: int
 ) -> PromptSplit:

@@ -1,11 +1,14 @@
 """Measuring a profile again."""
 
+from dataclasses import replace
+
 import pytest
 
 from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
 from layerskip.errors import LosslessnessError
 from search.bench import bench
-from search.measure import decode_both, summarize
+from search.interleaving import timed
+from search.measure import summarize
 from search.quiet import Quiet
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import encoded_prompt
@@ -28,30 +31,37 @@ def run(model, tmp_path):
     return measure
 
 
+@pytest.fixture
+def changed(monkeypatch):
+    """Let every run be changed before it counts."""
+
+    def change(changing):
+        def changed_run(model, contender, *rest):
+            return changing(contender.name, timed(model, contender, *rest))
+
+        monkeypatch.setattr("search.interleaving.timed", changed_run)
+
+    return change
+
+
 def test_every_prompt_is_decoded_both_ways_as_often_as_asked_and_in_turn(run, monkeypatch):
     calls, counted = [], []
 
-    def decode(model, prompt, drafter, *, max_new_tokens, plain_first):
-        calls.append((prompt.id, plain_first))
-        return decode_both(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
+    def noted(model, contender, prompt, *rest):
+        calls.append((prompt.id, contender.name))
+        return timed(model, contender, prompt, *rest)
 
-    monkeypatch.setattr("search.bench.decode_both", decode)
+    monkeypatch.setattr("search.interleaving.timed", noted)
     run(repeats=2, on_prompt=counted.append)
-    assert [prompt for prompt, _ in calls] == ["a", "b", "c", "a", "b", "c"]
-    assert all({first for prompt, first in calls if prompt == one} == {True, False} for one in "abc")
+    assert [prompt for prompt, _ in calls[::2]] == [prompt for prompt, _ in calls[1::2]] == ["a", "b", "c"] * 2
+    assert all({one, other} == {"plain", "draft"} for (_, one), (_, other) in zip(calls[::2], calls[1::2], strict=True))
+    assert all({first for prompt, first in calls[::2] if prompt == one} == {"plain", "draft"} for one in "abc")
     assert counted == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_prompt_counts_with_the_median_of_its_repeats(run, monkeypatch):
-    seconds = iter([1.0, 9.0, 2.0] * 3)
-
-    def decode(*args, **options):
-        pair = decode_both(*args, **options)
-        object.__setattr__(pair, "plain_seconds", 4.0)
-        object.__setattr__(pair, "draft_seconds", next(seconds))
-        return pair
-
-    monkeypatch.setattr("search.bench.decode_both", decode)
+def test_a_prompt_counts_with_the_median_of_its_repeats(run, changed, monkeypatch):
+    seconds = iter([1.0, 9.0, 2.0])
+    changed(lambda name, one: replace(one, seconds=4.0 if name == "plain" else next(seconds)))
     monkeypatch.setattr("tests.search.test_bench.PROMPTS", PROMPTS[:1])
     result = run()
     assert [(one.plain_seconds, one.draft_seconds) for one in result.prompts] == [(4.0, 2.0)]
@@ -76,13 +86,11 @@ def test_one_token_takes_no_round(run):
     assert run(max_new_tokens=1).mean_accepted is None
 
 
-def test_a_draft_that_changes_the_text_is_an_error(run, model, monkeypatch):
-    def decode(*args, **options):
-        pair = decode_both(*args, **options)
-        other = [(token + 1) % model.vocab_size for token in pair.draft.tokens]
-        object.__setattr__(pair.draft, "tokens", other)
-        return pair
+def test_a_draft_that_changes_the_text_is_an_error(run, changed, model):
+    def other(name, one):
+        tokens = tuple((token + 1) % model.vocab_size for token in one.decoded.tokens)
+        return one if name == "plain" else replace(one, decoded=replace(one.decoded, tokens=tokens))
 
-    monkeypatch.setattr("search.bench.decode_both", decode)
+    changed(other)
     with pytest.raises(LosslessnessError):
         run(repeats=1)

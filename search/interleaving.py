@@ -1,0 +1,113 @@
+"""Decoding the same prompts in several ways, so interleaved that a machine's moods favour none."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from layerskip.stack.model import LayerSkipModel
+from layerskip.timing import device_seconds
+from search.contenders import Contender, Decoded
+from search.measure import PromptMeasurement
+from search.prompts import EncodedPrompt
+from search.quiet import Quiet
+
+# Enough that every kernel and buffer has been used once.
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What decoding a prompt came to, and how long it took in seconds, prefill included."""
+
+    decoded: Decoded
+    seconds: float
+
+
+# Of one contender: each prompt's repeats, by its id.
+Runs = Mapping[str, Sequence[Timed]]
+
+
+def warm_up(
+    model: LayerSkipModel, contenders: Sequence[Contender], prompts: Sequence[EncodedPrompt], *, max_new_tokens: int
+) -> None:
+    """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown.
+
+    Args:
+        model: The model.
+        contenders: Who will decode.
+        prompts: What will be decoded. The longest goes first, so that caches grow at once.
+        max_new_tokens: Most tokens for each.
+    """
+    for contender in contenders:
+        contender.decode(prompts[0].tokens, min(max_new_tokens, WARM_UP_TOKENS))
+    if model.engine.captures or model.device.type == "cuda":
+        for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
+            for contender in contenders:
+                contender.decode(prompt.tokens, max_new_tokens)
+
+
+def interleaved(
+    model: LayerSkipModel,
+    contenders: Sequence[Contender],
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_new_tokens: int,
+    repeats: int,
+    quiet: Quiet,
+    on_prompt: Callable[[int], None],
+) -> list[Runs]:
+    """Decode every prompt with every contender, prompt by prompt, and in turn who comes first.
+
+    Args:
+        model: The model.
+        contenders: Who decodes.
+        prompts: What to decode.
+        max_new_tokens: Most tokens for each.
+        repeats: How often each prompt is decoded by each.
+        quiet: Keeps searches on this machine waiting meanwhile.
+        on_prompt: Called with the number of prompts decoded by all so far, counting repeats.
+
+    Returns:
+        The runs of each contender, in their order.
+    """
+    runs: list[dict[str, list[Timed]]] = [{prompt.id: [] for prompt in prompts} for _ in contenders]
+    for done in range(repeats * len(prompts)):
+        repeat, number = divmod(done, len(prompts))
+        prompt = prompts[number]
+        with quiet.alone():
+            for turn in range(len(contenders)):
+                at = (repeat + number + turn) % len(contenders)
+                runs[at][prompt.id].append(timed(model, contenders[at], prompt, max_new_tokens))
+        on_prompt(done + 1)
+    return list(runs)
+
+
+def timed(model: LayerSkipModel, contender: Contender, prompt: EncodedPrompt, max_new_tokens: int) -> Timed:
+    """Decode a prompt once, and take the time."""
+    started = device_seconds(model.device)
+    decoded = contender.decode(prompt.tokens, max_new_tokens)
+    return Timed(decoded, device_seconds(model.device) - started)
+
+
+def measurement(prompt: str, plain: Sequence[Timed], other: Sequence[Timed], *, near_tie: bool) -> PromptMeasurement:
+    """A prompt's repeats as one: greedy decoding says the same each time, only the seconds differ.
+
+    Args:
+        prompt: The prompt's id.
+        plain: The runs of plain decoding.
+        other: Those that are held against it.
+        near_tie: Whether the outputs part at a near-tie.
+    """
+    decoded = other[0].decoded
+    return PromptMeasurement(
+        prompt=prompt,
+        plain_seconds=statistics.median(run.seconds for run in plain),
+        draft_seconds=statistics.median(run.seconds for run in other),
+        tokens=len(plain[0].decoded.tokens),
+        draft_tokens=len(decoded.tokens),
+        drafted=decoded.drafted,
+        accepted=decoded.accepted,
+        near_tie=near_tie,
+    )
