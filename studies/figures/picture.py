@@ -65,8 +65,8 @@ class Picture:
     Args:
         id: A word for addresses.
         title: A heading.
-        caption: What is to be seen and how it came about; where there is no figure, why.
-        figure: The figure; None if the study has nothing to show in it yet.
+        caption: What is to be seen and how it came about; where there is nothing to be seen, why.
+        figure: The figure; None if the study has nothing to show in it yet, or the table is all.
         table: The same as text; None where the figure says no more than other tables do.
     """
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from studies.figures.picture import HELD_OUT, MEASURED, Picture, Table, break_even, figure, times
+from studies.figures.picture import HELD_OUT, MEASURED, Picture, Table, times
+from studies.figures.speedup_rows import Row, speedup_rows
 from studies.records import MeasurementRecord
 from studies.speedups import speedup_of_all, speedup_of_prompt
 from studies.view import StudyView
@@ -49,67 +50,17 @@ def _groups(view: StudyView) -> list[Group]:
 
 
 def _drawn(groups: Sequence[Group]) -> go.Figure:
-    drawn = figure(
-        height=46 * len(groups) + 130,
-        xaxis={"title": {"text": "speedup"}, "ticksuffix": "×"},
-        yaxis={
-            "autorange": False,
-            "range": [len(groups) - 0.5, -0.6],
-            "showgrid": False,
-            "tickvals": list(range(len(groups))),
-            "ticktext": [f"trial {trial}<br>{prompt_set}" for trial, prompt_set, _ in groups],
-        },
-    )
-    break_even(drawn, "x")
-    for prompt_set, style in _STYLES.items():
-        rows = [(y, trial, records) for y, (trial, of, records) in enumerate(groups) if of == prompt_set]
-        if rows:
-            _add_prompts(drawn, rows, style)
-            _add_totals(drawn, rows, f"{prompt_set} prompts", style)
-    return drawn
-
-
-def _add_prompts(
-    drawn: go.Figure, rows: Sequence[tuple[int, int, Sequence[MeasurementRecord]]], style: dict[str, Any]
-) -> None:
-    dots = [(y + 0.22, record) for y, _, records in rows for record in records]
-    drawn.add_trace(
-        go.Scatter(
-            x=[speedup_of_prompt(record) for _, record in dots],
-            y=[y for y, _ in dots],
-            mode="markers",
-            marker={"symbol": f"{style['symbol']}-open", "color": style["color"], "size": 6, "opacity": 0.75},
-            showlegend=False,
-            text=[
-                f"prompt {record.prompt}: {record.plain_seconds:.2f} s plain, {record.draft_seconds:.2f} s drafting, "
-                f"{record.accepted} of {record.drafted} tokens accepted"
-                for _, record in dots
-            ],
-            hovertemplate="%{x:.2f}×<br>%{text}<extra></extra>",
-        )
-    )
-
-
-def _add_totals(
-    drawn: go.Figure, rows: Sequence[tuple[int, int, Sequence[MeasurementRecord]]], name: str, style: dict[str, Any]
-) -> None:
-    totals = [speedup_of_all(records) for _, _, records in rows]
-    drawn.add_trace(
-        go.Scatter(
-            x=[total.value for total in totals],
-            y=[y - 0.12 for y, _, _ in rows],
-            error_x={
-                "array": [total.high - total.value for total in totals],
-                "arrayminus": [total.value - total.low for total in totals],
-                "thickness": 2,
-                "width": 5,
-            },
-            mode="markers",
-            marker=style | {"size": 11},
-            name=name,
-            text=[f"trial {trial}: {total}" for (_, trial, _), total in zip(rows, totals, strict=True)],
-            hovertemplate="%{text}<extra></extra>",
-        )
+    return speedup_rows(
+        [
+            Row(
+                name=f"trial {trial}",
+                label=f"trial {trial}<br>{prompt_set}",
+                kind=f"{prompt_set} prompts",
+                style=_STYLES[prompt_set],
+                prompts=records,
+            )
+            for trial, prompt_set, records in groups
+        ]
     )
 
 
