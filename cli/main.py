@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, bench, dashboard, doctor, export, profile, report, search, studies, tune
+from cli import apply, bench, compare, dashboard, doctor, export, profile, report, search, studies, tune
 from cli.options import debugging
 from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
 
@@ -27,6 +27,7 @@ app.command("tune")(tune.tune)
 app.command("apply")(apply.apply)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
 app.add_typer(profile.app, name="profile")
 app.add_typer(studies.app, name="studies")
 app.command("report")(report.report)

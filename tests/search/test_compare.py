@@ -1,0 +1,131 @@
+"""Comparing ways to decode: the figures of each, who cannot take part, and whose output is another."""
+
+from dataclasses import replace
+
+import pytest
+
+from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet
+from search.compare import able, compare
+from search.contenders import Contender, own_way, transformers_way
+from search.interleaving import timed
+from search.quiet import Quiet
+from studies.comparison import Comparison
+from tests.models import LAYERS, tiny_llama
+from tests.search.searches import encoded_prompt
+
+PROMPTS = [encoded_prompt("a", [3, 1, 4]), encoded_prompt("b", [1, 5, 9, 2]), encoded_prompt("c", [6])]
+
+
+@pytest.fixture
+def model():
+    return LayerSkipModel(tiny_llama())
+
+
+def lineup(model):
+    whole = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    return [
+        Contender("plain", own_way(model, None)),
+        Contender("whole", own_way(model, whole), draft_bytes=7, training_seconds=3.0),
+        Contender("theirs", transformers_way(model), foreign=True),
+    ]
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    def measure(contenders=None, **options):
+        rest = {"max_new_tokens": 9, "repeats": 3, "quiet": Quiet(tmp_path, model.device), "on_prompt": int} | options
+        return compare(model, contenders or lineup(model), PROMPTS, **rest)
+
+    return measure
+
+
+@pytest.fixture
+def taking(monkeypatch):
+    """Let each run take as long as is said: by contender and by how often it has decoded."""
+
+    def take(seconds):
+        calls = {}
+
+        def said(model, contender, *rest):
+            number = calls[contender.name] = calls.get(contender.name, -1) + 1
+            return replace(timed(model, contender, *rest), seconds=seconds(contender.name, number))
+
+        monkeypatch.setattr("search.interleaving.timed", said)
+
+    return take
+
+
+def test_each_has_its_figures_in_the_order_of_the_lineup(run):
+    plain, whole, theirs = run()
+    assert [plain.name, whole.name, theirs.name] == ["plain", "whole", "theirs"]
+    assert (plain.speedup.value, plain.speedup.low, plain.speedup.high) == (1, 1, 1)
+    assert (plain.acceptance_rate, plain.draft_cost, plain.tokens_per_pass) == (None, None, 1)
+    assert whole.acceptance_rate == 1
+    assert whole.tokens_per_pass == 9 / 3  # the prompt, and two rounds of at most four tokens
+    assert whole.draft_cost > 0
+    assert 0 < whole.draft_share < 1
+    assert (whole.draft_bytes, whole.training_seconds) == (7, 3.0)
+    assert (theirs.acceptance_rate, theirs.tokens_per_pass, theirs.draft_bytes) == (None, 1, 0)
+    assert [prompt.prompt for prompt in theirs.prompts] == ["a", "b", "c"]
+    assert all(one.near_ties == one.different == 0 for one in (plain, whole, theirs))
+    assert all(one.lowest <= one.tokens_per_second <= one.highest for one in (plain, whole, theirs))
+
+
+def test_a_device_that_is_no_gpu_has_no_peak(run):
+    assert {one.peak_bytes for one in run(repeats=1)} == {None}
+
+
+def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medians(run, taking):
+    """Three prompts of nine tokens: plain decoding takes a second each; the other 0.5 s, but 4.5 s in one repeat."""
+    taking(lambda name, number: 1.0 if name == "plain" else 4.5 if 3 <= number < 6 else 0.5)
+    plain, whole, _ = run()
+    assert (plain.lowest, plain.tokens_per_second, plain.highest) == (9, 9, 9)
+    assert (whole.lowest, whole.tokens_per_second, whole.highest) == (2, 18, 18)
+    assert (whole.speedup.value, whole.speedup.low, whole.speedup.high) == (2, 2, 2)
+
+
+def test_whoever_says_something_else_is_marked_and_never_recommended(run, taking, model):
+    def shifted(prompt, most):
+        decoded = own_way(model, None)(prompt, most)
+        return replace(decoded, tokens=tuple((token + 1) % model.vocab_size for token in decoded.tokens))
+
+    taking(lambda name, number: 1.0 if name == "plain" else 0.5)
+    entries = run([Contender("plain", own_way(model, None)), Contender("wrong", shifted)])
+    assert [one.different for one in entries] == [0, 3]
+    assert entries[1].speedup.low == 2
+    assert not entries[1].pays
+    assert Comparison("m", "d", "t", "e", {}, 3, 9, entries, {}).best is None
+
+
+def test_every_prompt_is_counted_when_all_have_decoded_it(run):
+    counted = []
+    run(repeats=2, on_prompt=counted.append)
+    assert counted == [1, 2, 3, 4, 5, 6]
+
+
+def test_everybody_begins_equally_often(run, monkeypatch):
+    names = []
+
+    def noted(model, contender, *rest):
+        names.append(contender.name)
+        return timed(model, contender, *rest)
+
+    monkeypatch.setattr("search.interleaving.timed", noted)
+    run(repeats=3)
+    assert sorted(names[::3]) == sorted(["plain", "whole", "theirs"] * 3)
+    assert all(len(set(names[turn : turn + 3])) == 3 for turn in range(0, 27, 3))
+
+
+def failing(prompt, most):
+    raise TypeError("no such cache\nsecond line")
+
+
+def test_anothers_code_that_fails_is_left_out_with_its_reason(model):
+    broken = Contender("broken", failing, foreign=True)
+    contenders = lineup(model)
+    assert able([*contenders, broken], PROMPTS[0]) == (contenders, {"broken": "TypeError: no such cache"})
+
+
+def test_an_error_of_layerskips_own_is_one(model):
+    with pytest.raises(TypeError, match="no such cache"):
+        able([Contender("broken", failing)], PROMPTS[0])
