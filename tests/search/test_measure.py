@@ -28,9 +28,9 @@ class CountingDrafter(SkipDrafter):
     def _count(self, *_):
         self.passes += 1
 
-    def start(self, prompt):
-        super().start(prompt)
-        self.passes_before = self.passes
+    def start(self, prompt, state):
+        super().start(prompt, state)
+        self.passes_before = self.passes - 1  # the prompt's own
 
 
 def with_head_row(new, like, scale=1.0, **settings):
