@@ -152,6 +152,13 @@ def test_what_says_how_to_sample_is_said_to_have_no_effect_where_decoding_is_gre
     assert done.err == (f"{ignored}: no effect without --temperature, as decoding is greedy\n" if ignored else "")
 
 
+def test_a_prompt_that_is_no_text_is_wrong_usage(apply, profile, stdin):
+    stdin("caf\udce9")  # as Python reads a byte that is not UTF-8 in the C locale, and on a command line
+    for arguments in ([], ["caf\udce9"], ["--raw", "caf\udce9"]):
+        done = apply(profile, *arguments)
+        assert (done.status, done.error) == (2, "prompt: character 4 is no text in UTF-8")
+
+
 def test_stdin_that_is_no_text_is_wrong_usage(apply, profile, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     done = apply(profile)
