@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from cli.options import (
     ProfileArgument,
 )
 from cli.output import print_json, quiet_libraries, stderr
+
+if TYPE_CHECKING:
+    from layerskip import Sampling
 
 
 def apply(
@@ -66,7 +69,7 @@ def apply(
     from layerskip import Sampling, load_profile
 
     quiet_libraries()
-    check_options(interactive, show_drafted=show_drafted, prompts=prompts, raw=raw, compare=compare)
+    check_options(interactive, show_drafted=show_drafted, json=json, prompts=prompts, raw=raw, compare=compare)
     loaded = load_profile(profile, device=device, dtype=dtype)
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = [] if interactive else read_given_prompts(prompt, prompts)
@@ -82,6 +85,8 @@ def apply(
         stop=stop or [],
         speculative=loaded.pays or force or compare,
     )
+    if ignored := _without_effect(sampling):
+        stderr.print(f"{ignored}: no effect without --temperature, as decoding is greedy")
     if not decoder.speculative:
         stderr.print(
             "the profile was measured to be slower than plain decoding, so this decodes plainly; --force uses the draft"
@@ -103,3 +108,9 @@ def apply(
         results.append(result)
     if json:
         print_json({"results": results} if prompts else results[0])
+
+
+def _without_effect(sampling: Sampling) -> str:
+    """Options that say how to sample, where nothing is sampled."""
+    given = {"--top-k": sampling.top_k > 0, "--top-p": sampling.top_p < 1, "--seed": sampling.seed is not None}
+    return "" if sampling.temperature else ", ".join(name for name, was in given.items() if was)

@@ -24,7 +24,9 @@ _COMMAND = re.compile(r"/[a-z]+")
 _DRAFTED = Style(color="green")
 
 
-def check_options(interactive: bool, *, show_drafted: bool, prompts: Path | None, raw: bool, compare: bool) -> None:
+def check_options(
+    interactive: bool, *, show_drafted: bool, json: bool, prompts: Path | None, raw: bool, compare: bool
+) -> None:
     """Refuse options that make no sense together.
 
     Raises:
@@ -35,6 +37,8 @@ def check_options(interactive: bool, *, show_drafted: bool, prompts: Path | None
             raise InvalidInputError(f"{option} cannot be had with --interactive; leave one of them out")
     if show_drafted and not interactive:
         raise InvalidInputError("--show-drafted colours the answers of a conversation; add --interactive")
+    if show_drafted and json:
+        raise InvalidInputError("--show-drafted colours answers, and with --json there are none; leave one of them out")
 
 
 def converse(decoder: Decoder, first: str | None, *, show_drafted: bool, json: bool) -> None:

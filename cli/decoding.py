@@ -8,9 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TextStreamer
-
 from cli.output import counted
 from layerskip import (
     Chat,
@@ -26,6 +23,7 @@ from layerskip import (
 from layerskip.checkpoints import resolve_device
 from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
+from layerskip.pieces import Piece, Pieces
 from layerskip.text import encode_raw
 from search.prompts import Prompt, read_prompts
 
@@ -46,7 +44,10 @@ def read_given_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
     if prompt is None:
         if sys.stdin.isatty():
             raise InvalidInputError("no prompt; give it as an argument, with --prompts FILE or on stdin")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(f"stdin: not {error.encoding} text") from error
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty")
     return [Prompt(prompt)]
@@ -170,7 +171,12 @@ class Decoder:
 
     def decode(self, ids: list[int], *, streaming: bool) -> dict[str, Any]:
         """Decode one prompt; with ``streaming``, print its text as it comes."""
-        streamer = TextStreamer(self._tokenizer, skip_special_tokens=True)
+        pieces = Pieces(self._tokenizer)
+
+        def write(new: Sequence[Piece]) -> None:
+            for piece in new:
+                print(piece.text, end="", flush=True)
+
         generation = generate(
             self._model,
             ids,
@@ -178,10 +184,11 @@ class Decoder:
             sampling=self._sampling,
             max_new_tokens=self._max_new_tokens,
             stop=self._stop,
-            on_token=(lambda token: streamer.put(torch.tensor([token]))) if streaming else None,
+            on_token=(lambda token: write(pieces.put(token, drafted=False))) if streaming else None,
         )
         if streaming:
-            streamer.end()
+            write(pieces.end())
+            print()
         text = str(self._tokenizer.decode(generation.tokens, skip_special_tokens=True))
         return described(generation, text, self.speculative)
 

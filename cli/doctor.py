@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -126,14 +125,13 @@ def _cache() -> dict[str, Any]:
 
 def _storage(url: str) -> dict[str, Any]:
     from layerskip.errors import LayerSkipError
-    from studies.storage import open_existing_storage, redacted
+    from studies.storage import is_there, open_existing_storage, redacted
     from studies.study import list_studies
 
     quiet_libraries()
-    file = Path(url.removeprefix("sqlite:///"))
-    if url.startswith("sqlite:///") and not file.exists():
-        return {"url": url, "reachable": True, "studies": 0, "state": "not there yet; a search makes it"}
     try:
+        if not is_there(url):
+            return {"url": redacted(url), "reachable": True, "studies": 0, "state": "not there yet; a search makes it"}
         studies = len(list_studies(open_existing_storage(url)))
     except LayerSkipError as error:
         return {"url": redacted(url), "reachable": False, "studies": None, "state": str(error)}

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DebugOption, DeviceOption, JsonOption, ProfileArgument
-from cli.output import print_json, quiet_libraries, stderr, stdout
+from cli import completion
+from cli.options import DTYPES, DebugOption, DeviceOption, JsonOption, ModelOption, ProfileArgument
+from cli.output import counted, print_json, quiet_libraries, stderr, stdout
 
 
 def export(
@@ -16,10 +17,7 @@ def export(
     to: Annotated[
         Path, typer.Option(help="Folder to write; missing, empty, or an earlier export.", show_default=False)
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Another location of the profile's model.", show_default="the profile's model id"),
-    ] = None,
+    model: ModelOption = None,
     without_bridges: Annotated[
         bool,
         typer.Option("--without-bridges", help="Leave the profile's bridges out, which lowers the acceptance rate."),
@@ -28,7 +26,8 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, bfloat16 or float16; auto keeps the model's own, and takes float32 for GGUF files."
+            help="float32, bfloat16 or float16; auto keeps the model's own, and takes float32 for GGUF files.",
+            autocompletion=completion.one_of(*DTYPES),
         ),
     ] = "auto",
     json: JsonOption = False,
@@ -71,7 +70,7 @@ def export(
             }
         )
         return
-    half = f", {done.zeroed} sublayers in them zeroed" * bool(done.zeroed)
+    half = f", {counted(done.zeroed, 'sublayer')} in them zeroed" * bool(done.zeroed)
     trained = f", and {done.trained} trained" * bool(done.trained)
     stdout.print(f"draft     {to}")
     stdout.print(f"layers    {len(done.layers)} of {loaded.skip_set.num_layers}{half}{trained}")

@@ -50,19 +50,19 @@ def _root(
     pass
 
 
-def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+def main(command: typer.Typer = app) -> None:
+    """Run the command line, or another command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which complains as it is imported
         logging.getLogger(name).setLevel(logging.ERROR)
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], command))
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], command: typer.Typer = app) -> int:
     """Run one command and return its exit status. Errors are one line on stderr, unless ``--debug`` asks for more."""
     try:
-        status = app(arguments, standalone_mode=False) or DONE
+        status = command(arguments, standalone_mode=False) or DONE
         if status == INTERRUPTED:  # which is what Typer makes of Ctrl-C
             print("layerskip: interrupted", file=sys.stderr)
         return int(status)

@@ -68,10 +68,13 @@ ModelOption = Annotated[
         autocompletion=completion.models,
     ),
 ]
+StudyArgument = Annotated[
+    str, typer.Argument(help="Name of the study.", show_default=False, autocompletion=completion.studies)
+]
 ProfileArgument = Annotated[
     str,
     typer.Argument(
-        help="A draft profile: its file, or the name of a ready one.",
+        help="A draft profile: its file or folder, the name of a ready one, or owner/name on the hub.",
         show_default=False,
         autocompletion=completion.profiles,
     ),

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+from cli.main import main
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def add(
     name: Annotated[str, typer.Argument(help="What to call it.", show_default=False)],
     profile: Annotated[Path, typer.Argument(help="The profile that a search made.", show_default=False)],
@@ -24,4 +29,4 @@ def add(
 
 
 if __name__ == "__main__":
-    typer.run(add)
+    main(app)

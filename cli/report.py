@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
+from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, StudyArgument
 from cli.output import check_writable, print_json, stdout
 
 
 def report(
-    study: Annotated[str, typer.Argument(help="Name of the study.", show_default=False)],
+    study: StudyArgument,
     storage: StorageOption = DEFAULT_STORAGE,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the report.")] = Path("report.html"),
     best: Annotated[int, typer.Option(help="Most candidates in the skip map.", min=1)] = 8,

@@ -72,7 +72,11 @@ def search(
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="Name of the study; the same name goes on.", show_default="from model and settings"),
+        typer.Option(
+            help="Name of the study; the same name goes on.",
+            show_default="from model and settings",
+            autocompletion=completion.studies,
+        ),
     ] = None,
     storage: StorageOption = DEFAULT_STORAGE,
     out: Annotated[Path, typer.Option(help="Where to write the draft profile.")] = Path("draft_profile.json"),

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import completion
-from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
+from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, StudyArgument
 from cli.output import counted, print_json, print_whole, stderr, stdout
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
 
 @app.command("show")
 def show(
-    study: Annotated[
-        str, typer.Argument(help="Name of the study.", show_default=False, autocompletion=completion.studies)
-    ],
+    study: StudyArgument,
     storage: StorageOption = DEFAULT_STORAGE,
     best: Annotated[int, typer.Option(help="Number of best trials to show.", min=1)] = 10,
     json: JsonOption = False,

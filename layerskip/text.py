@@ -21,7 +21,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text as it is."""
+    """Token ids of a text as it is.
+
+    Raises:
+        InvalidInputError: It is no text.
+    """
+    _check_text(text)
     return list(tokenizer(text).input_ids)
 
 
@@ -29,8 +34,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """Token ids of a conversation, ready for the model's answer.
 
     Raises:
-        InvalidInputError: The tokenizer has no chat template, or the template refuses the messages.
+        InvalidInputError: The tokenizer has no chat template, the template refuses the messages, or one is no text.
     """
+    for message in messages:
+        _check_text(message["content"])
     if not tokenizer.chat_template:
         raise InvalidInputError("messages: the model's tokenizer has no chat template; give plain prompts")
     try:
@@ -38,6 +45,14 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     except Exception as error:  # templates are programs of their own and raise what they like
         raise InvalidInputError(f"messages: the model's chat template refused them: {error}") from error
     return list(ids)
+
+
+def _check_text(text: str) -> None:
+    """Python takes bytes of a command line or of stdin that are not UTF-8 for lone surrogates; tokenizers do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"prompt: character {error.start + 1} is no text in UTF-8") from error
 
 
 class StopStrings:

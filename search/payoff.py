@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from layerskip.formula import speedup
 from layerskip.stack.model import LayerSkipModel
 from search.latency import LatencyModel, measure_latency
 from search.space import SearchSpace
@@ -109,21 +110,6 @@ def typical_drafts(space: SearchSpace) -> list[DraftShape]:
         shapes.append(DraftShape(f"{words} of the sublayers skipped", kept, kept, 0, 0))
     kept, bridges = layers - layers // 2, max(layers // 8, 1)
     return [*shapes, DraftShape(f"half of the sublayers skipped, bridged{head}", kept, kept, bridges, vocabulary)]
-
-
-def speedup(rate: float, length: int, cost: float, verification: float) -> float:
-    """What a round yields over what it costs: ``(1 - α^(γ + 1)) / (1 - α)`` tokens for ``γ·c + v`` plain steps.
-
-    Source: Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8, with a verification cost of its own.
-
-    Args:
-        rate: The acceptance rate α, from 0 to 1.
-        length: The draft length γ.
-        cost: The cost c of a draft step.
-        verification: The cost v of verifying γ + 1 tokens.
-    """
-    tokens = sum(rate**drafted for drafted in range(length + 1))
-    return tokens / (length * cost + verification)
 
 
 def break_even(length: int, cost: float, verification: float) -> float | None:

@@ -133,14 +133,18 @@ def encode_different(
     Raises:
         InvalidInputError: A prompt is too long for the model's context.
     """
-    encoded = [EncodedPrompt(prompt.id, tuple(prompt.encode(tokenizer))) for prompt in dict.fromkeys(prompts)]
-    for number, prompt in enumerate(encoded, start=1):
-        if len(prompt.tokens) + max_new_tokens > context_length:
+    encoded: dict[Prompt, EncodedPrompt] = {}
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt in encoded:
+            continue
+        tokens = tuple(prompt.encode(tokenizer))
+        if len(tokens) + max_new_tokens > context_length:
             raise InvalidInputError(
-                f"prompt {number}: {len(prompt.tokens)} tokens and {max_new_tokens} new ones do not fit the model's "
+                f"prompt {number}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit the model's "
                 f"context of {context_length}; shorten the prompt or lower --max-new-tokens"
             )
-    return encoded
+        encoded[prompt] = EncodedPrompt(prompt.id, tokens)
+    return list(encoded.values())
 
 
 def prompts_to_measure(

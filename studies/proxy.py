@@ -146,11 +146,6 @@ class RemoteRecords:
         values = rpc.record_to_json(record)
         self._storage.persist(lambda repeated: self._storage.call(rpc.ADD_RECORD, [values, repeated]))
 
-    def count(self, study: str) -> int:
-        """How many measurements a study has."""
-        count: int = self._storage.persist(lambda _: self._storage.call(rpc.COUNT_RECORDS, study))
-        return count
-
     def of(self, study: str) -> Sequence[MeasurementRecord]:
         """All measurements of a study, in the order in which they were made."""
         rows = self._storage.persist(lambda _: self._storage.call(rpc.RECORDS, study))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 from optuna.storages import BaseStorage
-from sqlalchemy import DateTime, Engine, String, func, select
+from sqlalchemy import DateTime, Engine, String, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -67,9 +67,6 @@ class Records(Protocol):
     def add(self, record: MeasurementRecord) -> None:
         """Keep one measurement."""
 
-    def count(self, study: str) -> int:
-        """How many measurements a study has."""
-
     def of(self, study: str) -> Sequence[MeasurementRecord]:
         """All measurements of a study, in the order in which they were made."""
 
@@ -99,16 +96,6 @@ class TableOfRecords:
                     session.add(MeasurementRecord(**values))
 
         self._persist(insert)
-
-    def count(self, study: str) -> int:
-        """How many measurements a study has."""
-        query = select(func.count()).select_from(MeasurementRecord).where(MeasurementRecord.study == study)
-
-        def read(_: bool) -> int:
-            with Session(self._engine) as session:
-                return session.scalar(query) or 0
-
-        return self._persist(read)
 
     def of(self, study: str) -> Sequence[MeasurementRecord]:
         """All measurements of a study, in the order in which they were made."""
@@ -152,11 +139,6 @@ def add_measurement(storage: BaseStorage, record: MeasurementRecord) -> None:
         StorageError: The storage refused, or was away for longer than patience lasts.
     """
     records_of(storage).add(record)
-
-
-def count_measurements(storage: BaseStorage, study: str) -> int:
-    """How many measurements a study has."""
-    return records_of(storage).count(study)
 
 
 def measurements_of(storage: BaseStorage, study: str) -> Sequence[MeasurementRecord]:

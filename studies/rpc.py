@@ -14,7 +14,7 @@ from studies.records import MeasurementRecord, values_of
 
 SERVICE = "layerskip.Studies"
 GREET, HEARTBEAT, SILENT_TRIALS = "Greet", "RecordHeartbeat", "SilentTrials"
-ADD_RECORD, COUNT_RECORDS, RECORDS = "AddRecord", "CountRecords", "Records"
+ADD_RECORD, RECORDS = "AddRecord", "Records"
 
 
 def need_grpc() -> None:

@@ -86,7 +86,6 @@ def _methods(storage: DatabaseStorage) -> Any:
         rpc.HEARTBEAT: storage.record_heartbeat,
         rpc.SILENT_TRIALS: storage.silent_trial_ids,
         rpc.ADD_RECORD: lambda told: records.add(rpc.record_from_json(told[0]), repeated=told[1]),
-        rpc.COUNT_RECORDS: records.count,
         rpc.RECORDS: lambda study: [rpc.record_to_json(record) for record in records.of(study)],
     }
     handlers = {name: _handler(answer) for name, answer in methods.items()}

@@ -17,7 +17,7 @@ from studies.patient_storage import PatientStorage
 from studies.proxy import SCHEME, open_proxy
 from studies.records import create_tables
 
-__all__ = ["StorageError", "open_database", "open_existing_storage", "open_storage", "redacted"]
+__all__ = ["StorageError", "is_there", "open_database", "open_existing_storage", "open_storage", "redacted"]
 
 # Several workers that make the tables of a new database at once trip over each other, each a time or two.
 _TRIES_TO_MAKE_TABLES = 5
@@ -50,10 +50,19 @@ def open_existing_storage(url: str) -> PatientStorage:
     Raises:
         StorageError: Also if the SQLite file does not exist.
     """
-    file = sqlite_file(_parsed(url))
-    if file and not Path(file).exists():
+    if not is_there(url):
         raise StorageError(f"storage '{redacted(url)}': no such file; search first, or name another with --storage")
     return open_storage(url)
+
+
+def is_there(url: str) -> bool:
+    """Whether there is a storage to open, as far as that can be told without a try: a SQLite file has to exist.
+
+    Raises:
+        StorageError: The URL is malformed.
+    """
+    file = sqlite_file(_parsed(url))
+    return not file or Path(file).exists()
 
 
 def open_database(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:

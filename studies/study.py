@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +15,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
 from layerskip.machine import library_versions
-from studies.ranking import Basis, basis_of, best_trials, measured_trials, pareto_front, seen_trials, speedup_of
-from studies.records import MeasurementRecord, count_measurements, records_of
-from studies.speedups import speedup_of_all
+from studies.ranking import (
+    Basis,
+    HasTrials,
+    basis_of,
+    best_trials,
+    candidate_key,
+    completed_trials,
+    measured_trials,
+    pareto_front,
+    seen_trials,
+    speedup_of,
+)
+from studies.records import MeasurementRecord, measurements_of
+from studies.speedups import Speedup, speedup_of_all
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.
@@ -221,28 +233,38 @@ def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -
     context = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(context):
         raise InvalidInputError(f"study '{name}': {_NEWER}")
-    held_out = _held_out_speedups(storage, name)
+    records = measurements_of(storage, name)
+    held_out = held_out_speedups(study, records)
 
     def described(trial: FrozenTrial) -> dict[str, Any]:
         told: dict[str, Any] = {"number": trial.number, "speedup": speedup_of(trial), "basis": basis_of(trial)}
-        told |= {"held_out_speedup": held_out.get(trial.number)}
+        final = held_out.get(candidate_key(trial))
+        told |= {"held_out_speedup": final.value if final else None}
         return told | {key: trial.user_attrs.get(key) for key in _DESCRIBED}
 
     return {
         "study": name,
         "context": context,
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
-        "measurements": count_measurements(storage, name),
+        "measurements": len(records),
         "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
         "pareto_front": [described(trial) for trial in pareto_front(study)],
     }
 
 
-def _held_out_speedups(storage: optuna.storages.BaseStorage, name: str) -> dict[int, float]:
-    """What finalists measured on held-out prompts, by the number of the trial: of all times that they were measured."""
-    finals: dict[int, list[MeasurementRecord]] = {}
-    for record in records_of(storage).of(name):
-        if record.prompt_set == "held-out":
-            finals.setdefault(record.trial, []).append(record)
+def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:
+    """What candidates measured on held-out prompts, of all times that they were, whichever of their trials it was.
 
-    return {number: speedup_of_all(records).value for number, records in finals.items()}
+    Args:
+        study: The study, or a snapshot of it.
+        records: Everything that was measured in it.
+
+    Returns:
+        By :func:`studies.ranking.candidate_key`.
+    """
+    candidates = {trial.number: candidate_key(trial) for trial in completed_trials(study)}
+    finals: dict[str, list[MeasurementRecord]] = {}
+    for record in records:
+        if record.prompt_set == "held-out" and record.trial in candidates:
+            finals.setdefault(candidates[record.trial], []).append(record)
+    return {candidate: speedup_of_all(ones) for candidate, ones in finals.items()}

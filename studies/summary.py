@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from studies.view import StudyView, Tried
 
 
@@ -15,10 +17,14 @@ def verdict(view: StudyView) -> str:
         "measured": "measured on the search's own prompts, by which it was chosen: expect a little less",
         "predicted": "predicted; nothing was measured yet",
     }
+    expected = best.figure.value
     if best.standing == "predicted" and view.measured:
+        expected *= view.correction
         basis["predicted"] = "predicted; what was measured was slower"
+        if view.correction != 1:
+            basis["predicted"] += f", and {view.correction:.2f} times what was predicted of it"
     said = f"Best speedup: {_figure(best)}, {basis[best.standing]}."
-    return said if best.figure.value > 1 else f"{said} No candidate beat plain decoding."
+    return said if expected > 1 else f"{said} No candidate beat plain decoding."
 
 
 def facts(view: StudyView) -> list[tuple[str, str]]:
@@ -49,8 +55,8 @@ def _figure(best: Tried) -> str:
     return str(best.figure) if has_interval else f"{best.figure.value:.2f}×"
 
 
-def _versions(versions: object) -> str:
-    return ", ".join(f"{name} {version}" for name, version in dict(versions).items())  # type: ignore[call-overload]
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _trials(view: StudyView) -> str:

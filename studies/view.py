@@ -27,10 +27,10 @@ from studies.ranking import (
     pareto_front,
     speedup_of,
 )
-from studies.records import MeasurementRecord, records_of
-from studies.speedups import Speedup, speedup_of_all
+from studies.records import MeasurementRecord, measurements_of
+from studies.speedups import Speedup
 from studies.step_costs import RelativeParts, read_parts
-from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, load_study
+from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
 Standing = Literal["held-out", "measured", "predicted"]
 _BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
@@ -157,9 +157,9 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
     study = load_study(storage, name)
     context = context_of(study)
     now = Snapshot(study)
-    records = records_of(storage).of(name)
+    records = measurements_of(storage, name)
     num_layers = int(context["space"]["num_layers"])
-    finals, costs = _held_out(now, records), _draft_costs(now)
+    finals, costs = held_out_speedups(now, records), _draft_costs(now)
     tried = {trial.number: _tried(trial, num_layers, finals, costs) for trial in completed_trials(now)}
     attributes = study.user_attrs
     trials = now.get_trials()
@@ -183,16 +183,6 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
         began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
         ended=max((trial.datetime_complete for trial in trials if trial.datetime_complete), default=None),
     )
-
-
-def _held_out(study: Snapshot, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:
-    """What candidates measured on held-out prompts, of all times that they were."""
-    candidates = {trial.number: candidate_key(trial) for trial in completed_trials(study)}
-    finals: dict[str, list[MeasurementRecord]] = {}
-    for record in records:
-        if record.prompt_set == "held-out" and record.trial in candidates:
-            finals.setdefault(candidates[record.trial], []).append(record)
-    return {candidate: speedup_of_all(ones) for candidate, ones in finals.items()}
 
 
 def _draft_costs(study: Snapshot) -> dict[str, float]:

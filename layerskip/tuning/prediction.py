@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from layerskip.drafts.bridges import Bridge
+from layerskip.formula import best_speedup
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack, Step
 from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer
@@ -17,19 +18,12 @@ _LONGEST = 16
 def speedup(acceptance: float, step_cost: float, verification: Callable[[int], float] = lambda tokens: 1.0) -> float:
     """The speedup of drafting chains of the best fixed length: tokens of a round ÷ its cost in plain steps.
 
-    A round of γ drafted tokens gives ``(1 - α^(γ+1)) / (1 - α)`` tokens (Leviathan et al., arXiv 2211.17192).
-
     Args:
         acceptance: α, the one-step acceptance rate, from 0 to 1.
         step_cost: Cost of a draft step, in plain decoding steps.
         verification: Cost of verifying in a pass of so many tokens, likewise; by default that of one token.
     """
-
-    def of(length: int) -> float:
-        tokens = sum(acceptance**i for i in range(length + 1))
-        return tokens / (length * step_cost + verification(length + 1))
-
-    return max(map(of, range(1, _LONGEST + 1)))
+    return best_speedup(acceptance, step_cost, verification, _LONGEST)
 
 
 def step_cost_by_weights(model: LayerSkipModel, stack: Stack) -> float:

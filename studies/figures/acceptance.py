@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from layerskip.formula import best_speedup
 from studies.figures.picture import BLACK, GREY, MEASURED, PREDICTED, Picture, Table, break_even, figure, percent, times
 from studies.view import StudyView, Tried
 
@@ -25,22 +26,6 @@ _SCALE = "Cividis"
 _OUTLINE = {"line": {"color": BLACK, "width": 0.7}}
 # No draft length is worth drawing beyond this, whatever the search space.
 _DEFAULT_LONGEST = 8
-
-
-def ideal_speedup(acceptance: float, draft_cost: float, verifying: Callable[[int], float], longest: int) -> float:
-    """The speedup of chains of the best length γ from 1 to a longest one, if every token is accepted alike.
-
-    Args:
-        acceptance: α, from 0 to 1.
-        draft_cost: c, of one draft step in units of a plain step.
-        verifying: v, of a pass over so many tokens, likewise.
-        longest: The longest draft.
-    """
-    # Summed up, and not by the closed form, which is 0 ÷ 0 where α is 1.
-    return max(
-        sum(acceptance**i for i in range(length + 1)) / (length * draft_cost + verifying(length + 1))
-        for length in range(1, longest + 1)
-    )
 
 
 def acceptance(view: StudyView) -> Picture:
@@ -111,7 +96,7 @@ def _add_ideals(drawn: go.Figure, view: StudyView, costs: Sequence[float], left:
     top = drawn.layout.yaxis.range[1]
     for name, dash, verifying in verifications:
         for number, cost in enumerate(costs):
-            speedups = [ideal_speedup(rate, cost, verifying, longest) for rate in rates]
+            speedups = [best_speedup(rate, cost, verifying, longest) for rate in rates]
             drawn.add_trace(
                 go.Scatter(
                     x=rates,

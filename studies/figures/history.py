@@ -28,7 +28,8 @@ from studies.view import StudyView, Tried
 
 _ID, _TITLE = "history", "History"
 # Told apart by shape, and by colour as far as there are colours.
-_SYMBOLS = ("circle-open", "square", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon", "hourglass")
+# Neither diamonds nor squares, which are measured wherever they are.
+_SYMBOLS = ("circle-open", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon", "hourglass", "bowtie")
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, VERMILION, GREY)
 _REPEATED = "interrupted trial"
 
@@ -38,8 +39,9 @@ def history(view: StudyView) -> Picture:
     if not view.tried:
         return Picture(_ID, _TITLE, "No trial is finished yet.", None)
     caption = (
-        "Trials in their order, by who proposed them: warm starts first, then the sampler. Filled diamonds were "
-        "decoded for real, all others predicted. The lines are the best predicted and the best measured so far."
+        "Trials in their order, by who proposed them: warm starts first, then the sampler. Diamonds were decoded for "
+        "real, hollow ones given up after some prompts; all other marks are predictions. The lines are the best "
+        "predicted and the best measured so far."
     )
     if view.measured and view.correction != 1:
         caption += f" Measured speedups were {view.correction:.2f} times the predicted ones (median)."

@@ -138,6 +138,33 @@ def test_sampling_among_one_token_is_greedy(apply, profile, expected, narrowed):
     assert apply(profile, "hello", "--temperature", 2, *narrowed).object["token_ids"] == expected("hello")
 
 
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        (["--top-p", 0.9], "--top-p"),
+        (["--top-k", 5, "--seed", 1], "--top-k, --seed"),
+        (["--temperature", 1, "--seed", 1], None),
+    ],
+)
+def test_what_says_how_to_sample_is_said_to_have_no_effect_where_decoding_is_greedy(apply, profile, options, ignored):
+    done = apply(profile, "hello", *options)
+    assert done.status == 0
+    assert done.err == (f"{ignored}: no effect without --temperature, as decoding is greedy\n" if ignored else "")
+
+
+def test_a_prompt_that_is_no_text_is_wrong_usage(apply, profile, stdin):
+    stdin("caf\udce9")  # as Python reads a byte that is not UTF-8 in the C locale, and on a command line
+    for arguments in ([], ["caf\udce9"], ["--raw", "caf\udce9"]):
+        done = apply(profile, *arguments)
+        assert (done.status, done.error) == (2, "prompt: character 4 is no text in UTF-8")
+
+
+def test_stdin_that_is_no_text_is_wrong_usage(apply, profile, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    done = apply(profile)
+    assert (done.status, done.error) == (2, "stdin: not utf-8 text")
+
+
 def test_compare_says_that_the_text_is_the_same_and_how_fast_both_were(apply, layerskip, profile, expected):
     result = apply(profile, "hello", "--compare").object
     assert result["same_text"] is True

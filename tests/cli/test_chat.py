@@ -119,6 +119,7 @@ def test_a_profile_that_does_not_pay_chats_plainly(run_command, make_profile, an
         (["-i", "--prompts", "p.txt"], "--prompts cannot be had with --interactive"),
         (["-i", "--raw"], "--raw cannot be had with --interactive"),
         (["-i", "--compare"], "--compare cannot be had with --interactive"),
+        (["-i", "--show-drafted", "--json"], "--show-drafted colours answers, and with --json there are none"),
         (["hello", "--show-drafted"], "--show-drafted colours the answers of a conversation; add --interactive"),
     ],
 )

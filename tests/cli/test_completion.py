@@ -72,6 +72,8 @@ def test_studies_are_completed_from_the_storage_that_is_named(tmp_path):
         optuna.create_study(study_name=name, storage=open_storage(f"sqlite:///{file}"))
     assert completed("layerskip studies show ").split() == ["usual"]
     assert completed("layerskip studies show --storage sqlite:///other.db u").split() == ["unusual"]
+    assert completed("layerskip report ").split() == ["usual"]
+    assert completed("layerskip search --storage sqlite:///other.db --study ").split() == ["unusual"]
     assert completed("layerskip studies show ", LAYERSKIP_STORAGE="sqlite:///other.db").split() == ["unusual"]
 
 
@@ -85,6 +87,7 @@ def test_no_study_is_offered_where_none_can_be_looked_up_and_no_file_is_made(els
 def test_values_of_options_are_completed():
     assert completed("layerskip search --sampler g").split() == ["greybox", "gp"]
     assert completed("layerskip apply p.json --dtype b").split() == ["bfloat16"]
+    assert completed("layerskip export p.json --dtype f").split() == ["float32", "float16"]
     assert completed("layerskip bench p.json --engine ").split() == ["eager", "cuda-graphs"]
 
 

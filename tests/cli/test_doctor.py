@@ -55,6 +55,14 @@ def test_studies_are_counted(layerskip):
 
     optuna.create_study(study_name="s", storage=open_storage("sqlite:///layerskip.db"))
     assert layerskip("doctor", "--json").object["storage"]["studies"] == 1
+    for url in ("sqlite:///layerskip.db?timeout=5", "sqlite+pysqlite:///layerskip.db"):
+        assert layerskip("doctor", "--storage", url, "--json").object["storage"]["studies"] == 1
+
+
+@pytest.mark.parametrize("url", ["sqlite:///none.db?timeout=5", "sqlite+pysqlite:///none.db"])
+def test_a_database_that_is_not_there_yet_is_no_fault_however_its_url_is_written(layerskip, elsewhere, url):
+    assert f"{url}: not there yet; a search makes it" in layerskip("doctor", "--storage", url).out
+    assert list(elsewhere.iterdir()) == []
 
 
 @pytest.fixture

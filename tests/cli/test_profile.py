@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from layerskip import DraftProfile, FixedLength, InvalidInputError, SkipSet
+from tests.cli.conftest import ENVIRONMENT
 from tests.hub import FakeHub
 
 
@@ -187,3 +190,14 @@ def test_a_search_s_profile_is_put_among_the_ready_ones_by_a_command(ready, prof
     assert capsys.readouterr().out == "other-cuda-float32.json: 1.25× on a processor, float32\n"
     with pytest.raises(InvalidInputError, match="device type 'tpu' is unknown"):
         add("other", Path(profile), "tpu")
+
+
+def test_what_that_command_cannot_do_is_one_line():
+    for arguments, status, line in (
+        (["x", "missing.json"], 1, "missing.json: cannot read the draft profile: No such file or directory"),
+        (["x", "missing.json", "tpu"], 2, "device type 'tpu' is unknown; expected cpu or cuda"),
+        ([], 2, "Missing argument 'name'. (see --help)"),
+    ):
+        command = [sys.executable, "-m", "cli.ready", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", f"layerskip: {line}\n")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel
 from layerskip.engine import use_engine
-from search.payoff import DraftPayoff, DraftShape, Payoff, _payoff, break_even, measure_payoff, speedup, typical_drafts
+from layerskip.formula import speedup
+from search.payoff import DraftPayoff, DraftShape, Payoff, _payoff, break_even, measure_payoff, typical_drafts
 from search.space import SearchSpace
 from tests.models import tiny_llama
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import InvalidInputError
-from search.prompts import EncodedPrompt, Prompt, PromptSplit, built_in_prompts, read_prompts, split_prompts
+from search.prompts import (
+    EncodedPrompt,
+    Prompt,
+    PromptSplit,
+    built_in_prompts,
+    encode_different,
+    read_prompts,
+    split_prompts,
+)
 from tests.models import tiny_tokenizer
 
 ONE_LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1).map(str.strip).filter(bool)
@@ -198,6 +206,12 @@ def test_a_prompt_may_fill_the_context_to_the_last_position_and_no_further(byte_
     assert message.startswith("prompt 2: 20 tokens and 11 new ones do not fit the model's context of 30")
     assert "--max-new-tokens" in message
     assert "\n" not in message
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_place_in_the_file_repeated_ones_counted(byte_tokenizer):
+    prompts = [Prompt("one"), Prompt("one"), Prompt("x" * 40)]
+    with pytest.raises(InvalidInputError, match=r"^prompt 3: 40 tokens"):
+        encode_different(prompts, byte_tokenizer, max_new_tokens=1, context_length=30)
 
 
 def test_encoded_prompts_carry_the_id_and_the_tokens_of_theirs(chat_tokenizer):

@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from layerskip import SkipSet
-from studies.figures.acceptance import ideal_speedup
+from layerskip.formula import best_speedup
 from studies.ranking import best_trials
 from studies.records import MeasurementRecord, add_measurement
 from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
@@ -119,7 +119,7 @@ class StudyInTheMaking:
         mask = [value for name, value in parameters.items() if name.startswith("skip")]
         rate = math.exp(-sum(d for d, skip in zip(self.damage, mask, strict=True) if skip)) * 0.98
         cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary"])
-        speedup = ideal_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
+        speedup = best_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
         skip_set = str(SkipSet.from_mask(mask))
         draft = f"4 tokens · vocabulary {parameters['vocabulary']}"
         return {"skip_set": skip_set, "draft_exit": draft, "acceptance": rate, "draft_cost": cost} | {

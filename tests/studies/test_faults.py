@@ -12,7 +12,7 @@ from layerskip import InvalidInputError
 from studies.errors import StorageError
 from studies.optimizing import optimize
 from studies.ranking import completed_trials
-from studies.records import add_measurement, count_measurements, measurements_of
+from studies.records import add_measurement, measurements_of
 from studies.storage import open_existing_storage, open_storage
 from studies.study import StudyContext, describe_study, list_studies, open_study
 from tests.studies.worker import measurement
@@ -77,7 +77,7 @@ def test_a_measurement_that_does_not_fit_on_the_disk_is_an_error_in_one_line(dat
 
     with pytest.raises(StorageError, match=r"^storage 'sqlite:///.*': database or disk is full$"):
         fill()
-    assert count_measurements(open_storage(database), "s" * 500) == kept
+    assert len(measurements_of(open_storage(database), "s" * 500)) == kept
 
 
 @pytest.mark.parametrize("opener", [open_storage, open_existing_storage])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerskip.formula import best_speedup
 from studies.figures import pictures
-from studies.figures.acceptance import ideal_speedup
 from studies.figures.history import proposer
 from studies.view import view_study
 from tests.studies.drawn_studies import SOURCES, StudyInTheMaking
@@ -52,6 +52,15 @@ def test_predicted_and_measured_differ_in_shape_wherever_both_are_shown(drawn):
     ):
         one, other = (traces(picture, name)[0].marker.symbol for name in names)
         assert one.removesuffix("-open") != other.removesuffix("-open")
+
+
+def test_diamonds_and_squares_are_measured_in_the_history_too_and_its_caption_says_which(storage):
+    view = view_study(StudyInTheMaking(storage).looked_at(12).measured(2).measured(1, stopped=True).storage, "s")
+    [picture] = [picture for picture in pictures(view, 5) if picture.id == "history"]
+    shapes = {trace.name: trace.marker.symbol for trace in picture.figure.data if trace.mode == "markers"}
+    assert (shapes.pop("measured"), shapes.pop("measured, stopped early")) == ("diamond", "diamond-open")
+    assert not {shape.removesuffix("-open") for shape in shapes.values()} & {"diamond", "square"}
+    assert "Diamonds were decoded for real, hollow ones given up after some prompts" in picture.caption
 
 
 def test_every_trial_is_in_the_history_once(searched, drawn):
@@ -127,4 +136,4 @@ def test_the_ideal_is_the_best_of_all_lengths_by_the_published_formula(rate, cos
         return tokens / (length * cost + verifying(length + 1))
 
     expected = max(speedup(length) for length in range(1, longest + 1))
-    assert ideal_speedup(rate, cost, verifying, longest) == pytest.approx(expected, rel=1e-6)
+    assert best_speedup(rate, cost, verifying, longest) == pytest.approx(expected, rel=1e-6)

@@ -14,7 +14,7 @@ from studies import rpc
 from studies.errors import StorageError
 from studies.optimizing import optimize
 from studies.patience import PATIENCE_SECONDS, patience
-from studies.records import add_measurement, count_measurements, measurements_of
+from studies.records import add_measurement, measurements_of
 from studies.storage import open_storage
 from tests.studies.serving import served
 from tests.studies.worker import fleet, measurement
@@ -174,7 +174,7 @@ def test_a_server_that_stays_away_is_an_error_in_one_line_and_then_the_storage_c
     finally:
         postgresql.start()
     add_measurement(storage, measurement("s", study.ask().number, 1.0))
-    assert (len(study.trials), count_measurements(storage, "s")) == (1, 1)
+    assert (len(study.trials), len(measurements_of(storage, "s"))) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
@@ -191,7 +191,7 @@ def test_a_served_storage_that_stays_away_is_an_error_in_one_line_and_then_can_b
                 assert f"storage '{server.url}' does not answer; waiting for at most" in caplog.text
         server.start()
         add_measurement(storage, measurement("s", study.ask().number, 1.0))
-        assert (len(study.trials), count_measurements(storage, "s")) == (1, 1)
+        assert (len(study.trials), len(measurements_of(storage, "s"))) == (1, 1)
 
 
 def test_ctrl_c_ends_a_server_that_waits_for_its_database(postgresql, postgresql_url):
@@ -201,7 +201,7 @@ def test_ctrl_c_ends_a_server_that_waits_for_its_database(postgresql, postgresql
         postgresql.stop()
         try:
             with pytest.raises(grpc.RpcError):
-                storage.call(rpc.COUNT_RECORDS, "s", timeout=1)  # goes on there after it was given up here
+                storage.call(rpc.RECORDS, "s", timeout=1)  # goes on there after it was given up here
             server.end(signal.SIGINT)
         finally:
             postgresql.start()

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from studies.records import add_measurement, count_measurements
+from studies.records import add_measurement, measurements_of
 from studies.storage import open_storage
 from tests.studies.cutting import wire
 from tests.studies.worker import measurement
@@ -59,9 +59,9 @@ def test_a_measurement_is_kept_once(cut, storage, study):
     cut.arm()
     add_measurement(storage, measurement("s", 0, 0.123))
     assert cut.cuts == 1
-    assert count_measurements(storage, "s") == 1
+    assert len(measurements_of(storage, "s")) == 1
     add_measurement(storage, measurement("s", 0, 0.123))  # not again, but another one
-    assert count_measurements(storage, "s") == 2
+    assert len(measurements_of(storage, "s")) == 2
 
 
 def test_what_a_trial_chose_and_noted_is_kept(cut, study):

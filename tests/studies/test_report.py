@@ -8,6 +8,7 @@ from optuna.trial import create_trial
 
 from studies.figures import pictures
 from studies.report import render_report
+from studies.summary import verdict
 from studies.view import view_study
 from tests.studies.drawn_studies import StudyInTheMaking
 
@@ -179,6 +180,15 @@ def test_a_report_says_what_its_speedup_rests_on(storage, reported):
     assert "measured on the search&#x27;s own prompts" in reported("s")[1]
     making.finalists(1)
     assert "measured on prompts that the search never saw" in reported("s")[1]
+
+
+def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(storage):
+    making = StudyInTheMaking(storage).looked_at(3).measured(1, off=0.5)
+    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted"}))
+    assert verdict(view_study(storage, "s")) == (
+        "Best speedup: 1.90×, predicted; what was measured was slower, and 0.50 times what was predicted of it. "
+        "No candidate beat plain decoding."
+    )
 
 
 def test_without_scripts_the_tables_say_what_the_figures_show(full, visit):

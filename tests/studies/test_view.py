@@ -15,6 +15,7 @@ from studies.damage import LEAST_CANDIDATES, learned_acceptance
 from studies.ranking import best_trials
 from studies.speedups import Speedup, speedup_of_all, speedup_of_prompt
 from studies.step_costs import read_parts
+from studies.study import describe_study
 from studies.view import Tried, view_study
 from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
 
@@ -64,6 +65,8 @@ def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_m
     assert look.number == 0
     assert measured.number == 1
     assert measured.held_out == look.held_out is not None
+    [best] = describe_study(storage, "s", 1)["best"]
+    assert (best["number"], best["held_out_speedup"]) == (1, measured.held_out.value)
     assert making.study.trials[1].params == making.study.trials[0].params
 
 
