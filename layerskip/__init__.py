@@ -12,6 +12,7 @@ from layerskip.chat import Answer, Chat
 from layerskip.checkpoints import Checkpoint, load_checkpoint
 from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
 from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
+from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.loop import DecodingStats, Generation, Round, generate, stream, stream_rounds
 from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling
@@ -50,6 +51,7 @@ __all__ = [
     "ExportError",
     "FixedLength",
     "Generation",
+    "HeadDrafter",
     "HubError",
     "InvalidInputError",
     "InvalidProfileError",

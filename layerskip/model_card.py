@@ -34,15 +34,20 @@ def card_of(profile: DraftProfile, name: str) -> str:
     sections = [
         f"---\n{metadata(base)}\n---",
         f"# A draft profile for {base or profile.model.id}",
-        f"{_of(base) or profile.model.id} can draft for itself: layerskip leaves out the sublayers named below, "
-        "lets the rest propose a few tokens and verifies them with the full model. The output is that of the full "
-        "model.",
+        f"{_of(base) or profile.model.id} can draft for itself: {_how(profile)} and verifies them with the full model. "
+        "The output is that of the full model.",
         _table(profile),
         measured_in_words(profile.measured),
         "## Use",
         _usage(profile, name),
     ]
     return _marked("\n\n".join(sections) + "\n\n")
+
+
+def _how(profile: DraftProfile) -> str:
+    if profile.drafts_with_heads:
+        return "layerskip lets small trained heads on its hidden states propose a few tokens"
+    return "layerskip leaves out the sublayers named below, lets the rest propose a few tokens"
 
 
 def card_is_welcome(files: Collection[str], card: str | None) -> bool:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from layerskip.assistant import assistant_of
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import Drafter, SkipDrafter
+from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.ngrams import NGrams, behind_copies
 from layerskip.drafts.assets import DraftAssets
-from layerskip.errors import InvalidProfileError
+from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.files import write_atomically, write_bytes_atomically
 from layerskip.hub import OnTheHub
 from layerskip.identity import ModelIdentity, identify
@@ -55,12 +56,13 @@ class Measured(_Part):
 
 
 class TensorsFile(_Part):
-    """The safetensors file beside the profile that holds stand-ins and draft vocabulary."""
+    """The safetensors file beside the profile that holds stand-ins, draft heads and draft vocabulary."""
 
     file: str = Field(pattern=r"^[^/\\\\]+$", description="Its name, in the profile's folder.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Checksum of its content.")
     bridges: int = Field(ge=0, description="Number of bridges in it.")
     layers: int = Field(default=0, ge=0, description="Number of trained decoder layers in it.")
+    heads: int = Field(default=0, ge=0, description="Number of draft heads in it.")
     vocabulary: int = Field(ge=0, description="Size of the draft vocabulary; 0 is the whole one.")
 
 
@@ -86,7 +88,9 @@ class DraftProfile(OnTheHub, _Part):
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
     version: Literal[1, 2] = Field(default=VERSION, description="Version of the format; 1 has no tensors and no gate.")
     model: ModelIdentity = Field(description="The model that the profile is for.")
-    skip_set: SkipSet = Field(description="The sublayers that the draft leaves out.")
+    skip_set: SkipSet = Field(
+        description="The sublayers that the draft leaves out; none where heads draft, which run nothing of the stack."
+    )
     draft_exit: Annotated[DraftExit, Field(discriminator="kind")] = Field(description="When a draft ends.")
     gate: float = Field(
         default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
@@ -100,7 +104,7 @@ class DraftProfile(OnTheHub, _Part):
         default=None, description="What to copy from the text before the model drafts; absent copies nothing."
     )
     tensors: TensorsFile | None = Field(
-        default=None, description="Stand-ins and draft vocabulary; absent without them."
+        default=None, description="Stand-ins, draft heads and draft vocabulary; absent without them."
     )
     measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
     provenance: Provenance = Field(description="Where the profile comes from.")
@@ -123,6 +127,12 @@ class DraftProfile(OnTheHub, _Part):
                 f"skip_set.num_layers: expected {self.model.num_layers} as in model.num_layers, "
                 f"found {self.skip_set.num_layers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_skip_nothing(self) -> DraftProfile:
+        if self.drafts_with_heads and len(self.skip_set):
+            raise ValueError(f"skip_set: expected nothing skipped, because draft heads draft; found {self.skip_set}")
         return self
 
     @classmethod
@@ -174,7 +184,13 @@ class DraftProfile(OnTheHub, _Part):
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
 
     def with_assets(self, assets: DraftAssets) -> DraftProfile:
-        """The same profile with these stand-ins and this draft vocabulary."""
+        """The same profile with these stand-ins or draft heads, and this draft vocabulary.
+
+        Raises:
+            InvalidInputError: There are draft heads, but the profile leaves sublayers out.
+        """
+        if assets.heads is not None and len(self.skip_set):
+            raise InvalidInputError(f"draft heads: expected a profile that skips nothing, got {self.skip_set}")
         content = assets.to_bytes()
         checksum = hashlib.sha256(content).hexdigest()
         tensors = TensorsFile(
@@ -182,6 +198,7 @@ class DraftProfile(OnTheHub, _Part):
             sha256=checksum,
             bridges=len(assets.bridges),
             layers=len(assets.layers),
+            heads=0 if assets.heads is None else assets.heads.count,
             vocabulary=0 if assets.token_ids is None else len(assets.token_ids),
         )
         profile = self.model_copy(update={"tensors": tensors if assets else None})
@@ -224,16 +241,22 @@ class DraftProfile(OnTheHub, _Part):
             )
 
     def drafter(self, model: LayerSkipModel) -> Drafter:
-        """A drafter for :func:`layerskip.generate`.
+        """A drafter for :func:`layerskip.generate`: with heads where the profile has some, or else with the stack.
 
         Raises:
             InvalidProfileError: The profile is for another model.
         """
         self.check(model)
-        drafter = SkipDrafter.of(
+        drafter = self._head_drafter(model) if self.drafts_with_heads else self._skip_drafter(model)
+        return behind_copies(self.ngrams, drafter)
+
+    def _head_drafter(self, model: LayerSkipModel) -> HeadDrafter:
+        return HeadDrafter.of(model, self.draft_exit, self._assets, gate=self.gate, branches=self.branches)
+
+    def _skip_drafter(self, model: LayerSkipModel) -> SkipDrafter:
+        return SkipDrafter.of(
             model, self.skip_set, self.draft_exit, self._assets, gate=self.gate, branches=self.branches
         )
-        return behind_copies(self.ngrams, drafter)
 
     def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
         """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
@@ -243,10 +266,16 @@ class DraftProfile(OnTheHub, _Part):
 
         Raises:
             InvalidProfileError: The profile is for another model.
-            InvalidInputError: The profile leaves out every attention, or the model is in training mode.
+            InvalidInputError: The profile leaves out every attention or drafts with heads, or the model is in training
+                mode.
             UnsupportedModelError: The model cannot be taken apart into sublayers, or runs something else than its
                 classes do, such as accelerate's hooks.
         """
+        if self.drafts_with_heads:
+            raise InvalidInputError(
+                "as_assistant: the profile drafts with heads on the model's hidden states, which are no model of their "
+                "own; use layerskip.speculate(profile)"
+            )
         wrapper = LayerSkipModel(model)
         self.check(wrapper)
         return assistant_of(wrapper, self.skip_set, self.draft_exit, self._assets)
@@ -256,8 +285,13 @@ class DraftProfile(OnTheHub, _Part):
 
     @property
     def assets(self) -> DraftAssets:
-        """Its stand-ins (bridges, trained layers) and its draft vocabulary."""
+        """Its stand-ins (bridges, trained layers), its draft heads and its draft vocabulary."""
         return self._assets
+
+    @property
+    def drafts_with_heads(self) -> bool:
+        """Whether draft heads propose, so that nothing of the stack runs to draft."""
+        return self.tensors is not None and self.tensors.heads > 0
 
     @property
     def draft(self) -> str:
@@ -269,6 +303,8 @@ class DraftProfile(OnTheHub, _Part):
             parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
         if self.tensors is not None and self.tensors.layers:
             parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
+        if self.tensors is not None and self.tensors.heads:
+            parts.append(f"{self.tensors.heads} draft head{'s' * (self.tensors.heads > 1)}")
         if self.tensors is not None and self.tensors.vocabulary:
             parts.append(f"vocabulary of {self.tensors.vocabulary}")
         if self.ngrams:

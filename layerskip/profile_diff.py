@@ -47,6 +47,7 @@ def differences(a: DraftProfile, b: DraftProfile) -> list[Difference]:
         *_drafts(a, b),
         *_stand_ins("bridges", a.assets.bridges, b.assets.bridges),
         *_stand_ins("layers", a.assets.layers, b.assets.layers),
+        *_heads(a, b),
         *_vocabulary(a, b),
         *_measured(a, b),
     ]
@@ -103,6 +104,18 @@ def _weights(one: Bridge | LayerWeights) -> dict[str, Tensor]:
     if isinstance(one, Bridge):
         return {str(number): part for number, part in enumerate((*one.factors, one.bias))}
     return {f"{one.like}.{name}": weight for name, weight in one.weights.items()}
+
+
+def _heads(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
+    """By their kind and number, and where those are the same, by their weights."""
+    of_a, of_b = a.assets.heads, b.assets.heads
+    named_a, named_b = ("none" if heads is None else f"{heads.count} {heads.kind}" for heads in (of_a, of_b))
+    notes = []
+    if of_a is not None and of_b is not None and named_a == named_b:
+        weights_a, weights_b = of_a.tensors(), of_b.tensors()
+        if not all(torch.equal(weight, weights_b[name]) for name, weight in weights_a.items()):
+            notes.append("other weights")
+    yield Difference("draft heads", named_a, named_b, tuple(notes))
 
 
 def _vocabulary(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.drafts.heads import heads_of, untrained_heads
 from layerskip.drafts.layers import LayerWeights
 from layerskip.stack import families
 
@@ -211,3 +212,11 @@ def random_layers(model, runs, *, like=1, seed=0):
         }
         layers[start] = LayerWeights(start, stop, like, noise)
     return layers
+
+
+def random_heads(model, kind, count=3, *, scale=0.1, seed=0):
+    """Draft heads of which each says something else; the smaller the scale, the more they say what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = untrained_heads(kind, count, model.config.hidden_size).tensors()
+    noise = {name: scale * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    return heads_of({name: tensor + noise[name] for name, tensor in tensors.items()})

@@ -6,7 +6,7 @@ decoding is the drafter that proposes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.sampling import Draft, Draw, Sampler
 from layerskip.decoding.verification import Verdict
 from layerskip.drafts.assets import DraftAssets
-from layerskip.engine import Scored, SharedPrefix, highest_probability
+from layerskip.engine import DraftStep, Scored, SharedPrefix, highest_probability
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
@@ -98,7 +98,77 @@ class NoDrafter:
         pass
 
 
-class SkipDrafter:
+class PacedDrafter:
+    """What drafters have in common that go forward place by place: when they stop, when they rest, how they branch.
+
+    Args:
+        draft_exit: When to stop proposing.
+        gate: Propose nothing after a round at whose end the full model gave its likeliest token a probability below
+            this; 0 always proposes.
+        branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
+            one. Drafting goes on behind the first of them alone.
+
+    Raises:
+        InvalidInputError: The gate is not from 0 to 1, or the branches are not from 1 on or too many.
+    """
+
+    def __init__(self, draft_exit: DraftExit, *, gate: float = 0.0, branches: Sequence[int] = ()) -> None:
+        if not 0 <= gate <= 1:
+            raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
+        if any(width < 1 for width in branches):
+            raise InvalidInputError(f"branches: expected numbers from 1 on, got {list(branches)}")
+        if sum(branches) - len(branches) > MOST_LEAVES:
+            raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} beside the first ones")
+        self._draft_exit = draft_exit
+        self._gate = gate
+        self._branches = tuple(branches)
+
+    def start(self, prompt: Tensor, state: Tensor) -> None:
+        """As :meth:`Drafter.start`."""
+        self._exit = self._draft_exit.controller()
+        self._unsure = False
+        self._steps = 0  # of the last draft
+
+    def _draws(
+        self,
+        tokens: Tensor,
+        limit: int,
+        sampler: Sampler,
+        token_ids: Tensor | None,
+        step: Callable[[Tensor], DraftStep],
+    ) -> list[Draw]:
+        """Go forward until the draft ends.
+
+        Args:
+            tokens: What the first step is given.
+            limit: Most places.
+            sampler: Chooses tokens.
+            token_ids: ``[n]``, the draft vocabulary; None is the whole one.
+            step: Goes one place forward; later steps are given the token that was chosen last, ``[1]``.
+        """
+        draws: list[Draw] = []
+        while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
+            made = step(tokens)
+            draws.append(sampler.draft(made, token_ids, self._branches_at(len(draws))))
+            tokens = draws[-1].tokens[:1]
+            if self._exit.reads_confidence and self._exit.stops_after(float(made.confidence)):
+                break
+        self._steps = len(draws)
+        return draws
+
+    def _branches_at(self, depth: int) -> int:
+        return self._branches[depth] if depth < len(self._branches) else 1
+
+    def observe(self, outcome: Outcome) -> None:
+        """As :meth:`Drafter.observe`."""
+        if self._steps:
+            self._exit.observe(self._steps, outcome.verdict.accepted)
+        self._steps = 0  # the next draft may be another drafter's
+        # Reading a probability makes the host wait for the device.
+        self._unsure = self._gate > 0 and float(highest_probability(outcome.logits)) < self._gate
+
+
+class SkipDrafter(PacedDrafter):
     """Drafts with the model itself, some sublayers left out.
 
     Args:
@@ -107,10 +177,8 @@ class SkipDrafter:
         draft_exit: When to stop proposing.
         stand_ins: What runs instead of a run of skipped sublayers, such as bridges, by the index of the run's first.
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
-        gate: Propose nothing after a round at whose end the full model gave its likeliest token a probability below
-            this; 0 always proposes.
-        branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
-            one. Drafting goes on behind the first of them alone.
+        gate: As in :class:`PacedDrafter`.
+        branches: Likewise.
 
     Raises:
         InvalidInputError: The skip set is for another number of layers, the gate is not from 0 to 1, or the branches
@@ -128,17 +196,9 @@ class SkipDrafter:
         gate: float = 0.0,
         branches: Sequence[int] = (),
     ) -> None:
-        if not 0 <= gate <= 1:
-            raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
-        if any(width < 1 for width in branches):
-            raise InvalidInputError(f"branches: expected numbers from 1 on, got {list(branches)}")
-        if sum(branches) - len(branches) > MOST_LEAVES:
-            raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} beside the first ones")
+        super().__init__(draft_exit, gate=gate, branches=branches)
         self._model = model
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
-        self._draft_exit = draft_exit
-        self._gate = gate
-        self._branches = tuple(branches)
 
     @classmethod
     def of(
@@ -164,37 +224,26 @@ class SkipDrafter:
         )
 
     def start(self, prompt: Tensor, state: Tensor) -> None:
-        self._exit = self._draft_exit.controller()
-        self._unsure = False
+        super().start(prompt, state)
         self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
-        self._run = 0  # rows of the last draft's tree that went through the stack, the first ones
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        draws: list[Draw] = []
         prefixes: list[Tensor] = []
-        tokens = torch.cat([self._unseen, newest]) if self._stack.remembers else newest
-        while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
-            step = self._model.engine.draft_step(tokens, cache, self._stack)
-            draws.append(sampler.draft(step, self._stack.token_ids, self._branches_at(len(draws))))
-            tokens = draws[-1].tokens[:1]
-            if step.prefix is not None:
-                prefixes.append(step.prefix)
-            if self._exit.reads_confidence and self._exit.stops_after(float(step.confidence)):
-                break
-        self._run = len(draws)
+
+        def step(tokens: Tensor) -> DraftStep:
+            made = self._model.engine.draft_step(tokens, cache, self._stack)
+            if made.prefix is not None:
+                prefixes.append(made.prefix)
+            return made
+
+        unseen = torch.cat([self._unseen, newest]) if self._stack.remembers else newest
+        draws = self._draws(unseen, limit, sampler, self._stack.token_ids, step)
         shared = SharedPrefix(torch.cat(prefixes, dim=1), self._stack.shared) if prefixes else None
         return Draft.of(draws, newest.device, token_ids=self._stack.token_ids, shared=shared)
 
-    def _branches_at(self, depth: int) -> int:
-        return self._branches[depth] if depth < len(self._branches) else 1
-
     def observe(self, outcome: Outcome) -> None:
-        # Rows that were run hold certain tokens now as far as the text runs through them.
-        seen = sum(row < self._run for row in outcome.verdict.rows)
+        # The first rows of the tree were run, and hold certain tokens now as far as the text runs through them.
+        seen = sum(row < self._steps for row in outcome.verdict.rows)
         if self._stack.remembers:
             self._unseen = torch.cat([self._unseen[:0] if seen else self._unseen, outcome.seen[seen:]])
-        if self._run:
-            self._exit.observe(self._run, outcome.verdict.accepted)
-        self._run = 0  # the next draft may be another drafter's
-        # Reading a probability makes the host wait for the device.
-        self._unsure = self._gate > 0 and float(highest_probability(outcome.logits)) < self._gate
+        super().observe(outcome)

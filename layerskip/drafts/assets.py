@@ -1,4 +1,4 @@
-"""The tensors of a draft, beside its profile: stand-ins and draft vocabulary, as safetensors."""
+"""The tensors of a draft, beside its profile: stand-ins, draft heads and draft vocabulary, as safetensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from layerskip.drafts.bridges import Bridge
+from layerskip.drafts.heads import HEAD_KINDS, DraftHeads, heads_of
 from layerskip.drafts.layers import LayerWeights
+from layerskip.errors import InvalidInputError
 from layerskip.stack.stack import Step
 
 if TYPE_CHECKING:
@@ -27,14 +29,23 @@ class DraftAssets:
         bridges: By the index of their first sublayer.
         token_ids: ``[n]``, the draft vocabulary, ascending; None for the whole one.
         layers: Trained decoder layers, by the index of the first sublayer that they stand for.
+        heads: Heads that draft behind the full model, without a pass of its stack; None where the stack drafts.
+
+    Raises:
+        InvalidInputError: There are both heads and stand-ins.
     """
 
     bridges: Mapping[int, Bridge] = field(default_factory=dict)
     token_ids: Tensor | None = None
     layers: Mapping[int, LayerWeights] = field(default_factory=dict)
+    heads: DraftHeads | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and (self.bridges or self.layers):
+            raise InvalidInputError("draft heads: nothing of the stack runs to draft, so nothing can stand in for it")
 
     def __bool__(self) -> bool:
-        return bool(self.bridges) or bool(self.layers) or self.token_ids is not None
+        return bool(self.bridges or self.layers) or self.token_ids is not None or self.heads is not None
 
     def to_bytes(self) -> bytes:
         """The content of a safetensors file."""
@@ -46,6 +57,8 @@ class DraftAssets:
         for layer in self.layers.values():
             name = f"layer.{layer.start}.{layer.stop}.{layer.like}"
             tensors |= {f"{name}.{weight}": tensor for weight, tensor in layer.weights.items()}
+        if self.heads is not None:
+            tensors |= self.heads.tensors()
         return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     @classmethod
@@ -59,18 +72,21 @@ class DraftAssets:
             tensors = load(content)
             token_ids = tensors.pop("token_ids", None)
             layers = _layers({name: tensor for name, tensor in tensors.items() if name.startswith("layer.")})
-            rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("layer.")}
+            heads = heads_of(tensors)
+            others = tuple(f"{kind}." for kind in ("layer", *HEAD_KINDS))
+            rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
             ends = {tuple(int(part) for part in name.split(".")[1:3]) for name in rest}
             bridges = {start: _bridge(rest, start, stop) for start, stop in sorted(ends)}
+            return cls(bridges, None if token_ids is None else token_ids.long(), layers, heads)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"not the tensors of a draft: {error}") from error
-        return cls(bridges, None if token_ids is None else token_ids.long(), layers)
 
     def to(self, like: Tensor) -> DraftAssets:
-        """The assets on the device of a tensor, the stand-ins in its dtype."""
+        """The assets on the device of a tensor, stand-ins and heads in its dtype."""
         bridges = {start: bridge.to(like) for start, bridge in self.bridges.items()}
         layers = {start: layer.to(like) for start, layer in self.layers.items()}
-        return DraftAssets(bridges, None if self.token_ids is None else self.token_ids.to(like.device), layers)
+        token_ids = None if self.token_ids is None else self.token_ids.to(like.device)
+        return DraftAssets(bridges, token_ids, layers, None if self.heads is None else self.heads.to(like))
 
     def stand_ins(self, model: LayerSkipModel) -> dict[int, Step]:
         """What runs in place of runs of skipped sublayers, by the index of the run's first.
