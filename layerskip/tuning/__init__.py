@@ -1,7 +1,7 @@
-"""Training what stands in for skipped sublayers, on the full model's own texts."""
+"""Training what drafts: stand-ins for skipped sublayers, or heads; on the full model's own texts."""
 
 from layerskip.tuning.data import DataSettings, Shards, TuningData, TuningText
-from layerskip.tuning.learners import Learner, bridge_learner, layer_learner
+from layerskip.tuning.learners import Learner, bridge_learner, heads_learner, layer_learner
 from layerskip.tuning.prompting import GivenPrompts, PromptSource, SelfWrittenPrompts
 from layerskip.tuning.scoring import LOSSES, RANKS, Agreement, Loss
 from layerskip.tuning.training import Look, Trained, TrainingSettings, train
@@ -24,6 +24,7 @@ __all__ = [
     "TuningData",
     "TuningText",
     "bridge_learner",
+    "heads_learner",
     "layer_learner",
     "train",
     "vocabulary_of",

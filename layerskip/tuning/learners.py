@@ -1,35 +1,60 @@
-"""What is trained: something that stands in for a run of skipped sublayers, with the tensors to be learned."""
+"""What is trained: a stand-in for a run of skipped sublayers, or draft heads; with the tensors to be learned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import Bridge
+from layerskip.drafts.heads import DraftHeads, heads_of
 from layerskip.drafts.layers import LayerWeights, stand_in_of
+from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Step
+from layerskip.tuning.data import TuningText
+
+# How much less each head's loss counts than that of the one before (Medusa, arXiv 2401.10774, section 2.2.1).
+_HEAD_WEIGHT = 0.8
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a draft says at some positions of some texts, for one place of its drafts.
+
+    Args:
+        states: ``[p, hidden_size]``, the draft's hidden states, to be scored.
+        after: ``[p, hidden_size]``, the full model's last ones, where it chose the tokens that are guessed.
+        choices: ``[p]``, those tokens.
+        weight: How much the mean loss counts.
+    """
+
+    states: Tensor
+    after: Tensor
+    choices: Tensor
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A stand-in to be trained, in float32 whatever the model's dtype is.
+    """Something to be trained, in float32 whatever the model's dtype is.
 
     Args:
-        start: Index of the first sublayer that it stands for.
-        stop: Index behind the last.
-        step: What runs.
-        parameters: What is learned, by name; the step computes with these very tensors.
+        start: Index of the first sublayer that it stands for; behind the last one for draft heads.
+        stop: Index behind the last sublayer that it stands for.
+        guesses: What it says about texts, taken whole: for each place of its drafts, the first one first. Each text's
+            positions are those at which a draft would be asked.
+        parameters: What is learned, by name; guesses are made with these very tensors.
         assets: The draft's tensors, made of other values of the parameters.
     """
 
     start: int
     stop: int
-    step: Step
+    guesses: Callable[[Sequence[TuningText]], list[Guesses]]
     parameters: Mapping[str, nn.Parameter]
     assets: Callable[[Mapping[str, Tensor]], DraftAssets]
 
@@ -43,7 +68,8 @@ def layer_learner(model: LayerSkipModel, weights: LayerWeights) -> Learner:
         return DraftAssets(layers={weights.start: LayerWeights(weights.start, weights.stop, weights.like, values)})
 
     step = stand_in_of(model, layer, weights.like)
-    return Learner(weights.start, weights.stop, step, dict(layer.named_parameters()), assets)
+    guesses = _guesses_above(model, step)
+    return Learner(weights.start, weights.stop, guesses, dict(layer.named_parameters()), assets)
 
 
 def bridge_learner(model: LayerSkipModel, bridge: Bridge) -> Learner:
@@ -58,4 +84,77 @@ def bridge_learner(model: LayerSkipModel, bridge: Bridge) -> Learner:
         return DraftAssets({bridge.start: Bridge(bridge.start, bridge.stop, learned, values["bias"])})
 
     named = {f"factor.{number}": factor for number, factor in enumerate(factors)} | {"bias": bias}
-    return Learner(bridge.start, bridge.stop, Bridge(bridge.start, bridge.stop, factors, bias), named, assets)
+    guesses = _guesses_above(model, Bridge(bridge.start, bridge.stop, factors, bias))
+    return Learner(bridge.start, bridge.stop, guesses, named, assets)
+
+
+def heads_learner(model: LayerSkipModel, heads: DraftHeads) -> Learner:
+    """Draft heads, from the weights to start with; later ones count less."""
+    parameters = {name: nn.Parameter(value.to(model.device).float().clone()) for name, value in heads.tensors().items()}
+    learned = heads_of(parameters)
+    assert learned is not None
+
+    def guesses(texts: Sequence[TuningText]) -> list[Guesses]:
+        return [_guesses_at(model, learned, place, texts) for place in range(learned.count)]
+
+    def assets(values: Mapping[str, Tensor]) -> DraftAssets:
+        return DraftAssets(heads=heads_of(values))
+
+    top = len(model.sublayers)
+    return Learner(top, top, guesses, parameters, assets)
+
+
+def _guesses_at(model: LayerSkipModel, heads: DraftHeads, place: int, texts: Sequence[TuningText]) -> Guesses:
+    """What a head says where the text goes on for long enough, and is as it was up to the head's place."""
+    ahead = place + 1
+    sources, known, targets, choices = [], [], [], []
+    for text in texts:
+        first = int((~text.asked).sum())  # all positions from there on are asked
+        behind = text.tokens[first + 1 :]
+        if len(behind) < ahead:
+            continue
+        sources.append(text.after[first:-ahead])
+        known.append(behind.unfold(0, ahead, 1))  # [p, ahead]
+        targets.append(text.after[first + ahead :])
+        choices.append(text.choices[first + ahead :])
+    if not sources:
+        nothing = torch.empty(0, int(model.config.hidden_size), device=model.device)
+        return Guesses(nothing, nothing, torch.empty(0, dtype=torch.long))
+    tokens = torch.cat(known).to(model.device).long()
+    with torch.no_grad():
+        embedded = model.embed(tokens.flatten())[0].float().unflatten(0, tokens.shape)
+    states = heads.at(place, torch.cat(sources).to(model.device).float(), embedded)
+    return Guesses(states, torch.cat(targets).to(model.device), torch.cat(choices).long(), _HEAD_WEIGHT**ahead)
+
+
+def _guesses_above(model: LayerSkipModel, step: Step) -> Callable[[Sequence[TuningText]], list[Guesses]]:
+    """Those of a draft that has one step above what the full model computes too.
+
+    A text is taken as a whole, with a causal mask, so that a layer's attention sees its own keys of all positions
+    before, as in decoding.
+    """
+
+    def guesses(texts: Sequence[TuningText]) -> list[Guesses]:
+        longest = max(len(text.tokens) for text in texts)
+        before = torch.stack([functional.pad(t.before, (0, 0, 0, longest - len(t.tokens))) for t in texts])
+        asked = torch.stack([functional.pad(text.asked, (0, longest - len(text.tokens))) for text in texts])
+        context = model.pass_context(longest, _Forgetful())
+        states = step(before.to(model.device, torch.float32), context)  # [b, longest, hidden_size]
+        after = torch.cat([text.after[text.asked] for text in texts])
+        choices = torch.cat([text.choices[text.asked] for text in texts]).long()
+        return [Guesses(states[asked.to(model.device)], after.to(model.device), choices)]
+
+    return guesses
+
+
+class _Forgetful(KVCache):
+    """For passes over whole texts: keys and values are those of the pass alone, for any number of texts."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=0, capacity=0)
+
+    def reserve(self, positions: int) -> None:
+        pass
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return keys, values

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from layerskip.drafts.bridges import Bridge
+from layerskip.drafts.heads import DraftHeads
 from layerskip.formula import best_speedup
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack, Step
@@ -26,13 +27,50 @@ def speedup(acceptance: float, step_cost: float, verification: Callable[[int], f
     return best_speedup(acceptance, step_cost, verification, _LONGEST)
 
 
+def speedup_of_heads(acceptance: Sequence[float], costs: Sequence[float]) -> float:
+    """The speedup of drafting chains of the best fixed length with draft heads, if verifying costs one plain step.
+
+    Args:
+        acceptance: For each head how often it is right where those before it were, from 0 to 1.
+        costs: Of drafts with one head, with two and so on, in plain decoding steps.
+    """
+    tokens, standing, best = 1.0, 1.0, 0.0
+    for right, cost in zip(acceptance, costs, strict=True):
+        standing *= right
+        tokens += standing
+        best = max(best, tokens / (1 + cost))
+    return best
+
+
 def step_cost_by_weights(model: LayerSkipModel, stack: Stack) -> float:
     """The cost of a draft step as the share of the full model's weights that it reads."""
+    steps = sum(_num_weights(step) for _, step in stack.steps)
+    return (steps + _scoring_weights(model, stack)) / _full_weights(model)
+
+
+def head_costs_by_weights(model: LayerSkipModel, heads: DraftHeads, stack: Stack) -> list[float]:
+    """The costs of drafts with one head, with two and so on, as shares of the full model's weights that they read.
+
+    Args:
+        model: The model.
+        heads: The heads.
+        stack: Any of the model's, with the draft vocabulary.
+    """
+    scoring, full = _scoring_weights(model, stack), _full_weights(model)
+    return [heads.weights_read(places, scoring) / full for places in range(1, heads.count + 1)]
+
+
+def _scoring_weights(model: LayerSkipModel, stack: Stack) -> int:
+    return _head_weights(model) if stack.head_rows is None else stack.head_rows.numel()
+
+
+def _full_weights(model: LayerSkipModel) -> int:
+    return sum(sublayer.num_weights for sublayer in model.sublayers) + _head_weights(model)
+
+
+def _head_weights(model: LayerSkipModel) -> int:
     head: nn.Module = model.hf_model.get_output_embeddings()
-    whole_head = sum(weight.numel() for weight in head.parameters())
-    own_head = whole_head if stack.head_rows is None else stack.head_rows.numel()
-    full = sum(sublayer.num_weights for sublayer in model.sublayers) + whole_head
-    return (sum(_num_weights(step) for _, step in stack.steps) + own_head) / full
+    return sum(weight.numel() for weight in head.parameters())
 
 
 def _num_weights(step: Step) -> int:

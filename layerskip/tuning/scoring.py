@@ -1,4 +1,4 @@
-"""How a stand-in does on some texts: its loss, and how often the full model's choice is among its best tokens."""
+"""How a draft does on some texts: its loss, and how often the full model's choice is among its best tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
 from layerskip.tuning.data import TuningText
-from layerskip.tuning.learners import Learner
+from layerskip.tuning.learners import Guesses, Learner
 
 Loss = Literal["kl", "ce", "both"]
 LOSSES: tuple[Loss, ...] = ("kl", "ce", "both")
@@ -34,20 +33,44 @@ class Agreement:
         positions: How many of them.
         loss: The mean of what training minimizes.
         coverage: Share of the full model's choices that are in the draft vocabulary.
-        top: Share of positions at which the full model's choice is among the draft's best ``k`` tokens, by ``k``.
+        top: Share of positions at which the full model's choice is among the draft's best ``k`` tokens, by ``k``; of
+            draft heads, those of the first.
+        later: The same of the second head, the third and so on, each where the text was as it was up to there; nothing
+            without heads.
     """
 
     positions: int
     loss: float
     coverage: float
     top: Mapping[int, float]
+    later: tuple[Mapping[int, float], ...] = ()
+
+    @property
+    def by_place(self) -> tuple[Mapping[int, float], ...]:
+        """``top`` and ``later``."""
+        return (self.top, *self.later)
+
+
+@dataclass
+class _Count:
+    """What was found at one place of drafts."""
+
+    positions: int
+    loss: float
+    covered: int
+    within: dict[int, int]
+
+    @classmethod
+    def empty(cls) -> _Count:
+        return cls(0, 0.0, 0, dict.fromkeys(RANKS, 0))
+
+    @property
+    def top(self) -> dict[int, float]:
+        return {k: count / max(self.positions, 1) for k, count in self.within.items()}
 
 
 class Scorer:
-    """Scores stand-ins that reach to the top of the stack on batches of whole texts.
-
-    A text is taken as a whole, with a causal mask, so that a layer's attention sees its own keys of all positions
-    before, as in decoding.
+    """Scores what learners say about batches of whole texts.
 
     Args:
         model: The full model, whose weights must not ask for gradients.
@@ -67,50 +90,52 @@ class Scorer:
 
     def learn_from(self, learner: Learner, texts: Sequence[TuningText]) -> float:
         """Add the gradient of the mean loss over all asked positions to the learner's parameters; return that loss."""
-        states, after, choices = self._states(learner, texts)
+        guesses = [guess for guess in self._guesses(learner, texts) if len(guess.states)]
         # Chunk by chunk through the head, so that the scores of one chunk are in memory at a time.
-        leaf = states.detach().requires_grad_()
+        leaves = [guess.states.detach().requires_grad_() for guess in guesses]
         total = 0.0
-        for part, target, columns in self._chunks(leaf, after, choices):
-            loss = self._losses(self._scores(part), self._targets(target), columns).sum() / len(choices)
-            loss.backward()
-            total += float(loss.detach())
-        states.backward(leaf.grad)
+        for guess, leaf in zip(guesses, leaves, strict=True):
+            share = guess.weight / len(leaf)
+            for part, target, columns in self._chunks(guess, leaf):
+                loss = share * self._losses(self._scores(part), target, columns).sum()
+                loss.backward()
+                total += float(loss.detach())
+        torch.autograd.backward([guess.states for guess in guesses], [leaf.grad for leaf in leaves])
         return total
 
     @torch.no_grad()
     def agreement(self, learner: Learner, batches: Sequence[Sequence[TuningText]]) -> Agreement:
         """How a learner does on some batches of texts."""
-        total, loss, covered = 0, 0.0, 0
-        within = dict.fromkeys(RANKS, 0)
+        counts: list[_Count] = []
         for texts in batches:
-            for part, target, columns in self._chunks(*self._states(learner, texts)):
-                scores = self._scores(part)
-                loss += float(self._losses(scores, self._targets(target), columns).sum())
-                known = columns != _IGNORED
-                own = scores.gather(-1, columns.clamp(min=0)[:, None])
-                rank = (scores > own).sum(-1)
-                total, covered = total + len(columns), covered + int(known.sum())
-                for k in RANKS:
-                    within[k] += int((known & (rank < k)).sum())
-        return Agreement(total, loss / total, covered / total, {k: count / total for k, count in within.items()})
+            guesses = self._guesses(learner, texts)
+            counts = counts or [_Count.empty() for _ in guesses]
+            for count, guess in zip(counts, guesses, strict=True):
+                self._add(count, guess)
+        first, *later = counts
+        loss = sum(count.loss / max(count.positions, 1) for count in counts)
+        share = first.covered / max(first.positions, 1)
+        return Agreement(first.positions, loss, share, first.top, tuple(count.top for count in later))
 
-    def _states(self, learner: Learner, texts: Sequence[TuningText]) -> tuple[Tensor, Tensor, Tensor]:
-        """At all asked positions: the draft's last states and the full model's, ``[p, hidden_size]``; choices."""
-        device = self._model.device
-        longest = max(len(text.tokens) for text in texts)
-        before = torch.stack([functional.pad(t.before, (0, 0, 0, longest - len(t.tokens))) for t in texts])
-        asked = torch.stack([functional.pad(text.asked, (0, longest - len(text.tokens))) for text in texts])
-        context = self._model.pass_context(longest, _Forgetful())
+    def _add(self, count: _Count, guess: Guesses) -> None:
+        for part, target, columns in self._chunks(guess, guess.states):
+            scores = self._scores(part)
+            known = columns != _IGNORED
+            own = scores.gather(-1, columns.clamp(min=0)[:, None])
+            rank = (scores > own).sum(-1)
+            count.loss += guess.weight * float(self._losses(scores, target, columns).sum())
+            count.positions += len(columns)
+            count.covered += int(known.sum())
+            for k in RANKS:
+                count.within[k] += int((known & (rank < k)).sum())
+
+    def _guesses(self, learner: Learner, texts: Sequence[TuningText]) -> list[Guesses]:
         with self._precision():
-            states = learner.step(before.to(device, torch.float32), context)  # [b, longest, hidden_size]
-        after = torch.cat([text.after[text.asked] for text in texts])
-        choices = torch.cat([text.choices[text.asked] for text in texts]).long()
-        return states[asked.to(device)], after.to(device), choices
+            return learner.guesses(texts)
 
-    def _chunks(self, states: Tensor, after: Tensor, choices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        columns = self._columns[choices].to(states.device)
-        return zip(*(part.split(self._chunk) for part in (states, after, columns)), strict=True)
+    def _chunks(self, guess: Guesses, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        columns = self._columns[guess.choices].to(states.device)
+        return zip(*(part.split(self._chunk) for part in (states, guess.after, columns)), strict=True)
 
     def _scores(self, states: Tensor) -> Tensor:
         with self._precision():
@@ -120,11 +145,11 @@ class Scorer:
     def _targets(self, after: Tensor) -> Tensor:
         return self._scores(after.to(self._model.dtype))
 
-    def _losses(self, scores: Tensor, target: Tensor, columns: Tensor) -> Tensor:
-        """Of each position, ``[p]``."""
+    def _losses(self, scores: Tensor, after: Tensor, columns: Tensor) -> Tensor:
+        """Of each position, ``[p]``; ``after``, ``[p, hidden_size]``, are the full model's states there."""
         losses = scores.new_zeros(len(scores))
         if self._loss != "ce":
-            wanted = target.log_softmax(-1)
+            wanted = self._targets(after).log_softmax(-1)
             losses = losses + functional.kl_div(scores.log_softmax(-1), wanted, log_target=True, reduction="none").sum(
                 -1
             )
@@ -136,19 +161,6 @@ class Scorer:
         device = self._model.device.type
         mixed = device == "cuda" or self._model.dtype != torch.float32
         return torch.autocast(device, dtype=torch.bfloat16, enabled=mixed)
-
-
-class _Forgetful(KVCache):
-    """For passes over whole texts: keys and values are those of the pass alone, for any number of texts."""
-
-    def __init__(self) -> None:
-        super().__init__(num_layers=0, capacity=0)
-
-    def reserve(self, positions: int) -> None:
-        pass
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        return keys, values
 
 
 @contextmanager

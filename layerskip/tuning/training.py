@@ -1,4 +1,4 @@
-"""Training a stand-in: AdamW on batches of whole texts, stopped when held-out texts gain no more."""
+"""Training stand-ins and draft heads: AdamW on batches of whole texts, stopped when held-out texts gain no more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ class Trained:
     """What training came to.
 
     Args:
-        assets: The stand-in as it was at the best look, with the draft vocabulary.
+        assets: What was trained as it was at the best look, with the draft vocabulary.
         agreement: How it does on held-out texts.
         looks: All looks of this run, the one before its first step among them.
         interrupted: Whether Ctrl-C ended it.
@@ -118,11 +118,11 @@ def train(
     folder: Path | None = None,
     observe: Callable[[Look], None] = lambda look: None,
 ) -> Trained:
-    """Train a stand-in for everything above an exit; the model's own weights stay as they are.
+    """Train a stand-in for everything above an exit, or draft heads; the model's own weights stay as they are.
 
     Args:
         model: The full model.
-        learner: What to train; its run ends at the top of the stack.
+        learner: What to train; what it stands for ends at the top of the stack.
         shards: What the full model wrote.
         settings: How to train.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
@@ -146,8 +146,7 @@ def train(
         except KeyboardInterrupt:
             interrupted = True
         agreement = training.take_best()
-    best = learner.assets(training.state.best)
-    assets = DraftAssets(best.bridges, token_ids, best.layers)
+    assets = replace(learner.assets(training.state.best), token_ids=token_ids)
     return Trained(assets, agreement, training.looks, interrupted)
 
 
@@ -192,7 +191,8 @@ class _Training:
     def _digest(self, token_ids: Tensor | None) -> str:
         """Changes with whatever would make it another training."""
         ids = None if token_ids is None else token_ids.tolist()
-        run = [self._learner.start, self._learner.stop, sorted(self._learner.parameters)]
+        shapes = sorted((name, list(value.shape)) for name, value in self._learner.parameters.items())
+        run = [self._learner.start, self._learner.stop, shapes]
         first = [float(value.detach().double().sum()) for value in self._learner.parameters.values()]
         texts = [[path.name for path in self._shards.paths], self._shards.positions]
         what = json.dumps([asdict(self._settings), ids, run, first, texts])
