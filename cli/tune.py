@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,9 +28,19 @@ def tune(
         typer.Option("--exit", help="Layers that the draft keeps.", show_default="the profile's, or an eighth of all"),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="What stands in for the rest: a decoder layer, or a bridge (an affine map).")
+        str,
+        typer.Option(
+            help="What stands in for the rest: a decoder layer, or a bridge (an affine map). Or draft heads behind the "
+            "full model: medusa, hydra."
+        ),
     ] = "layer",
-    loss: Annotated[str, typer.Option(help="kl (to the full model), ce (of its choices) or both.")] = "kl",
+    heads: Annotated[
+        int | None, typer.Option(help="Draft heads, each for one more token of a draft.", show_default="4")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="kl (to the full model), ce (of its choices) or both.", show_default="kl; ce for medusa"),
+    ] = None,
     positions: Annotated[int, typer.Option(help="Positions of the model's own text to learn from.")] = 80_000,
     minutes: Annotated[
         float | None, typer.Option(help="Most minutes of training, behind the writing.", show_default="no limit")
@@ -59,7 +70,7 @@ def tune(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train what stands in for the layers above an early exit, and save it as a draft profile.
+    """Train what stands in for the layers above an early exit, or draft heads, and save it as a draft profile.
 
     The model's own weights do not change. Ctrl-C while it trains keeps the best so far; the same command goes on where
     it stopped.
@@ -72,6 +83,7 @@ def tune(
         out,
         exit=exit_after,
         kind=kind,
+        heads=heads,
         loss=loss,
         positions=positions,
         minutes=minutes,
@@ -105,8 +117,10 @@ def _report(tuned: Tuned, out: Path, json: bool) -> None:
             {
                 "profile": str(out),
                 "exit": tuned.exit,
+                "heads": tuned.heads,
                 "positions": tuned.positions,
-                "agreement": {str(k): share for k, share in agreement.top.items()},
+                "agreement": _by_rank(agreement.top),
+                "agreement_by_head": [_by_rank(top) for top in agreement.by_place] if tuned.heads else None,
                 "coverage": agreement.coverage,
                 "ideal_speedup": tuned.ideal,
                 "predicted_speedup": tuned.predicted,
@@ -121,10 +135,11 @@ def _report(tuned: Tuned, out: Path, json: bool) -> None:
         return
     from cli.tuning import in_percent
 
-    stdout.print(f"exit      after layer {tuned.exit} of {profile.model.num_layers}, on {tuned.positions} positions")
+    made = f"{tuned.heads}" if tuned.heads else f"after layer {tuned.exit} of {profile.model.num_layers}"
+    stdout.print(f"{'heads' if tuned.heads else 'exit ':9} {made}, on {tuned.positions} positions")
     stdout.print(f"draft     {profile.draft}")
     stdout.print(f"agreement {in_percent(agreement)} of {agreement.positions} held-out positions")
-    stdout.print(f"ideal     {tuned.ideal:.2f}×, if verifying cost one plain step and a draft step what it reads")
+    stdout.print(f"ideal     {tuned.ideal:.2f}×, if verifying cost one plain step and drafting what it reads")
     if measured is not None:
         stdout.print(f"predicted {tuned.predicted:.2f}×, by replay and what the parts of a step cost here")
         stdout.print(
@@ -143,3 +158,7 @@ def _report(tuned: Tuned, out: Path, json: bool) -> None:
         )
     if tuned.interrupted:
         stdout.print("Interrupted: nothing was measured; the same command goes on where it stopped.")
+
+
+def _by_rank(top: Mapping[int, float]) -> dict[str, float]:
+    return {str(k): share for k, share in top.items()}

@@ -17,7 +17,8 @@ from layerskip.tuning import Agreement, Look
 from search.loading import wrapped
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
 from search.space import Policy
-from search.tuning import TuningObserver, TuningSettings, exit_of
+from search.tuned_drafts import exit_of
+from search.tuning import TuningObserver, TuningSettings
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def opened(
     engine: str,
     compiled: bool,
 ) -> Opened:
-    """Load the model, or that of a profile, whose exit and draft vocabulary it then takes where none are given.
+    """Load the model, or that of a profile, whose exit and draft vocabulary are then taken where none are given.
 
     Raises:
         LayerSkipError: Something cannot be used as it is.
@@ -61,7 +62,7 @@ def opened(
     if profile is not None:
         settings = replace(
             settings,
-            exit=settings.exit or exit_of(profile.skip_set),
+            exit=None if settings.drafts_with_heads else settings.exit or exit_of(profile.skip_set),
             vocabulary=_vocabulary(profile) if settings.vocabulary is None else settings.vocabulary,
         )
     chosen = read_prompts(prompts) if prompts else built_in_prompts()
@@ -85,9 +86,12 @@ def _vocabulary(profile: DraftProfile) -> int | None:
 
 
 def in_percent(agreement: Agreement) -> str:
-    """The full model's choice among the draft's best tokens, as ``32.5 / 42.0 / 51.0 % (best 1 / 2 / 4)``."""
-    shares = " / ".join(f"{100 * share:.1f}" for share in agreement.top.values())
-    return f"{shares} % (best {' / '.join(map(str, agreement.top))})"
+    """The full model's choice among the draft's best tokens, as ``32.5 / 42.0 / 51.0 % (best 1 / 2 / 4)``.
+
+    Of draft heads, for each of them, as ``32.5 / 42.0, 20.1 / 31.2 % (best 1 / 2, by head)``.
+    """
+    shares = ", ".join(" / ".join(f"{100 * share:.1f}" for share in top.values()) for top in agreement.by_place)
+    return f"{shares} % (best {' / '.join(map(str, agreement.top))}{', by head' * bool(agreement.later)})"
 
 
 class TuningProgress(TuningObserver):

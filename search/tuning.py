@@ -14,15 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold
 from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import fit_bridge, runs_of
-from layerskip.drafts.layers import LayerWeights
+from layerskip.drafts.heads import HEAD_KINDS, HeadKind
 from layerskip.errors import InvalidInputError, LayerSkipError
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.stack.stack import Stack
 from layerskip.tuning import (
     Agreement,
     DataSettings,
@@ -36,26 +33,21 @@ from layerskip.tuning import (
     Trained,
     TrainingSettings,
     TuningData,
-    bridge_learner,
-    layer_learner,
     train,
     vocabulary_of,
 )
-from layerskip.tuning.prediction import speedup, step_cost_by_weights
-from search.branching import branching_policies
-from search.copying import copies_along, copying_policies
-from search.estimate import Trace, ranked
 from search.latency import measure_latency
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
 from search.outcome import measured_part
 from search.prompts import PromptSplit
 from search.quiet import Quiet
 from search.reference import ReferenceRun, ReferenceText
-from search.replay import Prediction, RoundCosts, replay
+from search.replay import Prediction
 from search.space import Policy, SearchSpace
+from search.tuned_drafts import TunedDraft, TunedHeads, TunedStandIn
 
-Kind = Literal["layer", "bridge"]
-KINDS: tuple[Kind, ...] = ("layer", "bridge")
+Kind = Literal["layer", "bridge"] | HeadKind
+KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEAD_KINDS)
 
 # The share of layers that a draft keeps unless it is told otherwise; Kangaroo's exits are lower, in deeper models.
 _EXIT_SHARE = 1 / 8
@@ -63,7 +55,7 @@ _VOCABULARY = 8192
 # Answers to the same given prompts are sampled, so that asking them again gives other texts.
 _ROUNDS = 64
 _AGAIN_TEMPERATURE = 0.8
-_BRIDGE_POSITIONS = 8192
+_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,11 @@ class TuningSettings:
 
     Args:
         exit: Layers that the draft keeps; None takes an eighth of them.
-        kind: ``layer``: one decoder layer above the exit; ``bridge``: an affine map.
-        loss: What training minimizes, see :class:`layerskip.tuning.TrainingSettings`.
+        kind: ``layer``: one decoder layer above the exit; ``bridge``: an affine map; ``medusa`` and ``hydra``: draft
+            heads behind the full model, without an exit.
+        heads: How many draft heads; None is 4.
+        loss: What training minimizes, see :class:`layerskip.tuning.TrainingSettings`; None is ``ce`` for Medusa heads,
+            as in their paper, and ``kl`` for the others.
         positions: Positions of the model's own text to learn from and to test with.
         minutes: Most minutes of training; None has no limit but the epochs.
         epochs: How often each text is learned from, at most.
@@ -89,7 +84,8 @@ class TuningSettings:
 
     exit: int | None = None
     kind: Kind = "layer"
-    loss: Loss = "kl"
+    heads: int | None = None
+    loss: Loss | None = None
     positions: int = 80_000
     minutes: float | None = None
     epochs: int = 8
@@ -100,8 +96,12 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InvalidInputError(f"kind '{self.kind}' is unknown; expected {' or '.join(KINDS)}")
-        for name in ("exit", "positions", "answer_tokens", "max_new_tokens"):
+            raise InvalidInputError(f"kind '{self.kind}' is unknown; expected {', '.join(KINDS)}")
+        if self.drafts_with_heads and self.exit is not None:
+            raise InvalidInputError(f"exit: {self.kind} heads draft behind all layers, so there is none; leave it out")
+        if not self.drafts_with_heads and self.heads is not None:
+            raise InvalidInputError(f"heads: a {self.kind} has none; leave it out, or choose {' or '.join(HEAD_KINDS)}")
+        for name in ("exit", "heads", "positions", "answer_tokens", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.vocabulary is not None and self.vocabulary < 0:
@@ -109,9 +109,15 @@ class TuningSettings:
         self.training  # noqa: B018 - its own checks
 
     @property
+    def drafts_with_heads(self) -> bool:
+        """Whether draft heads are to be trained."""
+        return self.kind in HEAD_KINDS
+
+    @property
     def training(self) -> TrainingSettings:
         """The part that says how to train."""
-        return TrainingSettings(loss=self.loss, epochs=self.epochs, minutes=self.minutes, seed=self.seed)
+        loss = self.loss or ("ce" if self.kind == "medusa" else "kl")
+        return TrainingSettings(loss=loss, epochs=self.epochs, minutes=self.minutes, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -120,17 +126,19 @@ class Tuned:
 
     Args:
         profile: The draft's profile; without figures if Ctrl-C ended the training.
-        exit: Layers that the draft keeps.
+        exit: Layers that the draft keeps; None for draft heads.
+        heads: How many draft heads there are.
         positions: Positions of text that there were.
-        agreement: How the stand-in does on held-out texts.
-        ideal: The speedup that this gives for chains if verifying costs one plain step, and a draft step the weights
-            that it reads.
+        agreement: How the draft does on held-out texts.
+        ideal: The speedup that this gives for chains if verifying costs one plain step, and drafting the weights that
+            it reads.
         predicted: What replay foretells of the draft exit that it chose; None without figures.
         interrupted: Whether Ctrl-C ended the training.
     """
 
     profile: DraftProfile
-    exit: int
+    exit: int | None
+    heads: int
     positions: int
     agreement: Agreement
     ideal: float
@@ -198,7 +206,9 @@ class Tuning:
         self._settings = settings
         self._folder = folder
         self._observer = observer
-        self.exit = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
+        # Texts to train heads with are those that are kept for a stand-in above the usual exit.
+        exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
+        self._draft = _draft(model, settings, exit_after)
         learned = 2 * len(split.search) // 3 if given else 0
         self._choosing = split.search[learned:] or split.search
         self._measuring = split.held_out
@@ -209,20 +219,12 @@ class Tuning:
         else:
             source = SelfWrittenPrompts(model, tokenizer, seed=settings.seed)
         data_settings = DataSettings(
-            self.exit,
+            exit_after,
             max_new_tokens=settings.answer_tokens,
             temperature=_AGAIN_TEMPERATURE if given else 0.0,
             seed=settings.seed,
         )
         self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
-
-    @property
-    def _start(self) -> int:
-        return 2 * self.exit
-
-    @property
-    def _stop(self) -> int:
-        return len(self._model.sublayers)
 
     def run(self) -> Tuned:
         """Write, train, choose and measure.
@@ -234,41 +236,33 @@ class Tuning:
         shards = self._data.collect(self._settings.positions, self._observer.text_written)
         ids = self._vocabulary(shards)
         self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
-        learner = self._learner(shards)
-        skip_set = early_exit(self._model.num_layers, self.exit)
-        untrained = learner.assets(learner.parameters).stand_ins(self._model)
-        cost = step_cost_by_weights(self._model, self._model.stack_of(skip_set, stand_ins=untrained, token_ids=ids))
+        learner = self._draft.learner(shards)
+        ideal = self._draft.ideal(learner, ids)
 
         def observe(look: Look) -> None:
-            self._observer.looked(look, speedup(look.agreement.top[1], cost))
+            self._observer.looked(look, ideal(look.agreement))
 
         trained = self._trained(learner, shards, ids, observe)
-        profile = self._profile(skip_set, trained)
+        profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
             profile, predicted = self._with_figures(profile, trained.assets)
-        ideal = speedup(trained.agreement.top[1], cost)
-        return Tuned(profile, self.exit, shards.positions, trained.agreement, ideal, predicted, trained.interrupted)
+        return Tuned(
+            profile,
+            self._draft.exit,
+            self._draft.heads,
+            shards.positions,
+            trained.agreement,
+            ideal(trained.agreement),
+            predicted,
+            trained.interrupted,
+        )
 
     def _vocabulary(self, shards: Shards) -> Tensor | None:
         size = self._settings.vocabulary
         if size is None:
             size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
         return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
-
-    def _learner(self, shards: Shards) -> Learner:
-        if self._settings.kind == "layer":
-            # The top one knows best what the head expects.
-            top = self._model.num_layers - 1
-            return layer_learner(self._model, LayerWeights.copied(self._model, self._start, self._stop, top))
-        before: list[Tensor] = []
-        after: list[Tensor] = []
-        share = max(shards.positions // _BRIDGE_POSITIONS, 1)
-        for text in shards.learned(shards.paths):
-            before.append(text.before[text.asked][::share])
-            after.append(text.after[text.asked][::share])
-        below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
-        return bridge_learner(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
 
     def _trained(
         self, learner: Learner, shards: Shards, ids: Tensor | None, observe: Callable[[Look], None]
@@ -291,10 +285,10 @@ class Tuning:
         # In two bytes a number: half the file, and what a draft is off by changes no output.
         return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
 
-    def _profile(self, skip_set: SkipSet, trained: Trained) -> DraftProfile:
+    def _profile(self, trained: Trained) -> DraftProfile:
         profile = DraftProfile(
             model=self._identity,
-            skip_set=skip_set,
+            skip_set=self._draft.skip_set,
             draft_exit=ConfidenceThreshold(),
             provenance=Provenance(
                 created=datetime.now(UTC),
@@ -311,8 +305,7 @@ class Tuning:
             run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
-        stack = self._model.stack_of(profile.skip_set, stand_ins=here.stand_ins(self._model), token_ids=here.token_ids)
-        best = self._best_exit(stack, texts, quiet)
+        best = self._best_policy(here, texts, quiet)
         self._observer.exit_chosen(best.policy, best.speedup)
         profile = profile.model_copy(update=vars(best.policy))
         profile = profile.with_assets(assets)
@@ -327,17 +320,14 @@ class Tuning:
         )
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
-    def _best_exit(self, stack: Stack, texts: Sequence[ReferenceText], quiet: Quiet) -> Prediction:
-        size = 0 if stack.token_ids is None else len(stack.token_ids)
+    def _best_policy(self, assets: DraftAssets, texts: Sequence[ReferenceText], quiet: Quiet) -> Prediction:
+        size = 0 if assets.token_ids is None else len(assets.token_ids)
         space = replace(SearchSpace.of(self._model), vocabularies=(0, size) if size else (0,))
         self._observer.costs_begin()
         with quiet.alone():
-            latency = measure_latency(self._model, space)
-        traces = [trace_of(self._model, stack, text) for text in texts]
-        costs = RoundCosts.of(latency, stack, self._model, traces, space.most_drafted)
+            latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
         limit = self._settings.max_new_tokens
-        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], costs, limit=limit)
-        return replay(traces, list(copying_policies(best.policy)), costs, limit=limit, copies=copies_along(texts))
+        return self._draft.best_policy(assets, texts, space, latency, costs, limit=limit)
 
     def _measured(self, profile: DraftProfile) -> Summary:
         limit = self._settings.max_new_tokens
@@ -351,44 +341,9 @@ class Tuning:
         return summarize(done)
 
 
-def early_exit(num_layers: int, layers: int) -> SkipSet:
-    """The skip set of a draft that leaves the model behind so many layers.
-
-    Raises:
-        InvalidInputError: They are none, or all.
-    """
-    if not 1 <= layers < num_layers:
-        raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {layers}")
-    skipped = range(layers, num_layers)
-    return SkipSet(num_layers, skipped, skipped)  # type: ignore[arg-type]
-
-
-def exit_of(skip_set: SkipSet) -> int:
-    """The layers that a draft with an early exit keeps.
-
-    Raises:
-        InvalidInputError: The skip set is none: it keeps something above what it leaves out.
-    """
-    match runs_of(skip_set):
-        case [(start, stop)] if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
-            return start // 2
-    raise InvalidInputError(
-        f"the profile leaves out {skip_set}, which is no early exit, and only what reaches the top can be tuned; "
-        "name an exit with --exit"
-    )
-
-
-@torch.inference_mode()
-def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
-    """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
-
-    Args:
-        model: The model.
-        stack: The draft's; above what it shares with the full model it has stand-ins alone.
-        text: What the full model wrote.
-    """
-    tokens = text.tokens.to(model.device)
-    n = len(tokens)
-    x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
-    ranks, confidence = ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices)
-    return Trace(ranks.numpy(), confidence.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)
+def _draft(model: LayerSkipModel, settings: TuningSettings, exit_after: int) -> TunedDraft:
+    match settings.kind:
+        case "medusa" | "hydra" as kind:
+            return TunedHeads(model, kind, settings.heads or _HEADS, seed=settings.seed)
+        case "layer" | "bridge" as kind:
+            return TunedStandIn(model, kind, exit_after)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from layerskip.drafts.bridges import Bridge
 from layerskip.drafts.heads import DraftHeads
-from layerskip.formula import best_speedup
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack, Step
 from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer
@@ -16,15 +15,21 @@ from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublay
 _LONGEST = 16
 
 
-def speedup(acceptance: float, step_cost: float, verification: Callable[[int], float] = lambda tokens: 1.0) -> float:
-    """The speedup of drafting chains of the best fixed length: tokens of a round ÷ its cost in plain steps.
+def branching_speedup(top: Mapping[int, float], step_cost: float) -> float:
+    """The speedup of the best draft of a fixed length and number of branches, if verifying costs one plain step.
+
+    A place of a draft stands by any of its branches, but drafting went on behind the first alone: a draft of γ places
+    gives ``1 + (1 + α + ... + α^(γ-1)) · α_k`` tokens.
 
     Args:
-        acceptance: α, the one-step acceptance rate, from 0 to 1.
+        top: How often the full model's choice is among the draft's best ``k`` tokens, α_k, by ``k``; α is that of 1.
         step_cost: Cost of a draft step, in plain decoding steps.
-        verification: Cost of verifying in a pass of so many tokens, likewise; by default that of one token.
     """
-    return best_speedup(acceptance, step_cost, verification, _LONGEST)
+
+    def of(length: int, within: float) -> float:
+        return (1 + within * sum(top[1] ** i for i in range(length))) / (1 + length * step_cost)
+
+    return max(of(length, within) for length in range(1, _LONGEST + 1) for within in top.values())
 
 
 def speedup_of_heads(acceptance: Sequence[float], costs: Sequence[float]) -> float:

@@ -55,6 +55,30 @@ def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
     assert (profile.tensors.layers, profile.tensors.bridges, profile.tensors.vocabulary) == (0, 1, 100)
 
 
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_heads_are_trained_and_applied(layerskip, model_folder, prompts, wrapped, kind):
+    common = ("--kind", kind, "--heads", 2, "--prompts", prompts, *QUICK)
+    outcome = layerskip("tune", model_folder, "--out", "h.json", *common)
+    assert outcome.status == 0, outcome.err
+    assert "heads     2, on " in outcome.out
+    assert "by head" in outcome.err
+    profile = DraftProfile.load("h.json")
+    assert len(profile.skip_set) == 0
+    assert (profile.tensors.heads, profile.assets.heads.kind) == (2, kind)
+    assert profile.measured is not None
+    made = generate(wrapped, [5, 6, 7], drafter=profile.drafter(wrapped), max_new_tokens=16, eos_token_ids=[])
+    assert made.tokens == transformers_greedy(wrapped.hf_model, [5, 6, 7], 16)
+    applied = layerskip("apply", "h.json", "Hello", "--force", "--json", "--max-new-tokens", 8)
+    assert applied.object["speculative"]
+    assert "2 draft heads" in layerskip("profile", "show", "h.json").out
+    again = layerskip("tune", "h.json", "--out", "i.json", "--json", *common).object
+    assert (again["exit"], again["heads"]) == (None, 2)
+    assert [list(top) for top in again["agreement_by_head"]] == [["1", "2", "4", "8"]] * 2
+    exported = layerskip("export", "h.json", "--to", "draft")
+    assert exported.status == 2
+    assert "drafts with heads" in exported.error
+
+
 def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
     arguments = ("tune", model_folder, "--exit", 3, "--prompts", prompts, "--json", *QUICK)
     first, again = (layerskip(*arguments).object for _ in range(2))
@@ -64,7 +88,13 @@ def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--kind", "head"), "kind 'head' is unknown; expected layer or bridge"),
+        (("--kind", "head"), "kind 'head' is unknown; expected layer, bridge, medusa, hydra"),
+        (
+            ("--kind", "medusa", "--exit", "2"),
+            "exit: medusa heads draft behind all layers, so there is none; leave it out",
+        ),
+        (("--heads", "2"), "heads: a layer has none; leave it out, or choose medusa or hydra"),
+        (("--kind", "hydra", "--heads", "0"), "heads: expected at least 1, got 0"),
         (("--loss", "mse"), "loss 'mse' is unknown; expected kl, ce, both"),
         (("--positions", "0"), "positions: expected at least 1, got 0"),
         (("--minutes", "0"), "minutes: expected a number above 0, got 0.0"),

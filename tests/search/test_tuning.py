@@ -6,7 +6,7 @@ import torch
 from layerskip import FixedLength, InvalidInputError, SkipDrafter, SkipSet, generate
 from layerskip.drafts.assets import DraftAssets
 from search.reference import continuations, record
-from search.tuning import early_exit, exit_of, trace_of
+from search.tuned_drafts import early_exit, exit_of, trace_of
 from tests.models import LAYERS, random_layers
 
 TOP = 2 * LAYERS

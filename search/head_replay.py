@@ -1,0 +1,256 @@
+"""When drafts of heads should end, and how they should branch: their rounds played through along known texts.
+
+As :mod:`search.replay` does it for drafts of the stack. There one trace tells of every place of a draft, because all of
+them are asked the same question. Heads have a trace for each place. It says what they propose where the text is as they
+proposed it before: all that decides what stands, but not quite how far a draft of Hydra's goes on behind a wrong token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
+from layerskip.decoding.heads import HeadDrafter
+from layerskip.decoding.sampling import Sampling
+from layerskip.drafts.heads import DraftHeads
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.stack import Stack
+from layerskip.timing import device_seconds
+from search.branching import best_comb
+from search.estimate import LAST_RANK, ranked
+from search.latency import LatencyModel
+from search.reference import ReferenceText
+from search.replay import Prediction
+from search.space import Policy, SearchSpace
+
+_CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
+_REPEATS = 11
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTrace:
+    """What heads would propose along one reference text, where the text is as they proposed it up to their place.
+
+    Args:
+        ranks: By place ``[m - 1 - place]``: for each new token but the last ones, were it the newest, the rank of the
+            full model's choice among the head's tokens, likeliest first; at most ``LAST_RANK``.
+        confidence: Likewise, the probability of the head's likeliest token.
+        target_confidence: ``[m - 1]``, the probability that the full model gives to its own choice behind each token.
+        prompt_length: Tokens of the prompt.
+        new_tokens: ``m``, tokens of the continuation.
+    """
+
+    ranks: tuple[np.ndarray, ...]
+    confidence: tuple[np.ndarray, ...]
+    target_confidence: np.ndarray
+    prompt_length: int
+    new_tokens: int
+
+
+@torch.inference_mode()
+def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText) -> HeadTrace:
+    """The trace of heads along a text: one pass of the full model over it.
+
+    Args:
+        model: The model.
+        heads: The heads, on its device and in its dtype.
+        stack: Any of the model's, with the draft vocabulary.
+        text: What the full model wrote.
+    """
+    tokens = text.tokens.to(model.device)
+    states = model.forward(tokens, model.new_cache(len(tokens)))[0].to(model.device)
+    embedded = model.embed(tokens)[0]
+    ranks, confidence = [], []
+    for place in range(heads.count):
+        count = text.new_tokens - 1 - place  # newest tokens behind which the text has this place
+        if count < 1:
+            ranks.append(np.empty(0, dtype=int))
+            confidence.append(np.empty(0))
+            continue
+        first = text.prompt_length
+        known = embedded[first : first + count + place].unfold(0, place + 1, 1).transpose(1, 2)
+        said = heads.at(place, states[first - 1 : first - 1 + count], known)
+        rank, sure = ranked(model, stack, said, text.choices[place:])
+        ranks.append(rank.numpy())
+        confidence.append(sure.numpy())
+    target = text.confidence.cpu().numpy()
+    return HeadTrace(tuple(ranks), tuple(confidence), target, text.prompt_length, text.new_tokens)
+
+
+def head_gains(traces: Sequence[HeadTrace], depth: int) -> np.ndarray:
+    """How often a token adds to a round: ``[depth, LAST_RANK]``, by place and rank, over all newest tokens."""
+    found = np.zeros((depth, LAST_RANK))
+    for trace in traces:
+        stands = np.ones(len(trace.ranks[0]), dtype=bool)  # behind which newest tokens the chain does so far
+        for place in range(depth):
+            ranks = trace.ranks[place]
+            stands = stands[: len(ranks)]
+            there = ranks[stands & (ranks < LAST_RANK)]
+            found[place] += np.bincount(there, minlength=LAST_RANK)
+            stands = stands & (ranks == 0)
+    return found / max(sum(len(trace.ranks[0]) for trace in traces), 1)
+
+
+def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -> Iterator[Policy]:
+    """Drafts of every length, with and without a confidence threshold, gates and branches.
+
+    Args:
+        traces: Of the heads.
+        heads: How many there are.
+        space: Gives gates and sizes of trees.
+    """
+    deepest = head_gains(traces, heads)
+    for depth in range(1, heads + 1):
+        exits: list[DraftExit] = [FixedLength(depth)]
+        if depth > 1:
+            exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
+        shapes = [(), *(best_comb(deepest[:depth], size) for size in space.trees if size > depth)]
+        yield from (Policy(one, gate, shape) for one in exits for gate in space.gates for shape in shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCosts:
+    """What rounds cost.
+
+    Args:
+        draft: Seconds of drafting by the number of heads that are asked, from 0 on.
+        prefill: For each text, seconds until the first token.
+        verification: For each text, seconds of verifying by the number of drafted tokens, from 0 on.
+        at_once: Whether all heads of a draft are asked before its first token is proposed.
+    """
+
+    draft: Sequence[float]
+    prefill: Sequence[float]
+    verification: Sequence[Sequence[float]]
+    at_once: bool
+
+    @classmethod
+    def of(
+        cls,
+        latency: LatencyModel,
+        model: LayerSkipModel,
+        heads: DraftHeads,
+        draft: Sequence[float],
+        traces: Sequence[HeadTrace],
+        most: int,
+    ) -> HeadCosts:
+        """The costs on texts of these lengths.
+
+        Args:
+            latency: What passes of the full model cost.
+            model: The model, whose engine chooses how to verify.
+            heads: The heads.
+            draft: As in the class.
+            traces: One for each text.
+            most: Tokens in the largest draft.
+        """
+        choice = model.engine.costs
+        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
+        verification = [[latency.verification(k + 1, 0.0, at, choice) for k in range(most + 1)] for at in contexts]
+        return cls(draft, [latency.prefill(trace.prompt_length) for trace in traces], verification, heads.at_once)
+
+
+@torch.inference_mode()
+def measure_drafts(model: LayerSkipModel, drafter: HeadDrafter, longest: int) -> list[float]:
+    """Seconds of drafting chains of no token, one token, and so on; medians, interleaved.
+
+    Args:
+        model: The model.
+        drafter: Drafts with the heads, and never stops early.
+        longest: How many heads there are.
+    """
+    newest = torch.zeros(1, dtype=torch.long, device=model.device)
+    cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
+    drafter.start(newest, model.embed(newest)[0, 0])
+    seconds: list[list[float]] = [[] for _ in range(longest + 1)]
+    for repeat in range(_REPEATS + 1):
+        for length, measured in enumerate(seconds):
+            began = device_seconds(model.device)
+            drafter.propose(newest, cache, length, sampler)
+            if repeat:
+                measured.append(device_seconds(model.device) - began)
+    return [statistics.median(measured) for measured in seconds]
+
+
+def replay_heads(
+    traces: Sequence[HeadTrace], policies: Sequence[Policy], costs: HeadCosts, *, limit: int
+) -> Prediction:
+    """Find the policy with which the heads would have been fastest.
+
+    Args:
+        traces: One for each text.
+        policies: What to try; adaptive thresholds are not known here.
+        costs: What rounds cost.
+        limit: Most new tokens of a generation.
+    """
+    plain = sum(
+        prefill + (trace.new_tokens - 1) * verification[0]
+        for trace, prefill, verification in zip(traces, costs.prefill, costs.verification, strict=True)
+    )
+    predictions = (_predicted(traces, policy, costs, limit, plain) for policy in policies)
+    return max(predictions, key=lambda prediction: prediction.speedup)
+
+
+def _predicted(traces: Sequence[HeadTrace], policy: Policy, costs: HeadCosts, limit: int, plain: float) -> Prediction:
+    played = [_Played(trace, policy, costs, number, limit) for number, trace in enumerate(traces)]
+    seconds = tuple(one.seconds for one in played)
+    drafted = sum(one.drafted for one in played)
+    rate = sum(one.accepted for one in played) / drafted if drafted else None
+    return Prediction(policy, plain / sum(seconds), rate, seconds)
+
+
+class _Played:
+    """One text's rounds under a policy.
+
+    Attributes:
+        seconds: What they would take, with the prompt.
+        drafted: Places that tokens would be proposed for.
+        accepted: Proposed tokens that would stand.
+    """
+
+    def __init__(self, trace: HeadTrace, policy: Policy, costs: HeadCosts, number: int, limit: int) -> None:
+        self._trace = trace
+        self._policy = policy
+        controller = policy.draft_exit.controller()
+        self._longest = min(controller.max_length, len(trace.ranks))
+        self._threshold = controller.threshold
+        self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
+        newest, sure = 0, 1.0
+        while newest < trace.new_tokens - 1:
+            asked = 0 if sure < policy.gate else max(min(self._longest, limit - newest - 2), 0)
+            drafted = self._drafted(newest, asked)
+            accepted = self._accepted(newest, drafted)
+            tokens = sum(self._width(place) for place in range(drafted))
+            self.seconds += costs.draft[asked if costs.at_once else drafted] + costs.verification[number][tokens]
+            self.drafted += drafted
+            self.accepted += accepted
+            behind = newest + accepted
+            sure = trace.target_confidence[behind] if behind < len(trace.target_confidence) else 1.0
+            newest = behind + 1
+
+    def _drafted(self, newest: int, most: int) -> int:
+        for place in range(most):
+            confidence = self._trace.confidence[place]
+            # Behind the end of a text that ended by itself drafts go on, surely and in vain.
+            if newest < len(confidence) and confidence[newest] < self._threshold:
+                return place + 1
+        return most
+
+    def _accepted(self, newest: int, drafted: int) -> int:
+        for place in range(drafted):
+            rank = self._rank(newest, place)
+            if rank:
+                return place + (rank < self._width(place))
+        return drafted
+
+    def _rank(self, newest: int, place: int) -> int:
+        ranks = self._trace.ranks[place]
+        return int(ranks[newest]) if newest < len(ranks) else LAST_RANK
+
+    def _width(self, place: int) -> int:
+        return self._policy.branches[place] if place < len(self._policy.branches) else 1

@@ -1,0 +1,245 @@
+"""What ``layerskip tune`` can make: stand-ins above an early exit, and draft heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from layerskip.decoding.draft_exit import FixedLength
+from layerskip.decoding.heads import HeadDrafter
+from layerskip.drafts.assets import DraftAssets
+from layerskip.drafts.bridges import fit_bridge, runs_of
+from layerskip.drafts.heads import HeadKind, heads_of, untrained_heads
+from layerskip.drafts.layers import LayerWeights
+from layerskip.errors import InvalidInputError
+from layerskip.stack.model import LayerSkipModel
+from layerskip.stack.skipset import SkipSet
+from layerskip.stack.stack import Stack
+from layerskip.tuning import Agreement, Learner, Shards, bridge_learner, heads_learner, layer_learner
+from layerskip.tuning.prediction import branching_speedup, head_costs_by_weights, speedup_of_heads, step_cost_by_weights
+from search.branching import branching_policies
+from search.copying import copies_along, copying_policies
+from search.estimate import Trace, ranked
+from search.head_replay import HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
+from search.latency import LatencyModel
+from search.reference import ReferenceText
+from search.replay import Prediction, RoundCosts, replay
+from search.space import SearchSpace
+
+_BRIDGE_POSITIONS = 8192
+
+Ideal = Callable[[Agreement], float]
+
+
+class TunedDraft(Protocol):
+    """A kind of draft that can be trained.
+
+    Attributes:
+        exit: Layers that it keeps; None where it runs nothing of the stack.
+        heads: How many draft heads it has.
+        skip_set: What it leaves out.
+    """
+
+    exit: int | None
+    heads: int
+
+    @property
+    def skip_set(self) -> SkipSet: ...
+
+    def learner(self, shards: Shards) -> Learner:
+        """What to train, as it is before."""
+
+    def ideal(self, learner: Learner, token_ids: Tensor | None) -> Ideal:
+        """The speedup that an agreement gives if verifying costs one plain step, and drafting the weights that it
+        reads: of stand-ins with branches, of heads for chains.
+
+        Args:
+            learner: What is trained.
+            token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+        """
+
+    def costs(self, assets: DraftAssets) -> Sequence[float]:
+        """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
+
+    def best_policy(
+        self,
+        assets: DraftAssets,
+        texts: Sequence[ReferenceText],
+        space: SearchSpace,
+        latency: LatencyModel,
+        costs: Sequence[float],
+        *,
+        limit: int,
+    ) -> Prediction:
+        """When its drafts should end and how they should branch, by replay.
+
+        Args:
+            assets: What was trained, on the model's device and in its dtype.
+            texts: What the full model wrote.
+            space: The policies to try.
+            latency: What parts of the stack cost.
+            costs: From :meth:`costs`.
+            limit: Most new tokens of a generation.
+        """
+
+
+class TunedStandIn:
+    """A decoder layer or a bridge in place of all layers above an early exit.
+
+    Args:
+        model: The model.
+        kind: Which of them.
+        exit: Layers that the draft keeps.
+    """
+
+    heads = 0
+
+    def __init__(self, model: LayerSkipModel, kind: Literal["layer", "bridge"], exit: int) -> None:
+        self._model = model
+        self._kind = kind
+        self.exit: int | None = exit
+        self._start, self._stop = 2 * exit, len(model.sublayers)
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return early_exit(self._model.num_layers, self._start // 2)
+
+    def learner(self, shards: Shards) -> Learner:
+        if self._kind == "layer":
+            # The top one knows best what the head expects.
+            top = self._model.num_layers - 1
+            return layer_learner(self._model, LayerWeights.copied(self._model, self._start, self._stop, top))
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        share = max(shards.positions // _BRIDGE_POSITIONS, 1)
+        for text in shards.learned(shards.paths):
+            before.append(text.before[text.asked][::share])
+            after.append(text.after[text.asked][::share])
+        below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
+        return bridge_learner(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
+
+    def ideal(self, learner: Learner, token_ids: Tensor | None) -> Ideal:
+        stand_ins = learner.assets(learner.parameters).stand_ins(self._model)
+        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=token_ids)
+        cost = step_cost_by_weights(self._model, stack)
+        return lambda agreement: branching_speedup(agreement.top, cost)
+
+    def costs(self, assets: DraftAssets) -> Sequence[float]:
+        return ()
+
+    def best_policy(
+        self,
+        assets: DraftAssets,
+        texts: Sequence[ReferenceText],
+        space: SearchSpace,
+        latency: LatencyModel,
+        costs: Sequence[float],
+        *,
+        limit: int,
+    ) -> Prediction:
+        stand_ins = assets.stand_ins(self._model)
+        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
+        traces = [trace_of(self._model, stack, text) for text in texts]
+        rounds = RoundCosts.of(latency, stack, self._model, traces, space.most_drafted)
+        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
+        return replay(traces, list(copying_policies(best.policy)), rounds, limit=limit, copies=copies_along(texts))
+
+
+class TunedHeads:
+    """Draft heads behind the full model.
+
+    Args:
+        model: The model.
+        kind: Which kind.
+        heads: How many.
+        seed: Of what is random in untrained ones.
+    """
+
+    exit: int | None = None
+
+    def __init__(self, model: LayerSkipModel, kind: HeadKind, heads: int, *, seed: int) -> None:
+        self._model = model
+        self._kind = kind
+        self.heads = heads
+        self._seed = seed
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return SkipSet(self._model.num_layers)
+
+    def learner(self, shards: Shards) -> Learner:
+        size = int(self._model.config.hidden_size)
+        return heads_learner(self._model, untrained_heads(self._kind, self.heads, size, seed=self._seed))
+
+    def ideal(self, learner: Learner, token_ids: Tensor | None) -> Ideal:
+        heads = heads_of(learner.parameters)
+        assert heads is not None
+        stack = self._model.stack_of(self.skip_set, token_ids=token_ids)
+        costs = head_costs_by_weights(self._model, heads, stack)
+        return lambda agreement: speedup_of_heads([top[1] for top in agreement.by_place], costs)
+
+    def costs(self, assets: DraftAssets) -> Sequence[float]:
+        return measure_drafts(self._model, HeadDrafter.of(self._model, FixedLength(self.heads), assets), self.heads)
+
+    def best_policy(
+        self,
+        assets: DraftAssets,
+        texts: Sequence[ReferenceText],
+        space: SearchSpace,
+        latency: LatencyModel,
+        costs: Sequence[float],
+        *,
+        limit: int,
+    ) -> Prediction:
+        heads = assets.heads
+        assert heads is not None
+        stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
+        traces = [trace_heads(self._model, heads, stack, text) for text in texts]
+        rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)
+        return replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
+
+
+def early_exit(num_layers: int, layers: int) -> SkipSet:
+    """The skip set of a draft that leaves the model behind so many layers.
+
+    Raises:
+        InvalidInputError: They are none, or all.
+    """
+    if not 1 <= layers < num_layers:
+        raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {layers}")
+    skipped = range(layers, num_layers)
+    return SkipSet(num_layers, skipped, skipped)  # type: ignore[arg-type]
+
+
+def exit_of(skip_set: SkipSet) -> int:
+    """The layers that a draft with an early exit keeps.
+
+    Raises:
+        InvalidInputError: The skip set is none: it keeps something above what it leaves out.
+    """
+    match runs_of(skip_set):
+        case [(start, stop)] if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
+            return start // 2
+    raise InvalidInputError(
+        f"the profile leaves out {skip_set}, which is no early exit, and only what reaches the top can be tuned; "
+        "name an exit with --exit"
+    )
+
+
+@torch.inference_mode()
+def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+    """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
+
+    Args:
+        model: The model.
+        stack: The draft's; above what it shares with the full model it has stand-ins alone.
+        text: What the full model wrote.
+    """
+    tokens = text.tokens.to(model.device)
+    n = len(tokens)
+    x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
+    ranks, confidence = ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices)
+    return Trace(ranks.numpy(), confidence.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)

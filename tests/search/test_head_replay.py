@@ -1,0 +1,128 @@
+"""Replay of heads' drafts says what decoding with them does, round by round."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
+from layerskip.drafts.heads import HEAD_KINDS
+from search.estimate import LAST_RANK
+from search.head_replay import (
+    HeadCosts,
+    HeadTrace,
+    head_gains,
+    head_policies,
+    measure_drafts,
+    replay_heads,
+    trace_heads,
+)
+from search.reference import continuations, record
+from search.space import Policy, SearchSpace
+from tests.models import LAYERS, random_heads
+
+LIMIT = 20
+HEADS = 3
+MOST = 64
+IDS = [None, torch.arange(3, 50)]
+
+
+def rounds_alone(count=1, at_once=True):
+    """Costs by which a text takes as many seconds as rounds."""
+    return HeadCosts([0.0] * (HEADS + 1), [0.0] * count, [[1.0] * MOST] * count, at_once)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny):
+    prompts = [[first, 7, 5] for first in range(4)]
+    return [record(tiny, p, new) for p, new in zip(prompts, continuations(tiny, prompts, LIMIT), strict=True)]
+
+
+@given(
+    kind=st.sampled_from(HEAD_KINDS),
+    draft_exit=st.one_of(
+        st.builds(FixedLength, st.integers(1, 5)),
+        st.builds(ConfidenceThreshold, threshold=st.sampled_from([0.1, 0.3, 0.7]), max_length=st.integers(1, 5)),
+    ),
+    gate=st.sampled_from([0.0, 0.3, 0.6]),
+    branches=st.lists(st.integers(1, 6), max_size=3).map(tuple),
+    ids=st.sampled_from([0, 1]),
+)
+@settings(max_examples=25)
+def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, branches, ids):
+    """But for how far Hydra's drafts go on behind a wrong token, which a text cannot tell."""
+    heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), Policy(draft_exit, gate, branches)
+    drafter = HeadDrafter(tiny, heads, draft_exit, gate=gate, branches=branches, token_ids=IDS[ids])
+    stack = tiny.stack_of(SkipSet(LAYERS), token_ids=IDS[ids])
+    for text in texts:
+        prompt = text.tokens[: text.prompt_length]
+        stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
+        foretold = replay_heads([trace_heads(tiny, heads, stack, text)], [policy], rounds_alone(), limit=LIMIT)
+        assert foretold.seconds == (stats.rounds,)
+        if kind == "medusa" or isinstance(draft_exit, FixedLength):
+            assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)
+
+
+def a_trace(*ranks, confidence=0.5, target=0.5):
+    count = len(ranks[0])
+    return HeadTrace(
+        tuple(np.array(row, int) for row in ranks),
+        tuple(np.full(len(row), confidence) for row in ranks),
+        np.full(count, target),
+        3,
+        count + 1,
+    )
+
+
+def test_a_token_adds_where_the_chain_above_it_stands():
+    found = head_gains([a_trace([0, 0, 1, 2], [0, 1, 5])], 2)
+    assert found[0, :3].tolist() == [0.5, 0.25, 0.25]
+    assert found[1, :3].tolist() == [0.25, 0.25, 0.0]  # behind the two that agree
+    assert head_gains([a_trace([LAST_RANK], [])], 2).sum() == 0
+
+
+def test_texts_shorter_than_a_draft_have_traces_all_the_same(tiny):
+    [new] = continuations(tiny, [[1, 2]], 2)
+    stack = tiny.stack_of(SkipSet(LAYERS))
+    trace = trace_heads(tiny, random_heads(tiny, "hydra", HEADS), stack, record(tiny, [1, 2], new))
+    assert [len(ranks) for ranks in trace.ranks] == [1, 0, 0]
+
+
+def test_the_fastest_policy_is_found():
+    """Heads that are always right, then heads that are never right."""
+    right, wrong = a_trace([0] * 9, [0] * 8), a_trace([LAST_RANK] * 9, [LAST_RANK] * 8)
+    costs = HeadCosts([0.0, 0.1, 0.3], [1.0], [[1.0, 1.1, 1.2, 2.0]], at_once=False)
+    policies = [Policy(FixedLength(1)), Policy(FixedLength(2)), Policy(FixedLength(2), gate=0.9)]
+    assert replay_heads([right], policies, costs, limit=10).policy == Policy(FixedLength(2))
+    best = replay_heads([wrong], policies, costs, limit=10)
+    assert best.policy == Policy(FixedLength(2), gate=0.9)  # rests after the first round
+    # Plain: the prompt and nine steps. Gated: one draft of two in vain, then eight plain steps.
+    assert best.speedup == pytest.approx(10.0 / (1.0 + 0.3 + 1.2 + 8 * 1.0))
+
+
+def test_heads_that_are_asked_at_once_cost_as_many_however_early_a_draft_ends():
+    trace, policy = a_trace([0] * 9, [0] * 8, confidence=0.1), Policy(ConfidenceThreshold(0.5, 2))
+    seconds = []
+    for at_once in (True, False):
+        costs = HeadCosts([0.0, 1.0, 10.0], [0.0], [[0.0] * 4], at_once)
+        [one] = replay_heads([trace], [policy], costs, limit=10).seconds
+        seconds.append(one)
+    # Four rounds draft one token each and give two; behind them there is no room to draft.
+    assert seconds == [4 * 10.0, 4 * 1.0]
+
+
+def test_every_length_threshold_gate_and_shape_is_tried():
+    space = SearchSpace(4, gates=(0.0, 0.5), trees=(3, 7))
+    policies = list(head_policies([a_trace([0, 1, 0, 3], [0, 2, 1])], 2, space))
+    assert len(set(policies)) == len(policies)
+    assert {policy.draft_exit.controller().max_length for policy in policies} == {1, 2}
+    assert {sum(policy.branches) for policy in policies} == {0, 3, 7}
+    assert {policy.gate for policy in policies} == {0.0, 0.5}
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_drafts_of_every_length_are_timed(tiny, kind):
+    seconds = measure_drafts(tiny, HeadDrafter(tiny, random_heads(tiny, kind, HEADS), FixedLength(HEADS)), HEADS)
+    assert len(seconds) == HEADS + 1
+    assert all(one > 0 for one in seconds)
