@@ -15,6 +15,7 @@ from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
 from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.loop import DecodingStats, Generation, Round, generate, stream, stream_rounds
 from layerskip.decoding.memory import TextMemory
+from layerskip.decoding.ngrams import FirstTry, NGramDrafter, NGrams
 from layerskip.decoding.sampling import Sampling
 from layerskip.drafts.bridges import fit_bridges
 from layerskip.engine.costs import calibrate
@@ -49,6 +50,7 @@ __all__ = [
     "Drafter",
     "Export",
     "ExportError",
+    "FirstTry",
     "FixedLength",
     "Generation",
     "HeadDrafter",
@@ -59,6 +61,8 @@ __all__ = [
     "LayerSkipModel",
     "Measured",
     "ModelIdentity",
+    "NGramDrafter",
+    "NGrams",
     "NoDrafter",
     "Provenance",
     "Round",

@@ -82,8 +82,8 @@ def export_draft(
             all the same, so that fewer tokens will be accepted than were when the profile was measured.
 
     Raises:
-        InvalidInputError: The profile has bridges, drafts with heads or skips nothing, or its trained layers are another
-            model's.
+        InvalidInputError: The profile has bridges, drafts with heads or skips nothing, or its trained layers are
+            another model's.
         InvalidProfileError: The profile is for another model.
         ExportError: The folder holds something else or cannot be written, or the weights cannot be exported.
     """

@@ -130,7 +130,7 @@ class Tuned:
         heads: How many draft heads there are.
         positions: Positions of text that there were.
         agreement: How the draft does on held-out texts.
-        ideal: The speedup that this gives for chains if verifying costs one plain step, and drafting the weights that
+        ideal: The speedup that this gives if verifying costs one plain step, and drafting the weights that
             it reads.
         predicted: What replay foretells of the draft exit that it chose; None without figures.
         interrupted: Whether Ctrl-C ended the training.
