@@ -9,7 +9,7 @@ from layerskip import DraftProfile, FixedLength, Provenance, SkipSet
 from layerskip.drafts.assets import DraftAssets
 from layerskip.profile_diff import differences
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, some_assets
-from tests.models import LAYERS, random_layers
+from tests.models import LAYERS, random_heads, random_layers
 from tests.strategies import skip_sets
 
 
@@ -106,3 +106,16 @@ def test_measured_figures_and_machines_are_compared_and_whether_the_difference_i
     assert against(speedup=1.22)["measured.speedup"].notes == ("the 95 % intervals overlap",)
     never = different(a_profile(), a_profile(measured=None))
     assert (never["measured"].a, never["measured"].b) == (1.25, None)
+
+
+def test_draft_heads_differ_by_kind_number_and_weights(llama):
+    def with_heads(kind, count, seed=0):
+        assets = DraftAssets(heads=random_heads(llama, kind, count, seed=seed))
+        return a_profile(skip_set=SkipSet(LAYERS)).with_assets(assets)
+
+    one = with_heads("hydra", 2)
+    assert different(one, with_heads("hydra", 2)) == {}
+    found = different(one, with_heads("medusa", 3))["draft heads"]
+    assert (found.a, found.b, found.notes) == ("2 hydra", "3 medusa", ())
+    assert different(one, with_heads("hydra", 2, seed=1))["draft heads"].notes == ("other weights",)
+    assert different(one, a_profile(skip_set=SkipSet(LAYERS)))["draft heads"].b == "none"

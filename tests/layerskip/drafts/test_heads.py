@@ -24,6 +24,7 @@ from layerskip import (
 )
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS, HydraHead, HydraHeads, MedusaHeads, heads_of, untrained_heads
+from layerskip.model_card import card_of
 from tests.models import LAYERS, random_heads, random_layers, tiny_llama
 
 SIZE = 32
@@ -225,3 +226,9 @@ def test_heads_are_no_model_of_their_own(llama, byte_tokenizer, tmp_path):
     with pytest.raises(InvalidInputError, match=r"^the profile drafts with heads .*no checkpoint for other engines"):
         export_draft(model, byte_tokenizer, profile, tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
+
+
+def test_the_card_of_a_profile_says_that_heads_draft(llama):
+    card = card_of(profile_for(llama).with_assets(DraftAssets(heads=random_heads(llama, "medusa"))), "me/heads")
+    assert "layerskip lets small trained heads on its hidden states propose a few tokens and verifies them" in card
+    assert "leaves out the sublayers" not in card
