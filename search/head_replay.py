@@ -8,7 +8,7 @@ proposed it before: all that decides what stands, but not quite how far a draft 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,14 @@ import torch
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
 from layerskip.decoding.heads import HeadDrafter
+from layerskip.decoding.ngrams import NGrams
 from layerskip.decoding.sampling import Sampling
 from layerskip.drafts.heads import DraftHeads
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
 from layerskip.timing import device_seconds
 from search.branching import best_comb
+from search.copying import Copies
 from search.estimate import LAST_RANK, ranked
 from search.latency import LatencyModel
 from search.reference import ReferenceText
@@ -178,7 +180,12 @@ def measure_drafts(model: LayerSkipModel, drafter: HeadDrafter, longest: int) ->
 
 
 def replay_heads(
-    traces: Sequence[HeadTrace], policies: Sequence[Policy], costs: HeadCosts, *, limit: int
+    traces: Sequence[HeadTrace],
+    policies: Sequence[Policy],
+    costs: HeadCosts,
+    *,
+    limit: int,
+    copies: Mapping[NGrams, Sequence[Copies]] | None = None,
 ) -> Prediction:
     """Find the policy with which the heads would have been fastest.
 
@@ -187,21 +194,25 @@ def replay_heads(
         policies: What to try; adaptive thresholds are not known here.
         costs: What rounds cost.
         limit: Most new tokens of a generation.
+        copies: What the n-grams of the policies would copy, for each text.
     """
     plain = sum(
         prefill + (trace.new_tokens - 1) * verification[0]
         for trace, prefill, verification in zip(traces, costs.prefill, costs.verification, strict=True)
     )
-    predictions = (_predicted(traces, policy, costs, limit, plain) for policy in policies)
-    return max(predictions, key=lambda prediction: prediction.speedup)
 
+    def predicted(policy: Policy) -> Prediction:
+        copied = (copies or {})[policy.ngrams] if policy.ngrams else [None] * len(traces)
+        played = [
+            _Played(trace, policy, costs, number, limit, one)
+            for number, (trace, one) in enumerate(zip(traces, copied, strict=True))
+        ]
+        seconds = tuple(one.seconds for one in played)
+        drafted = sum(one.drafted for one in played)
+        rate = sum(one.accepted for one in played) / drafted if drafted else None
+        return Prediction(policy, plain / sum(seconds), rate, seconds)
 
-def _predicted(traces: Sequence[HeadTrace], policy: Policy, costs: HeadCosts, limit: int, plain: float) -> Prediction:
-    played = [_Played(trace, policy, costs, number, limit) for number, trace in enumerate(traces)]
-    seconds = tuple(one.seconds for one in played)
-    drafted = sum(one.drafted for one in played)
-    rate = sum(one.accepted for one in played) / drafted if drafted else None
-    return Prediction(policy, plain / sum(seconds), rate, seconds)
+    return max(map(predicted, policies), key=lambda prediction: prediction.speedup)
 
 
 class _Played:
@@ -213,25 +224,38 @@ class _Played:
         accepted: Proposed tokens that would stand.
     """
 
-    def __init__(self, trace: HeadTrace, policy: Policy, costs: HeadCosts, number: int, limit: int) -> None:
+    def __init__(
+        self, trace: HeadTrace, policy: Policy, costs: HeadCosts, number: int, limit: int, copies: Copies | None
+    ) -> None:
         self._trace = trace
         self._policy = policy
+        self._costs = costs
         controller = policy.draft_exit.controller()
         self._longest = min(controller.max_length, len(trace.ranks))
         self._threshold = controller.threshold
         self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
         newest, sure = 0, 1.0
         while newest < trace.new_tokens - 1:
-            asked = 0 if sure < policy.gate else max(min(self._longest, limit - newest - 2), 0)
-            drafted = self._drafted(newest, asked)
-            accepted = self._accepted(newest, drafted)
-            tokens = sum(self._width(place) for place in range(drafted))
-            self.seconds += costs.draft[asked if costs.at_once else drafted] + costs.verification[number][tokens]
+            room = max(limit - newest - 2, 0)
+            copied = min(int(copies.drafted[newest]), room) if copies else 0
+            if copies and copied:
+                seconds, drafted, tokens, accepted = 0.0, copied, copied, min(copied, int(copies.stand[newest]))
+            else:
+                asked = 0 if sure < policy.gate else min(self._longest, room)
+                seconds, drafted, tokens, accepted = self._of_heads(newest, asked)
+            self.seconds += seconds + costs.verification[number][tokens]
             self.drafted += drafted
             self.accepted += accepted
             behind = newest + accepted
             sure = trace.target_confidence[behind] if behind < len(trace.target_confidence) else 1.0
             newest = behind + 1
+
+    def _of_heads(self, newest: int, asked: int) -> tuple[float, int, int, int]:
+        """A draft of at most ``asked`` places: its seconds, places and tokens, and how many of these stand."""
+        drafted = self._drafted(newest, asked)
+        seconds = self._costs.draft[asked if self._costs.at_once else drafted]
+        tokens = sum(self._width(place) for place in range(drafted))
+        return seconds, drafted, tokens, self._accepted(newest, drafted)
 
     def _drafted(self, newest: int, most: int) -> int:
         for place in range(most):

@@ -19,7 +19,7 @@ from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack
 from layerskip.tuning import Agreement, Learner, Shards, bridge_learner, heads_learner, layer_learner
-from layerskip.tuning.prediction import branching_speedup, head_costs_by_weights, speedup_of_heads, step_cost_by_weights
+from layerskip.tuning.prediction import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
 from search.branching import branching_policies
 from search.copying import copies_along, copying_policies
 from search.estimate import Trace, ranked
@@ -54,7 +54,7 @@ class TunedDraft(Protocol):
 
     def ideal(self, learner: Learner, token_ids: Tensor | None) -> Ideal:
         """The speedup that an agreement gives if verifying costs one plain step, and drafting the weights that it
-        reads: of stand-ins with branches, of heads for chains.
+        reads.
 
         Args:
             learner: What is trained.
@@ -125,7 +125,8 @@ class TunedStandIn:
         stand_ins = learner.assets(learner.parameters).stand_ins(self._model)
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=token_ids)
         cost = step_cost_by_weights(self._model, stack)
-        return lambda agreement: branching_speedup(agreement.top, cost)
+        costs = [cost * length for length in range(1, LONGEST + 1)]
+        return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
     def costs(self, assets: DraftAssets) -> Sequence[float]:
         return ()
@@ -179,7 +180,7 @@ class TunedHeads:
         assert heads is not None
         stack = self._model.stack_of(self.skip_set, token_ids=token_ids)
         costs = head_costs_by_weights(self._model, heads, stack)
-        return lambda agreement: speedup_of_heads([top[1] for top in agreement.by_place], costs)
+        return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
     def costs(self, assets: DraftAssets) -> Sequence[float]:
         return measure_drafts(self._model, HeadDrafter.of(self._model, FixedLength(self.heads), assets), self.heads)
@@ -199,7 +200,9 @@ class TunedHeads:
         stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
         traces = [trace_heads(self._model, heads, stack, text) for text in texts]
         rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)
-        return replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
+        best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
+        copying = list(copying_policies(best.policy))
+        return replay_heads(traces, copying, rounds, limit=limit, copies=copies_along(texts))
 
 
 def early_exit(num_layers: int, layers: int) -> SkipSet:

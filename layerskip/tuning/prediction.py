@@ -12,37 +12,23 @@ from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack, Step
 from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer
 
-_LONGEST = 16
+LONGEST = 16
 
 
-def branching_speedup(top: Mapping[int, float], step_cost: float) -> float:
+def ideal_speedup(top: Sequence[Mapping[int, float]], costs: Sequence[float]) -> float:
     """The speedup of the best draft of a fixed length and number of branches, if verifying costs one plain step.
 
-    A place of a draft stands by any of its branches, but drafting went on behind the first alone: a draft of γ places
-    gives ``1 + (1 + α + ... + α^(γ-1)) · α_k`` tokens.
+    A place of a draft stands by any of its branches, but drafting went on behind the first alone.
 
     Args:
-        top: How often the full model's choice is among the draft's best ``k`` tokens, α_k, by ``k``; α is that of 1.
-        step_cost: Cost of a draft step, in plain decoding steps.
+        top: For each place of a draft how often the full model's choice is among the best ``k`` tokens there where the
+            first tokens of the places before stand, by ``k``.
+        costs: Of drafts of one place, of two and so on, in plain decoding steps.
     """
-
-    def of(length: int, within: float) -> float:
-        return (1 + within * sum(top[1] ** i for i in range(length))) / (1 + length * step_cost)
-
-    return max(of(length, within) for length in range(1, _LONGEST + 1) for within in top.values())
-
-
-def speedup_of_heads(acceptance: Sequence[float], costs: Sequence[float]) -> float:
-    """The speedup of drafting chains of the best fixed length with draft heads, if verifying costs one plain step.
-
-    Args:
-        acceptance: For each head how often it is right where those before it were, from 0 to 1.
-        costs: Of drafts with one head, with two and so on, in plain decoding steps.
-    """
-    tokens, standing, best = 1.0, 1.0, 0.0
-    for right, cost in zip(acceptance, costs, strict=True):
-        standing *= right
-        tokens += standing
+    best, tokens, standing = 0.0, 1.0, 1.0
+    for within, cost in zip(top, costs, strict=True):
+        tokens += standing * max(within.values())
+        standing *= within[1]
         best = max(best, tokens / (1 + cost))
     return best
 

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
+from layerskip.decoding.ngrams import behind_copies
 from layerskip.drafts.heads import HEAD_KINDS
+from search.copying import copies_along, settings_of_ngrams
 from search.estimate import LAST_RANK
 from search.head_replay import (
     HeadCosts,
@@ -48,17 +50,20 @@ def texts(tiny):
     gate=st.sampled_from([0.0, 0.3, 0.6]),
     branches=st.lists(st.integers(1, 6), max_size=3).map(tuple),
     ids=st.sampled_from([0, 1]),
+    ngrams=st.sampled_from([None, *settings_of_ngrams()]),
 )
 @settings(max_examples=25)
-def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, branches, ids):
+def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, branches, ids, ngrams):
     """But for how far Hydra's drafts go on behind a wrong token, which a text cannot tell."""
-    heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), Policy(draft_exit, gate, branches)
+    heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), Policy(draft_exit, gate, branches, ngrams)
     drafter = HeadDrafter(tiny, heads, draft_exit, gate=gate, branches=branches, token_ids=IDS[ids])
+    drafter = behind_copies(ngrams, drafter)
     stack = tiny.stack_of(SkipSet(LAYERS), token_ids=IDS[ids])
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
         stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
-        foretold = replay_heads([trace_heads(tiny, heads, stack, text)], [policy], rounds_alone(), limit=LIMIT)
+        traces, copies = [trace_heads(tiny, heads, stack, text)], copies_along([text])
+        foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT, copies=copies)
         assert foretold.seconds == (stats.rounds,)
         if kind == "medusa" or isinstance(draft_exit, FixedLength):
             assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)

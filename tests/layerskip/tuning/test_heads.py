@@ -9,7 +9,7 @@ from layerskip import FixedLength, HeadDrafter, generate
 from layerskip.drafts.heads import HEAD_KINDS, untrained_heads
 from layerskip.stack.skipset import SkipSet
 from layerskip.tuning import TrainingSettings, heads_learner, train, vocabulary_of
-from layerskip.tuning.prediction import head_costs_by_weights, speedup_of_heads
+from layerskip.tuning.prediction import head_costs_by_weights
 from layerskip.tuning.scoring import Scorer, frozen
 from tests.models import LAYERS, near_tie_or_same, random_heads, transformers_greedy
 
@@ -153,12 +153,6 @@ def test_a_draft_vocabulary_comes_along(writer, shards, kind):
     assert trained.assets.token_ids is ids
     assert all(top[8] <= 1 for top in trained.agreement.by_place)
     assert trained.agreement.top[8] <= trained.agreement.coverage < 1
-
-
-def test_the_formula_of_the_speedup_of_heads():
-    assert speedup_of_heads([0.5, 0.4], [0.1, 0.1]) == pytest.approx((1 + 0.5 + 0.2) / 1.1)
-    assert speedup_of_heads([0.5, 0.0], [0.1, 0.2]) == pytest.approx(1.5 / 1.1)
-    assert speedup_of_heads([0.0], [0.25]) == pytest.approx(0.8)
 
 
 def test_medusas_heads_are_scored_together_and_hydras_one_by_one(llama):

@@ -8,7 +8,7 @@ from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import fit_bridge
 from layerskip.drafts.layers import LayerWeights
 from layerskip.tuning import RANKS, TrainingSettings, bridge_learner, layer_learner, train, vocabulary_of
-from layerskip.tuning.prediction import branching_speedup, step_cost_by_weights
+from layerskip.tuning.prediction import ideal_speedup, step_cost_by_weights
 from layerskip.tuning.scoring import Scorer, frozen
 from tests.layerskip.tuning.conftest import EXIT, SETTINGS, random_prompts
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
@@ -213,12 +213,13 @@ def test_a_model_in_bfloat16_is_tuned_in_float32(shards, writer):
     assert generate(model, [1, 2], drafter=drafter, max_new_tokens=6).stats.drafted
 
 
-def test_the_speedup_of_branches_is_that_of_the_best_number_and_length():
-    assert branching_speedup({1: 0.0, 4: 0.0}, 0.1) == pytest.approx(1 / 1.1)
-    assert branching_speedup({1: 1.0, 2: 1.0}, 0.0) == 17
-    chain = max((1 - 0.8 ** (g + 1)) / 0.2 / (0.1 * g + 1) for g in range(1, 17))
-    assert branching_speedup({1: 0.8}, 0.1) == pytest.approx(chain)
-    assert branching_speedup({1: 0.325, 8: 0.58}, 0.16) == pytest.approx(1.58 / 1.16, abs=0.01)
+def test_the_ideal_speedup_is_that_of_the_best_length_with_all_branches():
+    chain = [0.1 * length for length in range(1, 17)]
+    assert ideal_speedup([{1: 0.0, 4: 0.0}] * 16, chain) == pytest.approx(1 / 1.1)
+    assert ideal_speedup([{1: 1.0}] * 16, [0.0] * 16) == 17
+    best = max((1 - 0.8 ** (g + 1)) / 0.2 / (0.1 * g + 1) for g in range(1, 17))
+    assert ideal_speedup([{1: 0.8}] * 16, chain) == pytest.approx(best)
+    assert ideal_speedup([{1: 0.3, 8: 0.6}, {1: 0.2, 8: 0.5}], [0.1, 0.2]) == pytest.approx((1 + 0.6 + 0.3 * 0.5) / 1.2)
 
 
 def test_the_cost_of_a_step_is_the_share_of_weights_that_it_reads(llama):
