@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 
@@ -113,14 +112,13 @@ class KVCache:
             past: Positions that stay as they are.
             rows: Which of those behind to keep, counted from ``past``, ascending.
         """
-        moved = [row for number, row in enumerate(rows) if row != number]
-        end = past + len(rows)
-        if moved:
-            for buffer in (*self._keys[: self._num_layers], *self._values[: self._num_layers]):
-                if buffer is not None:
-                    index = torch.tensor(moved, device=buffer.device) + past
-                    buffer[:, :, end - len(moved) : end] = buffer.index_select(2, index)
-        self.rollback(end)
+        # By slices, one row at a time: indices would have to go to the device first.
+        for place, row in enumerate(rows):
+            if place != row:
+                for buffer in (*self._keys[: self._num_layers], *self._values[: self._num_layers]):
+                    if buffer is not None:
+                        buffer[:, :, past + place] = buffer[:, :, past + row]
+        self.rollback(past + len(rows))
 
     @contextmanager
     def seen_again(self, positions: int) -> Iterator[None]:

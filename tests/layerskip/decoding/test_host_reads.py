@@ -72,14 +72,14 @@ def reads_in_rounds(model, draft_exit, sampling, skip_set=SKIPPED, **settings):
     """Reads of all rounds of a generation, and what it counted."""
     drafter = SkipDrafter(model, skip_set, draft_exit, **settings)
     counts, last = [], None
-    for length in (1, 24):  # one token comes from the prompt alone
+    for length in (24, 1, 24):  # what is made once for each shape of a draft; then one token, from the prompt alone
         with HostReads() as reads:
             last = generate(
                 model, [1, 2, 3], drafter=drafter, sampling=sampling, max_new_tokens=length, eos_token_ids=[]
             )
         counts.append(reads.count)
     assert last.stats.rounds > 2
-    return counts[1] - counts[0], last.stats
+    return counts[2] - counts[1], last.stats
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=20, top_p=0.9, seed=1)], ids=["greedy", "random"])
@@ -87,6 +87,10 @@ def reads_in_rounds(model, draft_exit, sampling, skip_set=SKIPPED, **settings):
 class TestReads:
     def test_a_round_of_fixed_length_reads_once(self, model, sampling, vocabulary):
         reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary)
+        assert reads == stats.rounds
+
+    def test_branches_add_none(self, model, sampling, vocabulary):
+        reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary, branches=(3, 2))
         assert reads == stats.rounds
 
     def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, model, sampling, vocabulary):
