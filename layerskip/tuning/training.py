@@ -193,7 +193,8 @@ class _Training:
         ids = None if token_ids is None else token_ids.tolist()
         shapes = sorted((name, list(value.shape)) for name, value in self._learner.parameters.items())
         run = [self._learner.start, self._learner.stop, shapes]
-        first = [float(value.detach().double().sum()) for value in self._learner.parameters.values()]
+        # Rounded: the last places of a sum depend on the number of threads.
+        first = [f"{value.detach().double().abs().sum():.5e}" for value in self._learner.parameters.values()]
         texts = [[path.name for path in self._shards.paths], self._shards.positions]
         what = json.dumps([asdict(self._settings), ids, run, first, texts])
         return hashlib.sha256(what.encode()).hexdigest()[:16]
