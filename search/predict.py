@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from layerskip.stack.model import LayerSkipModel
 from search.assets import AssetMaker
 from search.branching import branching_policies
-from search.copying import copies_along, copying_policies
+from search.copying import copies_along, with_copies
 from search.estimate import Estimator, Trace, acceptance
 from search.latency import LatencyModel
 from search.replay import Prediction, RoundCosts, replay
-from search.space import Candidate, SearchSpace
+from search.space import Candidate, Policy, SearchSpace
 
 # A candidate is given up when it is slower than the best one by so many standard errors of the difference.
 _RACING_ERRORS = 2.0
@@ -97,8 +98,10 @@ class Predictor:
             policies = [*self._chains, *branching_policies(traces, self._space)]
             prediction = replay(traces, policies, costs, limit=self._limit)
             if self._copies:
-                policies = list(copying_policies(prediction.policy))
-                prediction = replay(traces, policies, costs, limit=self._limit, copies=self._copies)
+                prediction = with_copies(prediction, partial(self._replayed, traces, costs))
             complete = len(traces) == self._estimator.num_texts
             if complete or _cannot_win(prediction.seconds, to_beat):
                 return Estimate(acceptance(traces), costs.draft_cost, prediction, complete)
+
+    def _replayed(self, traces: Sequence[Trace], costs: RoundCosts, policy: Policy) -> Prediction:
+        return replay(traces, [policy], costs, limit=self._limit, copies=self._copies)

@@ -21,7 +21,7 @@ from layerskip.stack.stack import Stack
 from layerskip.tuning import Agreement, Learner, Shards, bridge_learner, heads_learner, layer_learner
 from layerskip.tuning.prediction import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
 from search.branching import branching_policies
-from search.copying import copies_along, copying_policies
+from search.copying import copies_along, with_copies
 from search.estimate import Trace, ranked
 from search.head_replay import HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel
@@ -146,7 +146,8 @@ class TunedStandIn:
         traces = [trace_of(self._model, stack, text) for text in texts]
         rounds = RoundCosts.of(latency, stack, self._model, traces, space.most_drafted)
         best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
-        return replay(traces, list(copying_policies(best.policy)), rounds, limit=limit, copies=copies_along(texts))
+        copies = copies_along(texts)
+        return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
 
 
 class TunedHeads:
@@ -201,8 +202,8 @@ class TunedHeads:
         traces = [trace_heads(self._model, heads, stack, text) for text in texts]
         rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
-        copying = list(copying_policies(best.policy))
-        return replay_heads(traces, copying, rounds, limit=limit, copies=copies_along(texts))
+        copies = copies_along(texts)
+        return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
 
 
 def early_exit(num_layers: int, layers: int) -> SkipSet:

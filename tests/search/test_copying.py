@@ -1,5 +1,7 @@
 """What copying brings, foretold: as in real decoding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 
 from layerskip import FixedLength, SkipDrafter, SkipSet, generate
 from layerskip.decoding.ngrams import NGramDrafter, NGrams, behind_copies
-from search.copying import Copies, copies_along, copying_policies
+from search.copying import Copies, settings_of_ngrams, with_copies
 from search.reference import continuations, record
+from search.replay import Prediction
 from search.space import Policy
 from tests.models import LAYERS
 
@@ -30,12 +33,32 @@ def test_copies_along_a_text_are_those_of_decoding(tiny, prompt, one, length):
     assert (stats.drafted, stats.accepted) == (drafted, accepted)
 
 
-def test_every_policy_but_the_first_copies(llama):
-    policy = Policy(FixedLength(2))
-    [first, *others] = copying_policies(policy)
-    assert first == policy
-    assert {other.ngrams for other in others} == set(copies_along([record(llama, [1, 2], [3, 4])]))
-    assert None not in {other.ngrams for other in others}
+def foretold(policy, seconds):
+    return Prediction(policy, 40 / sum(seconds), None, tuple(seconds))
+
+
+BEST = foretold(Policy(FixedLength(2)), [10.0, 10.0, 10.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pays"),
+    [
+        ([9.0, 8.8, 9.2, 9.1], True),
+        ([1.0, 10.1, 10.1, 10.1], False),  # one text that repeats itself
+        ([10.0, 10.0, 10.0, 10.0], False),
+        ([11.0, 11.0, 11.0, 11.0], False),
+    ],
+)
+def test_copies_are_made_where_they_save_time_over_the_texts_one_by_one(seconds, pays):
+    found = with_copies(BEST, lambda policy: foretold(policy, seconds))
+    assert (found.policy.ngrams is not None) == pays
+    assert found.policy == BEST.policy or replace(found.policy, ngrams=None) == BEST.policy
+
+
+def test_of_copies_that_pay_the_fastest_are_made():
+    longer = {ngrams: 9.0 - 0.1 * ngrams.length for ngrams in settings_of_ngrams()}
+    found = with_copies(BEST, lambda policy: foretold(policy, [longer[policy.ngrams] + 0.01 * n for n in range(4)]))
+    assert found.policy.ngrams.length == max(ngrams.length for ngrams in longer)
 
 
 def test_a_drafter_without_copies_is_itself(llama):
