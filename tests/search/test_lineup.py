@@ -8,7 +8,7 @@ from layerskip.decoding.ngrams import NGrams
 from layerskip.drafts.assets import DraftAssets
 from layerskip.ready_profiles import add_profile
 from search.lineup import draft_bytes, named, own_lineup, ready_for, transformers_lineup
-from search.tuning import early_exit
+from search.tuned_drafts import early_exit
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
 from tests.layerskip.test_transformers_integration import profile_for
