@@ -78,7 +78,7 @@ def _drafts(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
     yield Difference("draft", str(a.draft_exit), str(b.draft_exit))
     yield Difference("gate", a.gate, b.gate)
     yield Difference("branches", list(a.branches), list(b.branches))
-    yield Difference("copies", str(a.ngrams), str(b.ngrams))
+    yield Difference("copies", a.ngrams and str(a.ngrams), b.ngrams and str(b.ngrams))
 
 
 def _stand_ins(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 
-from layerskip import DraftProfile, FixedLength, Provenance, SkipSet
+from layerskip import DraftProfile, FixedLength, NGrams, Provenance, SkipSet
 from layerskip.drafts.assets import DraftAssets
 from layerskip.profile_diff import differences
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, some_assets
@@ -52,6 +52,12 @@ def test_models_drafts_and_gates_are_compared():
     assert found.keys() == {"model.fingerprint", "draft", "gate"}
     assert (found["draft"].a, found["draft"].b) == ("confidence below 0.5, at most 6 tokens", "1 token")
     assert (found["gate"].a, found["gate"].b) == (0.0, 0.3)
+
+
+def test_a_profile_that_copies_nothing_has_no_copies_to_compare():
+    found = different(a_profile(ngrams=NGrams()), a_profile())
+    assert found.keys() == {"copies"}
+    assert (found["copies"].a, found["copies"].b) == (str(NGrams()), None)
 
 
 def test_models_of_another_depth_are_compared_without_naming_sublayers():
