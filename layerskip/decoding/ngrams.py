@@ -73,10 +73,11 @@ class TextIndex:
         """
         for run in self._runs():
             if run in self._behind:
-                start, copied = self._behind[run], list(self._text)
+                start, copied = self._behind[run], list[int]()
                 for place in range(start, start + min(limit, self._ngrams.length)):
-                    copied.append(copied[place])
-                return copied[len(self._text) :]
+                    beyond = place - len(self._text)
+                    copied.append(self._text[place] if beyond < 0 else copied[beyond])
+                return copied
         return []
 
     def _runs(self) -> list[tuple[int, ...]]:
