@@ -15,12 +15,18 @@ import numpy as np
 import torch
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
+from layerskip.decoding.drafting import Outcome
 from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.ngrams import NGrams
-from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.prefix import through_layer
+from layerskip.decoding.sampling import Draft, Sampling
+from layerskip.decoding.verification import Verdict
 from layerskip.drafts.heads import DraftHeads
+from layerskip.engine import Scored
+from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
+from layerskip.stack.sublayers import LayerStandIn
 from layerskip.timing import device_seconds
 from search.branching import best_comb
 from search.copying import Copies
@@ -32,6 +38,7 @@ from search.space import Policy, SearchSpace
 
 _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
+_CONTEXT = 128  # a text of usual length, as for the costs of passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +62,9 @@ class HeadTrace:
 
 
 @torch.inference_mode()
-def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText) -> HeadTrace:
+def trace_heads(
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: LayerStandIn | None = None
+) -> HeadTrace:
     """The trace of heads along a text: one pass of the full model over it.
 
     Args:
@@ -63,9 +72,12 @@ def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: Re
         heads: The heads, on its device and in its dtype.
         stack: Any of the model's, with the draft vocabulary.
         text: What the full model wrote.
+        prefix: The layer that they read its states through, likewise; None where there is none.
     """
     tokens = text.tokens.to(model.device)
     states = model.forward(tokens, model.new_cache(len(tokens)))[0].to(model.device)
+    if prefix is not None:
+        states = through_layer(model, prefix, states, KVCache(num_layers=0, capacity=len(tokens)))
     embedded = model.embed(tokens)[0]
     ranks, confidence = [], []
     for place in range(heads.count):
@@ -161,17 +173,24 @@ class HeadCosts:
 def measure_drafts(model: LayerSkipModel, drafter: HeadDrafter, longest: int) -> list[float]:
     """Seconds of drafting chains of no token, one token, and so on; medians, interleaved.
 
+    Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
+
     Args:
         model: The model.
         drafter: Drafts with the heads, and never stops early.
         longest: How many heads there are.
     """
-    newest = torch.zeros(1, dtype=torch.long, device=model.device)
+    text = torch.zeros(_CONTEXT, dtype=torch.long, device=model.device)
+    newest, states = text[:1], model.embed(text)[0]
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
-    drafter.start(newest, model.embed(newest)[0, 0])
+    nothing, scores = Draft.of([], model.device), model.logits(states[None, :2])
+    before = Outcome(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
+    drafter.start(text, states)
     seconds: list[list[float]] = [[] for _ in range(longest + 1)]
     for repeat in range(_REPEATS + 1):
         for length, measured in enumerate(seconds):
+            if length:
+                drafter.observe(before)
             began = device_seconds(model.device)
             drafter.propose(newest, cache, length, sampler)
             if repeat:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import Outcome, PacedDrafter
+from layerskip.decoding.prefix import text_state
 from layerskip.decoding.sampling import Draft, Sampler
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import DraftHeads, check_heads
@@ -17,6 +18,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.sublayers import LayerStandIn
 
 
 class HeadDrafter(PacedDrafter):
@@ -30,6 +32,8 @@ class HeadDrafter(PacedDrafter):
         heads: The heads, on the model's device and in its dtype.
         draft_exit: When to stop proposing; its longest draft uses so many heads, or all where there are fewer.
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
+        prefix: A layer that the full model's last hidden states of the whole text go through first, once a round, on
+            its device and in its dtype (Hydra++); None gives the heads the last state as it is.
         gate: As in :class:`PacedDrafter`.
         branches: Likewise.
 
@@ -45,6 +49,7 @@ class HeadDrafter(PacedDrafter):
         draft_exit: DraftExit,
         *,
         token_ids: Tensor | None = None,
+        prefix: LayerStandIn | None = None,
         gate: float = 0.0,
         branches: Sequence[int] = (),
     ) -> None:
@@ -52,6 +57,7 @@ class HeadDrafter(PacedDrafter):
         check_heads(heads, model)
         self._model = model
         self._heads = heads
+        self._prefix = prefix
         # Of the stack only its head is used, which scores the draft vocabulary.
         self._stack = model.stack_of(SkipSet(model.num_layers), token_ids=token_ids)
 
@@ -65,19 +71,28 @@ class HeadDrafter(PacedDrafter):
         gate: float = 0.0,
         branches: Sequence[int] = (),
     ) -> HeadDrafter:
-        """The drafter with these heads and this draft vocabulary, brought to where the model is.
+        """The drafter with these heads, their layer and this draft vocabulary, brought to where the model is.
 
         Raises:
-            InvalidInputError: There are no heads, or as in the class.
+            InvalidInputError: There are no heads, their layer is not for this model, or as in the class.
         """
         here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
         if here.heads is None:
             raise InvalidInputError("draft heads: there are none among the draft's tensors")
-        return cls(model, here.heads, draft_exit, token_ids=here.token_ids, gate=gate, branches=branches)
+        return cls(
+            model,
+            here.heads,
+            draft_exit,
+            token_ids=here.token_ids,
+            prefix=here.prefix(model),
+            gate=gate,
+            branches=branches,
+        )
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
-        super().start(prompt, state)
-        self._state = state.to(self._model.device)
+    def start(self, prompt: Tensor, states: Tensor) -> None:
+        super().start(prompt, states)
+        self._text = text_state(self._model, self._prefix)  # anew, so that copies of a drafter share nothing
+        self._text.add(states)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         known: list[Tensor] = []  # embeddings, [1, hidden_size]
@@ -86,7 +101,7 @@ class HeadDrafter(PacedDrafter):
         def step(token: Tensor) -> DraftStep:
             known.append(self._model.embed(token)[0])
             if not ready:
-                ahead = self._heads.ahead(self._state, torch.cat(known))[: most - len(known) + 1]
+                ahead = self._heads.ahead(self._text.state(), torch.cat(known))[: most - len(known) + 1]
                 ready.extend(self._model.logits(ahead[None], self._stack))
             return DraftStep.of(ready.pop(0), self._stack.token_ids, None)
 
@@ -96,4 +111,4 @@ class HeadDrafter(PacedDrafter):
 
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
-        self._state = outcome.state.to(self._model.device)
+        self._text.add(outcome.states)
