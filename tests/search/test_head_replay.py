@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
 from layerskip.decoding.ngrams import behind_copies
 from layerskip.drafts.heads import HEAD_KINDS
+from layerskip.stack.sublayers import LayerStandIn
 from search.copying import copies_along, settings_of_ngrams
 from search.estimate import LAST_RANK
 from search.head_replay import (
@@ -22,7 +23,7 @@ from search.head_replay import (
 )
 from search.reference import continuations, record
 from search.space import Policy, SearchSpace
-from tests.models import LAYERS, random_heads
+from tests.models import LAYERS, random_heads, random_prefix
 
 LIMIT = 20
 HEADS = 3
@@ -66,6 +67,30 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
         foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT, copies=copies)
         assert foretold.seconds == (stats.rounds,)
         if kind == "medusa" or isinstance(draft_exit, FixedLength):
+            assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)
+
+
+@given(
+    draft_exit=st.one_of(
+        st.builds(FixedLength, st.integers(1, 4)),
+        st.builds(ConfidenceThreshold, threshold=st.sampled_from([0.1, 0.3]), max_length=st.integers(1, 4)),
+    ),
+    gate=st.sampled_from([0.0, 0.3]),
+    branches=st.lists(st.integers(1, 6), max_size=3).map(tuple),
+    scale=st.sampled_from([0.02, 0.3]),
+)
+@settings(max_examples=10)
+def test_replay_says_what_heads_behind_a_layer_do(tiny, texts, draft_exit, gate, branches, scale):
+    heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), Policy(draft_exit, gate, branches)
+    layer = random_prefix(tiny, scale=scale).build(tiny, 0)
+    drafter = HeadDrafter(tiny, heads, draft_exit, prefix=layer, gate=gate, branches=branches)
+    for text in texts:
+        prompt = text.tokens[: text.prompt_length]
+        stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
+        traces = [trace_heads(tiny, heads, tiny.stack_of(SkipSet(LAYERS)), text, layer)]
+        foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT)
+        assert foretold.seconds == (stats.rounds,)
+        if isinstance(draft_exit, FixedLength):
             assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)
 
 
@@ -131,3 +156,20 @@ def test_drafts_of_every_length_are_timed(tiny, kind):
     seconds = measure_drafts(tiny, HeadDrafter(tiny, random_heads(tiny, kind, HEADS), FixedLength(HEADS)), HEADS)
     assert len(seconds) == HEADS + 1
     assert all(one > 0 for one in seconds)
+
+
+def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama):
+    seen = []
+
+    class Seen(LayerStandIn):
+        def __call__(self, x, context):
+            seen.append((x.shape[1], context.cache.length))
+            return super().__call__(x, context)
+
+    built = random_prefix(llama).build(llama, 0)
+    layer = Seen(built.attention, built.mlp)
+    measure_drafts(llama, HeadDrafter(llama, random_heads(llama, "hydra", 2), FixedLength(2), prefix=layer), 2)
+    widths = [width for width, _ in seen]
+    assert widths == [130, *[2] * (len(widths) - 1)]
+    assert len(widths) == 2 * 12  # two lengths, in every repeat and the one that is not counted
+    assert min(past for _, past in seen[1:]) >= 128
