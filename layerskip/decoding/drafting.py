@@ -53,13 +53,9 @@ class Outcome:
         return self.scored.logits[self.verdict.rows[-1]]
 
     @property
-    def state(self) -> Tensor:
-        """``[hidden_size]``, the hidden state that they come from; a copy, which later passes leave alone."""
-        return self.scored.states[self.verdict.rows[-1]].clone()
-
-    @property
     def states(self) -> Tensor:
-        """``[accepted + 1, hidden_size]``, those of the tokens in ``seen``; a copy, likewise."""
+        """``[accepted + 1, hidden_size]``, the full model's last hidden states of the tokens in ``seen``; a copy, which
+        later passes leave alone."""
         # Stacked row by row: indices would have to go to the device first.
         return torch.stack([self.scored.states[row] for row in self.verdict.rows])
 
