@@ -122,6 +122,7 @@ def test_heads_read_what_the_layer_makes_of_the_whole_text(tiny, gate, captured,
     accepted = 0
     for first in range(3):
         stats = generate(model, [first, 5, 7], drafter=drafter, max_new_tokens=20, eos_token_ids=[]).stats
+        assert drafter.seen == 0  # it saw the text from its first token on
         assert stats.accepted < stats.drafted
         if gate:
             assert len(drafter.read) < stats.rounds
@@ -171,7 +172,7 @@ def test_it_runs_once_a_round_over_what_stood(llama, kind):
 
 
 def test_copies_of_a_drafter_decode_side_by_side(llama):
-    drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3))
+    drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched)
     prompts = [[1, 2, 3], [9, 8, 7, 6]]
     alone = [generate(llama, p, drafter=drafter, max_new_tokens=20, eos_token_ids=[]) for p in prompts]
     begun = [stream_rounds(llama, p, drafter=copy.copy(drafter), max_new_tokens=20, eos_token_ids=[]) for p in prompts]
