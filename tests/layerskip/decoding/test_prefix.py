@@ -175,13 +175,19 @@ def test_copies_of_a_drafter_decode_side_by_side(llama):
     drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched)
     prompts = [[1, 2, 3], [9, 8, 7, 6]]
     alone = [generate(llama, p, drafter=drafter, max_new_tokens=20, eos_token_ids=[]) for p in prompts]
-    begun = [stream_rounds(llama, p, drafter=copy.copy(drafter), max_new_tokens=20, eos_token_ids=[]) for p in prompts]
+    copies = [copy.copy(drafter) for _ in prompts]
+    begun = [
+        stream_rounds(llama, prompt, drafter=one, max_new_tokens=20, eos_token_ids=[])
+        for prompt, one in zip(prompts, copies, strict=True)
+    ]
     for _ in range(2):
         for one in begun:
             next(one)
     together = [finished(one)[1] for one in begun]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     assert [one.stats.accepted for one in together] == [one.stats.accepted for one in alone]
+    for one in copies:
+        assert_read_of_the_whole_text(llama, one)
 
 
 # The output.
