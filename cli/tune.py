@@ -31,7 +31,7 @@ def tune(
         str,
         typer.Option(
             help="What stands in for the rest: a decoder layer, or a bridge (an affine map). Or draft heads behind the "
-            "full model: medusa, hydra."
+            "full model: medusa, hydra, or hydra++, which has a decoder layer before them."
         ),
     ] = "layer",
     heads: Annotated[

@@ -70,7 +70,11 @@ class TensorsFile(_Part):
     file: str = Field(pattern=r"^[^/\\\\]+$", description="Its name, in the profile's folder.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Checksum of its content.")
     bridges: int = Field(ge=0, description="Number of bridges in it.")
-    layers: int = Field(default=0, ge=0, description="Number of trained decoder layers in it.")
+    layers: int = Field(
+        default=0,
+        ge=0,
+        description="Number of trained decoder layers in it; with draft heads, 1 if a layer is before them.",
+    )
     heads: int = Field(default=0, ge=0, description="Number of draft heads in it.")
     vocabulary: int = Field(ge=0, description="Size of the draft vocabulary; 0 is the whole one.")
 
@@ -319,10 +323,11 @@ class DraftProfile(OnTheHub, _Part):
             parts.append(f"branches {describe_branches(self.branches)}")
         if self.tensors is not None and self.tensors.bridges:
             parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
-        if self.tensors is not None and self.tensors.layers:
-            parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
         if self.tensors is not None and self.tensors.heads:
-            parts.append(f"{self.tensors.heads} draft head{'s' * (self.tensors.heads > 1)}")
+            behind = " behind a trained layer" * (self.tensors.layers > 0)
+            parts.append(f"{self.tensors.heads} draft head{'s' * (self.tensors.heads > 1)}{behind}")
+        elif self.tensors is not None and self.tensors.layers:
+            parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
         if self.tensors is not None and self.tensors.vocabulary:
             parts.append(f"vocabulary of {self.tensors.vocabulary}")
         if self.ngrams:

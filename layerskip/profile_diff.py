@@ -85,13 +85,17 @@ def _stand_ins(
     what: str, of_a: Mapping[int, Bridge | LayerWeights], of_b: Mapping[int, Bridge | LayerWeights]
 ) -> Iterable[Difference]:
     """By the sublayers that they stand for, and where those are the same, by their weights."""
-    spans_a, spans_b = ([f"{one.start}-{one.stop - 1}" for one in of.values()] for of in (of_a, of_b))
+    spans_a, spans_b = ([_span(one) for one in of.values()] for of in (of_a, of_b))
     other_weights = [
-        f"other weights in {one.start}-{one.stop - 1}"
+        f"other weights in {_span(one)}"
         for start, one in of_a.items()
         if start in of_b and of_b[start].stop == one.stop and not _same_weights(one, of_b[start])
     ]
     yield Difference(what, spans_a, spans_b, tuple(other_weights))
+
+
+def _span(one: Bridge | LayerWeights) -> str:
+    return f"{one.start}-{one.stop - 1}" if one.start < one.stop else "behind all"
 
 
 def _same_weights(a: Bridge | LayerWeights, b: Bridge | LayerWeights) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, product
 
@@ -17,13 +17,18 @@ import numpy as np
 import torch
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
+from layerskip.decoding.drafting import Outcome
 from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.ngrams import NGrams
-from layerskip.decoding.sampling import Sampling
-from layerskip.drafts.assets import DraftAssets
+from layerskip.decoding.prefix import through_layer
+from layerskip.decoding.sampling import Draft, Sampling
+from layerskip.decoding.verification import Verdict
 from layerskip.drafts.heads import DraftHeads
+from layerskip.engine import Scored
+from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
+from layerskip.stack.sublayers import LayerStandIn
 from layerskip.stack.tree import Branches, branches_of, widths_of
 from layerskip.timing import device_seconds
 from search.copying import Copies
@@ -37,6 +42,7 @@ _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
 # Drafting is timed behind so many tokens at a time; between them seconds are interpolated.
 _WAYS = (1, 2, 4, 8, 16)
+_CONTEXT = 128  # a text of usual length, as for the costs of passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,9 @@ class HeadTrace:
 
 
 @torch.inference_mode()
-def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText) -> HeadTrace:
+def trace_heads(
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: LayerStandIn | None = None
+) -> HeadTrace:
     """The trace of heads along a text: one pass of the full model over it.
 
     Args:
@@ -68,9 +76,12 @@ def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: Re
         heads: The heads, on its device and in its dtype.
         stack: Any of the model's, with the draft vocabulary.
         text: What the full model wrote.
+        prefix: The layer that they read its states through, likewise; None where there is none.
     """
     tokens = text.tokens.to(model.device)
     states = model.forward(tokens, model.new_cache(len(tokens)))[0].to(model.device)
+    if prefix is not None:
+        states = through_layer(model, prefix, states, KVCache(num_layers=0, capacity=len(tokens)))
     embedded = model.embed(tokens)[0]
     ranks, confidence = [], []
     for place in range(heads.count):
@@ -214,24 +225,29 @@ class HeadCosts:
 
 
 @torch.inference_mode()
-def measure_drafts(model: LayerSkipModel, assets: DraftAssets) -> DraftSeconds:
+def measure_drafts(model: LayerSkipModel, longest: int, drafter_of: Callable[[Branches], HeadDrafter]) -> DraftSeconds:
     """Seconds of drafting with heads; medians, interleaved.
+
+    Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
 
     Args:
         model: The model.
-        assets: The heads, and the draft vocabulary.
+        longest: How many heads there are.
+        drafter_of: Makes a drafter with these branches that never stops early.
     """
-    newest = torch.zeros(1, dtype=torch.long, device=model.device)
+    text = torch.zeros(_CONTEXT, dtype=torch.long, device=model.device)
+    newest, states = text[:1], model.embed(text)[0]
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
-    assert assets.heads is not None
-    longest = assets.heads.count
-    drafters = {
-        ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
-    }
+    nothing, scores = Draft.of([], model.device), model.logits(states[None, :2])
+    before = Outcome(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
+    drafters = {ways: drafter_of(_even(ways, longest)) for ways in _WAYS}
+    for drafter in drafters.values():
+        drafter.start(text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}
     for repeat in range(_REPEATS + 1):
         for (length, ways), measured in seconds.items():
-            drafters[ways].start(newest, model.embed(newest)[0, 0])
+            if length:
+                drafters[ways].observe(before)
             began = device_seconds(model.device)
             drafters[ways].propose(newest, cache, length, sampler)
             if repeat:

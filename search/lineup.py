@@ -78,7 +78,7 @@ def transformers_lineup(
     left_out: dict[str, str] = {}
     for name, profile in profiles.items():
         called = f"transformers assistant ({name})"
-        if profile.assets.layers:
+        if profile.assets.layers and not profile.drafts_with_heads:
             left_out[called] = "an assistant cannot run the profile's trained layer"
             continue
         try:

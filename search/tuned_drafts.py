@@ -8,14 +8,17 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from layerskip.decoding.draft_exit import FixedLength
+from layerskip.decoding.heads import HeadDrafter
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import fit_bridge, runs_of
-from layerskip.drafts.heads import HeadKind, heads_of, untrained_heads
+from layerskip.drafts.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafts.layers import LayerWeights
 from layerskip.errors import InvalidInputError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack
+from layerskip.stack.tree import Branches
 from layerskip.tuning import Agreement, Learner, Shards, bridge_learner, heads_learner, layer_learner
 from layerskip.tuning.prediction import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
 from search.branching import branching_policies
@@ -28,6 +31,9 @@ from search.replay import Prediction, RoundCosts, replay
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
+
+HeadsKind = HeadKind | Literal["hydra++"]
+HEADS_KINDS: tuple[HeadsKind, ...] = (*HEAD_KINDS, "hydra++")
 
 Ideal = Callable[[Agreement], float]
 
@@ -153,14 +159,14 @@ class TunedHeads:
 
     Args:
         model: The model.
-        kind: Which kind.
+        kind: Which kind; ``hydra++`` has a layer before Hydra's heads.
         heads: How many.
         seed: Of what is random in untrained ones.
     """
 
     exit: int | None = None
 
-    def __init__(self, model: LayerSkipModel, kind: HeadKind, heads: int, *, seed: int) -> None:
+    def __init__(self, model: LayerSkipModel, kind: HeadsKind, heads: int, *, seed: int) -> None:
         self._model = model
         self._kind = kind
         self.heads = heads
@@ -172,17 +178,23 @@ class TunedHeads:
 
     def learner(self, shards: Shards) -> Learner:
         size = int(self._model.config.hidden_size)
+        if self._kind == "hydra++":
+            heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
+            return heads_learner(self._model, heads, LayerWeights.behind(self._model))
         return heads_learner(self._model, untrained_heads(self._kind, self.heads, size, seed=self._seed))
 
     def ideal(self, learner: Learner, token_ids: Tensor | None) -> Ideal:
-        heads = heads_of(learner.parameters)
-        assert heads is not None
+        assets = learner.assets(learner.parameters)
+        assert assets.heads is not None
         stack = self._model.stack_of(self.skip_set, token_ids=token_ids)
-        costs = head_costs_by_weights(self._model, heads, stack)
+        costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
     def costs(self, assets: DraftAssets) -> DraftSeconds | None:
-        return measure_drafts(self._model, assets)
+        def drafter_of(branches: Branches) -> HeadDrafter:
+            return HeadDrafter.of(self._model, FixedLength(self.heads), assets, branches=branches)
+
+        return measure_drafts(self._model, self.heads, drafter_of)
 
     def best_policy(
         self,
@@ -198,7 +210,8 @@ class TunedHeads:
         assert heads is not None
         assert costs is not None
         stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
-        traces = [trace_heads(self._model, heads, stack, text) for text in texts]
+        prefix = assets.prefix(self._model)
+        traces = [trace_heads(self._model, heads, stack, text, prefix) for text in texts]
         rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
         copies = copies_along(texts)

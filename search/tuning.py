@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold
 from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.heads import HEAD_KINDS, HeadKind
 from layerskip.errors import InvalidInputError, LayerSkipError
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
@@ -44,10 +43,10 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
-from search.tuned_drafts import TunedDraft, TunedHeads, TunedStandIn
+from search.tuned_drafts import HEADS_KINDS, HeadsKind, TunedDraft, TunedHeads, TunedStandIn
 
-Kind = Literal["layer", "bridge"] | HeadKind
-KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEAD_KINDS)
+Kind = Literal["layer", "bridge"] | HeadsKind
+KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEADS_KINDS)
 
 # The share of layers that a draft keeps unless it is told otherwise; Kangaroo's exits are lower, in deeper models.
 _EXIT_SHARE = 1 / 8
@@ -65,7 +64,8 @@ class TuningSettings:
     Args:
         exit: Layers that the draft keeps; None takes an eighth of them.
         kind: ``layer``: one decoder layer above the exit; ``bridge``: an affine map; ``medusa`` and ``hydra``: draft
-            heads behind the full model, without an exit.
+            heads behind the full model, without an exit; ``hydra++``: Hydra's heads behind a decoder layer that attends
+            to the full model's last hidden states of the whole text.
         heads: How many draft heads; None is 4.
         loss: What training minimizes, see :class:`layerskip.tuning.TrainingSettings`; None is ``ce`` for Medusa heads,
             as in their paper, and ``kl`` for the others.
@@ -100,7 +100,8 @@ class TuningSettings:
         if self.drafts_with_heads and self.exit is not None:
             raise InvalidInputError(f"exit: {self.kind} heads draft behind all layers, so there is none; leave it out")
         if not self.drafts_with_heads and self.heads is not None:
-            raise InvalidInputError(f"heads: a {self.kind} has none; leave it out, or choose {' or '.join(HEAD_KINDS)}")
+            others = f"{', '.join(HEADS_KINDS[:-1])} or {HEADS_KINDS[-1]}"
+            raise InvalidInputError(f"heads: a {self.kind} has none; leave it out, or choose {others}")
         for name in ("exit", "heads", "positions", "answer_tokens", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -111,7 +112,7 @@ class TuningSettings:
     @property
     def drafts_with_heads(self) -> bool:
         """Whether draft heads are to be trained."""
-        return self.kind in HEAD_KINDS
+        return self.kind in HEADS_KINDS
 
     @property
     def training(self) -> TrainingSettings:
@@ -343,7 +344,7 @@ class Tuning:
 
 def _draft(model: LayerSkipModel, settings: TuningSettings, exit_after: int) -> TunedDraft:
     match settings.kind:
-        case "medusa" | "hydra" as kind:
+        case "medusa" | "hydra" | "hydra++" as kind:
             return TunedHeads(model, kind, settings.heads or _HEADS, seed=settings.seed)
         case "layer" | "bridge" as kind:
             return TunedStandIn(model, kind, exit_after)

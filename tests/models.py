@@ -220,3 +220,12 @@ def random_heads(model, kind, count=3, *, scale=0.1, seed=0):
     tensors = untrained_heads(kind, count, model.config.hidden_size).tensors()
     noise = {name: scale * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
     return heads_of({name: tensor + noise[name] for name, tensor in tensors.items()})
+
+
+def random_prefix(model, *, scale=0.1, seed=0, like=LAYERS - 1):
+    """A layer behind all sublayers for draft heads; the smaller the scale, the less it changes hidden states."""
+    start, generator = LayerWeights.behind(model), torch.Generator().manual_seed(seed)
+    noise = {
+        name: weight + scale * torch.randn(weight.shape, generator=generator) for name, weight in start.weights.items()
+    }
+    return LayerWeights(start.start, start.stop, like, noise)

@@ -53,21 +53,24 @@ class Outcome:
         return self.scored.logits[self.verdict.rows[-1]]
 
     @property
-    def state(self) -> Tensor:
-        """``[hidden_size]``, the hidden state that they come from; a copy, which later passes leave alone."""
-        return self.scored.states[self.verdict.rows[-1]].clone()
+    def states(self) -> Tensor:
+        """``[accepted + 1, hidden_size]``, the full model's last hidden states of the tokens in ``seen``; a copy, which
+        later passes leave alone."""
+        # Stacked row by row: indices would have to go to the device first.
+        return torch.stack([self.scored.states[row] for row in self.verdict.rows])
 
 
 class Drafter(Protocol):
     """Proposes how the text might go on. One drafter serves one generation at a time."""
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
+    def start(self, prompt: Tensor, states: Tensor) -> None:
         """Begin a generation, and forget what earlier generations taught.
 
         Args:
             prompt: ``[n]``, token ids.
-            state: ``[hidden_size]``, the full model's hidden state behind the prompt, from which the first new token
-                was chosen.
+            states: ``[m, hidden_size]``, the full model's last hidden states of the prompt's last ``m`` tokens, those
+                that were run (all of them unless an earlier text is gone on with), in memory that later passes leave
+                alone. From the last one the first new token was chosen.
         """
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
@@ -88,7 +91,7 @@ class Drafter(Protocol):
 class NoDrafter:
     """Proposes nothing: plain decoding."""
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
+    def start(self, prompt: Tensor, states: Tensor) -> None:
         pass
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
@@ -119,7 +122,7 @@ class PacedDrafter:
         self._gate = gate
         self._widths = widths_of(branches)
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
+    def start(self, prompt: Tensor, states: Tensor) -> None:
         """As :meth:`Drafter.start`."""
         self._exit = self._draft_exit.controller()
         self._unsure = False
@@ -223,8 +226,8 @@ class SkipDrafter(PacedDrafter):
             branches=branches,
         )
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
-        super().start(prompt, state)
+    def start(self, prompt: Tensor, states: Tensor) -> None:
+        super().start(prompt, states)
         self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:

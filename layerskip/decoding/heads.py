@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import Outcome, PacedDrafter
+from layerskip.decoding.prefix import text_state
 from layerskip.decoding.sampling import Draft, Draw, Sampler
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import DraftHeads, MedusaHeads, check_heads
@@ -17,6 +18,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.sublayers import LayerStandIn
 from layerskip.stack.tree import Branches, numbers_on
 
 
@@ -32,6 +34,8 @@ class HeadDrafter(PacedDrafter):
         heads: The heads, on the model's device and in its dtype.
         draft_exit: When to stop proposing; its longest draft uses so many heads, or all where there are fewer.
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
+        prefix: A layer that the full model's last hidden states of the whole text go through first, once a round, on
+            its device and in its dtype (Hydra++); None gives the heads the last state as it is.
         gate: As in :class:`PacedDrafter`.
         branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
             one. A number counts those behind the first token of the place before; a list of numbers those behind each
@@ -49,6 +53,7 @@ class HeadDrafter(PacedDrafter):
         draft_exit: DraftExit,
         *,
         token_ids: Tensor | None = None,
+        prefix: LayerStandIn | None = None,
         gate: float = 0.0,
         branches: Branches = (),
     ) -> None:
@@ -56,6 +61,7 @@ class HeadDrafter(PacedDrafter):
         check_heads(heads, model)
         self._model = model
         self._heads = heads
+        self._prefix = prefix
         # Of the stack only its head is used, which scores the draft vocabulary.
         self._stack = model.stack_of(SkipSet(model.num_layers), token_ids=token_ids)
 
@@ -69,22 +75,33 @@ class HeadDrafter(PacedDrafter):
         gate: float = 0.0,
         branches: Branches = (),
     ) -> HeadDrafter:
-        """The drafter with these heads and this draft vocabulary, brought to where the model is.
+        """The drafter with these heads, their layer and this draft vocabulary, brought to where the model is.
 
         Raises:
-            InvalidInputError: There are no heads, or as in the class.
+            InvalidInputError: There are no heads, their layer is not for this model, or as in the class.
         """
         here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
         if here.heads is None:
             raise InvalidInputError("draft heads: there are none among the draft's tensors")
-        return cls(model, here.heads, draft_exit, token_ids=here.token_ids, gate=gate, branches=branches)
+        return cls(
+            model,
+            here.heads,
+            draft_exit,
+            token_ids=here.token_ids,
+            prefix=here.prefix(model),
+            gate=gate,
+            branches=branches,
+        )
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
-        super().start(prompt, state)
-        self._state = state.to(self._model.device)
+    def start(self, prompt: Tensor, states: Tensor) -> None:
+        super().start(prompt, states)
+        self._text = text_state(self._model, self._prefix)  # anew, so that copies of a drafter share nothing
+        self._text.add(states)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         most = 0 if self._unsure else min(limit, self._heads.count, self._exit.max_length)
+        if not most:
+            return Draft.of([], newest.device)
         score, token_ids = self._scorer(most), self._stack.token_ids
         ways = newest[None]  # [p, place + 1], to each token of the last place the tokens from the newest one on
         draws: list[Draw] = []
@@ -110,16 +127,16 @@ class HeadDrafter(PacedDrafter):
         """What scores the draft vocabulary for a place, ``[p, n]``, behind ``p`` ways there.
 
         Args:
-            most: Places that may be asked for.
+            most: Places that may be asked for, at least 1.
         """
-        heads = self._heads
+        heads, state = self._heads, self._text.state()
         if isinstance(heads, MedusaHeads):  # no head looks at tokens
-            said = self._logits(heads.all_at(self._state)[:most]) if most else self._state
+            said = self._logits(heads.all_at(state)[:most])
             return lambda place, ways: said[place].expand(len(ways), -1)
 
         def score(place: int, ways: Tensor) -> Tensor:
             known = self._model.embed(ways.flatten())[0].unflatten(0, ways.shape)
-            return self._logits(heads.at(place, self._state.expand(len(ways), -1), known))
+            return self._logits(heads.at(place, state.expand(len(ways), -1), known))
 
         return score
 
@@ -128,7 +145,7 @@ class HeadDrafter(PacedDrafter):
 
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
-        self._state = outcome.state.to(self._model.device)
+        self._text.add(outcome.states)
 
 
 def _rows(ways: Tensor, numbers: Iterable[int]) -> Tensor:

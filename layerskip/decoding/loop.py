@@ -199,7 +199,7 @@ def stream_rounds(
     with clock.phase("prefill"):
         behind = engine.prefill(ids[cache.length :], cache)
         newest = sampler.draw(behind.logits[0]).tokens  # [1]
-        drafter.start(ids, behind.states[0])
+        drafter.start(ids, behind.states)
         tokens, reason = ending.cut([], newest.tolist())
     memory.goes_on(tokens)
     yield Round(list(tokens), accepted=0)

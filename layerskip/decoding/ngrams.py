@@ -98,7 +98,7 @@ class NGramDrafter:
     def __init__(self, ngrams: NGrams | None = None) -> None:
         self._ngrams = ngrams or NGrams()
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
+    def start(self, prompt: Tensor, states: Tensor) -> None:
         self._index = TextIndex(self._ngrams)
         self._index.extend(prompt.tolist())
         self._knows_newest = False
@@ -144,9 +144,9 @@ class FirstTry:
         """Both copied too, so that the copy serves a generation of its own."""
         return FirstTry(copy.copy(self._first), copy.copy(self._second))
 
-    def start(self, prompt: Tensor, state: Tensor) -> None:
-        self._first.start(prompt, state)
-        self._second.start(prompt, state)
+    def start(self, prompt: Tensor, states: Tensor) -> None:
+        self._first.start(prompt, states)
+        self._second.start(prompt, states)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draft = self._first.propose(newest, cache, limit, sampler)

@@ -16,6 +16,7 @@ from layerskip.drafts.heads import HEAD_KINDS, DraftHeads, heads_of
 from layerskip.drafts.layers import LayerWeights
 from layerskip.errors import InvalidInputError
 from layerskip.stack.stack import Step
+from layerskip.stack.sublayers import LayerStandIn
 
 if TYPE_CHECKING:
     from layerskip.stack.model import LayerSkipModel
@@ -28,11 +29,13 @@ class DraftAssets:
     Args:
         bridges: By the index of their first sublayer.
         token_ids: ``[n]``, the draft vocabulary, ascending; None for the whole one.
-        layers: Trained decoder layers, by the index of the first sublayer that they stand for.
+        layers: Trained decoder layers, by the index of the first sublayer that they stand for. Where heads draft: none,
+            or one that stands behind all sublayers and for none of them, which the heads' hidden states go through
+            first.
         heads: Heads that draft behind the full model, without a pass of its stack; None where the stack drafts.
 
     Raises:
-        InvalidInputError: There are both heads and stand-ins.
+        InvalidInputError: There are both heads and stand-ins, or a layer that stands for nothing without heads.
     """
 
     bridges: Mapping[int, Bridge] = field(default_factory=dict)
@@ -41,8 +44,16 @@ class DraftAssets:
     heads: DraftHeads | None = None
 
     def __post_init__(self) -> None:
-        if self.heads is not None and (self.bridges or self.layers):
+        behind = [layer for layer in self.layers.values() if layer.start == layer.stop]
+        if self.heads is None and behind:
+            raise InvalidInputError(
+                f"stand-in: the layer at sublayer {behind[0].start} stands for no sublayer; only draft heads have such "
+                "a layer, and there are none"
+            )
+        if self.heads is not None and (self.bridges or len(behind) < len(self.layers)):
             raise InvalidInputError("draft heads: nothing of the stack runs to draft, so nothing can stand in for it")
+        if len(behind) > 1:
+            raise InvalidInputError(f"draft heads: expected one layer before them at most, found {len(behind)}")
 
     def __bool__(self) -> bool:
         return bool(self.bridges or self.layers) or self.token_ids is not None or self.heads is not None
@@ -99,6 +110,25 @@ class DraftAssets:
         """
         built = {start: self.layers[start].build(model, number) for number, start in enumerate(sorted(self.layers))}
         return {**self.bridges, **built}
+
+    def prefix(self, model: LayerSkipModel) -> LayerStandIn | None:
+        """The layer that hidden states go through before the heads read them; None where there is none.
+
+        Args:
+            model: The model, to whose device and dtype the assets were brought.
+
+        Raises:
+            InvalidInputError: It does not stand behind this model's sublayers, or as in :meth:`stand_ins`.
+        """
+        if self.heads is None or not self.layers:
+            return None
+        [weights] = self.layers.values()
+        if weights.start != len(model.sublayers):
+            raise InvalidInputError(
+                f"draft heads: their layer stands behind {weights.start} sublayers, but the model has "
+                f"{len(model.sublayers)}; train heads for this model with 'layerskip tune'"
+            )
+        return weights.build(model, number=0)
 
 
 def _bridge(tensors: Mapping[str, Tensor], start: int, stop: int) -> Bridge:

@@ -135,8 +135,9 @@ class HydraHeads:
     They are asked one after the other. Embeddings are scaled like the hidden state, to a root mean square of 1. The
     hidden layer is as wide as the model's hidden states.
 
-    Source: Ankner et al., "Hydra", COLM 2024 (arXiv 2402.05109), section 3. Hydra++'s attention over the text before is
-    not part of them.
+    Source: Ankner et al., "Hydra", COLM 2024 (arXiv 2402.05109), section 3. Hydra++'s attention over the text before
+    (section 4) is not part of them: it makes the states that they are given, see
+    :class:`layerskip.decoding.prefix.PrefixState`.
 
     Args:
         heads: By place; the first sees one token, the newest.

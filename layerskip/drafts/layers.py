@@ -1,4 +1,5 @@
-"""One decoder layer of a draft's own in place of a run of skipped sublayers, as in Kangaroo (arXiv 2404.18911)."""
+"""One decoder layer of a draft's own: in place of a run of skipped sublayers, as in Kangaroo (arXiv 2404.18911), or
+behind them all and before draft heads, as in Hydra++ (arXiv 2402.05109)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class LayerWeights:
 
     Args:
         start: Index of the first sublayer that it stands for.
-        stop: Index behind the last.
+        stop: Index behind the last; ``start`` itself where it stands for none, behind all sublayers.
         like: The model's layer that it is built like: in some families layers differ, such as by their window.
         weights: By their names in that layer.
     """
@@ -47,6 +48,33 @@ class LayerWeights:
                 f"layer {like}: its weights are quantized or adapted; tune the model that it was made from"
             )
         return cls(start, stop, like, weights)
+
+    @classmethod
+    def behind(cls, model: LayerSkipModel) -> LayerWeights:
+        """A layer behind all sublayers that leaves hidden states as they are, to start from.
+
+        It is a copy of the top layer, in which the last thing that each sublayer goes through answers nothing: the norm
+        behind it, or where the family has none, its output projection.
+
+        Raises:
+            InvalidInputError: As :meth:`copied`.
+        """
+        top, end = model.num_layers - 1, len(model.sublayers)
+        copied = cls.copied(model, end, end, top)
+        layer = copied.module(model, slot=0)  # its parameters are the copied weights
+        norms = model.family.norms
+        for norm, projection in (
+            (norms.after_attention, "self_attn.o_proj"),
+            (norms.after_mlp, "mlp.down_proj"),
+        ):
+            with torch.no_grad():
+                if norm is None:
+                    for weight in layer.get_submodule(projection).parameters():
+                        weight.zero_()
+                else:
+                    # Not the projection: a norm makes as much of next to nothing as of anything.
+                    _silence(layer.get_submodule(norm))
+        return copied
 
     def to(self, like: Tensor) -> LayerWeights:
         """The weights in the dtype and on the device of a tensor."""
@@ -96,6 +124,14 @@ def stand_in_of(model: LayerSkipModel, layer: nn.Module, like: int) -> LayerStan
         like: The model's layer that it is built like.
     """
     return LayerStandIn(*sublayers_in(layer, like, model.family, model.config))
+
+
+def _silence(norm: nn.Module) -> None:
+    """Let a norm answer nothing: some families' norms multiply by their weight, others by 1 and their weight."""
+    [weight] = norm.parameters()
+    weight.zero_()
+    if norm(torch.ones_like(weight)).any():
+        weight.fill_(-1)
 
 
 def _layers(model: LayerSkipModel) -> Any:

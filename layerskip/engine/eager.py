@@ -45,7 +45,8 @@ class EagerEngine:
         return True  # its caches grow
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
-        return self._scored(self._model.forward(tokens, cache)[:, -1:])
+        x = self._model.forward(tokens, cache)
+        return Scored(self._model.logits(x[:, -1:]), x[0])
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         with cache.seen_again(len(tokens) - 1):

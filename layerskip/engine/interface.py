@@ -68,8 +68,9 @@ class Scored:
     """What a pass of the full model gives.
 
     Args:
-        logits: ``[n, vocab_size]``, scores behind each of ``n`` tokens, in float32.
-        states: ``[n, hidden_size]``, the hidden states behind the last sublayer that they come from.
+        logits: ``[n, vocab_size]``, scores behind each of ``n`` tokens, in float32; of a prompt, ``[1, vocab_size]``,
+            behind the last of them.
+        states: ``[n, hidden_size]``, the hidden states behind the last sublayer, of each token.
     """
 
     logits: Tensor
@@ -102,7 +103,11 @@ class Engine(Protocol):
         """Whether a cache that it made has room for ``capacity`` positions, or can make it."""
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
-        """Run a prompt, or the rest of one, ``[n]``; what comes out behind its last token, ``[1, ...]``."""
+        """Run a prompt, or the rest of one, ``[n]``.
+
+        Returns:
+            Scores behind its last token, and the hidden states of all its tokens, which later passes leave alone.
+        """
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         """Run tokens, ``[m]``, through a draft's stack; the cache moves forward by one.

@@ -20,6 +20,8 @@ from layerskip.tuning.data import TuningText
 
 # How much less each head's loss counts than that of the one before (Medusa, arXiv 2401.10774, section 2.2.1).
 _HEAD_WEIGHT = 0.8
+# What the parameters of a layer before heads are called, in front of their names in the layer.
+_PREFIX = "prefix."
 
 
 @dataclass(frozen=True)
@@ -88,32 +90,75 @@ def bridge_learner(model: LayerSkipModel, bridge: Bridge) -> Learner:
     return Learner(bridge.start, bridge.stop, guesses, named, assets)
 
 
-def heads_learner(model: LayerSkipModel, heads: DraftHeads) -> Learner:
-    """Draft heads, from the weights to start with; later ones count less."""
+def heads_learner(model: LayerSkipModel, heads: DraftHeads, prefix: LayerWeights | None = None) -> Learner:
+    """Draft heads, from the weights to start with; later ones count less.
+
+    Args:
+        model: The full model.
+        heads: The heads.
+        prefix: A layer behind all sublayers, which is learned together with them: they read what it makes of a text's
+            last hidden states (Hydra++). None lets them read those.
+    """
     parameters = {name: nn.Parameter(value.to(model.device).float().clone()) for name, value in heads.tensors().items()}
     learned = heads_of(parameters)
     assert learned is not None
+    states_of: Callable[[Sequence[TuningText]], list[Tensor]] = _last_states
+    if prefix is not None:
+        layer = prefix.to(torch.empty(0, device=model.device)).module(model, slot=0)
+        parameters |= {f"{_PREFIX}{name}": weight for name, weight in layer.named_parameters()}
+        states_of = _states_through(model, stand_in_of(model, layer, prefix.like))
 
     def guesses(texts: Sequence[TuningText]) -> list[Guesses]:
-        return [_guesses_at(model, learned, place, texts) for place in range(learned.count)]
+        states = states_of(texts)
+        return [_guesses_at(model, learned, place, texts, states) for place in range(learned.count)]
 
     def assets(values: Mapping[str, Tensor]) -> DraftAssets:
-        return DraftAssets(heads=heads_of(values))
+        return DraftAssets(layers={} if prefix is None else _prefix_from(values, prefix), heads=heads_of(values))
 
     top = len(model.sublayers)
     return Learner(top, top, guesses, parameters, assets)
 
 
-def _guesses_at(model: LayerSkipModel, heads: DraftHeads, place: int, texts: Sequence[TuningText]) -> Guesses:
-    """What a head says where the text goes on for long enough, and is as it was up to the head's place."""
+def _prefix_from(values: Mapping[str, Tensor], like: LayerWeights) -> dict[int, LayerWeights]:
+    weights = {name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX)}
+    return {like.start: LayerWeights(like.start, like.stop, like.like, weights)}
+
+
+def _last_states(texts: Sequence[TuningText]) -> list[Tensor]:
+    """Of each text, ``[n, hidden_size]``: the full model's."""
+    return [text.after for text in texts]
+
+
+def _states_through(model: LayerSkipModel, layer: Step) -> Callable[[Sequence[TuningText]], list[Tensor]]:
+    """As :func:`_last_states`, but what a layer makes of them."""
+
+    def states(texts: Sequence[TuningText]) -> list[Tensor]:
+        through = _through(model, layer, [text.after for text in texts])  # [b, longest, hidden_size]
+        return [row[: len(text.tokens)] for row, text in zip(through, texts, strict=True)]
+
+    return states
+
+
+def _guesses_at(
+    model: LayerSkipModel, heads: DraftHeads, place: int, texts: Sequence[TuningText], states: Sequence[Tensor]
+) -> Guesses:
+    """What a head says where the text goes on for long enough, and is as it was up to the head's place.
+
+    Args:
+        model: The full model.
+        heads: The heads.
+        place: Which of them.
+        texts: The texts.
+        states: Of each, ``[n, hidden_size]``, what the heads read.
+    """
     ahead = place + 1
     sources, known, targets, choices = [], [], [], []
-    for text in texts:
+    for text, read in zip(texts, states, strict=True):
         first = int((~text.asked).sum())  # all positions from there on are asked
         behind = text.tokens[first + 1 :]
         if len(behind) < ahead:
             continue
-        sources.append(text.after[first:-ahead])
+        sources.append(read[first:-ahead])
         known.append(behind.unfold(0, ahead, 1))  # [p, ahead]
         targets.append(text.after[first + ahead :])
         choices.append(text.choices[first + ahead :])
@@ -123,28 +168,32 @@ def _guesses_at(model: LayerSkipModel, heads: DraftHeads, place: int, texts: Seq
     tokens = torch.cat(known).to(model.device).long()
     with torch.no_grad():
         embedded = model.embed(tokens.flatten())[0].float().unflatten(0, tokens.shape)
-    states = heads.at(place, torch.cat(sources).to(model.device).float(), embedded)
-    return Guesses(states, torch.cat(targets).to(model.device), torch.cat(choices).long(), _HEAD_WEIGHT**ahead)
+    said = heads.at(place, torch.cat(sources).to(model.device).float(), embedded)
+    return Guesses(said, torch.cat(targets).to(model.device), torch.cat(choices).long(), _HEAD_WEIGHT**ahead)
 
 
 def _guesses_above(model: LayerSkipModel, step: Step) -> Callable[[Sequence[TuningText]], list[Guesses]]:
-    """Those of a draft that has one step above what the full model computes too.
-
-    A text is taken as a whole, with a causal mask, so that a layer's attention sees its own keys of all positions
-    before, as in decoding.
-    """
+    """Those of a draft that has one step above what the full model computes too."""
 
     def guesses(texts: Sequence[TuningText]) -> list[Guesses]:
-        longest = max(len(text.tokens) for text in texts)
-        before = torch.stack([functional.pad(t.before, (0, 0, 0, longest - len(t.tokens))) for t in texts])
-        asked = torch.stack([functional.pad(text.asked, (0, longest - len(text.tokens))) for text in texts])
-        context = model.pass_context(longest, _Forgetful())
-        states = step(before.to(model.device, torch.float32), context)  # [b, longest, hidden_size]
+        states = _through(model, step, [text.before for text in texts])  # [b, longest, hidden_size]
+        asked = torch.stack([functional.pad(text.asked, (0, states.shape[1] - len(text.tokens))) for text in texts])
         after = torch.cat([text.after[text.asked] for text in texts])
         choices = torch.cat([text.choices[text.asked] for text in texts]).long()
         return [Guesses(states[asked.to(model.device)], after.to(model.device), choices)]
 
     return guesses
+
+
+def _through(model: LayerSkipModel, step: Step, texts: Sequence[Tensor]) -> Tensor:
+    """What a step makes of texts' hidden states, ``[n, hidden_size]`` each: ``[b, longest, hidden_size]``.
+
+    A text is taken as a whole, with a causal mask, so that a layer's attention sees its own keys of all positions
+    before, as in decoding.
+    """
+    longest = max(map(len, texts))
+    padded = torch.stack([functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts])
+    return step(padded.to(model.device, torch.float32), model.pass_context(longest, _Forgetful()))
 
 
 class _Forgetful(KVCache):

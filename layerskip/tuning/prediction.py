@@ -39,16 +39,20 @@ def step_cost_by_weights(model: LayerSkipModel, stack: Stack) -> float:
     return (steps + _scoring_weights(model, stack)) / _full_weights(model)
 
 
-def head_costs_by_weights(model: LayerSkipModel, heads: DraftHeads, stack: Stack) -> list[float]:
+def head_costs_by_weights(
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, prefix: LayerStandIn | None = None
+) -> list[float]:
     """The costs of drafts with one head, with two and so on, as shares of the full model's weights that they read.
 
     Args:
         model: The model.
         heads: The heads.
         stack: Any of the model's, with the draft vocabulary.
+        prefix: The layer that they read through, once a draft; None where there is none.
     """
     scoring, full = _scoring_weights(model, stack), _full_weights(model)
-    return [heads.weights_read(places, scoring) / full for places in range(1, heads.count + 1)]
+    first = 0 if prefix is None else _num_weights(prefix)
+    return [(first + heads.weights_read(places, scoring)) / full for places in range(1, heads.count + 1)]
 
 
 def _scoring_weights(model: LayerSkipModel, stack: Stack) -> int:

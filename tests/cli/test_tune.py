@@ -55,7 +55,7 @@ def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
     assert (profile.tensors.layers, profile.tensors.bridges, profile.tensors.vocabulary) == (0, 1, 100)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
 def test_heads_are_trained_and_applied(layerskip, model_folder, prompts, wrapped, kind):
     common = ("--kind", kind, "--heads", 2, "--prompts", prompts, *QUICK)
     outcome = layerskip("tune", model_folder, "--out", "h.json", *common)
@@ -64,7 +64,8 @@ def test_heads_are_trained_and_applied(layerskip, model_folder, prompts, wrapped
     assert "by head" in outcome.err
     profile = DraftProfile.load("h.json")
     assert len(profile.skip_set) == 0
-    assert (profile.tensors.heads, profile.assets.heads.kind) == (2, kind)
+    assert (profile.tensors.heads, profile.assets.heads.kind) == (2, kind.removesuffix("++"))
+    assert profile.tensors.layers == (kind == "hydra++")
     assert profile.measured is not None
     made = generate(wrapped, [5, 6, 7], drafter=profile.drafter(wrapped), max_new_tokens=16, eos_token_ids=[])
     assert made.tokens == transformers_greedy(wrapped.hf_model, [5, 6, 7], 16)
@@ -88,12 +89,12 @@ def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--kind", "head"), "kind 'head' is unknown; expected layer, bridge, medusa, hydra"),
+        (("--kind", "head"), "kind 'head' is unknown; expected layer, bridge, medusa, hydra, hydra++"),
         (
             ("--kind", "medusa", "--exit", "2"),
             "exit: medusa heads draft behind all layers, so there is none; leave it out",
         ),
-        (("--heads", "2"), "heads: a layer has none; leave it out, or choose medusa or hydra"),
+        (("--heads", "2"), "heads: a layer has none; leave it out, or choose medusa, hydra or hydra++"),
         (("--kind", "hydra", "--heads", "0"), "heads: expected at least 1, got 0"),
         (("--loss", "mse"), "loss 'mse' is unknown; expected kl, ce, both"),
         (("--positions", "0"), "positions: expected at least 1, got 0"),

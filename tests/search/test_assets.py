@@ -45,7 +45,7 @@ def test_what_is_estimated_is_what_is_decoded_with(makers):
     stack, drafter = makers.stack(candidate), makers.drafter(candidate, Policy(FixedLength(3), gate=0.5))
     assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps] == [0, 1, 2, 6, 7]
     assert torch.equal(drafter._stack.token_ids, stack.token_ids)
-    drafter.start(torch.tensor([1]), torch.zeros(8))
+    drafter.start(torch.tensor([1]), torch.zeros(1, 8))
     nothing, unsure = Draft.of([], torch.device("cpu")), Scored(torch.zeros(1, VOCABULARY), torch.zeros(1, 8))
     drafter.observe(Outcome(nothing, Verdict([2], torch.tensor([2]), (0,)), torch.tensor([1]), unsure))
     assert drafter._unsure  # by the gate

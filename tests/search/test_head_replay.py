@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
 from layerskip.decoding.ngrams import behind_copies
-from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS
+from layerskip.stack.sublayers import LayerStandIn
 from layerskip.stack.tree import Tree, widths_of
 from search.copying import copies_along, settings_of_ngrams
 from search.estimate import LAST_RANK
@@ -25,7 +25,7 @@ from search.head_replay import (
 )
 from search.reference import continuations, record
 from search.space import Policy, SearchSpace
-from tests.models import LAYERS, random_heads
+from tests.models import LAYERS, random_heads, random_prefix
 from tests.strategies import bushes
 
 LIMIT = 20
@@ -75,6 +75,30 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
         foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT, copies=copies)
         assert foretold.seconds == (stats.rounds,)
         if kind == "medusa" or isinstance(draft_exit, FixedLength):
+            assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)
+
+
+@given(
+    draft_exit=st.one_of(
+        st.builds(FixedLength, st.integers(1, 4)),
+        st.builds(ConfidenceThreshold, threshold=st.sampled_from([0.1, 0.3]), max_length=st.integers(1, 4)),
+    ),
+    gate=st.sampled_from([0.0, 0.3]),
+    branches=st.lists(st.integers(1, 6), max_size=3).map(tuple),
+    scale=st.sampled_from([0.02, 0.3]),
+)
+@settings(max_examples=10)
+def test_replay_says_what_heads_behind_a_layer_do(tiny, texts, draft_exit, gate, branches, scale):
+    heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), Policy(draft_exit, gate, branches)
+    layer = random_prefix(tiny, scale=scale).build(tiny, 0)
+    drafter = HeadDrafter(tiny, heads, draft_exit, prefix=layer, gate=gate, branches=branches)
+    for text in texts:
+        prompt = text.tokens[: text.prompt_length]
+        stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
+        traces = [trace_heads(tiny, heads, tiny.stack_of(SkipSet(LAYERS)), text, layer)]
+        foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT)
+        assert foretold.seconds == (stats.rounds,)
+        if isinstance(draft_exit, FixedLength):
             assert foretold.acceptance_rate == pytest.approx(stats.acceptance_rate)
 
 
@@ -152,7 +176,8 @@ def test_every_length_threshold_gate_and_shape_is_tried():
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_of_every_length_are_timed(tiny, kind):
-    seconds = measure_drafts(tiny, DraftAssets(heads=random_heads(tiny, kind, HEADS)))
+    heads = random_heads(tiny, kind, HEADS)
+    seconds = measure_drafts(tiny, HEADS, lambda shape: HeadDrafter(tiny, heads, FixedLength(HEADS), branches=shape))
     assert seconds.base > 0
     assert len(seconds.places) == HEADS
     assert all(len(place) == len(seconds.ways) for place in seconds.places)
@@ -164,3 +189,21 @@ def test_seconds_between_measured_numbers_of_tokens_are_interpolated():
     assert seconds.of([]) == 1.0
     assert seconds.of([1]) == 1.5
     assert seconds.of([1, 2]) == 4.5
+
+
+def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama):
+    seen = []
+
+    class Seen(LayerStandIn):
+        def __call__(self, x, context):
+            seen.append((x.shape[1], context.cache.length))
+            return super().__call__(x, context)
+
+    built = random_prefix(llama).build(llama, 0)
+    layer = Seen(built.attention, built.mlp)
+    heads = random_heads(llama, "hydra", 2)
+    measure_drafts(llama, 2, lambda shape: HeadDrafter(llama, heads, FixedLength(2), prefix=layer, branches=shape))
+    widths = [width for width, _ in seen]
+    shapes, drafts = 5, 2 * 12  # two lengths, in every repeat and the one that is not counted
+    assert sorted(widths) == [2] * shapes * (drafts - 1) + [130] * shapes
+    assert min(past for width, past in seen if width == 2) >= 128

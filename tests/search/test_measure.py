@@ -28,8 +28,8 @@ class CountingDrafter(SkipDrafter):
     def _count(self, *_):
         self.passes += 1
 
-    def start(self, prompt, state):
-        super().start(prompt, state)
+    def start(self, prompt, states):
+        super().start(prompt, states)
         self.passes_before = self.passes - 1  # the prompt's own
 
 

@@ -15,8 +15,8 @@ TOP = 2 * LAYERS
 class Followed(SkipDrafter):
     """Keeps for each proposal how much of the answer was certain, and whether the proposal stood."""
 
-    def start(self, prompt, state):
-        super().start(prompt, state)
+    def start(self, prompt, states):
+        super().start(prompt, states)
         self.certain, self.stood = 0, {}
 
     def observe(self, outcome):

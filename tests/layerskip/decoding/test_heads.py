@@ -68,8 +68,8 @@ def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, kind, widt
 class Watched(HeadDrafter):
     """Keeps each draft with the text that it was proposed behind."""
 
-    def start(self, prompt, state):
-        super().start(prompt, state)
+    def start(self, prompt, states):
+        super().start(prompt, states)
         self.text, self.said = prompt.tolist(), []
 
     def propose(self, newest, cache, limit, sampler):

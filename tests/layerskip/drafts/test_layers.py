@@ -59,8 +59,8 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, runs, like, draft_e
 class Watched(SkipDrafter):
     """Follows the text, and keeps each proposal's logits with the text that it was proposed behind."""
 
-    def start(self, prompt, state):
-        super().start(prompt, state)
+    def start(self, prompt, states):
+        super().start(prompt, states)
         self.text, self.seen = prompt.tolist(), []
 
     def propose(self, newest, cache, limit, sampler):

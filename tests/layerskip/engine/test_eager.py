@@ -93,3 +93,13 @@ def test_the_cheapest_width_is_wide_enough(needed):
         assert width >= needed
         wide_enough = [w for w in WIDTHS if w >= needed]
         assert width == needed if not wide_enough else costs.seconds(width) == min(map(costs.seconds, wide_enough))
+
+
+def test_a_prompt_gives_the_states_of_all_its_tokens_and_scores_behind_the_last(tiny):
+    text = torch.tensor([3, 1, 4, 1, 5, 9])
+    with torch.inference_mode():
+        expected = tiny.forward(text, tiny.new_cache(6))
+        cache = tiny.engine.new_cache(6)
+        first, rest = tiny.engine.prefill(text[:2], cache), tiny.engine.prefill(text[2:], cache)
+        torch.testing.assert_close(torch.cat([first.states, rest.states]), expected[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rest.logits, tiny.logits(expected[:, -1:]), atol=1e-4, rtol=1e-4)
