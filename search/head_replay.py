@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, product
 
@@ -23,6 +23,7 @@ from layerskip.decoding.ngrams import NGrams
 from layerskip.decoding.prefix import through_layer
 from layerskip.decoding.sampling import Draft, Sampling
 from layerskip.decoding.verification import Verdict
+from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import DraftHeads
 from layerskip.engine import Scored
 from layerskip.stack.kv_cache import KVCache
@@ -40,9 +41,9 @@ from search.space import Policy, SearchSpace
 
 _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
+_CONTEXT = 128  # a text of usual length, as for the costs of passes
 # Drafting is timed behind so many tokens at a time; between them seconds are interpolated.
 _WAYS = (1, 2, 4, 8, 16)
-_CONTEXT = 128  # a text of usual length, as for the costs of passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,22 +226,25 @@ class HeadCosts:
 
 
 @torch.inference_mode()
-def measure_drafts(model: LayerSkipModel, longest: int, drafter_of: Callable[[Branches], HeadDrafter]) -> DraftSeconds:
+def measure_drafts(model: LayerSkipModel, assets: DraftAssets) -> DraftSeconds:
     """Seconds of drafting with heads; medians, interleaved.
 
     Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
 
     Args:
         model: The model.
-        longest: How many heads there are.
-        drafter_of: Makes a drafter with these branches that never stops early.
+        assets: The heads, and the draft vocabulary.
     """
     text = torch.zeros(_CONTEXT, dtype=torch.long, device=model.device)
     newest, states = text[:1], model.embed(text)[0]
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
     nothing, scores = Draft.of([], model.device), model.logits(states[None, :2])
     before = Outcome(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
-    drafters = {ways: drafter_of(_even(ways, longest)) for ways in _WAYS}
+    assert assets.heads is not None
+    longest = assets.heads.count
+    drafters = {
+        ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
+    }
     for drafter in drafters.values():
         drafter.start(text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}

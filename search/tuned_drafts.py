@@ -8,8 +8,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_exit import FixedLength
-from layerskip.decoding.heads import HeadDrafter
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import fit_bridge, runs_of
 from layerskip.drafts.heads import HEAD_KINDS, HeadKind, untrained_heads
@@ -18,7 +16,6 @@ from layerskip.errors import InvalidInputError
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack
-from layerskip.stack.tree import Branches
 from layerskip.tuning import Agreement, Learner, Shards, bridge_learner, heads_learner, layer_learner
 from layerskip.tuning.prediction import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
 from search.branching import branching_policies
@@ -191,10 +188,7 @@ class TunedHeads:
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
     def costs(self, assets: DraftAssets) -> DraftSeconds | None:
-        def drafter_of(branches: Branches) -> HeadDrafter:
-            return HeadDrafter.of(self._model, FixedLength(self.heads), assets, branches=branches)
-
-        return measure_drafts(self._model, self.heads, drafter_of)
+        return measure_drafts(self._model, assets)
 
     def best_policy(
         self,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
 from layerskip.decoding.ngrams import behind_copies
+from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS
 from layerskip.stack.sublayers import LayerStandIn
 from layerskip.stack.tree import Tree, widths_of
@@ -176,8 +177,7 @@ def test_every_length_threshold_gate_and_shape_is_tried():
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_of_every_length_are_timed(tiny, kind):
-    heads = random_heads(tiny, kind, HEADS)
-    seconds = measure_drafts(tiny, HEADS, lambda shape: HeadDrafter(tiny, heads, FixedLength(HEADS), branches=shape))
+    seconds = measure_drafts(tiny, DraftAssets(heads=random_heads(tiny, kind, HEADS)))
     assert seconds.base > 0
     assert len(seconds.places) == HEADS
     assert all(len(place) == len(seconds.ways) for place in seconds.places)
@@ -191,19 +191,18 @@ def test_seconds_between_measured_numbers_of_tokens_are_interpolated():
     assert seconds.of([1, 2]) == 4.5
 
 
-def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama):
-    seen = []
+def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama, monkeypatch):
+    seen, run = [], LayerStandIn.__call__
 
-    class Seen(LayerStandIn):
-        def __call__(self, x, context):
-            seen.append((x.shape[1], context.cache.length))
-            return super().__call__(x, context)
+    def watched(self, x, context):
+        seen.append((x.shape[1], context.cache.length))
+        return run(self, x, context)
 
-    built = random_prefix(llama).build(llama, 0)
-    layer = Seen(built.attention, built.mlp)
-    heads = random_heads(llama, "hydra", 2)
-    measure_drafts(llama, 2, lambda shape: HeadDrafter(llama, heads, FixedLength(2), prefix=layer, branches=shape))
-    widths = [width for width, _ in seen]
-    shapes, drafts = 5, 2 * 12  # two lengths, in every repeat and the one that is not counted
-    assert sorted(widths) == [2] * shapes * (drafts - 1) + [130] * shapes
-    assert min(past for width, past in seen if width == 2) >= 128
+    monkeypatch.setattr(LayerStandIn, "__call__", watched)
+    layers = {2 * LAYERS: random_prefix(llama)}
+    ways = measure_drafts(llama, DraftAssets(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
+    first, rest = seen[: len(ways)], seen[len(ways) :]
+    assert first == [(130, 0)] * len(ways)
+    assert {width for width, _ in rest} == {2}
+    assert len(seen) == len(ways) * 2 * 12  # two lengths, in every repeat and the one that is not counted
+    assert min(past for _, past in rest) >= 128
