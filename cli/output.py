@@ -51,6 +51,17 @@ def describe_speedup(measured: dict[str, Any]) -> str:
     return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"
 
 
+def doubt_of(measured: dict[str, Any]) -> str | None:
+    """A sentence on a measured speedup above 1× that shows no gain, in the words of ``compare``; None on any other."""
+    from studies.speedups import CROSSES_ONE, ONE_PROMPT
+
+    if measured["speedup"] <= 1:
+        return None
+    if measured["prompts"] == 1:
+        return f"No clear gain: {ONE_PROMPT}."
+    return CROSSES_ONE if measured["speedup_low"] <= 1 else None
+
+
 def check_writable(out: Path) -> None:
     """Find out before the search, not after it, that the profile cannot be written."""
     from layerskip.errors import InvalidInputError

@@ -26,6 +26,7 @@ from cli.output import (
     check_writable,
     counted,
     describe_speedup,
+    doubt_of,
     print_json,
     quiet_libraries,
     stderr,
@@ -224,5 +225,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
             "No candidate beat plain decoding. The profile has the best one with its true figure; "
             "'layerskip apply' will decode plainly with it unless told --force."
         )
+    elif doubt := doubt_of(measured.model_dump()):
+        stdout.print(doubt)
     if result.interrupted:
         stdout.print("Interrupted: the same command goes on where it stopped.")

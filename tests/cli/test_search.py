@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cli import search
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from search.outcome import SearchResult
 from studies.ranking import measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
@@ -68,6 +70,22 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert "profile   found.json" in lines
     said = any(line.startswith("No candidate beat plain decoding.") for line in lines)
     assert said == (profile.measured.speedup <= 1)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "prompts", "said"),
+    [
+        (1.25, 8, []),
+        (1.05, 8, ["No clear gain (the interval crosses 1×): nothing was measured to be faster."]),
+        (1.25, 1, ["No clear gain: one prompt is not enough to show that anything is faster."]),
+    ],
+)
+def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
+    profile = DraftProfile.load(make_profile(speedup))
+    profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
+    search._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("profile   found.json") + 1 :] == said
 
 
 def test_the_same_command_with_more_trials_goes_on(layerskip, options):
