@@ -58,9 +58,11 @@ class SearchProgress(SearchObserver):
         self._start("candidates", self._trials, progress.seen)
 
     def reference_begins(self, prompts: int) -> None:
-        self._say(
-            f"reference run over {counted(prompts, 'prompt')}, to hold drafts against; an earlier one is used again"
-        )
+        self._say(f"reference run over {counted(prompts, 'prompt')}, to hold drafts against")
+
+    def reference_ready(self, found: int) -> None:
+        if found:
+            self._say(f"{counted(found, 'text')} of an earlier reference run used again")
 
     def costs_begin(self) -> None:
         self._say("measuring what the parts of a step cost here")

@@ -105,12 +105,16 @@ class ReferenceRun:
         folder: Where references of all models are kept.
         fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
 
+    Attributes:
+        found: Texts asked for so far that had been made earlier.
+
     Raises:
         LayerSkipError: The folder cannot be written.
     """
 
     def __init__(self, model: LayerSkipModel, folder: Path, fingerprint: str) -> None:
         self._model = model
+        self.found = 0
         what = [fingerprint, str(model.dtype), model.device.type, library_versions()]
         self._folder = folder / f"reference-{_digest(what)}"
         with _clear_errors(self._folder):
@@ -139,6 +143,7 @@ class ReferenceRun:
         """
         paths = [self._folder / f"{_digest([p.tokens, max_new_tokens, states])}.safetensors" for p in prompts]
         missing = [pair for pair in zip(prompts, paths, strict=True) if _read(pair[1]) is None]
+        self.found += len(prompts) - len(missing)
         for start in range(0, len(missing), _SIDE_BY_SIDE):
             batch = missing[start : start + _SIDE_BY_SIDE]
             written = continuations(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)

@@ -265,7 +265,7 @@ def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_p
 def test_a_search_tells_how_it_goes(finished):
     result, _, _, log, study = finished
     names = [event for event, *_ in log.events]
-    assert names[:4] == ["study_opened", "reference_begins", "costs_begin", "trials_begin"]
+    assert names[:5] == ["study_opened", "reference_begins", "reference_ready", "costs_begin", "trials_begin"]
     [(name, at_start)] = log.of("study_opened")
     assert (name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
     told = log.of("trial_finished")
