@@ -781,11 +781,15 @@ def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them
     assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary"]
 
 
-def test_the_first_trials_of_a_rich_search_are_rich_and_say_so(rich, storage):
-    name = rich(trials=1).run().study
-    [trial] = completed(load_study(storage, name))
-    assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
-    assert trial.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
+def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
+    name = rich(trials=2).run().study
+    whole, skipping = completed(load_study(storage, name))
+    for trial in (whole, skipping):
+        assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
+    assert whole.user_attrs["skip_set"] == "nothing skipped"
+    assert "bridged" not in whole.user_attrs["draft_exit"]
+    assert whole.user_attrs["draft_exit"].endswith(f" · vocabulary {VOCABULARY // 2}")
+    assert skipping.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
 
 
 def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):
