@@ -44,11 +44,11 @@ class SearchProgress(SearchObserver):
         self._done_at_start = 0.0
 
     def __enter__(self) -> SearchProgress:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
+            self._bar.stop()
 
     def study_opened(self, name: str, progress: Progress) -> None:
         self._say(
@@ -112,6 +112,8 @@ class SearchProgress(SearchObserver):
     def _start(self, phase: str, total: int, completed: int) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
+        else:
+            self._bar.start()
         self._task = self._bar.add_task(phase, total=total, note="")
         self._done_at_start = completed
         self._began = time.monotonic()
