@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,17 @@ stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+def bear_any_text() -> None:
+    """Let what an encoding such as ASCII has no characters for be escaped, instead of being an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object, alone on stdout."""
-    print(json.dumps(result, ensure_ascii=False), flush=True)  # read while the dashboard runs
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(result, ensure_ascii=not unicode), flush=True)  # read while the dashboard runs
 
 
 def print_whole(table: Table) -> None:
