@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from layerskip.decoding.draft_exit import ConfidenceThreshold
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS, HeadKind
-from layerskip.errors import InvalidInputError, LayerSkipError
+from layerskip.errors import InvalidInputError
+from layerskip.files import keeping
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
 from layerskip.profile import DraftProfile, Provenance
@@ -267,7 +268,7 @@ class Tuning:
     def _trained(
         self, learner: Learner, shards: Shards, ids: Tensor | None, observe: Callable[[Look], None]
     ) -> Trained:
-        try:
+        with keeping(self._data.folder, "the training"):
             trained = train(
                 self._model,
                 learner,
@@ -277,11 +278,6 @@ class Tuning:
                 folder=self._data.folder,
                 observe=observe,
             )
-        except OSError as error:
-            raise LayerSkipError(
-                f"{self._data.folder}: cannot keep the training: {error.strerror}; "
-                "make room, or set LAYERSKIP_CACHE to another folder"
-            ) from error
         # In two bytes a number: half the file, and what a draft is off by changes no output.
         return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
 
