@@ -83,9 +83,3 @@ def check_writable(out: Path) -> None:
         raise InvalidInputError(f"--out {out}: no such folder: {folder}")
     if not os.access(folder, os.W_OK):
         raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, as ``3 min 05 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -9,7 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import counted, duration, stderr
+from cli.output import counted, stderr
+from layerskip.timing import duration
 from search.observer import Progress, SearchObserver
 from search.trials import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of

@@ -10,9 +10,10 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from cli.output import check_writable, duration, stderr
+from cli.output import check_writable, stderr
 from layerskip import DraftProfile, LayerSkipModel, ModelIdentity, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.timing import duration
 from layerskip.tuning import Agreement, Look
 from search.loading import wrapped
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
