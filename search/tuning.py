@@ -45,7 +45,7 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
-from search.tuned_drafts import TunedDraft, TunedHeads, TunedStandIn
+from search.tuned_drafts import ReplayGround, TunedDraft, TunedHeads, TunedStandIn
 
 Kind = Literal["layer", "bridge"] | HeadKind
 KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEAD_KINDS)
@@ -322,8 +322,8 @@ class Tuning:
         self._observer.costs_begin()
         with quiet.alone():
             latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
-        limit = self._settings.max_new_tokens
-        return self._draft.best_policy(assets, texts, space, latency, costs, limit=limit)
+        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+        return self._draft.best_policy(assets, ground)
 
     def _measured(self, profile: DraftProfile) -> Summary:
         limit = self._settings.max_new_tokens
