@@ -19,6 +19,7 @@ from cli.options import (
     DtypeOption,
     EngineOption,
     JsonOption,
+    ModelArgument,
     StorageOption,
 )
 from cli.output import (
@@ -39,9 +40,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    model: Annotated[
-        str, typer.Argument(help="Alias, hub id, folder or .gguf file.", autocompletion=completion.models)
-    ] = "smollm2",
+    model: ModelArgument = "smollm2",
     trials: Annotated[int, typer.Option(help="Candidates that the study shall have looked at in the end.")] = 200,
     timeout: Annotated[
         float | None,
