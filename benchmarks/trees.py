@@ -27,7 +27,7 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun
 from search.replay import Prediction
 from search.space import SearchSpace
-from search.tuned_drafts import TunedDraft, TunedHeads, TunedStandIn, exit_of
+from search.tuned_drafts import ReplayGround, TunedDraft, TunedHeads, TunedStandIn, exit_of
 from studies.comparison import Entry
 from studies.speedups import speedup_of_all
 
@@ -56,11 +56,8 @@ def shapes(
     space = replace(SearchSpace.of(model, ngrams=False), vocabularies=(0, size) if size else (0,))
     latency, costs = measure_latency(model, space), draft.costs(assets)
     spaces = {"chain": replace(space, trees=()), "tree": space}
-    best = {
-        name: draft.best_policy(assets, texts, one, latency, costs, limit=max_new_tokens)
-        for name, one in spaces.items()
-    }
-    return best, latency
+    grounds = {name: ReplayGround(texts, one, latency, costs, max_new_tokens) for name, one in spaces.items()}
+    return {name: draft.best_policy(assets, ground) for name, ground in grounds.items()}, latency
 
 
 @dataclass(frozen=True)

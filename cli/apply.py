@@ -51,7 +51,9 @@ def apply(
     stop: Annotated[list[str] | None, typer.Option(help="End the text behind this string; may be repeated.")] = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Decode plainly as well; print both speeds and whether the text is the same."),
+        typer.Option(
+            "--compare", help="Decode plainly as well; print both speeds and, if greedy, whether the text is the same."
+        ),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Use the draft even if plain decoding was measured to be faster.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +14,10 @@ from cli.options import (
     DtypeOption,
     EngineOption,
     JsonOption,
+    MeasuredPromptsOption,
     ModelOption,
     ProfileArgument,
+    RepeatsOption,
 )
 from cli.output import counted, describe_speedup, print_json, quiet_libraries, stderr, stdout
 
@@ -30,14 +31,8 @@ _DEFAULT_LENGTH = 48
 
 def bench(
     profile: ProfileArgument,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.",
-            show_default="the built-in ones that searches hold out",
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each prompt is decoded both ways.", min=1)] = 3,
+    prompts: MeasuredPromptsOption = None,
+    repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Most tokens for each prompt.", show_default="as the profile was measured", min=1),

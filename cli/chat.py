@@ -16,6 +16,7 @@ from rich.style import Style
 from cli.decoding import Decoder, described, in_one_line
 from cli.output import counted, print_json, stderr, stdout
 from layerskip import Answer, Chat, InvalidInputError
+from layerskip.generators import Drained
 from layerskip.pieces import Piece
 
 _PROMPT = "> "
@@ -102,13 +103,11 @@ class _Conversation:
         self._tell(message, answer, stopped())
 
     def _written(self, pieces: Generator[Piece, None, Answer]) -> Answer:
-        while True:
-            try:
-                self._write(next(pieces))
-            except StopIteration as finished:
-                self._write(Piece("\n", drafted=False))
-                answer: Answer = finished.value
-                return answer
+        said = Drained(pieces)
+        for piece in said:
+            self._write(piece)
+        self._write(Piece("\n", drafted=False))
+        return said.returned
 
     def _tell(self, message: str, answer: Answer, stopped: bool) -> None:
         result = described(answer.generation, answer.text, self._decoder.speculative)

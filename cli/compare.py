@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption
+from cli.options import (
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    MeasuredPromptsOption,
+    ModelArgument,
+    RepeatsOption,
+)
 from cli.output import check_writable, print_json, print_whole, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
@@ -16,9 +26,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    model: Annotated[
-        str, typer.Argument(help="Alias, hub id, folder or .gguf file.", autocompletion=completion.models)
-    ] = "smollm2",
+    model: ModelArgument = "smollm2",
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -33,14 +41,8 @@ def compare(
     transformers: Annotated[
         bool, typer.Option("--transformers/--no-transformers", help="Let transformers' own modes take part.")
     ] = True,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.",
-            show_default="the built-in ones that searches hold out",
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each prompt is decoded in each way.", min=1)] = 3,
+    prompts: MeasuredPromptsOption = None,
+    repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens for each prompt.", min=1)] = 48,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write a page with figures here.", show_default=False)

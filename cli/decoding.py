@@ -193,14 +193,17 @@ class Decoder:
         return described(generation, text, self.speculative)
 
     def compare(self, ids: list[int], decoded: dict[str, Any]) -> dict[str, Any]:
-        """Decode a prompt plainly and set what :meth:`decode` said of it against that."""
+        """Decode a prompt plainly and set what :meth:`decode` said of it against that.
+
+        ``same_text`` is None where texts are sampled: each is another draw, so that only the speeds can be compared.
+        """
         plain = generate(
             self._model, ids, sampling=self._sampling, max_new_tokens=self._max_new_tokens, stop=self._stop
         )
         return {
             "plain_tokens_per_second": plain.stats.tokens_per_second,
             "speedup": decoded["tokens_per_second"] / plain.stats.tokens_per_second,
-            "same_text": decoded["token_ids"] == plain.tokens,
+            "same_text": None if self._sampling.temperature else decoded["token_ids"] == plain.tokens,
         }
 
 
@@ -225,7 +228,7 @@ def in_one_line(result: dict[str, Any]) -> str:
     if result["acceptance_rate"] is not None:
         parts.append(f"{result['acceptance_rate']:.0%} of {counted(result['drafted'], 'drafted token')} accepted")
     if "speedup" in result:
-        same = "the same text" if result["same_text"] else "another text"
-        parts.append(f"plainly {result['plain_tokens_per_second']:.1f} tokens/s and {same}")
+        texts = {True: "and the same text", False: "and another text", None: "(texts are sampled: each is another)"}
+        parts.append(f"plainly {result['plain_tokens_per_second']:.1f} tokens/s {texts[result['same_text']]}")
         parts.append(f"speedup {result['speedup']:.2f}×")
     return " · ".join(parts)

@@ -147,8 +147,8 @@ def _measured(model: str, device: str, dtype: str, engine: str) -> Payoff:
 
     quiet_libraries()
     check_engine(engine, resolve_device(device))
-    stderr.print(f"measuring what {model} costs here, which takes a minute or so", style="dim")
     layers = wrapped(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
+    stderr.print(f"measuring what {model} costs here, which takes a minute or so", style="dim")
     with Quiet(cache_folder(), layers.device).alone():
         return measure_payoff(layers)
 

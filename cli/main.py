@@ -13,7 +13,7 @@ import typer
 
 from cli import apply, bench, compare, dashboard, doctor, export, profile, report, search, studies, tune
 from cli.options import debugging
-from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE
+from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE, bear_any_text
 
 app = typer.Typer(
     name="layerskip",
@@ -52,6 +52,7 @@ def _root(
 
 def main(command: typer.Typer = app) -> None:
     """Run the command line, or another command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    bear_any_text()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which complains as it is imported

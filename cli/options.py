@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -79,3 +80,14 @@ ProfileArgument = Annotated[
         autocompletion=completion.profiles,
     ),
 ]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Alias, hub id, folder or .gguf file.", autocompletion=completion.models)
+]
+MeasuredPromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.",
+        show_default="the built-in ones that searches hold out",
+    ),
+]
+RepeatsOption = Annotated[int, typer.Option(help="How often each prompt is decoded in each way.", min=1)]

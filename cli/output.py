@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,17 @@ stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+def bear_any_text() -> None:
+    """Let what an encoding such as ASCII has no characters for be escaped, instead of being an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object, alone on stdout."""
-    print(json.dumps(result, ensure_ascii=False), flush=True)  # read while the dashboard runs
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(result, ensure_ascii=not unicode), flush=True)  # read while the dashboard runs
 
 
 def print_whole(table: Table) -> None:
@@ -51,6 +61,17 @@ def describe_speedup(measured: dict[str, Any]) -> str:
     return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"
 
 
+def doubt_of(measured: dict[str, Any]) -> str | None:
+    """A sentence on a measured speedup above 1× that shows no gain, in the words of ``compare``; None on any other."""
+    from studies.speedups import CROSSES_ONE, ONE_PROMPT
+
+    if measured["speedup"] <= 1:
+        return None
+    if measured["prompts"] == 1:
+        return f"No clear gain: {ONE_PROMPT}."
+    return CROSSES_ONE if measured["speedup_low"] <= 1 else None
+
+
 def check_writable(out: Path) -> None:
     """Find out before the search, not after it, that the profile cannot be written."""
     from layerskip.errors import InvalidInputError
@@ -62,9 +83,3 @@ def check_writable(out: Path) -> None:
         raise InvalidInputError(f"--out {out}: no such folder: {folder}")
     if not os.access(folder, os.W_OK):
         raise InvalidInputError(f"--out {out}: the folder {folder} is not writable")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, as ``3 min 05 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -45,8 +45,7 @@ def show(profile: ProfileArgument, json: JsonOption = False, debug: DebugOption 
         )
         versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
         stdout.print(f"on        {measured.device}, {measured.dtype}; {versions}")
-    origin = f"study {provenance.study}, trial {provenance.trial}" if provenance.study else "made by hand"
-    stdout.print(f"from      {origin}; {provenance.created:%Y-%m-%d %H:%M} by {provenance.tool}")
+    stdout.print(f"from      {provenance.origin}; {provenance.created:%Y-%m-%d %H:%M} by {provenance.tool}")
 
 
 @app.command("check")

@@ -9,7 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import counted, duration, stderr
+from cli.output import counted, stderr
+from layerskip.timing import duration
 from search.observer import Progress, SearchObserver
 from search.trials import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
@@ -44,11 +45,11 @@ class SearchProgress(SearchObserver):
         self._done_at_start = 0.0
 
     def __enter__(self) -> SearchProgress:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
+            self._bar.stop()
 
     def study_opened(self, name: str, progress: Progress) -> None:
         self._say(
@@ -58,9 +59,11 @@ class SearchProgress(SearchObserver):
         self._start("candidates", self._trials, progress.seen)
 
     def reference_begins(self, prompts: int) -> None:
-        self._say(
-            f"reference run over {counted(prompts, 'prompt')}, to hold drafts against; an earlier one is used again"
-        )
+        self._say(f"reference run over {counted(prompts, 'prompt')}, to hold drafts against")
+
+    def reference_ready(self, found: int) -> None:
+        if found:
+            self._say(f"{counted(found, 'text')} of an earlier reference run used again")
 
     def costs_begin(self) -> None:
         self._say("measuring what the parts of a step cost here")
@@ -110,6 +113,8 @@ class SearchProgress(SearchObserver):
     def _start(self, phase: str, total: int, completed: int) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
+        else:
+            self._bar.start()
         self._task = self._bar.add_task(phase, total=total, note="")
         self._done_at_start = completed
         self._began = time.monotonic()

@@ -19,6 +19,7 @@ from cli.options import (
     DtypeOption,
     EngineOption,
     JsonOption,
+    ModelArgument,
     StorageOption,
 )
 from cli.output import (
@@ -26,6 +27,7 @@ from cli.output import (
     check_writable,
     counted,
     describe_speedup,
+    doubt_of,
     print_json,
     quiet_libraries,
     stderr,
@@ -38,9 +40,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    model: Annotated[
-        str, typer.Argument(help="Alias, hub id, folder or .gguf file.", autocompletion=completion.models)
-    ] = "smollm2",
+    model: ModelArgument = "smollm2",
     trials: Annotated[int, typer.Option(help="Candidates that the study shall have looked at in the end.")] = 200,
     timeout: Annotated[
         float | None,
@@ -224,5 +224,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
             "No candidate beat plain decoding. The profile has the best one with its true figure; "
             "'layerskip apply' will decode plainly with it unless told --force."
         )
+    elif doubt := doubt_of(measured.model_dump()):
+        stdout.print(doubt)
     if result.interrupted:
         stdout.print("Interrupted: the same command goes on where it stopped.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption
-from cli.output import INTERRUPTED, describe_speedup, print_json, quiet_libraries, stdout
+from cli.output import INTERRUPTED, describe_speedup, doubt_of, print_json, quiet_libraries, stdout
 
 if TYPE_CHECKING:
     from search.tuning import Tuned
@@ -156,6 +156,8 @@ def _report(tuned: Tuned, out: Path, json: bool) -> None:
             "It was measured to be slower than plain decoding here; "
             "'layerskip apply' will decode plainly with it unless told --force."
         )
+    elif measured is not None and (doubt := doubt_of(measured.model_dump())):
+        stdout.print(doubt)
     if tuned.interrupted:
         stdout.print("Interrupted: nothing was measured; the same command goes on where it stopped.")
 

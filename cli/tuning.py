@@ -10,9 +10,10 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from cli.output import check_writable, duration, stderr
+from cli.output import check_writable, stderr
 from layerskip import DraftProfile, LayerSkipModel, ModelIdentity, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.timing import duration
 from layerskip.tuning import Agreement, Look
 from search.loading import wrapped
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
@@ -105,11 +106,11 @@ class TuningProgress(TuningObserver):
         self._task: TaskID | None = None
 
     def __enter__(self) -> TuningProgress:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
+            self._bar.stop()
 
     def texts_begin(self, positions: int) -> None:
         self._say("the model writes texts to learn from; those that it wrote earlier are used again")
@@ -146,6 +147,8 @@ class TuningProgress(TuningObserver):
     def _start(self, phase: str, total: float) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
+        else:
+            self._bar.start()
         self._task = self._bar.add_task(phase, total=total, note="")
 
     def _show(self, done: float, note: str) -> None:

@@ -12,6 +12,7 @@ from layerskip.decoding.loop import Generation, Round, stream_rounds
 from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling
 from layerskip.errors import InvalidInputError
+from layerskip.generators import Drained
 from layerskip.pieces import Piece, Pieces
 from layerskip.stack.model import LayerSkipModel
 from layerskip.text import encode_chat
@@ -113,15 +114,12 @@ class Chat:
 
     def _pieces(self, rounds: Generator[Round, None, Generation]) -> Generator[Piece, None, Generation]:
         pieces = Pieces(self._tokenizer)
-        while True:
-            try:
-                one = next(rounds)
-            except StopIteration as finished:
-                yield from pieces.end()
-                generation: Generation = finished.value
-                return generation
+        certain = Drained(rounds)
+        for one in certain:
             for number, token in enumerate(one.tokens):
                 yield from pieces.put(token, number < one.accepted)
+        yield from pieces.end()
+        return certain.returned
 
     def _fitting(self, said: dict[str, str]) -> tuple[list[dict[str, str]], list[int]]:
         """What is kept of the conversation, and the token ids of it with a new message."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from layerskip.errors import LayerSkipError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -31,3 +35,22 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def keeping(path: Path, what: str) -> Iterator[None]:
+    """Say in one line what cannot be kept in the cache, and what to do.
+
+    Args:
+        path: Where it is written inside.
+        what: What it is, for people.
+
+    Raises:
+        LayerSkipError: Something inside raised an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise LayerSkipError(
+            f"{path}: cannot keep {what}: {error.strerror}; make room, or set LAYERSKIP_CACHE to another folder"
+        ) from error

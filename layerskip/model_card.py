@@ -70,7 +70,7 @@ def metadata(base: str | None, *, library: str = "layerskip") -> str:
 def measured_in_words(measured: Measured | None) -> str:
     """What was measured, with the machine and the circumstances."""
     if measured is None:
-        return "Made by hand; nothing was measured."
+        return "Of its speed nothing was measured."
     rate = measured.acceptance_rate
     accepted = "nothing was drafted" if rate is None else f"{rate:.0%} of the drafted tokens were accepted"
     prompts = {
@@ -90,13 +90,12 @@ def measured_in_words(measured: Measured | None) -> str:
 
 def _table(profile: DraftProfile) -> str:
     model, provenance = profile.model, profile.provenance
-    origin = f"study {provenance.study}, trial {provenance.trial}" if provenance.study else "by hand"
     rows = {
         "model": f"{model.family}, {model.num_layers} layers, fingerprint `{model.fingerprint}`"
         + (f", revision `{profile.revision}`" if profile.revision else ""),
         "skipped": f"{profile.skip_set} ({len(profile.skip_set)} of {2 * model.num_layers} sublayers)",
         "draft": profile.draft,
-        "made": f"{provenance.created:%Y-%m-%d}, {origin}, {provenance.tool}",
+        "made": f"{provenance.created:%Y-%m-%d}, {provenance.origin}, {provenance.tool}",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
 

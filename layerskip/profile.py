@@ -32,6 +32,7 @@ from layerskip.identity import ModelIdentity, identify
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.tree import describe_branches, widths_of
+from layerskip.timing import duration
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[2] = 2
@@ -89,6 +90,13 @@ class Provenance(_Part):
     training_seconds: float | None = Field(
         default=None, ge=0, description="How long its stand-ins or heads were trained; absent where nothing was."
     )
+
+    @property
+    def origin(self) -> str:
+        """Who or what made it, for people."""
+        if self.study is not None:
+            return f"study {self.study}, trial {self.trial}"
+        return "made by hand" if self.training_seconds is None else f"trained for {duration(self.training_seconds)}"
 
 
 class DraftProfile(OnTheHub, _Part):

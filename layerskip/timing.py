@@ -61,3 +61,9 @@ class PhaseClock:
             self._add(phase, begin.elapsed_time(end) / 1000)
         self._pending.clear()
         return self._seconds.get(name, 0.0)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as ``3 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -100,24 +100,6 @@ def measure_prompt(
     Raises:
         LosslessnessError: The outputs differ, and not at a near-tie.
     """
-    pair = decode_both(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
-    return measurement_of(model, prompt, pair)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt's two generations, with the seconds that each took, prefill included."""
-
-    plain: Generation
-    draft: Generation
-    plain_seconds: float
-    draft_seconds: float
-
-
-def decode_both(
-    model: LayerSkipModel, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
-) -> Pair:
-    """Decode a prompt plainly and self-speculatively; the arguments are those of :func:`measure_prompt`."""
     drafters = {"plain": None, "draft": drafter}
     seconds: dict[str, float] = {}
     made: dict[str, Generation] = {}
@@ -125,20 +107,11 @@ def decode_both(
         started = device_seconds(model.device)
         made[side] = generate(model, prompt.tokens, drafter=drafters[side], max_new_tokens=max_new_tokens)
         seconds[side] = device_seconds(model.device) - started
-    return Pair(made["plain"], made["draft"], seconds["plain"], seconds["draft"])
-
-
-def measurement_of(model: LayerSkipModel, prompt: EncodedPrompt, pair: Pair) -> PromptMeasurement:
-    """What two generations of a prompt measured.
-
-    Raises:
-        LosslessnessError: The outputs differ, and not at a near-tie.
-    """
-    plain, draft = pair.plain, pair.draft
+    plain, draft = made["plain"], made["draft"]
     return PromptMeasurement(
         prompt=prompt.id,
-        plain_seconds=pair.plain_seconds,
-        draft_seconds=pair.draft_seconds,
+        plain_seconds=seconds["plain"],
+        draft_seconds=seconds["draft"],
         tokens=len(plain.tokens),
         draft_tokens=len(draft.tokens),
         drafted=draft.stats.drafted,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from layerskip.profile import PromptSet
 from layerskip.stack.model import LayerSkipModel
@@ -50,6 +50,11 @@ class Measurer:
         self._limit = max_new_tokens
         self.quiet = quiet
         self._observer = observer
+
+    def as_made(self, candidate: Candidate) -> Candidate:
+        """The candidate without what its draft does not get: bridges, where it leaves out nothing that is worth one."""
+        gets_bridges = candidate.bridged and self._makers.num_bridges(candidate.skip_set) > 0
+        return replace(candidate, bridged=gets_bridges)
 
     def measurements(
         self,

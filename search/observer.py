@@ -33,7 +33,10 @@ class SearchObserver:
         """The study is open, and so far has come an earlier search."""
 
     def reference_begins(self, prompts: int) -> None:
-        """The full model will decode so many prompts to hold drafts against."""
+        """So many prompts are needed as the full model continues them, to hold drafts against."""
+
+    def reference_ready(self, found: int) -> None:
+        """They are there; ``found`` of them had been decoded in an earlier search."""
 
     def costs_begin(self) -> None:
         """What the parts of a step cost will be measured."""

@@ -102,6 +102,7 @@ def prepare(
         observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
         makers = AssetMaker(model, fit_texts(run, prompts.fitted, max_new_tokens=length))
         estimator = Estimator(model, run.texts(prompts.scored, max_new_tokens=length))
+        observer.reference_ready(run.found)
     latency = _latency(model, space, study, quiet, observer)
     predictor = Predictor(model, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)

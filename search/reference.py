@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from layerskip.errors import LayerSkipError
-from layerskip.files import write_bytes_atomically
+from layerskip.files import keeping, write_bytes_atomically
 from layerskip.machine import library_versions
 from layerskip.side_by_side import continuations
 from layerskip.stack.model import LayerSkipModel
@@ -32,6 +30,7 @@ _SIDE_BY_SIDE = 16
 CHUNK = 64
 # References kept on disk; the least recently used beyond them are removed.
 _KEPT = 4
+_WHAT = "the reference run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +104,19 @@ class ReferenceRun:
         folder: Where references of all models are kept.
         fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
 
+    Attributes:
+        found: Texts asked for so far that had been made earlier.
+
     Raises:
         LayerSkipError: The folder cannot be written.
     """
 
     def __init__(self, model: LayerSkipModel, folder: Path, fingerprint: str) -> None:
         self._model = model
+        self.found = 0
         what = [fingerprint, str(model.dtype), model.device.type, library_versions()]
         self._folder = folder / f"reference-{_digest(what)}"
-        with _clear_errors(self._folder):
+        with keeping(self._folder, _WHAT):
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
             for old in sorted(folder.glob("reference-*"), key=_last_used)[:-_KEPT]:
@@ -139,12 +142,13 @@ class ReferenceRun:
         """
         paths = [self._folder / f"{_digest([p.tokens, max_new_tokens, states])}.safetensors" for p in prompts]
         missing = [pair for pair in zip(prompts, paths, strict=True) if _read(pair[1]) is None]
+        self.found += len(prompts) - len(missing)
         for start in range(0, len(missing), _SIDE_BY_SIDE):
             batch = missing[start : start + _SIDE_BY_SIDE]
             written = continuations(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)
             for (prompt, path), new in zip(batch, written, strict=True):
                 text = record(self._model, prompt.tokens, new, states=states)
-                with _clear_errors(path):
+                with keeping(path, _WHAT):
                     write_bytes_atomically(path, text.to_bytes())
         return [ReferenceText.from_file(path) for path in paths]
 
@@ -197,17 +201,6 @@ def _read(path: Path) -> ReferenceText | None:
         return ReferenceText.from_file(path)
     except (OSError, ValueError):  # not there, or not whole
         return None
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LayerSkipError(
-            f"{path}: cannot keep the reference run: {error.strerror}; "
-            "make room, or set LAYERSKIP_CACHE to another folder"
-        ) from error
 
 
 def _last_used(folder: Path) -> float:

@@ -94,7 +94,7 @@ class Objective:
     def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> tuple[float, float]:
         with self.measurer.quiet.beside_others():
             estimate = self.predictor.estimate(candidate, to_beat)
-        _note(trial, _described(candidate, estimate) | {BASIS_KEY: "predicted"})
+        _note(trial, _described(self.measurer.as_made(candidate), estimate) | {BASIS_KEY: "predicted"})
         return estimate.prediction.speedup, estimate.acceptance
 
     def _measured(self, trial: optuna.Trial, candidate: Candidate, promising: FrozenTrial) -> tuple[float, float]:

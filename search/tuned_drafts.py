@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -35,6 +36,25 @@ HEADS_KINDS: tuple[HeadsKind, ...] = (*HEAD_KINDS, "hydra++")
 Ideal = Callable[[Agreement], float]
 
 
+@dataclass(frozen=True, eq=False)
+class ReplayGround:
+    """What policies are replayed on.
+
+    Args:
+        texts: What the full model wrote.
+        space: The policies to try.
+        latency: What parts of the stack cost.
+        costs: From :meth:`TunedDraft.costs`.
+        limit: Most new tokens of a generation.
+    """
+
+    texts: Sequence[ReferenceText]
+    space: SearchSpace
+    latency: LatencyModel
+    costs: DraftSeconds | None
+    limit: int
+
+
 class TunedDraft(Protocol):
     """A kind of draft that can be trained.
 
@@ -65,25 +85,12 @@ class TunedDraft(Protocol):
     def costs(self, assets: DraftAssets) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
-    def best_policy(
-        self,
-        assets: DraftAssets,
-        texts: Sequence[ReferenceText],
-        space: SearchSpace,
-        latency: LatencyModel,
-        costs: DraftSeconds | None,
-        *,
-        limit: int,
-    ) -> Prediction:
+    def best_policy(self, assets: DraftAssets, ground: ReplayGround) -> Prediction:
         """When its drafts should end and how they should branch, by replay.
 
         Args:
             assets: What was trained, on the model's device and in its dtype.
-            texts: What the full model wrote.
-            space: The policies to try.
-            latency: What parts of the stack cost.
-            costs: From :meth:`costs`.
-            limit: Most new tokens of a generation.
+            ground: What to replay on.
         """
 
 
@@ -132,22 +139,14 @@ class TunedStandIn:
     def costs(self, assets: DraftAssets) -> DraftSeconds | None:
         return None
 
-    def best_policy(
-        self,
-        assets: DraftAssets,
-        texts: Sequence[ReferenceText],
-        space: SearchSpace,
-        latency: LatencyModel,
-        costs: DraftSeconds | None,
-        *,
-        limit: int,
-    ) -> Prediction:
+    def best_policy(self, assets: DraftAssets, ground: ReplayGround) -> Prediction:
         stand_ins = assets.stand_ins(self._model)
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
-        traces = [trace_of(self._model, stack, text) for text in texts]
-        rounds = RoundCosts.of(latency, stack, self._model, traces, space.most_drafted)
+        traces = [trace_of(self._model, stack, text) for text in ground.texts]
+        space, limit = ground.space, ground.limit
+        rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
         best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
-        copies = copies_along(texts)
+        copies = copies_along(ground.texts)
         return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
 
 
@@ -190,25 +189,17 @@ class TunedHeads:
     def costs(self, assets: DraftAssets) -> DraftSeconds | None:
         return measure_drafts(self._model, assets)
 
-    def best_policy(
-        self,
-        assets: DraftAssets,
-        texts: Sequence[ReferenceText],
-        space: SearchSpace,
-        latency: LatencyModel,
-        costs: DraftSeconds | None,
-        *,
-        limit: int,
-    ) -> Prediction:
+    def best_policy(self, assets: DraftAssets, ground: ReplayGround) -> Prediction:
         heads = assets.heads
         assert heads is not None
-        assert costs is not None
+        assert ground.costs is not None
         stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
         prefix = assets.prefix(self._model)
-        traces = [trace_heads(self._model, heads, stack, text, prefix) for text in texts]
-        rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)
+        traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
+        space, limit = ground.space, ground.limit
+        rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
-        copies = copies_along(texts)
+        copies = copies_along(ground.texts)
         return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
 
 

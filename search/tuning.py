@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from layerskip.decoding.draft_exit import ConfidenceThreshold
 from layerskip.drafts.assets import DraftAssets
-from layerskip.errors import InvalidInputError, LayerSkipError
+from layerskip.errors import InvalidInputError
+from layerskip.files import keeping
 from layerskip.identity import ModelIdentity
 from layerskip.machine import device_name, library_versions
 from layerskip.profile import DraftProfile, Provenance
@@ -43,7 +44,7 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
-from search.tuned_drafts import HEADS_KINDS, HeadsKind, TunedDraft, TunedHeads, TunedStandIn
+from search.tuned_drafts import HEADS_KINDS, HeadsKind, ReplayGround, TunedDraft, TunedHeads, TunedStandIn
 
 Kind = Literal["layer", "bridge"] | HeadsKind
 KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEADS_KINDS)
@@ -268,7 +269,7 @@ class Tuning:
     def _trained(
         self, learner: Learner, shards: Shards, ids: Tensor | None, observe: Callable[[Look], None]
     ) -> Trained:
-        try:
+        with keeping(self._data.folder, "the training"):
             trained = train(
                 self._model,
                 learner,
@@ -278,11 +279,6 @@ class Tuning:
                 folder=self._data.folder,
                 observe=observe,
             )
-        except OSError as error:
-            raise LayerSkipError(
-                f"{self._data.folder}: cannot keep the training: {error.strerror}; "
-                "make room, or set LAYERSKIP_CACHE to another folder"
-            ) from error
         # In two bytes a number: half the file, and what a draft is off by changes no output.
         return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
 
@@ -327,8 +323,8 @@ class Tuning:
         self._observer.costs_begin()
         with quiet.alone():
             latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
-        limit = self._settings.max_new_tokens
-        return self._draft.best_policy(assets, texts, space, latency, costs, limit=limit)
+        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+        return self._draft.best_policy(assets, ground)
 
     def _measured(self, profile: DraftProfile) -> Summary:
         limit = self._settings.max_new_tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from studies.speedups import DecodedBothWays, Speedup, speedup_of_prompt
+from studies.speedups import NOTHING_FASTER, ONE_PROMPT, DecodedBothWays, Speedup, speedup_of_prompt
 
 
 class PromptTimes(DecodedBothWays, Protocol):
@@ -111,9 +111,7 @@ def advice(comparison: Comparison) -> str:
     best = comparison.best
     if best is not None:
         return f"Use {best.name} here: it decodes {best.speedup} as fast as plain decoding."
-    if comparison.prompts == 1:
-        return "Decode plainly here: one prompt is not enough to show that anything is faster."
-    return "Decode plainly here: nothing was measured to be faster."
+    return f"Decode plainly here: {ONE_PROMPT if comparison.prompts == 1 else NOTHING_FASTER}."
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:

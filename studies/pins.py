@@ -101,7 +101,9 @@ def attach_profile(storage: BaseStorage, path: Path, store: FileSystemArtifactSt
     """
     profile = DraftProfile.load(path)
     if profile.provenance.study is None:
-        raise InvalidInputError(f"{path}: the profile was made by hand; only those of a study can be attached to it")
+        raise InvalidInputError(
+            f"{path}: the profile was {profile.provenance.origin}; only those of a study can be attached to it"
+        )
     study = load_study(storage, profile.provenance.study)
     before = _attribute(storage, study, _ARTIFACTS_KEY)
     attached = dict(before)

@@ -11,6 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 Basis = Literal["measured", "predicted"]
+# What the best figure for a candidate rests on.
+Standing = Literal["held-out", "measured", "predicted"]
 BASIS_KEY = "basis"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"

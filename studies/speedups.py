@@ -42,6 +42,12 @@ class Speedup:
         return f"{self.value:.2f}× (95 %: {self.low:.2f} to {self.high:.2f})"
 
 
+# Of speedups that show nothing, in the same words wherever they are told.
+NOTHING_FASTER = "nothing was measured to be faster"
+ONE_PROMPT = "one prompt is not enough to show that anything is faster"
+CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
+
+
 def speedup_of_prompt(one: DecodedBothWays) -> float:
     """Plain seconds ÷ self-speculative seconds, each for one token."""
     return (one.plain_seconds / one.tokens) / (one.draft_seconds / one.draft_tokens)

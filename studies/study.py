@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from layerskip.errors import InvalidInputError
 from layerskip.machine import library_versions
 from studies.ranking import (
-    Basis,
     HasTrials,
+    Standing,
     basis_of,
     best_trials,
     candidate_key,
@@ -164,8 +164,8 @@ class StudySummary:
         trials: Trials that ran or run.
         seen: Candidates looked at.
         measured: Candidates decoded for real.
-        best_speedup: The highest speedup.
-        basis: Whether that was measured or predicted.
+        best_speedup: The highest speedup of finalists on held-out prompts; without any, that of the best candidate.
+        basis: What that figure rests on.
     """
 
     name: str
@@ -174,12 +174,12 @@ class StudySummary:
     seen: int
     measured: int
     best_speedup: float | None
-    basis: Basis | None
+    basis: Standing | None
 
 
 def list_studies(storage: optuna.storages.BaseStorage) -> list[StudySummary]:
     """All studies of a storage, by name."""
-    return sorted((_summary(study) for study in _studies(storage)), key=lambda summary: summary.name)
+    return sorted((_summary(storage, study) for study in _studies(storage)), key=lambda summary: summary.name)
 
 
 def studies_of_ours(storage: optuna.storages.BaseStorage) -> list[str]:
@@ -192,17 +192,28 @@ def _studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
     return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage=storage)]
 
 
-def _summary(study: optuna.Study) -> StudySummary:
-    best = best_trials(study, 1) if _maximizes(study) else []
+def _summary(storage: optuna.storages.BaseStorage, study: optuna.Study) -> StudySummary:
+    speedup, basis = _best_figure(storage, study) if _maximizes(study) else (None, None)
     return StudySummary(
         name=study.study_name,
         model=study.user_attrs.get(_CONTEXT_KEY, {}).get("model"),
         trials=sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)),
         seen=len(seen_trials(study)),
         measured=len(measured_trials(study)),
-        best_speedup=speedup_of(best[0]) if best else None,
-        basis=basis_of(best[0]) if best else None,
+        best_speedup=speedup,
+        basis=basis,
     )
+
+
+def _best_figure(
+    storage: optuna.storages.BaseStorage, study: optuna.Study
+) -> tuple[float, Standing] | tuple[None, None]:
+    """The speedup that a report would tell of a study, and what it rests on."""
+    finals = held_out_speedups(study, measurements_of(storage, study.study_name))
+    if finals:
+        return max(final.value for final in finals.values()), "held-out"
+    best = best_trials(study, 1)
+    return (speedup_of(best[0]), basis_of(best[0])) if best else (None, None)
 
 
 def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from studies.speedups import CROSSES_ONE
 from studies.view import StudyView, Tried
 
 
@@ -24,7 +25,9 @@ def verdict(view: StudyView) -> str:
         if view.correction != 1:
             basis["predicted"] += f", and {view.correction:.2f} times what was predicted of it"
     said = f"Best speedup: {_figure(best)}, {basis[best.standing]}."
-    return said if expected > 1 else f"{said} No candidate beat plain decoding."
+    if expected <= 1:
+        return f"{said} No candidate beat plain decoding."
+    return said if best.standing == "predicted" or best.figure.low > 1 else f"{said} {CROSSES_ONE}"
 
 
 def facts(view: StudyView) -> list[tuple[str, str]]:

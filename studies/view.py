@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
@@ -19,6 +19,7 @@ from studies.ranking import (
     STOPPED_KEY,
     Basis,
     Snapshot,
+    Standing,
     basis_of,
     best_trials,
     candidate_key,
@@ -32,7 +33,6 @@ from studies.speedups import Speedup
 from studies.step_costs import RelativeParts, read_parts
 from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
-Standing = Literal["held-out", "measured", "predicted"]
 _BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
 _KINDS = ("attn", "mlp")
 

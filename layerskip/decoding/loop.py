@@ -13,6 +13,7 @@ from layerskip.decoding.drafting import Drafter, NoDrafter, Outcome
 from layerskip.decoding.memory import TextMemory
 from layerskip.decoding.sampling import Sampling, SamplingRule
 from layerskip.errors import InvalidInputError
+from layerskip.generators import Drained
 from layerskip.stack.model import LayerSkipModel
 from layerskip.timing import PhaseClock
 
@@ -118,23 +119,21 @@ def generate(
         InvalidInputError: The prompt is empty, a batch, longer than the model's context or has an id outside the
             vocabulary; or ``max_new_tokens`` is below 1.
     """
-    tokens = stream(
-        model,
-        prompt,
-        drafter=drafter,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        stop=stop,
+    tokens = Drained(
+        stream(
+            model,
+            prompt,
+            drafter=drafter,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            stop=stop,
+        )
     )
-    while True:
-        try:
-            token = next(tokens)
-        except StopIteration as finished:
-            generation: Generation = finished.value
-            return generation
+    for token in tokens:
         if on_token is not None:
             on_token(token)
+    return tokens.returned
 
 
 def stream(
@@ -148,22 +147,20 @@ def stream(
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generator[int, None, Generation]:
     """Like :func:`generate`, but yield each token id as it becomes certain, and return the :class:`Generation`."""
-    rounds = stream_rounds(
-        model,
-        prompt,
-        drafter=drafter,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        stop=stop,
+    rounds = Drained(
+        stream_rounds(
+            model,
+            prompt,
+            drafter=drafter,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            stop=stop,
+        )
     )
-    while True:
-        try:
-            one = next(rounds)
-        except StopIteration as finished:
-            generation: Generation = finished.value
-            return generation
+    for one in rounds:
         yield from one.tokens
+    return rounds.returned
 
 
 @torch.inference_mode()

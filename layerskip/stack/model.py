@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.interface import Engine
-from layerskip.errors import InvalidInputError
+from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.stack.adapters import adapted_model
 from layerskip.stack.families import family_of, setting
 from layerskip.stack.heads import head_rows
@@ -46,8 +46,8 @@ class LayerSkipModel:
         compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
 
     Raises:
-        UnsupportedModelError: The model is of another family, uses an attention implementation that is neither
-            ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
+        UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
+            is neither ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
         InvalidInputError: The model is in training mode.
     """
 
@@ -61,7 +61,7 @@ class LayerSkipModel:
         self._attention = check_attention_implementation(model.config._attn_implementation)
         decoder: Any = model.base_model
         self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-        self._head = model.get_output_embeddings()
+        self._head = _output_head(model)
         self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._embedding_multiplier = setting(model.config, self.family.embedding_multiplier)
         self._logits_divisor = setting(model.config, self.family.logits_divisor)
@@ -261,3 +261,17 @@ class LayerSkipModel:
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
         return scores.float().to(self.device)
+
+
+def _output_head(model: PreTrainedModel) -> Any:
+    """What scores the vocabulary.
+
+    Raises:
+        UnsupportedModelError: The model has nothing that does.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: has no output head to score tokens with; load the model with AutoModelForCausalLM"
+        )
+    return head

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from layerskip.errors import InvalidInputError, LayerSkipError
-from layerskip.files import write_bytes_atomically
+from layerskip.files import keeping, write_bytes_atomically
 from layerskip.machine import library_versions
 from layerskip.side_by_side import continuations
 from layerskip.stack.model import LayerSkipModel
@@ -33,6 +33,7 @@ _HELD_OUT_OF = 16
 NOT_ASKED = -1
 # Room that is left on the disk for others, as a share of what the texts need.
 _SPARE = 1.1
+_WHAT = "the texts to learn from"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TuningData:
         self._settings = settings
         what = [fingerprint, str(model.dtype), asdict(settings), prompts.fingerprint, library_versions()]
         self.folder = folder / f"tuning-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
-        with _clear_errors(self.folder):
+        with keeping(self.folder, _WHAT):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def collect(self, positions: int, observe: Callable[[int], None] = lambda positions: None) -> Shards:
@@ -154,7 +155,7 @@ class TuningData:
                     break
                 texts = self._write(portion, len(paths))
                 count = sum(int(text.asked.sum()) for text in texts)
-                with _clear_errors(path):
+                with keeping(path, _WHAT):
                     write_bytes_atomically(path, _to_bytes(texts, count))
             paths.append(path)
             found += count
@@ -291,14 +292,3 @@ def _asked_positions(path: Path) -> int | None:
         return int(load_file(path)["asked"])
     except (OSError, SafetensorError, KeyError):
         return None
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LayerSkipError(
-            f"{path}: cannot keep the texts to learn from: {error.strerror}; "
-            "make room, or set LAYERSKIP_CACHE to another folder"
-        ) from error

@@ -174,9 +174,13 @@ def test_compare_says_that_the_text_is_the_same_and_how_fast_both_were(apply, la
     assert "tokens/s and the same text · speedup " in done.err
 
 
-def test_compare_says_so_when_sampling_gives_another_text(apply, profile):
-    result = apply(profile, "hello", "--compare", "--temperature", 2).object
-    assert result["same_text"] is False
+def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip, profile):
+    sampling = ("hello", "--compare", "--temperature", 2)
+    result = apply(profile, *sampling).object
+    assert result["same_text"] is None
+    assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
+    done = layerskip("apply", profile, *sampling, "--max-new-tokens", COUNT)
+    assert "tokens/s (texts are sampled: each is another) · speedup " in done.err
 
 
 def test_a_profile_that_does_not_pay_decodes_plainly_unless_forced(apply, make_profile, expected):

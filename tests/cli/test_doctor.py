@@ -173,7 +173,8 @@ def test_with_a_model_it_says_whether_speculation_can_pay(layerskip, model_folde
     assert result["verification"]["1"] == pytest.approx(1)
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error_in_one_line(layerskip):
+def test_a_model_that_cannot_be_loaded_is_an_error_in_one_line_and_nothing_is_said_to_be_measured(layerskip):
     done = layerskip("doctor", "./nowhere")
     assert done.status == 1
     assert "layerskip: model './nowhere': no such file or folder" in done.err
+    assert "measuring" not in done.err

@@ -1,5 +1,6 @@
 """The command itself: help, version, exit status, and how errors look."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from cli import main
-from tests.cli.conftest import COMMAND
+from tests.cli.conftest import COMMAND, ENVIRONMENT
 
 
 def commands(group, *before):
@@ -60,6 +61,38 @@ def test_a_reader_who_has_seen_enough_is_no_error():
         process.stdout.close()
         assert "Traceback" not in (said := process.stderr.read())
         assert "Exception ignored" not in said
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["ascii", "the C locale"],
+)
+def test_what_the_terminal_has_no_characters_for_is_escaped(locale, profile):
+    def said(*arguments):
+        done = subprocess.run([COMMAND, *arguments], capture_output=True, check=False, env=ENVIRONMENT | locale)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode("ascii")
+
+    assert r"measured  1.25\xd7 (95 %: 1.15 to 1.35)" in said("profile", "show", profile)
+    assert "Usage: " in said("apply", "--help")
+
+
+def test_one_object_stays_one_where_the_terminal_has_no_characters_for_it(tmp_path):
+    name = tmp_path / "größer.json"
+    code = (
+        "import sys; from cli.output import bear_any_text, print_json; bear_any_text(); print_json({'a': sys.argv[1]})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(name)],
+        capture_output=True,
+        check=True,
+        env=ENVIRONMENT | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"},
+    )
+    assert json.loads(done.stdout.decode("ascii")) == {"a": str(name)}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -31,6 +31,15 @@ def test_show_prints_that_a_profile_was_never_measured(layerskip, make_profile):
     assert "from      made by hand" in done.out
 
 
+def test_show_prints_that_a_profile_was_trained(layerskip, make_profile):
+    path = make_profile(None)
+    made = DraftProfile.load(path)
+    provenance = made.provenance.model_copy(update={"training_seconds": 1331.6})
+    made.model_copy(update={"provenance": provenance}).save(path)
+    said = layerskip("profile", "show", path).out
+    assert "from      trained for 22 min 12 s; 2026-01-02 03:04 by layerskip 0.1.0" in said
+
+
 def test_show_prints_the_whole_profile_as_json(layerskip, profile):
     done = layerskip("profile", "show", profile, "--json")
     assert (done.status, done.err) == (0, "")

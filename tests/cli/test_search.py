@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cli import search
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from search.outcome import SearchResult
 from studies.ranking import measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
@@ -32,7 +34,8 @@ def options(model_folder, prompts):
     return [model_folder, "--prompts", prompts, "--max-new-tokens", 6, "--finalists", 2, "--seed", 0]
 
 
-def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model_folder):
+def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))  # no reference run of an earlier search
     done = layerskip("search", *options, "--trials", 3, "--json")
     assert done.status == 0
     result = done.object
@@ -49,9 +52,9 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     [first] = [line for line in said if line.startswith("trial 0: ")]
     assert first.startswith("trial 0: predicted ")
     assert first.endswith("  [nothing skipped]")
-    reference = "reference run over 8 prompts, to hold drafts against; an earlier one is used again"
-    assert reference in said  # with few of them, all do everything
-    assert "measuring what the parts of a step cost here" in said
+    # With few prompts, all do everything.
+    reference = said.index("reference run over 8 prompts, to hold drafts against")
+    assert said[reference + 1] == "measuring what the parts of a step cost here"
     assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
@@ -70,12 +73,29 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert said == (profile.measured.speedup <= 1)
 
 
+@pytest.mark.parametrize(
+    ("speedup", "prompts", "said"),
+    [
+        (1.25, 8, []),
+        (1.05, 8, ["No clear gain (the interval crosses 1×): nothing was measured to be faster."]),
+        (1.25, 1, ["No clear gain: one prompt is not enough to show that anything is faster."]),
+    ],
+)
+def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
+    profile = DraftProfile.load(make_profile(speedup))
+    profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
+    search._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("profile   found.json") + 1 :] == said
+
+
 def test_the_same_command_with_more_trials_goes_on(layerskip, options):
     first = layerskip("search", *options, "--trials", 1, "--json").object
     done = layerskip("search", *options, "--trials", 2, "--json")
     assert done.object["study"] == first["study"]
     assert done.object["trials"] == 2
     assert f"study {first['study']}: 1 of 2 candidates seen, 0 measured" in done.err
+    assert "8 texts of an earlier reference run used again" in done.err.splitlines()
     assert "measuring what the parts of a step cost here" not in done.err
     assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
 

@@ -100,6 +100,9 @@ class Log(SearchObserver):
     def reference_begins(self, prompts):
         self.events.append(("reference_begins", prompts))
 
+    def reference_ready(self, found):
+        self.events.append(("reference_ready", found))
+
     def costs_begin(self):
         self.events.append(("costs_begin",))
 

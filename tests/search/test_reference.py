@@ -93,12 +93,14 @@ def test_a_text_ends_with_the_end_of_sequence_token():
 
 
 def test_what_was_decoded_once_is_read_from_disk_ever_after(llama, tmp_path):
-    first = ReferenceRun(llama, tmp_path, "f").texts(PROMPTS, max_new_tokens=5)
+    first_run, second_run, third_run = (ReferenceRun(llama, tmp_path, "f") for _ in range(3))
+    first = first_run.texts(PROMPTS, max_new_tokens=5)
     with passes_counted(llama) as passes:
-        again = ReferenceRun(llama, tmp_path, "f").texts(PROMPTS, max_new_tokens=5)
+        again = second_run.texts(PROMPTS, max_new_tokens=5)
         assert not passes
-        more = ReferenceRun(llama, tmp_path, "f").texts(random_prompts(search=4).search, max_new_tokens=5)
+        more = third_run.texts(random_prompts(search=4).search, max_new_tokens=5)
         assert len(passes) <= 5 + 1  # of the new prompt alone: its tokens, and the pass that records them
+    assert [run.found for run in (first_run, second_run, third_run)] == [0, 3, 3]
     assert all(map(same, first, again))
     assert all(map(same, first, more))
     assert [text.prompt_length for text in again] == [len(prompt.tokens) for prompt in PROMPTS]

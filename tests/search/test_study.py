@@ -265,7 +265,7 @@ def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_p
 def test_a_search_tells_how_it_goes(finished):
     result, _, _, log, study = finished
     names = [event for event, *_ in log.events]
-    assert names[:4] == ["study_opened", "reference_begins", "costs_begin", "trials_begin"]
+    assert names[:5] == ["study_opened", "reference_begins", "reference_ready", "costs_begin", "trials_begin"]
     [(name, at_start)] = log.of("study_opened")
     assert (name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
     told = log.of("trial_finished")
@@ -781,11 +781,15 @@ def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them
     assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary"]
 
 
-def test_the_first_trials_of_a_rich_search_are_rich_and_say_so(rich, storage):
-    name = rich(trials=1).run().study
-    [trial] = completed(load_study(storage, name))
-    assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
-    assert trial.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
+def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
+    name = rich(trials=2).run().study
+    whole, skipping = completed(load_study(storage, name))
+    for trial in (whole, skipping):
+        assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
+    assert whole.user_attrs["skip_set"] == "nothing skipped"
+    assert "bridged" not in whole.user_attrs["draft_exit"]
+    assert whole.user_attrs["draft_exit"].endswith(f" · vocabulary {VOCABULARY // 2}")
+    assert skipping.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
 
 
 def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):

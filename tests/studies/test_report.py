@@ -191,6 +191,17 @@ def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(stor
     )
 
 
+def test_a_report_says_where_the_best_speedup_shows_no_gain(storage):
+    making = StudyInTheMaking(storage).looked_at(5)
+    best = max(trial.values[0] for trial in making.trials)
+    making.measured(1, off=1.05 / best)  # its interval reaches a tenth below and above
+    assert verdict(view_study(storage, "s")).endswith(
+        ". No clear gain (the interval crosses 1×): nothing was measured to be faster."
+    )
+    making.measured(1, off=1.5)
+    assert "No clear gain" not in verdict(view_study(storage, "s"))
+
+
 def test_without_scripts_the_tables_say_what_the_figures_show(full, visit):
     visited = visit(full, java_script_enabled=False)
     assert visited.page.locator("noscript").count() == 1

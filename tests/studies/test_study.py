@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from layerskip import InvalidInputError
-from studies.records import MeasurementRecord, records_of
+from studies.records import MeasurementRecord, add_measurement, records_of
 from studies.study import StudyContext, describe_study, list_studies, load_study, open_study
 
 CONTEXT = StudyContext(
@@ -172,6 +172,13 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     assert found() == [empty, ("b", "makers/model", 4, 3, 0, 1.2, "predicted")]
     add_trial(study, 1.15, "b", basis="measured")
     assert found() == [empty, ("b", "makers/model", 5, 3, 1, 1.15, "measured")]
+    told = {"study": "b", "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1, "near_tie": False}
+    for trial, plain, prompts in ((0, 1.1, "held-out"), (1, 1.05, "held-out"), (2, 9.0, "search")):
+        record = MeasurementRecord(
+            trial=trial, prompt="p", prompt_set=prompts, plain_seconds=plain, draft_seconds=1.0, **told
+        )
+        add_measurement(storage, record)
+    assert found() == [empty, ("b", "makers/model", 5, 3, 1, 1.1, "held-out")]
 
 
 def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(storage):

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -99,6 +101,14 @@ def refusal_of(hf_model):
     message = str(error.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_that_scores_no_tokens_is_refused(kind):
+    headless = kind.from_config(tiny_model("llama").config)
+    assert refusal_of(headless) == (
+        f"{type(headless).__name__}: has no output head to score tokens with; load the model with AutoModelForCausalLM"
+    )
 
 
 def test_another_family_is_refused_with_a_list_of_those_supported():
