@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -12,7 +12,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.samplers.choices import Draft, DraftChoices
+from search.samplers.best_draft import with_flips
+from search.samplers.choices import STAND_IN, Draft, DraftChoices
 
 # Trials that chose, or were told, what to try; those that wait are told it in their attributes.
 _CHOSEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -21,7 +22,8 @@ _CHOSEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 class NoRepeats(BaseSampler):
     """Replaces what another sampler proposes, if it was tried before, by a neighbour that was not.
 
-    Optuna's samplers propose the same again, the more often the surer they are.
+    Optuna's samplers propose the same again, the more often the surer they are. Bits that do not matter are 1 in what
+    they propose, so that two trials of the same candidate have the same parameters.
 
     Args:
         sampler: Proposes.
@@ -53,6 +55,9 @@ class NoRepeats(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        chosen = trial.params.get(STAND_IN, 0)
+        if chosen and param_name in self._choices.bits[self._choices.free(chosen) :]:
+            return 1  # whatever is drawn, the stand-in runs there
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -65,15 +70,23 @@ class NoRepeats(BaseSampler):
         return {self._choices.draft(trial.params) for trial in study.get_trials(deepcopy=False, states=_CHOSEN)}
 
     def _new(self, draft: Draft, tried: set[Draft | None]) -> Draft:
-        """The draft, or one that differs in a random bit, or in two, and was not tried; itself if all of these were."""
-        bits = list(range(len(draft.mask)))
-        self._random.shuffle(bits)
-        near, far = itertools.combinations(bits, 1), itertools.combinations(bits, 2)
-        neighbours = (_flipped(draft, flipped) for flipped in itertools.chain(near, far))
-        new = (one for one in itertools.chain([draft], neighbours) if one not in tried)
+        """The draft, or one that differs in a random bit, or in two, and was not tried; itself if all of these were.
+
+        Below a low exit there are few: then it may differ in what there is beside the bits, too.
+        """
+        around = self._neighbours(draft)
+        if draft.stand_in:
+            same = (draft.bridged, draft.vocabulary, draft.stand_in)
+            others = (Draft(draft.mask, *extras) for extras in self._choices.extras if extras != same)
+            around = itertools.chain(around, *(self._neighbours(self._choices.effective(other)) for other in others))
+        new = (one for one in around if one not in tried)
         return next((one for one in new if not all(one.mask)), draft)
 
-
-def _flipped(draft: Draft, bits: Sequence[int]) -> Draft:
-    mask = tuple(skip != (index in bits) for index, skip in enumerate(draft.mask))
-    return Draft(mask, draft.bridged, draft.vocabulary)
+    def _neighbours(self, draft: Draft) -> Iterator[Draft]:
+        """The draft, then those that differ from it in one bit that matters, then in two."""
+        bits = list(range(self._choices.free(draft.stand_in)))
+        self._random.shuffle(bits)
+        near, far = itertools.combinations(bits, 1), itertools.combinations(bits, 2)
+        yield draft
+        for flipped in itertools.chain(near, far):
+            yield with_flips(draft, flipped)

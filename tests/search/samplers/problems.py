@@ -13,9 +13,10 @@ class LinearCosts:
     def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01):
         self.sublayers, self.head, self.bridge, self.width = tuple(sublayers), head, bridge, width
 
-    def draft_step_cost(self, mask, bridged, vocabulary):
+    def draft_step_cost(self, mask, bridged, vocabulary, stand_in):
         kept = sum(cost for cost, skip in zip(self.sublayers, mask, strict=True) if not skip)
-        return (self.head / 2 if vocabulary else self.head) + kept + self.bridge * (bridged and any(mask))
+        trained = max(self.sublayers) * bool(stand_in)
+        return (self.head / 2 if vocabulary else self.head) + kept + trained + self.bridge * (bridged and any(mask))
 
     def verification_cost(self, width):
         return 1 + self.width * (width - 1)
