@@ -1,4 +1,6 @@
-"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts, and trained stand-ins."""
+"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts, and trained
+stand-ins.
+"""
 
 from __future__ import annotations
 

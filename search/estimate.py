@@ -4,8 +4,8 @@ At every position the draft sees the full model's keys and values of the text be
 itself. All positions of all texts are independent then, so that one pass over them takes about as long as a prefill.
 
 A trained layer in place of the top remembers: it has keys and values of its own for the whole text. It gets what it
-gets in decoding: over the prompt, which drafts see as a text that is known, states that the full model's keys and values
-led to; at the positions at which drafts are asked, their own. So it alone runs over each text as a whole.
+gets in decoding: over the prompt, which drafts see as a text that is known, states that the full model's keys and
+values led to; at the positions at which drafts are asked, their own. So it alone runs over each text as a whole.
 
 Source: SWIFT (arXiv 2410.06916) scores candidates by teacher-forced matches.
 """

@@ -46,12 +46,14 @@ def run(study, choices, trials, acceptance, *, fails=(), prunes=()):
     return [choices.draft(trial.params) for trial in study.trials]
 
 
-def acceptance_by(damages, *, mended=0.5):
-    """An additive problem: α of a draft from what leaving out each sublayer does."""
+def acceptance_by(damages, *, mended=0.5, exits=(), trained=3.0):
+    """An additive problem: α of a draft from what leaving out each sublayer, and having a stand-in, does."""
 
     def acceptance(draft: Draft):
-        total = sum(damage for damage, skip in zip(damages, draft.mask, strict=True) if skip)
-        return math.exp(-total * (mended if draft.bridged else 1) - 0.02 * bool(draft.vocabulary))
+        below = zip(damages, draft.mask[: exits[draft.stand_in - 1] if draft.stand_in else None], strict=False)
+        total = sum(damage for damage, skip in below if skip)
+        extra = 0.02 * bool(draft.vocabulary) + trained * bool(draft.stand_in)
+        return math.exp(-total * (mended if draft.bridged else 1) - extra)
 
     return acceptance
 
@@ -61,4 +63,6 @@ ALL_KINDS = [
     DraftChoices(bits(6), bridges=True),
     DraftChoices(bits(6), bridges=True, vocabularies=(0, 8, 16)),
     DraftChoices(bits(6), vocabularies=(8, 16)),
+    DraftChoices(bits(6), exits=(3,)),
+    DraftChoices(bits(6), bridges=True, vocabularies=(0, 8), exits=(2, 5)),
 ]
