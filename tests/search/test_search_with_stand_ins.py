@@ -14,7 +14,7 @@ from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
-from tests.search.searches import MODEL_ID, completed, known_costs, random_prompts, small_search
+from tests.search.searches import MODEL_ID, completed, known_costs, small_search
 from tests.trained import (
     BUSY,
     bridge_profile,
