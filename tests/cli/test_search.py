@@ -266,7 +266,7 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
     assert "tuned.json: model.fingerprint: the profile is for " in other
     status, text = refusal("prompts.txt")
     assert status == 1
-    assert text == "layerskip: prompts.txt: not JSON: expected value at line 1 column 2"
+    assert text.startswith("layerskip: prompts.txt: not JSON: ")
     status, missing = refusal("missing.json")
     assert status == 1
     assert "missing.json" in missing
