@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from layerskip import LayerSkipModel, calibrate, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, calibrate, load_checkpoint
 from layerskip.machine import device_name, library_versions
+from layerskip.ready_profiles import load_profile
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A loaded model and the prompts to decode with it."""
+    """A loaded model, held-out prompts to decode with it, and those that drafts are chosen on."""
 
     model: LayerSkipModel
     prompts: tuple[EncodedPrompt, ...]
+    search: tuple[EncodedPrompt, ...]
 
 
 def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int) -> Setting:
@@ -29,7 +32,14 @@ def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_t
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
-    return Setting(wrapped, split.held_out[:prompts])
+    return Setting(wrapped, split.held_out[:prompts], split.search)
+
+
+def loaded_profiles(paths: Sequence[Path], model: str, *, device: str, dtype: str) -> dict[str, DraftProfile]:
+    """Profiles by the names of their files; without any the one that is ready for the model."""
+    if not paths:
+        return {model: load_profile(model, device=device, dtype=dtype)}
+    return {path.stem: DraftProfile.load(path) for path in paths}
 
 
 def machine_of(model: LayerSkipModel) -> dict[str, Any]:

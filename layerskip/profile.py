@@ -7,7 +7,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedModel
 
@@ -23,6 +31,7 @@ from layerskip.hub import OnTheHub
 from layerskip.identity import ModelIdentity, identify
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.tree import describe_branches, widths_of
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[2] = 2
@@ -95,10 +104,12 @@ class DraftProfile(OnTheHub, _Part):
     gate: float = Field(
         default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
     )
-    branches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    branches: tuple[int | tuple[int, ...], ...] = Field(
         default=(),
         strict=False,
-        description="How many tokens a draft proposes for its first place, its second, and so on; 1 for later ones.",
+        description="How many tokens a draft proposes for its first place, its second, and so on; 1 for later ones. "
+        "A number counts those behind the first token of the place before; a list, which draft heads alone can have, "
+        "those behind each of its tokens.",
     )
     ngrams: NGrams | None = Field(
         default=None, description="What to copy from the text before the model drafts; absent copies nothing."
@@ -133,6 +144,13 @@ class DraftProfile(OnTheHub, _Part):
     def _heads_skip_nothing(self) -> DraftProfile:
         if self.drafts_with_heads and len(self.skip_set):
             raise ValueError(f"skip_set: expected nothing skipped, because draft heads draft; found {self.skip_set}")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_grow(self) -> DraftProfile:
+        widths_of(self.branches)
+        if not self.drafts_with_heads and not all(isinstance(place, int) for place in self.branches):
+            raise ValueError("branches: expected one number for each place, because no draft heads draft; found a list")
         return self
 
     @classmethod
@@ -298,7 +316,7 @@ class DraftProfile(OnTheHub, _Part):
         """Everything about the draft but its skip set, for people."""
         parts = [str(self.draft_exit)]
         if self.branches:
-            parts.append(f"branches {'-'.join(map(str, self.branches))}")
+            parts.append(f"branches {describe_branches(self.branches)}")
         if self.tensors is not None and self.tensors.bridges:
             parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
         if self.tensors is not None and self.tensors.layers:

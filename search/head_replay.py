@@ -8,8 +8,10 @@ proposed it before: all that decides what stands, but not quite how far a draft 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 import numpy as np
 import torch
@@ -18,11 +20,12 @@ from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedL
 from layerskip.decoding.heads import HeadDrafter
 from layerskip.decoding.ngrams import NGrams
 from layerskip.decoding.sampling import Sampling
+from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import DraftHeads
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.stack import Stack
+from layerskip.stack.tree import Branches, branches_of, widths_of
 from layerskip.timing import device_seconds
-from search.branching import best_comb
 from search.copying import Copies
 from search.estimate import LAST_RANK, ranked
 from search.latency import LatencyModel
@@ -32,6 +35,8 @@ from search.space import Policy, SearchSpace
 
 _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
+# Drafting is timed behind so many tokens at a time; between them seconds are interpolated.
+_WAYS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,18 +89,49 @@ def trace_heads(model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: Re
     return HeadTrace(tuple(ranks), tuple(confidence), target, text.prompt_length, text.new_tokens)
 
 
-def head_gains(traces: Sequence[HeadTrace], depth: int) -> np.ndarray:
-    """How often a token adds to a round: ``[depth, LAST_RANK]``, by place and rank, over all newest tokens."""
-    found = np.zeros((depth, LAST_RANK))
+def best_tree(traces: Sequence[HeadTrace], depth: int, size: int) -> tuple[int | tuple[int, ...], ...]:
+    """The tree of a size that adds most to a round, with a path of some depth through the likeliest tokens.
+
+    A token adds as often as the text runs through it: as the full model's choices have the ranks there that lead to it.
+    Likelier tokens are proposed first, whether or not they add more.
+
+    Sources: Medusa (arXiv 2401.10774, section 2.3.3) and Sequoia (arXiv 2402.12374) grow trees in this way.
+
+    Args:
+        traces: Of the heads.
+        depth: Places.
+        size: Tokens, at least ``depth``.
+
+    Returns:
+        Its branches.
+    """
+    taken: Counter[tuple[int, ...]] = Counter()
     for trace in traces:
-        stands = np.ones(len(trace.ranks[0]), dtype=bool)  # behind which newest tokens the chain does so far
-        for place in range(depth):
-            ranks = trace.ranks[place]
-            stands = stands[: len(ranks)]
-            there = ranks[stands & (ranks < LAST_RANK)]
-            found[place] += np.bincount(there, minlength=LAST_RANK)
-            stands = stands & (ranks == 0)
-    return found / max(sum(len(trace.ranks[0]) for trace in traces), 1)
+        for newest in range(len(trace.ranks[0])):
+            path: tuple[int, ...] = ()
+            for ranks in trace.ranks[:depth]:
+                if newest >= len(ranks) or ranks[newest] == LAST_RANK:
+                    break
+                path = (*path, int(ranks[newest]))
+                taken[path] += 1
+    tree = {(0,) * length for length in range(1, depth + 1)}
+    next_ones = {(*path[:-1], 1) for path in tree}
+    while len(tree) < size:
+        allowed = (path for path in next_ones if len(path) <= depth)
+        best = max(allowed, key=lambda path: (taken[path], [-len(path), *(-rank for rank in path)]))
+        tree.add(best)
+        next_ones = (next_ones - {best}) | {(*best[:-1], best[-1] + 1), (*best, 0)}
+    return branches_of(_widths(tree, depth))
+
+
+def _widths(tree: Set[tuple[int, ...]], depth: int) -> Iterator[list[int]]:
+    """How many tokens follow each of a place's, place by place."""
+    before: list[tuple[int, ...]] = [()]
+    for length in range(1, depth + 1):
+        here = sorted(path for path in tree if len(path) == length)
+        children = Counter(path[:-1] for path in here)
+        yield [children[path] for path in before]
+        before = here
 
 
 def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -> Iterator[Policy]:
@@ -106,13 +142,33 @@ def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -
         heads: How many there are.
         space: Gives gates and sizes of trees.
     """
-    deepest = head_gains(traces, heads)
     for depth in range(1, heads + 1):
         exits: list[DraftExit] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
-        shapes = [(), *(best_comb(deepest[:depth], size) for size in space.trees if size > depth)]
+        shapes = [(), *(best_tree(traces, depth, size) for size in space.trees if size > depth)]
         yield from (Policy(one, gate, shape) for one in exits for gate in space.gates for shape in shapes)
+
+
+@dataclass(frozen=True)
+class DraftSeconds:
+    """What drafting takes.
+
+    Args:
+        base: Seconds before any head is asked.
+        places: For each place seconds by the number of tokens of the place before that are gone on behind, for each of
+            ``ways``.
+        ways: Those numbers, ascending.
+    """
+
+    base: float
+    places: Sequence[Sequence[float]]
+    ways: Sequence[int]
+
+    def of(self, ways: Sequence[int]) -> float:
+        """Seconds of a draft that goes on behind so many tokens at its first place, its second, and so on."""
+        asked = zip(ways, self.places, strict=False)
+        return self.base + sum(float(np.interp(count, self.ways, seconds)) for count, seconds in asked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +176,13 @@ class HeadCosts:
     """What rounds cost.
 
     Args:
-        draft: Seconds of drafting by the number of heads that are asked, from 0 on.
+        draft: Seconds of drafting.
         prefill: For each text, seconds until the first token.
         verification: For each text, seconds of verifying by the number of drafted tokens, from 0 on.
         at_once: Whether all heads of a draft are asked before its first token is proposed.
     """
 
-    draft: Sequence[float]
+    draft: DraftSeconds
     prefill: Sequence[float]
     verification: Sequence[Sequence[float]]
     at_once: bool
@@ -137,7 +193,7 @@ class HeadCosts:
         latency: LatencyModel,
         model: LayerSkipModel,
         heads: DraftHeads,
-        draft: Sequence[float],
+        draft: DraftSeconds,
         traces: Sequence[HeadTrace],
         most: int,
     ) -> HeadCosts:
@@ -158,25 +214,39 @@ class HeadCosts:
 
 
 @torch.inference_mode()
-def measure_drafts(model: LayerSkipModel, drafter: HeadDrafter, longest: int) -> list[float]:
-    """Seconds of drafting chains of no token, one token, and so on; medians, interleaved.
+def measure_drafts(model: LayerSkipModel, assets: DraftAssets) -> DraftSeconds:
+    """Seconds of drafting with heads; medians, interleaved.
 
     Args:
         model: The model.
-        drafter: Drafts with the heads, and never stops early.
-        longest: How many heads there are.
+        assets: The heads, and the draft vocabulary.
     """
     newest = torch.zeros(1, dtype=torch.long, device=model.device)
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
-    drafter.start(newest, model.embed(newest)[0, 0])
-    seconds: list[list[float]] = [[] for _ in range(longest + 1)]
+    assert assets.heads is not None
+    longest = assets.heads.count
+    drafters = {
+        ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
+    }
+    seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}
     for repeat in range(_REPEATS + 1):
-        for length, measured in enumerate(seconds):
+        for (length, ways), measured in seconds.items():
+            drafters[ways].start(newest, model.embed(newest)[0, 0])
             began = device_seconds(model.device)
-            drafter.propose(newest, cache, length, sampler)
+            drafters[ways].propose(newest, cache, length, sampler)
             if repeat:
                 measured.append(device_seconds(model.device) - began)
-    return [statistics.median(measured) for measured in seconds]
+    median = {at: statistics.median(measured) for at, measured in seconds.items()}
+    places = [
+        [max(median[length, ways] - median[length - 1, ways], 0.0) for ways in _WAYS]
+        for length in range(1, longest + 1)
+    ]
+    return DraftSeconds(median[0, 1], places, _WAYS)
+
+
+def _even(ways: int, places: int) -> Branches:
+    """As many tokens at every place, each behind another one of the place before."""
+    return [ways, *[[1] * ways] * (places - 1)]
 
 
 def replay_heads(
@@ -233,6 +303,7 @@ class _Played:
         controller = policy.draft_exit.controller()
         self._longest = min(controller.max_length, len(trace.ranks))
         self._threshold = controller.threshold
+        self._shape(widths_of(policy.branches))
         self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
         newest, sure = 0, 1.0
         while newest < trace.new_tokens - 1:
@@ -250,12 +321,18 @@ class _Played:
             sure = trace.target_confidence[behind] if behind < len(trace.target_confidence) else 1.0
             newest = behind + 1
 
+    def _shape(self, widths: Sequence[Sequence[int]]) -> None:
+        """By place: how many tokens follow each of the place before; how many of these have any, and how many tokens
+        there are up to there."""
+        self._widths = [widths[place] if place < len(widths) else (1,) for place in range(self._longest)]
+        self._ways = [sum(map(bool, place)) for place in self._widths]
+        self._tokens = [0, *accumulate(map(sum, self._widths))]
+
     def _of_heads(self, newest: int, asked: int) -> tuple[float, int, int, int]:
         """A draft of at most ``asked`` places: its seconds, places and tokens, and how many of these stand."""
         drafted = self._drafted(newest, asked)
-        seconds = self._costs.draft[asked if self._costs.at_once else drafted]
-        tokens = sum(self._width(place) for place in range(drafted))
-        return seconds, drafted, tokens, self._accepted(newest, drafted)
+        seconds = self._costs.draft.of(self._ways[: asked if self._costs.at_once else drafted])
+        return seconds, drafted, self._tokens[drafted], self._accepted(newest, drafted)
 
     def _drafted(self, newest: int, most: int) -> int:
         for place in range(most):
@@ -266,15 +343,14 @@ class _Played:
         return most
 
     def _accepted(self, newest: int, drafted: int) -> int:
-        for place in range(drafted):
+        way = 0  # which of its place's tokens the text has come to
+        for place, widths in enumerate(self._widths[:drafted]):
             rank = self._rank(newest, place)
-            if rank:
-                return place + (rank < self._width(place))
+            if way >= len(widths) or rank >= widths[way]:
+                return place
+            way = sum(widths[:way]) + rank
         return drafted
 
     def _rank(self, newest: int, place: int) -> int:
         ranks = self._trace.ranks[place]
         return int(ranks[newest]) if newest < len(ranks) else LAST_RANK
-
-    def _width(self, place: int) -> int:
-        return self._policy.branches[place] if place < len(self._policy.branches) else 1

@@ -16,6 +16,7 @@ from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold
 from layerskip.decoding.ngrams import NGrams
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.tree import describe_branches
 from search.stand_ins import StandIn
 
 _VOCABULARIES = (8192, 16384, 24576)
@@ -74,19 +75,20 @@ class Policy:
     Args:
         draft_exit: When a draft ends.
         gate: Confidence of the full model below which the next round drafts nothing.
-        branches: How many tokens are proposed for the first place of a draft, for the second, and so on.
+        branches: How many tokens are proposed for the first place of a draft, for the second, and so on; as in
+            :class:`layerskip.HeadDrafter`.
         ngrams: What to copy from the text before the model is asked to draft; None copies nothing.
     """
 
     draft_exit: DraftExit
     gate: float = 0.0
-    branches: tuple[int, ...] = ()
+    branches: tuple[int | tuple[int, ...], ...] = ()
     ngrams: NGrams | None = None
 
     def __str__(self) -> str:
         return (
             str(self.draft_exit)
-            + f", branches {'-'.join(map(str, self.branches))}" * bool(self.branches)
+            + f", branches {describe_branches(self.branches)}" * bool(self.branches)
             + f", {self.ngrams}" * bool(self.ngrams)
             + f", gate {self.gate:g}" * bool(self.gate)
         )

@@ -8,8 +8,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_exit import FixedLength
-from layerskip.decoding.heads import HeadDrafter
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.bridges import fit_bridge, runs_of
 from layerskip.drafts.heads import HeadKind, heads_of, untrained_heads
@@ -23,7 +21,7 @@ from layerskip.tuning.prediction import LONGEST, head_costs_by_weights, ideal_sp
 from search.branching import branching_policies
 from search.copying import copies_along, with_copies
 from search.estimate import Trace, ranked
-from search.head_replay import HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
+from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel
 from search.reference import ReferenceText
 from search.replay import Prediction, RoundCosts, replay
@@ -61,7 +59,7 @@ class TunedDraft(Protocol):
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         """
 
-    def costs(self, assets: DraftAssets) -> Sequence[float]:
+    def costs(self, assets: DraftAssets) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
     def best_policy(
@@ -70,7 +68,7 @@ class TunedDraft(Protocol):
         texts: Sequence[ReferenceText],
         space: SearchSpace,
         latency: LatencyModel,
-        costs: Sequence[float],
+        costs: DraftSeconds | None,
         *,
         limit: int,
     ) -> Prediction:
@@ -128,8 +126,8 @@ class TunedStandIn:
         costs = [cost * length for length in range(1, LONGEST + 1)]
         return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
-    def costs(self, assets: DraftAssets) -> Sequence[float]:
-        return ()
+    def costs(self, assets: DraftAssets) -> DraftSeconds | None:
+        return None
 
     def best_policy(
         self,
@@ -137,7 +135,7 @@ class TunedStandIn:
         texts: Sequence[ReferenceText],
         space: SearchSpace,
         latency: LatencyModel,
-        costs: Sequence[float],
+        costs: DraftSeconds | None,
         *,
         limit: int,
     ) -> Prediction:
@@ -183,8 +181,8 @@ class TunedHeads:
         costs = head_costs_by_weights(self._model, heads, stack)
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
-    def costs(self, assets: DraftAssets) -> Sequence[float]:
-        return measure_drafts(self._model, HeadDrafter.of(self._model, FixedLength(self.heads), assets), self.heads)
+    def costs(self, assets: DraftAssets) -> DraftSeconds | None:
+        return measure_drafts(self._model, assets)
 
     def best_policy(
         self,
@@ -192,12 +190,13 @@ class TunedHeads:
         texts: Sequence[ReferenceText],
         space: SearchSpace,
         latency: LatencyModel,
-        costs: Sequence[float],
+        costs: DraftSeconds | None,
         *,
         limit: int,
     ) -> Prediction:
         heads = assets.heads
         assert heads is not None
+        assert costs is not None
         stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
         traces = [trace_heads(self._model, heads, stack, text) for text in texts]
         rounds = HeadCosts.of(latency, self._model, heads, costs, traces, space.most_drafted)

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
-from layerskip.stack.tree import Tree
+from layerskip.stack.tree import Tree, branches_of
 from tests.models import LAYERS, VOCABULARY
 
 fractions = st.floats(0, 1)
@@ -51,3 +51,14 @@ def trees(max_tokens=8):
 def branches():
     """How many tokens a draft proposes for its first places."""
     return st.lists(st.integers(1, 5), max_size=4).map(tuple)
+
+
+@st.composite
+def bushes(draw):
+    """Branches that go on behind several tokens of a place."""
+    widths, before = [], 1
+    for _ in range(draw(st.integers(0, 4))):
+        others = st.lists(st.integers(0, 3), max_size=min(before - 1, 4))
+        widths.append((draw(st.integers(1, 4)), *draw(others)))
+        before = sum(widths[-1])
+    return branches_of(widths)

@@ -6,7 +6,7 @@ decoding is the drafter that proposes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Step
-from layerskip.stack.tree import MOST_LEAVES
+from layerskip.stack.tree import Branches, widths_of
 
 
 @dataclass(frozen=True)
@@ -106,22 +106,18 @@ class PacedDrafter:
         gate: Propose nothing after a round at whose end the full model gave its likeliest token a probability below
             this; 0 always proposes.
         branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
-            one. Drafting goes on behind the first of them alone.
+            one. A number counts those behind the first token of the place before.
 
     Raises:
         InvalidInputError: The gate is not from 0 to 1, or the branches are not from 1 on or too many.
     """
 
-    def __init__(self, draft_exit: DraftExit, *, gate: float = 0.0, branches: Sequence[int] = ()) -> None:
+    def __init__(self, draft_exit: DraftExit, *, gate: float = 0.0, branches: Branches = ()) -> None:
         if not 0 <= gate <= 1:
             raise InvalidInputError(f"gate: expected a number from 0 to 1, got {gate}")
-        if any(width < 1 for width in branches):
-            raise InvalidInputError(f"branches: expected numbers from 1 on, got {list(branches)}")
-        if sum(branches) - len(branches) > MOST_LEAVES:
-            raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} beside the first ones")
         self._draft_exit = draft_exit
         self._gate = gate
-        self._branches = tuple(branches)
+        self._widths = widths_of(branches)
 
     def start(self, prompt: Tensor, state: Tensor) -> None:
         """As :meth:`Drafter.start`."""
@@ -137,7 +133,7 @@ class PacedDrafter:
         token_ids: Tensor | None,
         step: Callable[[Tensor], DraftStep],
     ) -> list[Draw]:
-        """Go forward until the draft ends.
+        """Go forward behind the first token of each place, until the draft ends.
 
         Args:
             tokens: What the first step is given.
@@ -149,15 +145,15 @@ class PacedDrafter:
         draws: list[Draw] = []
         while len(draws) < min(limit, self._exit.max_length) and not self._unsure:
             made = step(tokens)
-            draws.append(sampler.draft(made, token_ids, self._branches_at(len(draws))))
+            draws.append(sampler.draft(made, token_ids, self._widths_at(len(draws))[0]))
             tokens = draws[-1].tokens[:1]
             if self._exit.reads_confidence and self._exit.stops_after(float(made.confidence)):
                 break
         self._steps = len(draws)
         return draws
 
-    def _branches_at(self, depth: int) -> int:
-        return self._branches[depth] if depth < len(self._branches) else 1
+    def _widths_at(self, place: int) -> tuple[int, ...]:
+        return self._widths[place] if place < len(self._widths) else (1,)
 
     def observe(self, outcome: Outcome) -> None:
         """As :meth:`Drafter.observe`."""
@@ -178,7 +174,7 @@ class SkipDrafter(PacedDrafter):
         stand_ins: What runs instead of a run of skipped sublayers, such as bridges, by the index of the run's first.
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
         gate: As in :class:`PacedDrafter`.
-        branches: Likewise.
+        branches: Likewise, one number for each place.
 
     Raises:
         InvalidInputError: The skip set is for another number of layers, the gate is not from 0 to 1, or the branches
@@ -194,9 +190,13 @@ class SkipDrafter(PacedDrafter):
         stand_ins: Mapping[int, Step] | None = None,
         token_ids: Tensor | None = None,
         gate: float = 0.0,
-        branches: Sequence[int] = (),
+        branches: Branches = (),
     ) -> None:
         super().__init__(draft_exit, gate=gate, branches=branches)
+        if any(len(place) > 1 for place in self._widths):
+            raise InvalidInputError(
+                "branches: only draft heads go on behind several tokens of a place; give one number for each place"
+            )
         self._model = model
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
 
@@ -209,7 +209,7 @@ class SkipDrafter(PacedDrafter):
         assets: DraftAssets,
         *,
         gate: float = 0.0,
-        branches: Sequence[int] = (),
+        branches: Branches = (),
     ) -> SkipDrafter:
         """The drafter with these stand-ins and this draft vocabulary, brought to where the model is."""
         here = assets.to(torch.empty(0, dtype=model.dtype, device=model.device))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_exit import DraftExit
 from layerskip.decoding.drafting import Outcome, PacedDrafter
-from layerskip.decoding.sampling import Draft, Sampler
+from layerskip.decoding.sampling import Draft, Draw, Sampler
 from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.heads import DraftHeads, check_heads
+from layerskip.drafts.heads import DraftHeads, MedusaHeads, check_heads
 from layerskip.engine import DraftStep
 from layerskip.errors import InvalidInputError
 from layerskip.stack.kv_cache import KVCache
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
+from layerskip.stack.tree import Branches, numbers_on
 
 
 class HeadDrafter(PacedDrafter):
     """Drafts with heads, a place for each of them at most.
 
-    A draft is a chain with leaves, as that of :class:`layerskip.SkipDrafter`. Heads run as they are on every engine:
-    they are too few operations for a captured graph to matter.
+    A draft may be any tree: to ask a head what follows several tokens takes one pass of it. A confidence exit looks at
+    the first token of each place. Heads run as they are on every engine: they are too few operations for a captured
+    graph to matter.
 
     Args:
         model: The model that will verify.
@@ -31,7 +33,9 @@ class HeadDrafter(PacedDrafter):
         draft_exit: When to stop proposing; its longest draft uses so many heads, or all where there are fewer.
         token_ids: ``[n]``, the draft vocabulary: the tokens that may be proposed; None for all.
         gate: As in :class:`PacedDrafter`.
-        branches: Likewise.
+        branches: How many tokens to propose for the first place of a draft, for the second, and so on; for later ones,
+            one. A number counts those behind the first token of the place before; a list of numbers those behind each
+            of its tokens.
 
     Raises:
         InvalidInputError: The heads are for another size of hidden states, the gate is not from 0 to 1, or the branches
@@ -46,7 +50,7 @@ class HeadDrafter(PacedDrafter):
         *,
         token_ids: Tensor | None = None,
         gate: float = 0.0,
-        branches: Sequence[int] = (),
+        branches: Branches = (),
     ) -> None:
         super().__init__(draft_exit, gate=gate, branches=branches)
         check_heads(heads, model)
@@ -63,7 +67,7 @@ class HeadDrafter(PacedDrafter):
         assets: DraftAssets,
         *,
         gate: float = 0.0,
-        branches: Sequence[int] = (),
+        branches: Branches = (),
     ) -> HeadDrafter:
         """The drafter with these heads and this draft vocabulary, brought to where the model is.
 
@@ -80,20 +84,52 @@ class HeadDrafter(PacedDrafter):
         self._state = state.to(self._model.device)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        known: list[Tensor] = []  # embeddings, [1, hidden_size]
-        ready: list[Tensor] = []  # scores of the next places, [n]
+        most = 0 if self._unsure else min(limit, self._heads.count, self._exit.max_length)
+        score, token_ids = self._scorer(most), self._stack.token_ids
+        ways = newest[None]  # [p, place + 1], to each token of the last place the tokens from the newest one on
+        draws: list[Draw] = []
+        grown: list[list[int]] = []
+        while len(grown) < most:
+            place = len(grown)
+            inner = {way: width for way, width in zip(range(len(ways)), self._widths_at(place), strict=False) if width}
+            steps = [DraftStep.of(scores, token_ids, None) for scores in score(place, _rows(ways, inner))]
+            here = {
+                way: sampler.draft(step, token_ids, width)
+                for step, (way, width) in zip(steps, inner.items(), strict=True)
+            }
+            draws += here.values()
+            grown.append([len(here[way].tokens) if way in here else 0 for way in range(len(ways))])
+            before = _rows(ways, [way for way, count in enumerate(grown[-1]) for _ in range(count)])
+            ways = torch.cat([before, torch.cat([draw.tokens for draw in here.values()])[:, None]], dim=1)
+            if self._exit.reads_confidence and self._exit.stops_after(float(steps[0].confidence)):
+                break
+        self._steps = len(grown)
+        return Draft.grown(draws, grown, newest.device, token_ids=token_ids)
 
-        def step(token: Tensor) -> DraftStep:
-            known.append(self._model.embed(token)[0])
-            if not ready:
-                ahead = self._heads.ahead(self._state, torch.cat(known))[: most - len(known) + 1]
-                ready.extend(self._model.logits(ahead[None], self._stack))
-            return DraftStep.of(ready.pop(0), self._stack.token_ids, None)
+    def _scorer(self, most: int) -> Callable[[int, Tensor], Tensor]:
+        """What scores the draft vocabulary for a place, ``[p, n]``, behind ``p`` ways there.
 
-        most = min(limit, self._heads.count, self._exit.max_length)
-        draws = self._draws(newest, most, sampler, self._stack.token_ids, step)
-        return Draft.of(draws, newest.device, token_ids=self._stack.token_ids)
+        Args:
+            most: Places that may be asked for.
+        """
+        heads = self._heads
+        if isinstance(heads, MedusaHeads):  # no head looks at tokens
+            said = self._logits(heads.all_at(self._state)[:most]) if most else self._state
+            return lambda place, ways: said[place].expand(len(ways), -1)
+
+        def score(place: int, ways: Tensor) -> Tensor:
+            known = self._model.embed(ways.flatten())[0].unflatten(0, ways.shape)
+            return self._logits(heads.at(place, self._state.expand(len(ways), -1), known))
+
+        return score
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self._model.logits(states[None], self._stack)
 
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
         self._state = outcome.state.to(self._model.device)
+
+
+def _rows(ways: Tensor, numbers: Iterable[int]) -> Tensor:
+    return ways.index_select(0, numbers_on(tuple(numbers), ways.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,6 +120,26 @@ class Draft:
         tokens = torch.cat([*chain, *leaves]) if draws else torch.empty(0, dtype=torch.long, device=device)
         tree = Tree.comb(len(d.tokens) for d in draws)
         return cls(tokens, tree, tuple(d.distribution for d in draws), token_ids, shared)
+
+    @classmethod
+    def grown(
+        cls,
+        draws: list[Draw],
+        widths: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> Draft:
+        """The draft of some draws, place by place.
+
+        Args:
+            draws: For each place, and there for each token of the place before that others follow, in order.
+            widths: As in :meth:`Tree.grown`.
+            device: Where the tokens are.
+            token_ids: As in the class.
+        """
+        tokens = torch.cat([d.tokens for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        return cls(tokens, Tree.grown(widths), tuple(d.distribution for d in draws), token_ids)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -89,18 +89,10 @@ class MedusaHeads:
         x = _unit(states)
         return x + functional.silu(functional.linear(x, self.weight[place], self.bias[place]))
 
-    def ahead(self, state: Tensor, known: Tensor) -> Tensor:
-        """All that can be foretold while a draft has come so far: the rest of it.
-
-        Args:
-            state: ``[hidden_size]``, the full model's last hidden state.
-            known: ``[place + 1, hidden_size]``, the embeddings of the newest token and of those drafted behind it.
-
-        Returns:
-            ``[m, hidden_size]``, hidden states to be scored, of ``place`` and of those after it.
-        """
-        x, place = _unit(state), len(known) - 1
-        return x + functional.silu(self.weight[place:] @ x + self.bias[place:])
+    def all_at(self, state: Tensor) -> Tensor:
+        """All heads at one position, ``[hidden_size]``: ``[heads, hidden_size]``, hidden states to be scored."""
+        x = _unit(state)
+        return x + functional.silu(self.weight @ x + self.bias)
 
     def weights_read(self, places: int, scoring: int) -> int:
         """How many weights a draft of so many places reads, where scoring reads ``scoring``, once for all of them."""
@@ -192,10 +184,6 @@ class HydraHeads:
     def at(self, place: int, states: Tensor, known: Tensor) -> Tensor:
         """As :meth:`MedusaHeads.at`, but what is known matters."""
         return self.heads[place](states, known)
-
-    def ahead(self, state: Tensor, known: Tensor) -> Tensor:
-        """As :meth:`MedusaHeads.ahead`, but only the next place, ``[1, hidden_size]``: the others need its token."""
-        return self.at(len(known) - 1, state[None], known[None])
 
     def weights_read(self, places: int, scoring: int) -> int:
         """As :meth:`MedusaHeads.weights_read`, but each place is scored by itself."""

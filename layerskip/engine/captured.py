@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerskip.engine.interface import DraftStep, Scored
-from layerskip.stack.tree import Tree, ancestors_on, depths_on
+from layerskip.stack.tree import Tree, ancestors_on, numbers_on
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CapturedTree:
         tree = tree.padded(width)
         self.tokens[: len(tokens)].copy_(tokens)
         torch.arange(past, past + width, out=self.slots)
-        torch.add(depths_on(tree, device), past, out=self.positions)
+        torch.add(numbers_on(tree.depths, device), past, out=self.positions)
         self.ancestors.copy_(ancestors_on(tree, device))
         return self.replay()
 

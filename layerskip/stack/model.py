@@ -28,7 +28,7 @@ from layerskip.stack.masks import (
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.stack import Stack, Step, keep
 from layerskip.stack.sublayers import AttentionSublayer, PassContext, sublayers_of
-from layerskip.stack.tree import Tree, ancestors_on, depths_on
+from layerskip.stack.tree import Tree, ancestors_on, numbers_on
 
 
 class LayerSkipModel:
@@ -176,7 +176,7 @@ class LayerSkipModel:
             tree: The shape of the ``n`` rows behind what the cache holds.
             cache: Keys and values of the text before.
         """
-        depths, ancestors = depths_on(tree, self.device), ancestors_on(tree, self.device)
+        depths, ancestors = numbers_on(tree.depths, self.device), ancestors_on(tree, self.device)
         cache.reserve(len(depths))
         slots = torch.arange(cache.length, cache.length + len(depths), device=self.device)
         return self.tree_context_at(slots, cache.length + depths, ancestors, cache.length + len(depths), cache)

@@ -9,8 +9,14 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from layerskip.errors import InvalidInputError
+
 # Caches have room for so many tokens beside the longest path of a tree.
 MOST_LEAVES = 64
+
+# How many tokens a draft has for its first place, for its second, and so on: one number where they all follow the first
+# token of the place before, several where they follow each of its tokens in turn.
+Branches = Sequence[int | Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,17 @@ class Tree:
         widths = tuple(widths)
         leaves = [row for row, width in enumerate(widths) for _ in range(width - 1)]
         return cls((*range(len(widths)), *leaves))
+
+    @classmethod
+    def grown(cls, widths: Iterable[Sequence[int]]) -> Tree:
+        """Place by place: how many tokens follow each token of the place before, in order; none behind those left."""
+        parents: list[int] = []
+        rows = [0]
+        for place in widths:
+            behind = [row for row, width in zip(rows, place, strict=False) for _ in range(width)]
+            rows = [len(parents) + number for number in range(1, len(behind) + 1)]
+            parents += behind
+        return cls(tuple(parents))
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -85,10 +102,55 @@ class Tree:
             rows.append(stands[0])
 
 
+def widths_of(branches: Branches) -> tuple[tuple[int, ...], ...]:
+    """Branches with a row of numbers for every place.
+
+    Raises:
+        InvalidInputError: A place has no token behind the first one of the place before, more numbers than that place
+            has tokens, or there are more tokens than caches have room for.
+    """
+    widths = tuple((place,) if isinstance(place, int) else tuple(place) for place in branches)
+    before = 1
+    for number, place in enumerate(widths, start=1):
+        if not place or place[0] < 1 or min(place) < 0:
+            raise InvalidInputError(
+                f"branches: expected numbers from 1 on, or lists that may hold 0 but first, got {_shown(place)} for "
+                f"place {number}"
+            )
+        if len(place) > before:
+            raise InvalidInputError(
+                f"branches: place {number} has {len(place)} numbers, but the place before has {before} tokens"
+            )
+        before = sum(place)
+    if sum(map(sum, widths)) - len(widths) > MOST_LEAVES:
+        raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} tokens beside the first ones")
+    return widths
+
+
+def branches_of(widths: Iterable[Sequence[int]]) -> tuple[int | tuple[int, ...], ...]:
+    """The inverse of :func:`widths_of`, in the shortest form."""
+    short: list[int | tuple[int, ...]] = []
+    for place in widths:
+        row = list(place)
+        while len(row) > 1 and not row[-1]:
+            row.pop()
+        short.append(row[0] if len(row) == 1 else tuple(row))
+    return tuple(short)
+
+
+def describe_branches(branches: Branches) -> str:
+    """Branches for people, such as ``4-2-1``, or ``4-2+1-1`` where two tokens have others behind them."""
+    return "-".join(_shown((place,) if isinstance(place, int) else place) for place in branches)
+
+
+def _shown(place: Sequence[int]) -> str:
+    return "+".join(map(str, place))
+
+
 @lru_cache(maxsize=256)
-def depths_on(tree: Tree, device: torch.device) -> Tensor:
-    """The depths of a tree's rows, ``[rows]``."""
-    return torch.tensor(tree.depths, device=device)
+def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers as a tensor that stays on its device: to bring them there makes the host wait."""
+    return torch.tensor(numbers, device=device)
 
 
 @lru_cache(maxsize=256)

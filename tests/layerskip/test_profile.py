@@ -215,6 +215,18 @@ MISSING = "required, but missing"
         (put("color", value=1), f"color: {UNKNOWN}"),
         (put("skip_set", "heads", value=[]), f"skip_set.heads: {UNKNOWN}"),
         (put("model", "owner", value="me"), f"model.owner: {UNKNOWN}"),
+        (
+            put("branches", value=[2, [1, 1]]),
+            "branches: expected one number for each place, because no draft heads draft; found a list",
+        ),
+        (
+            put("branches", value=[2, 0]),
+            "branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 2",
+        ),
+        (
+            put("branches", value=[2, [1, 1, 1]]),
+            "branches: place 2 has 3 numbers, but the place before has 2 tokens",
+        ),
         (put("measured", "luck", value=1), f"measured.luck: {UNKNOWN}"),
         (drop("model"), f"model: {MISSING}"),
         (drop("model", "fingerprint"), f"model.fingerprint: {MISSING}"),

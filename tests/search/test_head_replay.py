@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
 from layerskip.decoding.ngrams import behind_copies
+from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS
+from layerskip.stack.tree import Tree, widths_of
 from search.copying import copies_along, settings_of_ngrams
 from search.estimate import LAST_RANK
 from search.head_replay import (
+    DraftSeconds,
     HeadCosts,
     HeadTrace,
-    head_gains,
+    best_tree,
     head_policies,
     measure_drafts,
     replay_heads,
@@ -23,6 +26,7 @@ from search.head_replay import (
 from search.reference import continuations, record
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, random_heads
+from tests.strategies import bushes
 
 LIMIT = 20
 HEADS = 3
@@ -32,7 +36,12 @@ IDS = [None, torch.arange(3, 50)]
 
 def rounds_alone(count=1, at_once=True):
     """Costs by which a text takes as many seconds as rounds."""
-    return HeadCosts([0.0] * (HEADS + 1), [0.0] * count, [[1.0] * MOST] * count, at_once)
+    return HeadCosts(seconds_of(*[0.0] * HEADS), [0.0] * count, [[1.0] * MOST] * count, at_once)
+
+
+def seconds_of(*places):
+    """Drafting that takes so long for each place, behind however many tokens."""
+    return DraftSeconds(0.0, [[place] for place in places], [1])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def texts(tiny):
         st.builds(ConfidenceThreshold, threshold=st.sampled_from([0.1, 0.3, 0.7]), max_length=st.integers(1, 5)),
     ),
     gate=st.sampled_from([0.0, 0.3, 0.6]),
-    branches=st.lists(st.integers(1, 6), max_size=3).map(tuple),
+    branches=bushes(),
     ids=st.sampled_from([0, 1]),
     ngrams=st.sampled_from([None, *settings_of_ngrams()]),
 )
@@ -80,11 +89,26 @@ def a_trace(*ranks, confidence=0.5, target=0.5):
     )
 
 
-def test_a_token_adds_where_the_chain_above_it_stands():
-    found = head_gains([a_trace([0, 0, 1, 2], [0, 1, 5])], 2)
-    assert found[0, :3].tolist() == [0.5, 0.25, 0.25]
-    assert found[1, :3].tolist() == [0.25, 0.25, 0.0]  # behind the two that agree
-    assert head_gains([a_trace([LAST_RANK], [])], 2).sum() == 0
+def test_a_tree_has_the_tokens_that_texts_run_through_most():
+    # By place, for each newest token: the text runs 0-0, 0-1, 1-2 and 1-2, then 1-0, 3 and 2.
+    trace = a_trace([0, 0, 1, 1, 1, 3, 2], [0, 1, 2, 2, 0, LAST_RANK])
+    assert best_tree([trace], 1, 2) == (2,)
+    assert best_tree([trace], 2, 2) == (1, 1)
+    assert best_tree([trace], 2, 3) == (2, 1)
+    # Of tokens that add as much the shallower come first; behind 1 the text never goes on with 1, and so not with 2.
+    assert best_tree([trace], 2, 6) == (4, 2)
+    assert best_tree([trace], 2, 7) == (4, (2, 1))
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 5)] * HEADS), min_size=1, max_size=30),
+    st.integers(1, HEADS),
+    st.integers(0, 20),
+)
+def test_a_tree_has_its_size_and_depth(paths, depth, more):
+    trace = a_trace(*[[path[place] for path in paths][: len(paths) - place] for place in range(HEADS)])
+    tree = Tree.grown(widths_of(best_tree([trace], depth, depth + more)))
+    assert (len(tree.parents), tree.depth) == (depth + more, depth)
 
 
 def test_texts_shorter_than_a_draft_have_traces_all_the_same(tiny):
@@ -97,7 +121,7 @@ def test_texts_shorter_than_a_draft_have_traces_all_the_same(tiny):
 def test_the_fastest_policy_is_found():
     """Heads that are always right, then heads that are never right."""
     right, wrong = a_trace([0] * 9, [0] * 8), a_trace([LAST_RANK] * 9, [LAST_RANK] * 8)
-    costs = HeadCosts([0.0, 0.1, 0.3], [1.0], [[1.0, 1.1, 1.2, 2.0]], at_once=False)
+    costs = HeadCosts(seconds_of(0.1, 0.2), [1.0], [[1.0, 1.1, 1.2, 2.0]], at_once=False)
     policies = [Policy(FixedLength(1)), Policy(FixedLength(2)), Policy(FixedLength(2), gate=0.9)]
     assert replay_heads([right], policies, costs, limit=10).policy == Policy(FixedLength(2))
     best = replay_heads([wrong], policies, costs, limit=10)
@@ -110,7 +134,7 @@ def test_heads_that_are_asked_at_once_cost_as_many_however_early_a_draft_ends():
     trace, policy = a_trace([0] * 9, [0] * 8, confidence=0.1), Policy(ConfidenceThreshold(0.5, 2))
     seconds = []
     for at_once in (True, False):
-        costs = HeadCosts([0.0, 1.0, 10.0], [0.0], [[0.0] * 4], at_once)
+        costs = HeadCosts(seconds_of(1.0, 9.0), [0.0], [[0.0] * 4], at_once)
         [one] = replay_heads([trace], [policy], costs, limit=10).seconds
         seconds.append(one)
     # Four rounds draft one token each and give two; behind them there is no room to draft.
@@ -122,12 +146,21 @@ def test_every_length_threshold_gate_and_shape_is_tried():
     policies = list(head_policies([a_trace([0, 1, 0, 3], [0, 2, 1])], 2, space))
     assert len(set(policies)) == len(policies)
     assert {policy.draft_exit.controller().max_length for policy in policies} == {1, 2}
-    assert {sum(policy.branches) for policy in policies} == {0, 3, 7}
+    assert {len(Tree.grown(widths_of(policy.branches)).parents) for policy in policies} == {0, 3, 7}
     assert {policy.gate for policy in policies} == {0.0, 0.5}
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_of_every_length_are_timed(tiny, kind):
-    seconds = measure_drafts(tiny, HeadDrafter(tiny, random_heads(tiny, kind, HEADS), FixedLength(HEADS)), HEADS)
-    assert len(seconds) == HEADS + 1
-    assert all(one > 0 for one in seconds)
+    seconds = measure_drafts(tiny, DraftAssets(heads=random_heads(tiny, kind, HEADS)))
+    assert seconds.base > 0
+    assert len(seconds.places) == HEADS
+    assert all(len(place) == len(seconds.ways) for place in seconds.places)
+    assert seconds.of([1, 2, 3]) > seconds.base
+
+
+def test_seconds_between_measured_numbers_of_tokens_are_interpolated():
+    seconds = DraftSeconds(1.0, [[0.5, 0.5], [2.0, 4.0]], [1, 3])
+    assert seconds.of([]) == 1.0
+    assert seconds.of([1]) == 1.5
+    assert seconds.of([1, 2]) == 4.5

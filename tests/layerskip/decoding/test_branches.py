@@ -181,8 +181,12 @@ def test_processed_text_is_that_of_plain_decoding(tiny, prompt, skip_set, widths
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ((2, 0), "branches: expected numbers from 1 on, got [2, 0]"),
-        ((MOST_LEAVES, 3), f"branches: expected at most {MOST_LEAVES} beside the first ones"),
+        ((2, 0), "branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 2"),
+        ((MOST_LEAVES, 3), f"branches: expected at most {MOST_LEAVES} tokens beside the first ones"),
+        (
+            (2, (1, 1)),
+            "branches: only draft heads go on behind several tokens of a place; give one number for each place",
+        ),
     ],
 )
 def test_branches_out_of_range_are_refused(llama, widths, message):

@@ -24,6 +24,7 @@ from layerskip import (
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS, untrained_heads
 from layerskip.engine import GraphEngine
+from layerskip.stack.tree import Tree
 from tests.layerskip.decoding.test_exactness_of_sampling import (
     DOUBT,
     PLAIN,
@@ -36,7 +37,7 @@ from tests.layerskip.decoding.test_exactness_of_sampling import model as tiny_vo
 from tests.layerskip.decoding.test_host_reads import HostReads
 from tests.layerskip.engine.test_graphs import like_a_graph
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, random_heads, tiny_llama, transformers_greedy
-from tests.strategies import branches, draft_exits, tokens
+from tests.strategies import bushes, draft_exits, tokens
 
 kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
 some_kind = st.sampled_from(HEAD_KINDS)
@@ -44,7 +45,7 @@ some_ids = st.sampled_from([None, torch.arange(3, 40)])
 scales = st.sampled_from([0.0, 0.1, 1.0])
 
 
-@given(tokens(16), some_kind, scales, draft_exits(), branches(), st.sampled_from([0.0, 0.3]), some_ids)
+@given(tokens(16), some_kind, scales, draft_exits(), bushes(), st.sampled_from([0.0, 0.3]), some_ids)
 @settings(max_examples=12)
 def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale, draft_exit, widths, gate, ids):
     heads = random_heads(each_family, kind, 4, scale=scale)
@@ -54,7 +55,7 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale,
     near_tie_or_same(each_family.hf_model, prompt, ours.tokens, expected)
 
 
-@given(tokens(16), some_kind, branches(), st.integers(1, 20))
+@given(tokens(16), some_kind, bushes(), st.integers(1, 20))
 @settings(max_examples=15)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, kind, widths, length):
     captured = LayerSkipModel(tiny.hf_model)
@@ -88,7 +89,7 @@ def test_drafts_are_what_the_heads_say_behind_the_state_that_chose_the_newest_to
     model = LayerSkipModel(tiny.hf_model)
     if captured:
         model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
-    heads, widths = random_heads(model, kind, 3, scale=0.05), (5, 4, 2)
+    heads, widths = random_heads(model, kind, 3, scale=0.05), (5, (4, 0, 2), (2, 1, 0, 0, 3))
     drafter = Watched(model, heads, FixedLength(3), branches=widths)
     stats = generate(model, [1, 5, 7], drafter=drafter, max_new_tokens=30, eos_token_ids=[]).stats
     assert stats.accepted
@@ -96,13 +97,17 @@ def test_drafts_are_what_the_heads_say_behind_the_state_that_chose_the_newest_to
         for text, draft in drafter.said:
             before = torch.tensor(text[:-1])
             state = model.forward(before, model.new_cache(len(before)))[0, -1:]
-            chain = [text[-1], *draft.tokens[: draft.tree.depth].tolist()]
-            for place in range(draft.tree.depth):
-                known = model.embed(torch.tensor(chain[: place + 1]))
-                scores = model.logits(heads.at(place, state, known)[None])[0]
-                proposed = draft.tokens[[row - 1 for row in draft.tree.children[place]]]
-                best = scores.topk(widths[place]).values
+            ways = [[text[-1]]]  # to each row
+            for parent, token in zip(draft.tree.parents, draft.tokens.tolist(), strict=True):
+                ways.append([*ways[parent], token])
+            for row, following in draft.tree.children.items():
+                known = model.embed(torch.tensor(ways[row]))
+                scores = model.logits(heads.at(len(ways[row]) - 1, state, known)[None])[0]
+                proposed = draft.tokens[[after - 1 for after in following]]
+                best = scores.topk(len(following)).values
                 torch.testing.assert_close(scores[proposed], best, atol=1e-3, rtol=1e-3)
+        whole = [draft.tree for _, draft in drafter.said if draft.tree.depth == 3]
+        assert set(whole) == {Tree.grown([[5], [4, 0, 2, 0, 0], [2, 1, 0, 0, 3, 0]])}
 
 
 def test_a_draft_is_no_longer_than_there_are_heads(llama):
@@ -131,7 +136,7 @@ def test_a_confidence_exit_stops_where_a_head_is_unsure(llama, kind):
 
 @kinds
 @pytest.mark.parametrize("settings_", [PLAIN, WARPED], ids=["temperature 1", "temperature, top-k and top-p"])
-@pytest.mark.parametrize("widths", [(), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("widths", [(), (3, 1, 2), (3, (2, 1), (1, 0, 2))], ids=str)
 def test_samples_follow_the_full_model(tiny_vocabulary, kind, widths, settings_):  # noqa: F811
     drafter = HeadDrafter(
         tiny_vocabulary, random_heads(tiny_vocabulary, kind, 3, scale=0.3), FixedLength(3), branches=widths
@@ -197,7 +202,12 @@ def test_generate_of_transformers_decodes_with_heads():
     ("options", "message"),
     [
         ({"gate": 1.5}, "gate: expected a number from 0 to 1, got 1.5"),
-        ({"branches": (0,)}, r"branches: expected numbers from 1 on, got \[0\]"),
+        (
+            {"branches": (0,)},
+            r"branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 1",
+        ),
+        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but the place before has 2 tokens"),
+        ({"branches": (40, (1,) * 40)}, "branches: expected at most 64 tokens beside the first ones"),
     ],
 )
 def test_options_out_of_range_are_refused(llama, options, message):

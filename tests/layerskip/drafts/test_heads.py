@@ -59,21 +59,11 @@ def test_what_heads_say_does_not_depend_on_the_size_of_the_state(llama, kind, pl
     )
 
 
-@kinds
-def test_one_position_ahead_is_many_at_a_place(llama, kind):
-    heads, states = random_heads(llama, kind, 4), torch.randn(5, SIZE, generator=torch.Generator().manual_seed(1))
-    tokens = embedded(llama, 7, 3, 9, 2)
-    for place in range(4):
-        known = tokens[: place + 1]
-        at = heads.at(place, states, torch.stack([known] * 5))
-        for state, expected in zip(states, at, strict=True):
-            torch.testing.assert_close(heads.ahead(state, known)[0], expected, atol=1e-5, rtol=1e-4)
-
-
-def test_medusa_foretells_all_that_is_left_and_hydra_one_place(llama):
-    state, known = torch.randn(SIZE), embedded(llama, 7, 3)
-    assert random_heads(llama, "medusa", 5).ahead(state, known).shape == (4, SIZE)
-    assert random_heads(llama, "hydra", 5).ahead(state, known).shape == (1, SIZE)
+def test_medusa_foretells_all_places_at_once(llama):
+    heads, state = random_heads(llama, "medusa", 4), torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+    nothing = torch.empty(1, 1, SIZE)
+    for place, said in enumerate(heads.all_at(state)):
+        torch.testing.assert_close(said, heads.at(place, state[None], nothing)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "sees"), [("medusa", False), ("hydra", True)])

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip.stack.tree import Tree, ancestors_on, depths_on, siblings_on
-from tests.strategies import trees
+from layerskip.stack.tree import (
+    Tree,
+    ancestors_on,
+    branches_of,
+    describe_branches,
+    numbers_on,
+    siblings_on,
+    widths_of,
+)
+from tests.strategies import bushes, trees
 
 CPU = torch.device("cpu")
 COMB = Tree.comb((3, 1, 2))  # 0 - 1 - 2 - 3, with 4 and 5 beside 1, and 6 beside 3
@@ -20,7 +28,7 @@ def path_to(tree, row):
 
 @given(trees())
 def test_a_row_comes_from_the_rows_on_its_path_alone(tree):
-    comes_from, depths = ancestors_on(tree, CPU), depths_on(tree, CPU)
+    comes_from, depths = ancestors_on(tree, CPU), numbers_on(tree.depths, CPU)
     for row in range(len(tree.parents) + 1):
         assert comes_from[row].nonzero()[:, 0].tolist() == path_to(tree, row)
         assert depths[row] == len(path_to(tree, row)) - 1
@@ -61,6 +69,25 @@ def test_padding_changes_no_row(tree, more):
     assert padded.parents[: rows - 1] == tree.parents
     assert torch.equal(ancestors_on(padded, CPU)[:rows, :rows], ancestors_on(tree, CPU))
     assert not ancestors_on(padded, CPU)[:rows, rows:].any()
+
+
+def test_a_tree_grows_place_by_place_behind_any_of_its_tokens():
+    tree = Tree.grown([[3], [2, 0, 1], [0, 1, 1]])
+    assert tree.parents == (0, 0, 0, 1, 1, 3, 5, 6)
+    assert tree.depths == (0, 1, 1, 1, 2, 2, 2, 3, 3)
+    assert Tree.grown([]) == Tree()
+
+
+@given(bushes())
+def test_branches_are_the_shortest_way_to_write_how_many_follow_each_token(branches):
+    widths = widths_of(branches)
+    assert branches_of(widths) == branches
+    assert branches_of([*row, 0, 0] for row in widths) == branches
+    assert Tree.grown(widths).depth == len(branches)
+
+
+def test_branches_are_told_with_a_plus_between_the_tokens_of_a_place():
+    assert describe_branches((4, (2, 1), 1)) == "4-2+1-1"
 
 
 def test_siblings_are_given_in_order_and_gaps_are_marked():
