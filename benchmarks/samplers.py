@@ -48,8 +48,8 @@ class Costs:
         shares = np.array([1.0, 3.0] * LAYERS)
         self.sublayers: Floats = (1 - _HEAD) * shares / shares.sum()
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int) -> float:
-        """One step of a draft; the simulated model has neither bridges nor draft vocabularies."""
+    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
+        """One step of a draft; the simulated model has no bridges, draft vocabularies or trained stand-ins."""
         return float(_HEAD + self.sublayers[~np.array(mask, dtype=bool)].sum())
 
     def verification_cost(self, width: int) -> float:
@@ -95,7 +95,7 @@ class Problem:
 
     def speedup(self, mask: Sequence[bool]) -> float:
         """The true speedup."""
-        step = self.costs.draft_step_cost(mask, False, 0)
+        step = self.costs.draft_step_cost(mask, False, 0, 0)
         return float(self._formula(np.array([self.acceptance(mask)]), np.array([step]))[0])
 
     def estimate(self, mask: Sequence[bool]) -> float:

@@ -92,6 +92,16 @@ def search(
     gate: Annotated[bool, typer.Option(help="Try to draft nothing where the full model is unsure.")] = True,
     branches: Annotated[bool, typer.Option(help="Try drafts that propose several tokens for a place.")] = True,
     ngrams: Annotated[bool, typer.Option(help="Try to copy from the text before the model drafts.")] = True,
+    stand_in: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stand-in",
+            metavar="PROFILE",
+            help="Try the trained stand-in of a profile of 'layerskip tune', too; may be repeated.",
+            show_default=False,
+            autocompletion=completion.profiles,
+        ),
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -104,10 +114,11 @@ def search(
     from layerskip import identify, load_checkpoint
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine
-    from search.loading import load_model, wrapped
+    from search.loading import load_model, load_profiles, wrapped
     from search.prompts import built_in_prompts, read_prompts, split_prompts
     from search.settings import SearchSettings
     from search.space import SearchSpace
+    from search.stand_ins import trained_stand_ins
     from search.study import Search
     from search.workers import Work, Workers
     from studies.storage import open_storage
@@ -129,6 +140,8 @@ def search(
         seed=seed,
     )
     chosen = read_prompts(prompts) if prompts else built_in_prompts()
+    tuned = partial(load_profiles, stand_in or (), device, dtype)
+    profiles = tuned()
     database = open_storage(storage)
     stderr.print(f"loading {model}")
     checkpoint = load_checkpoint(model, device=places[0], dtype=dtype)
@@ -136,15 +149,25 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.context_length
     )
+    stand_ins = trained_stand_ins(profiles, first)
     space = SearchSpace.of(
-        first, bridges=bridges, vocabulary=draft_vocabulary, gate=gate, branches=branches, ngrams=ngrams
+        first,
+        bridges=bridges,
+        vocabulary=draft_vocabulary,
+        gate=gate,
+        branches=branches,
+        ngrams=ngrams,
+        stand_ins=[one.name for one in stand_ins],
     )
     identity = identify(first, checkpoint.source)
 
     def helpers(name: str) -> Workers:
         ends = None if timeout is None else time.monotonic() + timeout
         loads = [partial(load_model, model, place, dtype, engine, compiled) for place in places[1:]]
-        work = [Work(load, identity, split, storage, settings, space, name, ends=ends) for load in loads]
+        work = [
+            Work(load, identity, split, storage, settings, space, name, ends=ends, load_profiles=tuned)
+            for load in loads
+        ]
         return Workers(work, lambda number, message: stderr.print(f"worker {number} gave up: {message}", markup=False))
 
     with SearchProgress(trials, timeout) as progress:
@@ -155,6 +178,7 @@ def search(
             database,
             settings,
             space=space,
+            stand_ins=stand_ins,
             study_name=study,
             observer=progress,
             helpers=helpers,

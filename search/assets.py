@@ -1,4 +1,6 @@
-"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts."""
+"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts, and trained
+stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from layerskip.decoding.drafting import Drafter, SkipDrafter
 from layerskip.decoding.ngrams import behind_copies
 from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import BridgeFitter, without_outliers
+from layerskip.drafts.bridges import Bridge, BridgeFitter, without_outliers
 from layerskip.drafts.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
-from layerskip.stack.stack import Stack
+from layerskip.stack.stack import Stack, Step
 from search.prompts import EncodedPrompt
 from search.reference import ReferenceRun, ReferenceText
 from search.space import Candidate, Policy
+from search.stand_ins import StandIn, TrainedStandIn
 
 # Positions of hidden states that bridges are fitted to, over all texts.
 _FIT_POSITIONS = 2048
@@ -34,36 +38,60 @@ class AssetMaker:
     Args:
         model: The model.
         texts: What the full model wrote, with hidden states at positions all over them.
+        stand_ins: Trained ones that candidates may ask for.
     """
 
-    def __init__(self, model: LayerSkipModel, texts: Sequence[ReferenceText]) -> None:
+    def __init__(
+        self, model: LayerSkipModel, texts: Sequence[ReferenceText], stand_ins: Sequence[TrainedStandIn] = ()
+    ) -> None:
         states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
         self._model = model
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
-        self._heads: dict[int, Stack] = {}
+        self._heads: dict[tuple[int, StandIn | None], Stack] = {}
+        here = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._trained = {one.name: one for one in stand_ins}
+        self._built = {one.name: one.assets.to(here).stand_ins(model) for one in stand_ins}
 
     def assets(self, candidate: Candidate) -> DraftAssets:
-        """The bridges and the draft vocabulary that a candidate asks for."""
-        bridges = self._fitter.fit(candidate.skip_set) if candidate.bridged else {}
-        return DraftAssets(bridges, self._head(candidate.vocabulary).token_ids)
+        """The stand-ins and the draft vocabulary that a candidate asks for; a trained one as it was given."""
+        ids = self._head(candidate).token_ids
+        bridges = self._bridges(candidate)
+        if candidate.stand_in is None:
+            return DraftAssets(bridges, ids)
+        trained = self._trained[candidate.stand_in].assets
+        return DraftAssets({**bridges, **trained.bridges}, ids, trained.layers)
 
-    def _head(self, vocabulary: int) -> Stack:
+    def training_seconds(self, candidate: Candidate) -> float | None:
+        """How long a candidate's stand-in was trained, if it has one and that is known."""
+        return None if candidate.stand_in is None else self._trained[candidate.stand_in].training_seconds
+
+    def _bridges(self, candidate: Candidate) -> dict[int, Bridge]:
+        return self._fitter.fit(candidate.skipped_below) if candidate.bridged else {}
+
+    def _head(self, candidate: Candidate) -> Stack:
         """The full stack with the head of a draft vocabulary; made once, because its rows are copied."""
-        if vocabulary not in self._heads:
-            special = self._model.eos_token_ids
-            ids = draft_vocabulary(self._frequencies, special, vocabulary) if vocabulary else None
-            self._heads[vocabulary] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
-        return self._heads[vocabulary]
+        size, stand_in = candidate.vocabulary, candidate.stand_in
+        own = stand_in if stand_in is not None and 0 < stand_in.vocabulary == size else None
+        if (size, own) not in self._heads:
+            ids = self._fitted_ids(size) if own is None else self._trained[own].assets.token_ids
+            self._heads[size, own] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
+        return self._heads[size, own]
+
+    def _fitted_ids(self, size: int) -> Tensor | None:
+        return draft_vocabulary(self._frequencies, self._model.eos_token_ids, size) if size else None
 
     def num_bridges(self, skip_set: SkipSet) -> int:
-        """How many bridges a bridged candidate gets."""
+        """How many bridges are fitted for a bridged candidate that leaves this out without a trained stand-in."""
         return len(self._fitter.worthy_runs(skip_set))
 
     def stack(self, candidate: Candidate) -> Stack:
         """The stack of a candidate's draft."""
-        stack = self._model.stack_of(candidate.skip_set, stand_ins=self.assets(candidate).bridges)
-        head = self._head(candidate.vocabulary)
+        stand_ins: dict[int, Step] = {**self._bridges(candidate)}
+        if candidate.stand_in is not None:
+            stand_ins |= self._built[candidate.stand_in]
+        stack = self._model.stack_of(candidate.skip_set, stand_ins=stand_ins)
+        head = self._head(candidate)
         return replace(stack, token_ids=head.token_ids, head_rows=head.head_rows)
 
     def drafter(self, candidate: Candidate, policy: Policy) -> Drafter:

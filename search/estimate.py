@@ -3,6 +3,10 @@
 At every position the draft sees the full model's keys and values of the text before, and its own at the position
 itself. All positions of all texts are independent then, so that one pass over them takes about as long as a prefill.
 
+A trained layer in place of the top remembers: it has keys and values of its own for the whole text. It gets what it
+gets in decoding: over the prompt, which drafts see as a text that is known, states that the full model's keys and
+values led to; at the positions at which drafts are asked, their own. So it alone runs over each text as a whole.
+
 Source: SWIFT (arXiv 2410.06916) scores candidates by teacher-forced matches.
 """
 
@@ -149,6 +153,8 @@ class _Batch:
         length = max(len(text.tokens) for text in texts)
         positions = _padded(asked, width).to(model.device)  # [b, q]
         self.valid = (torch.arange(width) < torch.tensor([[len(one)] for one in asked])).to(model.device)  # [b, q]
+        longest_prompt = max(text.prompt_length for text in texts)
+        self._prompts = _padded([t.tokens[: t.prompt_length].to(model.device) for t in texts], longest_prompt)  # [b, p]
         self.states = torch.stack([functional.pad(t.states, (0, 0, 0, width - t.states.shape[1])) for t in texts], 1)
         self.states = self.states.to(model.device)  # [boundaries, b, q, hidden_size]
         self._choices = torch.cat([text.choices for text in texts]).to(model.device)
@@ -164,15 +170,49 @@ class _Batch:
 
     @torch.inference_mode()
     def traces(self, model: LayerSkipModel, stack: Stack) -> list[Trace]:
-        """What a draft would propose along each text."""
+        """What a draft would propose along each text.
+
+        Args:
+            model: The model.
+            stack: The draft's. Where a step of it remembers, nothing of the model's own runs above that.
+        """
+        top = stack.remembers_from
         # Below its first skipped sublayer the draft is the full model.
-        x = stack.run(self.states[stack.shared], self.context, start=stack.shared)  # [b, q, hidden_size]
-        ranks, confidence = ranked(model, stack, x[self.valid.to(x.device)], self._choices)
+        x = stack.run(self.states[stack.shared], self.context, start=stack.shared, stop=top)  # [b, q, hidden_size]
+        states = x[self.valid.to(x.device)] if top is None else self._remembering(model, stack, top, x)
+        ranks, confidence = ranked(model, stack, states, self._choices)
         lengths = [text.new_tokens - 1 for text in self._texts]
         return [
             Trace(r.numpy(), c.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)
             for r, c, text in zip(ranks.split(lengths), confidence.split(lengths), self._texts, strict=True)
         ]
+
+    def _remembering(self, model: LayerSkipModel, stack: Stack, top: int, asked: Tensor) -> Tensor:
+        """Take each text as a whole through what stands at the top and remembers.
+
+        Args:
+            model: The model.
+            stack: The draft's.
+            top: Index of the first step that remembers.
+            asked: ``[b, q, hidden_size]``, the draft's states below it at the positions at which it is asked.
+
+        Returns:
+            ``[positions, hidden_size]``, its states at these positions of all texts, one text after the other.
+        """
+        cache, (texts, width) = self.context.cache, self._prompts.shape
+        embedded = model.embed(self._prompts.flatten()).unflatten(1, (texts, width))[0]  # [b, p, hidden_size]
+        with cache.seen_again(cache.length):
+            known = stack.run(embedded, model.pass_context(width, cache), stop=top).to(asked.device)
+        counts = [max(text.new_tokens - 1, 0) for text in self._texts]
+        whole = [
+            torch.cat([before[: text.prompt_length], behind[:count]])
+            for before, behind, text, count in zip(known, asked, self._texts, counts, strict=True)
+        ]
+        longest = max(map(len, whole))
+        x = torch.stack([functional.pad(one, (0, 0, 0, longest - len(one))) for one in whole])  # [b, n, hidden_size]
+        x = stack.run(x, model.pass_context(longest, model.new_cache(longest)), start=top)
+        each = zip(x, self._texts, counts, strict=True)
+        return torch.cat([one[text.prompt_length : text.prompt_length + count] for one, text, count in each])
 
 
 def ranked(model: LayerSkipModel, stack: Stack, states: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:

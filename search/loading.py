@@ -1,11 +1,15 @@
-"""Loading the model that a search is about, in this process or in a worker's."""
+"""Loading the model that a search is about, and profiles, in this process or in a worker's."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import compile_sublayers, use_engine
+from layerskip.profile import DraftProfile
+from layerskip.ready_profiles import load_profile
 from layerskip.stack.model import LayerSkipModel
 
 
@@ -21,3 +25,8 @@ def wrapped(hf_model: PreTrainedModel, engine: str, compiled: bool) -> LayerSkip
         compile_sublayers(model)
     use_engine(model, engine)
     return model
+
+
+def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:
+    """Profiles by where they come from, as :func:`layerskip.load_profile` loads them."""
+    return {source: load_profile(source, device=device, dtype=dtype) for source in sources}

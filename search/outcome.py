@@ -86,16 +86,19 @@ def profile_of(
     identity: ModelIdentity,
     study: str,
     context: StudyContext,
+    *,
+    training_seconds: float | None = None,
 ) -> DraftProfile:
     """The profile of a measured candidate.
 
     Args:
         best: What was measured.
         candidate: What its trial tried.
-        assets: Its bridges and vocabulary.
+        assets: Its stand-ins and vocabulary.
         identity: The model.
         study: The study's name.
         context: What the study's values depend on.
+        training_seconds: How long its stand-in was trained, if it has one and that is known.
     """
     policy = policy_of(best.trial)
     profile = DraftProfile(
@@ -117,6 +120,7 @@ def profile_of(
             trial=best.trial.number,
             created=datetime.now(UTC),
             tool=f"layerskip {library_versions()['layerskip']}",
+            training_seconds=training_seconds,
         ),
     )
     return profile.with_assets(assets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun
 from search.settings import SearchSettings
 from search.space import SearchSpace
+from search.stand_ins import TrainedStandIn
 from studies.study import LATENCY_KEY
 
 # Enough that every kernel and buffer has been used once.
@@ -75,6 +77,7 @@ def prepare(
     settings: SearchSettings,
     study: optuna.Study,
     *,
+    stand_ins: Sequence[TrainedStandIn] = (),
     folder: Path,
     quiet: Quiet,
     observer: SearchObserver,
@@ -88,6 +91,7 @@ def prepare(
         space: What candidates are made of.
         settings: How long texts are.
         study: Keeps what the parts of a step cost.
+        stand_ins: Trained ones that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
         observer: Told how it goes.
@@ -100,7 +104,7 @@ def prepare(
         _warm_up(model, prompts.measured[0])
         run = ReferenceRun(model, folder, fingerprint)
         observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
-        makers = AssetMaker(model, fit_texts(run, prompts.fitted, max_new_tokens=length))
+        makers = AssetMaker(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
         estimator = Estimator(model, run.texts(prompts.scored, max_new_tokens=length))
         observer.reference_ready(run.found)
     latency = _latency(model, space, study, quiet, observer)

@@ -8,6 +8,7 @@ from layerskip.engine import PassCosts
 from layerskip.stack.skipset import SkipSet
 from search.assets import AssetMaker
 from search.latency import LatencyModel
+from search.stand_ins import StandIn
 
 
 class RelativeCosts:
@@ -18,20 +19,34 @@ class RelativeCosts:
         makers: Tells how many bridges a draft would get.
         context: Length of the text.
         choice: By which costs the engine chooses the width of a verification.
+        stand_ins: The trained ones that drafts may have, by their number from 1 on.
     """
 
-    def __init__(self, latency: LatencyModel, makers: AssetMaker, context: float, choice: PassCosts | None) -> None:
+    def __init__(
+        self,
+        latency: LatencyModel,
+        makers: AssetMaker,
+        context: float,
+        choice: PassCosts | None,
+        stand_ins: Sequence[StandIn] = (),
+    ) -> None:
         self._latency = latency
         self._makers = makers
         self._context = context
         self._choice = choice
+        self._stand_ins = stand_ins
         self._plain = latency.verification(1, 0.0, context, choice)
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int) -> float:
+    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
         """One step of a draft."""
-        attention = sum(not skip for skip in mask[::2])
-        mlp = sum(not skip for skip in mask[1::2])
-        bridges = 0 if not bridged or all(mask) else self._makers.num_bridges(SkipSet.from_mask(mask))
+        trained = self._stand_ins[stand_in - 1] if stand_in else None
+        exit_at = trained.start if trained else len(mask)
+        layers, bridges = (int(trained is not None and trained.kind == kind) for kind in ("layer", "bridge"))
+        attention = sum(not skip for skip in mask[:exit_at:2]) + layers
+        mlp = sum(not skip for skip in mask[1:exit_at:2]) + layers
+        if bridged and not all(mask):
+            below = [skip and index < exit_at for index, skip in enumerate(mask)]
+            bridges += self._makers.num_bridges(SkipSet.from_mask(below))
         return self._latency.parts(attention, mlp, bridges, vocabulary, self._context) / self._plain
 
     def verification_cost(self, width: int) -> float:

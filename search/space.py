@@ -5,7 +5,7 @@ When a draft ends is not searched by trials: replay finds the best policy for ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from layerskip.decoding.ngrams import NGrams
 from layerskip.stack.model import LayerSkipModel
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.tree import describe_branches
+from search.stand_ins import StandIn
 
 _VOCABULARIES = (8192, 16384, 24576)
 _GATES = (0.3, 0.6)
@@ -33,19 +34,35 @@ class Candidate:
     """What one trial tries.
 
     Args:
-        skip_set: What the draft leaves out.
+        skip_set: What the draft leaves out; with a stand-in, all that this stands for, whether it is named or not.
         bridged: Whether bridges stand in for runs of skipped sublayers that are worth one.
-        vocabulary: Size of the draft vocabulary; 0 is the whole one.
+        vocabulary: Size of the draft vocabulary; 0 is the whole one. Where it is the size of the stand-in's own, it is
+            that one.
+        stand_in: A trained one, which runs in place of everything above an early exit.
+
+    Raises:
+        InvalidInputError: Nothing would be left below the stand-in, or it is for another number of layers.
     """
 
     skip_set: SkipSet
     bridged: bool = False
     vocabulary: int = 0
+    stand_in: StandIn | None = None
+
+    def __post_init__(self) -> None:
+        if self.stand_in is not None:
+            object.__setattr__(self, "skip_set", self.stand_in.with_run(self.skip_set))
+
+    @property
+    def skipped_below(self) -> SkipSet:
+        """What is left out and has no trained stand-in."""
+        return self.skip_set if self.stand_in is None else self.stand_in.without_run(self.skip_set)
 
     @property
     def extras(self) -> list[str]:
         """Everything but the skip set, for people."""
-        return ["bridged"] * self.bridged + [f"vocabulary {self.vocabulary}"] * bool(self.vocabulary)
+        trained = [] if self.stand_in is None else [str(self.stand_in)]
+        return trained + ["bridged"] * self.bridged + [f"vocabulary {self.vocabulary}"] * bool(self.vocabulary)
 
     def __str__(self) -> str:
         return " · ".join([str(self.skip_set), *self.extras])
@@ -101,6 +118,7 @@ class SearchSpace:
         gates: Target-confidence gates to try; 0 is none.
         trees: Sizes of drafts that branch to try, in tokens; none are chains alone.
         ngrams: Whether to try to copy from the text first.
+        stand_ins: Trained ones to try.
     """
 
     num_layers: int
@@ -110,11 +128,13 @@ class SearchSpace:
     gates: tuple[float, ...] = (0.0,)
     trees: tuple[int, ...] = ()
     ngrams: bool = False
+    stand_ins: tuple[StandIn, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocabularies", tuple(self.vocabularies))  # lists, where they come from JSON
         object.__setattr__(self, "gates", tuple(self.gates))
         object.__setattr__(self, "trees", tuple(self.trees))
+        object.__setattr__(self, "stand_ins", tuple(map(_stand_in, self.stand_ins)))
 
     @classmethod
     def of(
@@ -126,9 +146,14 @@ class SearchSpace:
         gate: bool = True,
         branches: bool = True,
         ngrams: bool = True,
+        stand_ins: Sequence[StandIn] = (),
     ) -> SearchSpace:
-        """The space for a model, with all that drafts can have or with a part of it."""
-        sizes = (size for size in _VOCABULARIES if size < model.vocab_size)
+        """The space for a model, with all that drafts can have or with a part of it.
+
+        With draft vocabularies, those that the stand-ins were trained with are among the sizes to try.
+        """
+        wanted = {*_VOCABULARIES, *(one.vocabulary for one in stand_ins if one.vocabulary)}
+        sizes = (size for size in sorted(wanted) if size < model.vocab_size)
         return cls(
             model.num_layers,
             bridges=bridges,
@@ -136,12 +161,17 @@ class SearchSpace:
             gates=(0.0, *_GATES) if gate else (0.0,),
             trees=_TREES if branches else (),
             ngrams=ngrams,
+            stand_ins=tuple(stand_ins),
         )
 
     def describe(self) -> dict[str, Any]:
         """The space as plain values, to tell one from another."""
-        lists = ("vocabularies", "gates", "trees")
-        return asdict(self) | {name: list(getattr(self, name)) for name in lists}
+        lists = ("vocabularies", "gates", "trees", "stand_ins")
+        described = asdict(self)
+        described |= {name: list(described[name]) for name in lists}
+        if not self.stand_ins:  # studies of earlier versions have none, and go on
+            del described["stand_ins"]
+        return described
 
     @property
     def most_drafted(self) -> int:
@@ -164,12 +194,17 @@ class SearchSpace:
         Raises:
             InvalidInputError: The trial chose to skip every sublayer.
         """
+        # Before the bits: a sampler may know by it which of them matter.
+        number = trial.suggest_categorical("stand_in", tuple(range(len(self.stand_ins) + 1))) if self.stand_ins else 0
         mask = [trial.suggest_categorical(name, (0, 1)) for name in self.bit_names()]
         sizes = self.vocabularies
         # All before the mask is looked at: samplers forget parameters that some trial lacks.
         bridged = trial.suggest_categorical("bridged", (False, True)) if self.bridges else False
         vocabulary = sizes[0] if len(sizes) == 1 else trial.suggest_categorical("vocabulary", sizes)
-        return Candidate(SkipSet.from_mask(mask), bridged, vocabulary)
+        stand_in = self.stand_ins[number - 1] if number else None
+        if stand_in is not None:
+            mask = [bit if index < stand_in.start else 1 for index, bit in enumerate(mask)]
+        return Candidate(SkipSet.from_mask(mask), bridged, vocabulary, stand_in)
 
     def parameters(self, candidate: Candidate) -> dict[str, int | float | str]:
         """A candidate as the parameters of a trial; the inverse of :meth:`candidate`."""
@@ -180,6 +215,8 @@ class SearchSpace:
             chosen["bridged"] = candidate.bridged
         if len(self.vocabularies) > 1:
             chosen["vocabulary"] = candidate.vocabulary
+        if self.stand_ins:
+            chosen["stand_in"] = 0 if candidate.stand_in is None else self.stand_ins.index(candidate.stand_in) + 1
         return chosen
 
     def candidate(self, parameters: Mapping[str, Any]) -> Candidate:
@@ -190,3 +227,8 @@ class SearchSpace:
         """One parameter for each sublayer, in stack order."""
         width = len(str(self.num_layers - 1))
         return [f"skip_{kind}_{layer:0{width}}" for layer in range(self.num_layers) for kind in ("attn", "mlp")]
+
+
+def _stand_in(value: StandIn | Mapping[str, Any]) -> StandIn:
+    """Itself, or what it was described as."""
+    return value if isinstance(value, StandIn) else StandIn(**value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from search.relative_costs import RelativeCosts
 from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
+from search.stand_ins import TrainedStandIn
 from search.trials import Objective, policy_of
 from search.warm_starts import AcceptanceAlone, StartingPlan, warm_starts
 from studies.optimizing import optimize
@@ -60,7 +61,8 @@ class Search:
         prompts: What to decode.
         storage: Where the study lives.
         settings: How long and how thoroughly to search.
-        space: What to choose among; None is the skip set and when drafts end.
+        space: What to choose among; None is the skip set, when drafts end, and the stand-ins.
+        stand_ins: The trained ones that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
         observer: Told how it goes.
@@ -69,6 +71,9 @@ class Search:
         number: Of this worker, where several work on one study; 0 plans what is measured.
         helpers: Given the study's name, makes what is entered before the first trial and left behind the last, such as
             :class:`search.workers.Workers`.
+
+    Raises:
+        InvalidInputError: The study's name is empty, or the space names other stand-ins than were given.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Search:
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
+        stand_ins: Sequence[TrainedStandIn] = (),
         study_name: str | None = None,
         observer: SearchObserver | None = None,
         folder: Path | None = None,
@@ -95,7 +101,14 @@ class Search:
         self._settings = settings
         self._observer = observer or SearchObserver()
         self._prompts = SearchPrompts.of(prompts, settings)
-        self._space = space or SearchSpace(model.num_layers)
+        names = tuple(one.name for one in stand_ins)
+        self._space = space or SearchSpace(model.num_layers, stand_ins=names)
+        if self._space.stand_ins != names:
+            raise InvalidInputError(
+                f"space: names {len(self._space.stand_ins)} trained stand-ins, and {len(names)} others were given; "
+                "give the space those that the search gets"
+            )
+        self._stand_ins = stand_ins
         self._folder = folder or cache_folder()
         self._quiet = Quiet(self._folder, model.device, workers=settings.workers)
         self._number = number
@@ -200,6 +213,7 @@ class Search:
             self._space,
             self._settings,
             study,
+            stand_ins=self._stand_ins,
             folder=self._folder,
             quiet=self._quiet,
             observer=self._observer,
@@ -210,15 +224,17 @@ class Search:
         # A resumed study, or another worker, must not draw the same random numbers again.
         drawn = len(study.get_trials(deepcopy=False)) + self._number * self._settings.trials
         seed = None if self._settings.seed is None else (self._settings.seed + drawn) % SEEDS
-        choices = DraftChoices(tuple(self._space.bit_names()), self._space.bridges, self._space.vocabularies)
+        space = self._space
+        exits = tuple(one.start for one in space.stand_ins)
+        choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
         context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs)
+        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs, space.stand_ins)
         return NoRepeats(
             make_sampler(
                 self._settings.sampler,
                 choices=choices,
                 costs=costs,
-                max_draft_length=self._space.max_draft_length,
+                max_draft_length=space.max_draft_length,
                 seed=seed,
             ),
             choices,
@@ -259,8 +275,16 @@ class Search:
     def _profile(self, best: Finalist) -> DraftProfile:
         assert self._prepared is not None
         candidate = self._space.candidate(best.trial.params)
-        assets = self._prepared.makers.assets(candidate)
-        return profile_of(best, candidate, assets, self._identity, self._name, self._context)
+        makers = self._prepared.makers
+        return profile_of(
+            best,
+            candidate,
+            makers.assets(candidate),
+            self._identity,
+            self._name,
+            self._context,
+            training_seconds=makers.training_seconds(candidate),
+        )
 
 
 def progress_of(study: HasTrials) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import optuna
@@ -23,6 +24,7 @@ from search.starts import (
     most_similar_paths,
     nothing_skipped,
     published,
+    skipping_below,
 )
 from search.trials import SOURCE_KEY
 from studies.study import ALONE_KEY
@@ -49,9 +51,10 @@ class AcceptanceAlone:
 
     def __call__(self, skip_set: SkipSet) -> float:
         """The acceptance rate α of the draft that skips this, without bridges and with the whole vocabulary."""
-        rate = acceptance(next(self._estimator.traces(self._model.stack_of(skip_set))))
-        self.known[str(skip_set)] = rate
-        return rate
+        if str(skip_set) not in self.known:
+            rate = acceptance(next(self._estimator.traces(self._model.stack_of(skip_set))))
+            self.known[str(skip_set)] = rate
+        return self.known[str(skip_set)]
 
 
 class StartingPlan:
@@ -101,7 +104,8 @@ def _waiting(study: optuna.Study) -> int:
 def warm_starts(
     space: SearchSpace, alone: Callable[[SkipSet], float], estimator: Estimator, latency: LatencyModel
 ) -> Iterator[tuple[str, Candidate]]:
-    """Candidates, each with where it comes from; those that take long to work out come last.
+    """Candidates, each with where it comes from: those with trained stand-ins, then those that take ever longer to
+    work out.
 
     Args:
         space: The choices of the search.
@@ -110,6 +114,7 @@ def warm_starts(
         latency: What sublayers cost.
     """
     costs = _sublayer_costs(space.num_layers, latency)
+    yield from _with_stand_ins(space, alone, costs)
     text = estimator.versions()
     families = (
         nothing_skipped(space.num_layers),
@@ -123,6 +128,26 @@ def warm_starts(
     vocabulary = space.vocabularies[len(space.vocabularies) // 2]
     for source, skip_set in different(chain.from_iterable(families)):
         yield source, Candidate(skip_set, bridged=space.bridges, vocabulary=vocabulary)
+
+
+def _with_stand_ins(
+    space: SearchSpace, alone: Callable[[SkipSet], float], costs: Sequence[float]
+) -> Iterator[tuple[str, Candidate]]:
+    """Each stand-in as it was trained, then with a little left out below its exit."""
+    trained = [
+        Candidate(
+            SkipSet(space.num_layers),
+            vocabulary=one.vocabulary if one.vocabulary in space.vocabularies else space.vocabularies[0],
+            stand_in=one,
+        )
+        for one in space.stand_ins
+    ]
+    for number, candidate in enumerate(trained, start=1):
+        yield f"trained stand-in {number} of {len(trained)}", candidate
+    for number, candidate in enumerate(trained, start=1):
+        exit_at = space.stand_ins[number - 1].start
+        for source, skip_set in skipping_below(exit_at, alone, costs):
+            yield f"trained stand-in {number} of {len(trained)}, {source}", replace(candidate, skip_set=skip_set)
 
 
 def _sublayer_costs(num_layers: int, latency: LatencyModel) -> Sequence[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,10 +18,12 @@ import torch
 
 from layerskip.errors import LayerSkipError, out_of_memory
 from layerskip.identity import ModelIdentity
+from layerskip.profile import DraftProfile
 from layerskip.stack.model import LayerSkipModel
 from search.prompts import PromptSplit
 from search.settings import SearchSettings
 from search.space import SearchSpace
+from search.stand_ins import trained_stand_ins
 
 # A worker that was told to end may be in the middle of a long pass; one that takes longer is killed.
 _SECONDS_TO_END = 10.0
@@ -41,6 +43,7 @@ class Work:
         study: The study's name.
         folder: Where reference runs are kept.
         ends: Time on the machine's monotonic clock at which no new trial starts.
+        load_profiles: Loads the profiles whose trained stand-ins the space names, by where they come from.
     """
 
     load: Callable[[], LayerSkipModel]
@@ -52,6 +55,7 @@ class Work:
     study: str
     folder: Path | None = None
     ends: float | None = None
+    load_profiles: Callable[[], Mapping[str, DraftProfile]] = dict
 
 
 class Workers(AbstractContextManager["Workers"]):
@@ -146,13 +150,15 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
     torch.set_num_threads(threads)  # a part of what the device is called
     optuna.logging.set_verbosity(verbosity)
     try:
+        model = work.load()
         search = Search(
-            work.load(),
+            model,
             work.identity,
             work.prompts,
             open_storage(work.storage),
             work.settings,
             space=work.space,
+            stand_ins=trained_stand_ins(work.load_profiles(), model),
             study_name=work.study,
             folder=work.folder,
             ends=work.ends,

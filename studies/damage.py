@@ -42,13 +42,13 @@ def learned_acceptance(seen: Sequence[Tried]) -> dict[int, LearnedAcceptance]:
     """What leaving out each sublayer alone would do, learned from candidates that leave out several.
 
     Args:
-        seen: Candidates that were looked at, each once.
+        seen: Candidates that were looked at, each once; those with a trained stand-in tell too little and do not count.
 
     Returns:
         By the sublayer's index in the stack; those only that some candidate left out and another kept. Nothing where
         there are fewer than ``LEAST_CANDIDATES``.
     """
-    known = [one for one in seen if one.acceptance is not None]
+    known = [one for one in seen if one.acceptance is not None and not one.trained]
     if len(known) < LEAST_CANDIDATES:
         return {}
     x, y = _features(known), _damage(np.array([one.acceptance for one in known]))

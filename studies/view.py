@@ -56,6 +56,7 @@ class Tried:
         source: Who proposed it.
         stopped: Whether it was found hopeless and stopped after some prompts.
         held_out: What it measured on held-out prompts, if it is a finalist.
+        trained: Whether a trained stand-in runs in place of the top of what it leaves out.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Tried:
     source: str
     stopped: bool
     held_out: Speedup | None = None
+    trained: bool = False
 
     @property
     def standing(self) -> Standing:
@@ -208,6 +210,7 @@ def _tried(trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], c
         source=str(told.get("source") or told.get("sampler") or "sampler"),
         stopped=STOPPED_KEY in told,
         held_out=finals.get(candidate),
+        trained=bool(trial.params.get("stand_in", 0)),
     )
 
 

@@ -38,7 +38,12 @@ class Stack:
     @property
     def remembers(self) -> bool:
         """Whether a step keeps keys and values of its own, so that it has to see the whole text."""
-        return any(isinstance(step, LayerStandIn) for _, step in self.steps)
+        return self.remembers_from is not None
+
+    @property
+    def remembers_from(self) -> int | None:
+        """The index of the first step that keeps keys and values of its own; None if none does."""
+        return next((index for index, step in self.steps if isinstance(step, LayerStandIn)), None)
 
     def run(self, x: Tensor, context: PassContext, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Run the steps from sublayer ``start`` on and before sublayer ``stop``.

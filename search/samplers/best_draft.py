@@ -38,56 +38,65 @@ class DraftMaximizer:
         self._choices = choices
         self._costs = costs
         self._formula = SpeedupFormula.of(costs, max_draft_length)
-        self._saved = _saved_by_each(len(choices.bits), costs, choices.vocabularies[0])
+        self._saved = _saved_by_each(choices, costs)
 
     def best(self, damage: Damage) -> Proposal:
         """The best draft if the damage is this."""
         starts = [self._best_prefix(damage, *extras) for extras in self._choices.extras]
         best = max(starts, key=lambda proposal: proposal.speedup)
-        while (flipped := self._best_of(damage, list(_flips(best.draft)))).speedup > best.speedup:
+        while drafts := list(self._flips(best.draft)):
+            flipped = self._best_of(damage, drafts)
+            if flipped.speedup <= best.speedup:
+                break
             best = flipped
         return best
 
     def by_indifference(self, damage: Damage, draft: Draft) -> list[int]:
-        """Sublayers by how little it matters whether a draft leaves them out: next to break-even first."""
-        ratio = self._ratio(damage, draft.bridged)
+        """Sublayers by how little it matters whether a draft leaves them out: next to break-even first.
+
+        Those that a trained stand-in stands for are not among them.
+        """
+        free = self._choices.free(draft.stand_in)
+        ratio = self._ratio(damage, draft.bridged, free)
         order = np.argsort(ratio, kind="stable")
-        skipped = sum(draft.mask)
+        skipped = sum(draft.mask[:free])
         break_even = float(ratio[order[max(skipped - 1, 0) : skipped + 1]].mean())
         order_of_closeness: list[int] = np.argsort(np.abs(ratio - break_even), kind="stable").tolist()
         return order_of_closeness
 
-    def _best_prefix(self, damage: Damage, bridged: bool, vocabulary: int) -> Proposal:
+    def _best_prefix(self, damage: Damage, bridged: bool, vocabulary: int, stand_in: int) -> Proposal:
+        free = self._choices.free(stand_in)
         # Of several that do no damage at all, the dearest first.
-        order = np.lexsort((-self._saved, self._ratio(damage, bridged)))
-        mask = np.zeros(len(order), dtype=bool)
-        prefixes = [Draft(tuple(mask.tolist()), bridged, vocabulary)]
+        order = np.lexsort((-self._saved[:free], self._ratio(damage, bridged, free)))
+        mask = np.arange(len(self._saved)) >= free
+        prefixes = [Draft(tuple(mask.tolist()), bridged, vocabulary, stand_in)]
         for index in order[:-1]:
             mask[index] = True
-            prefixes.append(Draft(tuple(mask.tolist()), bridged, vocabulary))
+            prefixes.append(Draft(tuple(mask.tolist()), bridged, vocabulary, stand_in))
         return self._best_of(damage, prefixes)
 
-    def _ratio(self, damage: Damage, bridged: bool) -> Floats:
-        ratio: Floats = damage.of_sublayers(bridged) / self._saved
+    def _ratio(self, damage: Damage, bridged: bool, free: int) -> Floats:
+        """``[free]``, of the sublayers that may be left out or kept."""
+        ratio: Floats = damage.of_sublayers(bridged)[:free] / self._saved[:free]
         return ratio
 
     def _best_of(self, damage: Damage, drafts: Sequence[Draft]) -> Proposal:
         """The best of drafts that differ in their masks alone."""
-        bridged, vocabulary = drafts[0].bridged, drafts[0].vocabulary
-        masks = np.array([draft.mask for draft in drafts], dtype=float)  # [drafts, sublayers]
-        total = masks @ damage.of_sublayers(bridged) + damage.of_extras(bridged, vocabulary)
-        step_costs = [self._costs.draft_step_cost(draft.mask, bridged, vocabulary) for draft in drafts]
+        bridged, vocabulary, stand_in = drafts[0].bridged, drafts[0].vocabulary, drafts[0].stand_in
+        free = self._choices.free(stand_in)
+        masks = np.array([draft.mask[:free] for draft in drafts], dtype=float)  # [drafts, free sublayers]
+        total = masks @ damage.of_sublayers(bridged)[:free] + damage.of_extras(bridged, vocabulary, stand_in)
+        step_costs = [self._costs.draft_step_cost(draft.mask, bridged, vocabulary, stand_in) for draft in drafts]
         speedups = self._formula(acceptance_of(total), np.array(step_costs))
         best = int(speedups.argmax())
         return Proposal(drafts[best], float(speedups[best]))
 
-
-def _flips(draft: Draft) -> Iterator[Draft]:
-    """Drafts that leave out one sublayer more or less."""
-    for index in range(len(draft.mask)):
-        flipped = with_flips(draft, (index,))
-        if not all(flipped.mask):  # a draft must keep something
-            yield flipped
+    def _flips(self, draft: Draft) -> Iterator[Draft]:
+        """Drafts that leave out one sublayer more or less."""
+        for index in range(self._choices.free(draft.stand_in)):
+            flipped = with_flips(draft, (index,))
+            if not all(flipped.mask):  # a draft must keep something
+                yield flipped
 
 
 def with_flips(draft: Draft, indices: Sequence[int]) -> Draft:
@@ -95,14 +104,15 @@ def with_flips(draft: Draft, indices: Sequence[int]) -> Draft:
     return replace(draft, mask=tuple(skip != (index in indices) for index, skip in enumerate(draft.mask)))
 
 
-def _saved_by_each(sublayers: int, costs: DraftCosts, vocabulary: int) -> Floats:
+def _saved_by_each(choices: DraftChoices, costs: DraftCosts) -> Floats:
     """What leaving out each sublayer alone saves of a draft step; above 0, also where a measurement says otherwise."""
+    sublayers, vocabulary = len(choices.bits), choices.vocabularies[0]
     nothing = [False] * sublayers
-    everything = costs.draft_step_cost(nothing, False, vocabulary)
+    everything = costs.draft_step_cost(nothing, False, vocabulary, 0)
     saved = []
     for index in range(sublayers):
         alone = [other == index for other in range(sublayers)]
-        saved.append(everything - costs.draft_step_cost(alone, False, vocabulary))
+        saved.append(everything - costs.draft_step_cost(alone, False, vocabulary, 0))
     return np.maximum(saved, 1e-6)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,20 +46,23 @@ class Damage:
         mended: How much less that is where a bridge stands in.
         bridged: Of having bridges at all.
         vocabularies: By vocabulary size.
+        stand_ins: Of having a trained stand-in above an exit, by its number.
     """
 
     sublayers: Floats
     mended: float
     bridged: float
     vocabularies: dict[int, float]
+    stand_ins: dict[int, float] = field(default_factory=dict)
 
     def of_sublayers(self, bridged: bool) -> Floats:
         """``[2 * num_layers]``, none below 0: leaving something out never brings a draft closer to the full model."""
         return np.maximum(self.sublayers + self.mended * bridged, 0)
 
-    def of_extras(self, bridged: bool, vocabulary: int) -> float:
+    def of_extras(self, bridged: bool, vocabulary: int, stand_in: int = 0) -> float:
         """What is lost whatever the mask."""
-        return max(self.bridged * bridged + self.vocabularies.get(vocabulary, 0.0), 0.0)
+        of_both = self.vocabularies.get(vocabulary, 0.0) + self.stand_ins.get(stand_in, 0.0)
+        return max(self.bridged * bridged + of_both, 0.0)
 
 
 class DamageModel:
@@ -75,17 +79,23 @@ class DamageModel:
     def __init__(self, choices: DraftChoices, tried: Sequence[Draft], acceptance: Sequence[float]) -> None:
         self._choices = choices
         self._sizes = [size for size in choices.vocabularies if size]
-        self._prior = np.array([1.0] * len(choices.bits) + [_MENDED, 0.0] + [1.0] * len(self._sizes))
+        # A stand-in mends most of what it stands for; how much, is as open as what the square root of them would do.
+        self._scales = [math.sqrt(len(choices.bits) - start) for start in choices.exits]
+        ones = [1.0] * (len(self._sizes) + len(self._scales))
+        self._prior = np.array([1.0] * len(choices.bits) + [_MENDED, 0.0, *ones])
         self._x = np.array([self._features(draft) for draft in tried]).reshape(-1, len(self._prior))
         self._y = np.array([damage_of(rate) for rate in acceptance])
 
     def _features(self, draft: Draft) -> list[float]:
         """What a :class:`Damage` is multiplied with; there is no constant, for the full model does no damage."""
+        free = self._choices.free(draft.stand_in)
+        mask = [skip and index < free for index, skip in enumerate(draft.mask)]
         return [
-            *map(float, draft.mask),
-            float(draft.bridged * sum(draft.mask)),
+            *map(float, mask),
+            float(draft.bridged * sum(mask)),
             float(draft.bridged),
             *(float(draft.vocabulary == size) for size in self._sizes),
+            *(scale * (draft.stand_in == number) for number, scale in enumerate(self._scales, start=1)),
         ]
 
     def sample(self, rng: np.random.Generator) -> Damage:
@@ -96,12 +106,13 @@ class DamageModel:
         factor = np.linalg.cholesky(precision)
         weights = np.linalg.solve(precision, information)
         weights += _BOLDNESS * np.linalg.solve(factor.T, rng.standard_normal(len(weights)))
-        bits = len(self._choices.bits)
+        bits, stand_ins = len(self._choices.bits), len(weights) - len(self._scales)
         return Damage(
             weights[:bits],
             float(weights[bits]),
             float(weights[bits + 1]),
-            dict(zip(self._sizes, weights[bits + 2 :].tolist(), strict=True)),
+            dict(zip(self._sizes, weights[bits + 2 : stand_ins].tolist(), strict=True)),
+            dict(enumerate((weights[stand_ins:] * self._scales).tolist(), start=1)),
         )
 
     def _sample_hyperparameters(self, rng: np.random.Generator) -> tuple[float, float, float]:

@@ -63,16 +63,16 @@ class GreyBoxSampler(BaseSampler):
         damage = model.sample(np.random.default_rng([self._seed, trial.number]))
         best = self._maximizer.best(damage).draft
         tried = {self._choices.draft(other.params) for other in known}
-        order = self._maximizer.by_indifference(damage, best)
-        new = (draft for base in self._with_all_extras(best) for draft in nearby(base, order) if draft not in tried)
+        bases = ((base, self._maximizer.by_indifference(damage, base)) for base in self._with_all_extras(best))
+        new = (draft for base, order in bases for draft in nearby(base, order) if draft not in tried)
         return self._choices.parameters(next(new, best))
 
     def _with_all_extras(self, best: Draft) -> Iterator[Draft]:
         """A draft, then the same mask with everything else that may be chosen beside it."""
         yield best
-        for bridged, vocabulary in self._choices.extras:
-            if (bridged, vocabulary) != (best.bridged, best.vocabulary):
-                yield Draft(best.mask, bridged, vocabulary)
+        for extras in self._choices.extras:
+            if extras != (best.bridged, best.vocabulary, best.stand_in):
+                yield self._choices.effective(Draft(best.mask, *extras))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

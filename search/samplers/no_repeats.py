@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -12,7 +12,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.samplers.choices import Draft, DraftChoices
+from search.samplers.best_draft import nearby
+from search.samplers.choices import STAND_IN, Draft, DraftChoices
 
 # Trials that chose, or were told, what to try; those that wait are told it in their attributes.
 _CHOSEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -21,7 +22,8 @@ _CHOSEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 class NoRepeats(BaseSampler):
     """Replaces what another sampler proposes, if it was tried before, by a neighbour that was not.
 
-    Optuna's samplers propose the same again, the more often the surer they are.
+    Optuna's samplers propose the same again, the more often the surer they are. Bits that do not matter are 1 in what
+    they propose, so that two trials of the same candidate have the same parameters.
 
     Args:
         sampler: Proposes.
@@ -46,13 +48,16 @@ class NoRepeats(BaseSampler):
     ) -> dict[str, Any]:
         proposed = self._sampler.sample_relative(study, trial, search_space)
         draft = self._choices.draft(proposed)
-        if draft is None:  # parameters are sampled one by one
-            return proposed
+        if draft is None:  # some parameters, or all, are sampled one by one
+            return self._with_run(proposed, study, trial, search_space)
         return proposed | self._choices.parameters(self._new(draft, self._tried(study)))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        chosen = trial.params.get(STAND_IN, 0)
+        if chosen and param_name in self._choices.bits[self._choices.free(chosen) :]:
+            return 1  # whatever is drawn, the stand-in runs there
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -61,19 +66,35 @@ class NoRepeats(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._sampler.after_trial(study, trial, state, values)
 
+    def _with_run(
+        self, proposed: dict[str, Any], study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A part of a draft, with all left out that its stand-in stands for."""
+        if STAND_IN not in search_space or not proposed:
+            return proposed
+        if STAND_IN not in proposed:
+            drawn = self.sample_independent(study, trial, STAND_IN, search_space[STAND_IN])
+            proposed = proposed | {STAND_IN: drawn}
+        run = self._choices.bits[self._choices.free(proposed[STAND_IN]) :]
+        return proposed | {name: 1 for name in run if name in proposed}
+
     def _tried(self, study: Study) -> set[Draft | None]:
         return {self._choices.draft(trial.params) for trial in study.get_trials(deepcopy=False, states=_CHOSEN)}
 
     def _new(self, draft: Draft, tried: set[Draft | None]) -> Draft:
-        """The draft, or one that differs in a random bit, or in two, and was not tried; itself if all of these were."""
-        bits = list(range(len(draft.mask)))
+        """The draft, or one that differs in a random bit, in two, or more, and was not tried; itself if there is none.
+
+        Below a low exit there are few: then it may differ in what there is beside the bits, too.
+        """
+        around = self._neighbours(draft)
+        if draft.stand_in:
+            same = (draft.bridged, draft.vocabulary, draft.stand_in)
+            others = (Draft(draft.mask, *extras) for extras in self._choices.extras if extras != same)
+            around = chain(around, *(self._neighbours(self._choices.effective(other)) for other in others))
+        return next((one for one in around if one not in tried), draft)
+
+    def _neighbours(self, draft: Draft) -> Iterator[Draft]:
+        """The draft, then those that differ from it in one of the bits that matter, in two, and so on."""
+        bits = list(range(self._choices.free(draft.stand_in)))
         self._random.shuffle(bits)
-        near, far = itertools.combinations(bits, 1), itertools.combinations(bits, 2)
-        neighbours = (_flipped(draft, flipped) for flipped in itertools.chain(near, far))
-        new = (one for one in itertools.chain([draft], neighbours) if one not in tried)
-        return next((one for one in new if not all(one.mask)), draft)
-
-
-def _flipped(draft: Draft, bits: Sequence[int]) -> Draft:
-    mask = tuple(skip != (index in bits) for index, skip in enumerate(draft.mask))
-    return Draft(mask, draft.bridged, draft.vocabulary)
+        return nearby(draft, bits)

@@ -15,13 +15,14 @@ Floats = NDArray[np.float64]
 class DraftCosts(Protocol):
     """What passes cost, in units of one plain decoding step."""
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int) -> float:
+    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
         """One step of a draft.
 
         Args:
             mask: One flag per sublayer, in stack order; true where the draft leaves it out.
             bridged: Whether bridges stand in for what is left out.
             vocabulary: Size of the draft vocabulary; 0 is the whole one.
+            stand_in: Number of the trained stand-in above the draft's exit; 0 is none.
         """
 
     def verification_cost(self, width: int) -> float:

@@ -11,7 +11,7 @@ from search.starts.least_change import least_change
 from search.starts.nothing_skipped import nothing_skipped
 from search.starts.paths import most_similar_paths
 from search.starts.published import published
-from search.starts.ranking import least_damage
+from search.starts.ranking import least_damage, skipping_below
 from search.starts.start import Start, different
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "most_similar_paths",
     "nothing_skipped",
     "published",
+    "skipping_below",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from layerskip.stack.skipset import SkipSet
 from search.starts.start import Start, counts_of, skipping
 
+_FEW = (1, 2, 4)
 _SHARES = (1 / 60, 1 / 30, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4)
 
 
@@ -21,13 +22,30 @@ def least_damage(acceptance: Callable[[SkipSet], float], costs: Sequence[float])
         acceptance: The acceptance rate α of a draft, from 0 to 1; asked once for each sublayer.
         costs: What each of the ``2 * num_layers`` sublayers costs, in stack order, each above 0 and all in one unit.
     """
-    num_layers = len(costs) // 2
-    damage = [_damage(acceptance(skipping([index], num_layers))) for index in range(len(costs))]
-    # Of several that do no damage at all, the dearest first.
-    ranked = sorted(range(len(costs)), key=lambda index: (damage[index] / costs[index], -costs[index]))
+    ranked = _ranked(len(costs), acceptance, costs)
     for count in counts_of(len(ranked), _SHARES):
         source = f"least damage: {count} of {len(ranked)} sublayers, by acceptance of each alone"
-        yield source, skipping(ranked[:count], num_layers)
+        yield source, skipping(ranked[:count], len(costs) // 2)
+
+
+def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> Iterator[Start]:
+    """Skip sets of a few sublayers below an exit, those with the smallest (−log α) ÷ cost.
+
+    Args:
+        stop: Index of the first sublayer above the exit.
+        acceptance: As for :func:`least_damage`; asked once for each sublayer below the exit.
+        costs: Likewise.
+    """
+    ranked = _ranked(stop, acceptance, costs)
+    for count in (few for few in _FEW if few < stop):
+        yield f"least damage: {count} of {stop} sublayers below its exit", skipping(ranked[:count], len(costs) // 2)
+
+
+def _ranked(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> list[int]:
+    """The sublayers before ``stop``, those first that do least damage for their cost."""
+    damage = [_damage(acceptance(skipping([index], len(costs) // 2))) for index in range(stop)]
+    # Of several that do no damage at all, the dearest first.
+    return sorted(range(stop), key=lambda index: (damage[index] / costs[index], -costs[index]))
 
 
 def _damage(acceptance: float) -> float:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from cli import search
-from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
+from layerskip.drafts.assets import DraftAssets
 from search.outcome import SearchResult
 from studies.ranking import measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
+from tests.models import random_heads
+from tests.trained import bridge_profile, layer_profile, profile_with
 
 STORAGE = "sqlite:///layerskip.db"
 
@@ -230,6 +233,72 @@ def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
     assert (space["bridges"], space["vocabularies"], space["gates"], space["trees"]) == (False, [0], [0.0], [])
     other = layerskip("search", *options, "--trials", 1, "--json").object["study"]
     assert other != name
+
+
+@pytest.fixture
+def tuned(wrapped, tmp_path):
+    """The file of a profile with a trained layer and a draft vocabulary."""
+    layer_profile(wrapped, start=4, vocabulary=range(5, 200)).save(tmp_path / "tuned.json")
+    return tmp_path / "tuned.json"
+
+
+def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wrapped, tmp_path):
+    bridge_profile(wrapped, start=6).save(tmp_path / "bridge.json")
+    both = ["--stand-in", tuned, "--stand-in", tmp_path / "bridge.json"]
+    done = layerskip("search", *options, "--trials", 2, *both, "--json")
+    assert done.status == 0, done.err
+    study = load_study(open_storage(STORAGE), done.object["study"])
+    space = study.user_attrs["layerskip"]["space"]
+    assert [(one["kind"], one["start"], one["vocabulary"]) for one in space["stand_ins"]] == [
+        ("layer", 4, 195),
+        ("bridge", 6, 0),
+    ]
+    assert 195 in space["vocabularies"]
+    [line] = [line for line in done.err.splitlines() if line.startswith("trial 0: ")]
+    assert "trained layer after layer 2 (" in line
+    assert line.endswith("  [trained stand-in 1 of 2]")
+    profile = DraftProfile.load("draft_profile.json")
+    assert profile.tensors.layers + profile.tensors.bridges == 1
+    applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
+    assert applied.object["speculative"] is True
+    again = layerskip("search", *options, "--trials", 3, *both[2:], *both[:2], "--json")
+    assert again.object["study"] == done.object["study"]
+    assert layerskip("search", *options, "--trials", 1, "--json").object["study"] != done.object["study"]
+
+
+def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
+    layerskip, options, profile, wrapped, other_model_folder, tmp_path
+):
+    def refusal(file, *model):
+        done = layerskip("search", *(model or options[:1]), *options[1:], "--trials", 1, "--stand-in", file)
+        assert not Path("draft_profile.json").exists()
+        return done.status, last_line(done)
+
+    status, plain = refusal(profile)
+    assert status == 2
+    assert plain.startswith(f"layerskip: {profile}: has no stand-in for the layers above an early exit; train one with")
+    heads = profile_with(wrapped, DraftAssets(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
+    heads.save(tmp_path / "heads.json")
+    assert "'layerskip compare' measures them" in refusal(tmp_path / "heads.json")[1]
+    layer_profile(wrapped).save(tmp_path / "tuned.json")
+    status, other = refusal(tmp_path / "tuned.json", other_model_folder)
+    assert status == 1
+    assert "tuned.json: model.fingerprint: the profile is for " in other
+    status, text = refusal("prompts.txt")
+    assert status == 1
+    assert text.startswith("layerskip: prompts.txt: not JSON: ")
+    status, missing = refusal("missing.json")
+    assert status == 1
+    assert "missing.json" in missing
+
+
+@pytest.mark.slow
+def test_several_workers_search_with_a_stand_in(layerskip, options, tuned):
+    more = ["--stand-in", tuned, "--workers", 2, "--sampler", "random", "--json"]
+    done = layerskip("search", *options, "--trials", 16, *more)
+    assert done.status == 0
+    assert 16 <= done.object["trials"] <= 17
+    assert "gave up" not in done.err
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # The search's own parameters; the others are settings.
-_OWN = ("study_name", "observer", "space", "folder", "helpers")
+_OWN = ("study_name", "observer", "space", "stand_ins", "folder", "helpers")
 
 
 def small_search(model, storage, *, prompts=None, **named):

@@ -11,6 +11,7 @@ import search.space as space_module
 from layerskip import FixedLength, InvalidInputError, SkipSet
 from layerskip.decoding.ngrams import NGrams
 from search.space import Candidate, Policy, SearchSpace
+from search.stand_ins import StandIn
 from tests.models import LAYERS as TINY
 from tests.models import VOCABULARY
 from tests.strategies import branches, draft_exits, fractions, skip_sets
@@ -20,22 +21,46 @@ LAYERS = st.integers(1, 40)
 
 @st.composite
 def spaces(draw):
+    num_layers = draw(LAYERS)
     return SearchSpace(
-        draw(LAYERS),
+        num_layers,
         max_draft_length=draw(st.integers(1, 12)),
         bridges=draw(st.booleans()),
         vocabularies=draw(st.sampled_from([(0,), (0, 8192), (0, 8192, 16384), (8192,)])),
         gates=draw(st.sampled_from([(0.0,), (0.0, 0.3)])),
         trees=draw(st.sampled_from([(), (7,), (3, 7)])),
         ngrams=draw(st.booleans()),
+        stand_ins=draw(stand_ins(num_layers)),
     )
+
+
+def stand_ins(num_layers):
+    """None, or a few trained ones, each with something kept below it."""
+    each = st.builds(
+        StandIn,
+        st.integers(1, 2 * num_layers - 1),
+        st.just(2 * num_layers),
+        st.sampled_from(["layer", "bridge"]),
+        st.sampled_from([0, 8192]),
+        st.text("0123456789abcdef", min_size=16, max_size=16),
+    )
+    return st.lists(each, max_size=3, unique=True).map(tuple)
 
 
 @st.composite
 def spaces_with_candidates(draw):
     space = draw(spaces())
-    bridged = draw(st.booleans()) if space.bridges else False
-    return space, Candidate(draw(skip_sets(space.num_layers)), bridged, draw(st.sampled_from(space.vocabularies)))
+    return space, draw(candidates(space, skip_sets(space.num_layers)))
+
+
+@st.composite
+def candidates(draw, space, drawn_skip_sets):
+    """Candidates of a space; those that would keep nothing below their stand-in go without."""
+    skip_set, bridged = draw(drawn_skip_sets), draw(st.booleans()) if space.bridges else False
+    stand_in = draw(st.sampled_from([None, *space.stand_ins]))
+    if stand_in is not None and all(skip_set.mask[: stand_in.start]):
+        stand_in = None
+    return Candidate(skip_set, bridged, draw(st.sampled_from(space.vocabularies)), stand_in)
 
 
 @given(spaces_with_candidates())
@@ -54,12 +79,7 @@ def test_a_candidate_survives_the_way_through_the_database(drawn):
 @given(spaces_with_candidates(), st.data())
 def test_different_candidates_have_different_parameters(drawn, data):
     space, candidate = drawn
-    bridged = data.draw(st.booleans()) if space.bridges else False
-    other = Candidate(
-        data.draw(skip_sets(space.num_layers) | st.just(candidate.skip_set)),
-        bridged,
-        data.draw(st.sampled_from(space.vocabularies)),
-    )
+    other = data.draw(candidates(space, skip_sets(space.num_layers) | st.just(candidate.skip_set)))
     assert (space.parameters(candidate) == space.parameters(other)) == (candidate == other)
 
 
@@ -81,9 +101,12 @@ def test_whatever_a_sampler_chooses_lies_in_the_space(space, seed):
     try:
         candidate = space.suggest(trial)
     except InvalidInputError:  # refused, as the next test says
-        assert all(trial.params[name] for name in space.bit_names())
+        number = trial.params.get("stand_in", 0)
+        below = space.stand_ins[number - 1].start if number else None
+        assert all(trial.params[name] for name in space.bit_names()[:below])
         return
     assert candidate == space.candidate(trial.params)
+    assert candidate.stand_in in (None, *space.stand_ins)
     assert candidate.skip_set.num_layers == space.num_layers
     assert candidate.vocabulary in space.vocabularies
     assert space.bridges or not candidate.bridged

@@ -12,7 +12,9 @@ from optuna.trial import TrialState
 import search.preparation as preparation
 import search.study as study_module
 from layerskip import identify
+from search.loading import load_profiles
 from search.space import SearchSpace
+from search.stand_ins import trained_stand_ins
 from search.trials import MEASURES_KEY, SOURCE_KEY
 from search.workers import Work, Workers
 from studies.ranking import candidate_key, measured_trials, seen_trials
@@ -21,6 +23,7 @@ from studies.study import load_study
 from tests.models import LAYERS
 from tests.search.loaders import STARTS, broken_model, no_model, other_model, quick_model, slow_model
 from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
+from tests.trained import layer_profile
 
 TRIALS = 24
 
@@ -37,8 +40,11 @@ def search_with(database, tmp_path):
     """A search of which other workers load their models by some loaders, and what was said of those that failed."""
     failures = []
 
-    def make(*loaders, **named):
+    def make(*loaders, tuned=(), **named):
         model = quick_model()
+        profiles = partial(load_profiles, tuned, "cpu", "float32")
+        stand_ins = trained_stand_ins(profiles(), model)
+        space = SearchSpace(LAYERS, stand_ins=tuple(one.name for one in stand_ins))
         settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
 
         def helpers(study):
@@ -49,15 +55,17 @@ def search_with(database, tmp_path):
                     random_prompts(),
                     database,
                     search._settings,
-                    SearchSpace(LAYERS),
+                    space,
                     study,
                     tmp_path,
+                    load_profiles=profiles,
                 )
                 for load in loaders
             ]
             return Workers(work, lambda number, message: failures.append((number, message)))
 
-        search = small_search(model, open_storage(database), folder=tmp_path, helpers=helpers, **settings)
+        own = {"space": space, "stand_ins": stand_ins, "folder": tmp_path, "helpers": helpers}
+        search = small_search(model, open_storage(database), **own, **settings)
         return search, failures
 
     return make
@@ -103,6 +111,19 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     measured = [trial.user_attrs[MEASURES_KEY] for trial in measured_trials(study)]
     assert len(set(measured)) == len(measured)
     assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
+
+
+def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_with, database, tmp_path):
+    file = str(tmp_path / "tuned.json")
+    layer_profile(quick_model(), start=4).save(file)
+    log = WaitsForOthers(database)
+    search, failures = search_with(quick_model, tuned=[file], trials=16, observer=log)
+    result = search.run()
+    assert failures == []
+    assert 16 <= result.trials <= 17
+    study = the_study(database)
+    assert len(log.of("trial_finished")) < len(begun(database))
+    assert {trial.params["stand_in"] for trial in seen_trials(study)} == {0, 1}
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):

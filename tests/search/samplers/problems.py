@@ -13,9 +13,10 @@ class LinearCosts:
     def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01):
         self.sublayers, self.head, self.bridge, self.width = tuple(sublayers), head, bridge, width
 
-    def draft_step_cost(self, mask, bridged, vocabulary):
+    def draft_step_cost(self, mask, bridged, vocabulary, stand_in):
         kept = sum(cost for cost, skip in zip(self.sublayers, mask, strict=True) if not skip)
-        return (self.head / 2 if vocabulary else self.head) + kept + self.bridge * (bridged and any(mask))
+        trained = max(self.sublayers) * bool(stand_in)
+        return (self.head / 2 if vocabulary else self.head) + kept + trained + self.bridge * (bridged and any(mask))
 
     def verification_cost(self, width):
         return 1 + self.width * (width - 1)
@@ -45,12 +46,14 @@ def run(study, choices, trials, acceptance, *, fails=(), prunes=()):
     return [choices.draft(trial.params) for trial in study.trials]
 
 
-def acceptance_by(damages, *, mended=0.5):
-    """An additive problem: α of a draft from what leaving out each sublayer does."""
+def acceptance_by(damages, *, mended=0.5, exits=(), trained=3.0):
+    """An additive problem: α of a draft from what leaving out each sublayer, and having a stand-in, does."""
 
     def acceptance(draft: Draft):
-        total = sum(damage for damage, skip in zip(damages, draft.mask, strict=True) if skip)
-        return math.exp(-total * (mended if draft.bridged else 1) - 0.02 * bool(draft.vocabulary))
+        below = zip(damages, draft.mask[: exits[draft.stand_in - 1] if draft.stand_in else None], strict=False)
+        total = sum(damage for damage, skip in below if skip)
+        extra = 0.02 * bool(draft.vocabulary) + trained * bool(draft.stand_in)
+        return math.exp(-total * (mended if draft.bridged else 1) - extra)
 
     return acceptance
 
@@ -60,4 +63,6 @@ ALL_KINDS = [
     DraftChoices(bits(6), bridges=True),
     DraftChoices(bits(6), bridges=True, vocabularies=(0, 8, 16)),
     DraftChoices(bits(6), vocabularies=(8, 16)),
+    DraftChoices(bits(6), exits=(3,)),
+    DraftChoices(bits(6), bridges=True, vocabularies=(0, 8), exits=(2, 5)),
 ]

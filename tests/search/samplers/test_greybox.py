@@ -30,7 +30,7 @@ def study_with(sampler):
 
 @pytest.mark.parametrize("choices", ALL_KINDS)
 def test_no_draft_is_proposed_twice_and_none_is_empty(choices):
-    drafts = run(study_with(greybox(choices)), choices, 40, acceptance_by(DAMAGES))
+    drafts = run(study_with(greybox(choices)), choices, 40, acceptance_by(DAMAGES, exits=choices.exits))
     assert len(set(drafts)) == 40
     assert not any(all(draft.mask) for draft in drafts)
 
@@ -53,8 +53,14 @@ def test_other_samplers_trials_are_not_repeated():
 
 @pytest.mark.parametrize("choices", ALL_KINDS)
 def test_it_finds_what_is_worth_leaving_out(choices):
-    drafts = run(study_with(greybox(choices)), choices, 30, acceptance_by(DAMAGES))
+    drafts = run(study_with(greybox(choices)), choices, 30, acceptance_by(DAMAGES, exits=choices.exits))
     assert (True, False, True, False, True, False) in {draft.mask for draft in drafts}
+
+
+def test_it_finds_a_stand_in_that_pays():
+    choices = DraftChoices(bits(6), exits=(1, 3))
+    drafts = run(study_with(greybox(choices)), choices, 12, acceptance_by(DAMAGES, exits=choices.exits, trained=0.1))
+    assert choices.effective(Draft((True, False, False, False, False, False), stand_in=2)) in drafts
 
 
 def test_it_learns_from_acceptance_rates_whoever_noted_them():

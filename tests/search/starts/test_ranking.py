@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.starts import least_damage
+from search.starts import least_damage, skipping_below
 
 
 def alone(acceptance):
@@ -45,3 +45,15 @@ def test_of_two_that_do_no_damage_the_dearer_goes_first():
 def test_a_sublayer_without_which_drafts_always_fail_goes_last():
     starts = list(least_damage(alone([0.0, 0.5, 0.9, 0.01]), [100.0, 1.0, 1.0, 1.0]))
     assert all(0 not in skip_set.attention for _, skip_set in starts)
+
+
+@given(sublayers, st.data())
+def test_below_an_exit_a_few_are_left_out_and_nothing_above_is_asked_about(drawn, data):
+    acceptance, costs = zip(*drawn, strict=True)
+    exit_at = data.draw(st.integers(1, len(drawn) - 1))
+    known = [*acceptance[:exit_at], *[None] * (len(drawn) - exit_at)]
+    starts = list(skipping_below(exit_at, alone(known), costs))
+    assert [len(skip_set) for _, skip_set in starts] == [count for count in (1, 2, 4) if count < exit_at]
+    for _, skip_set in starts:
+        assert not any(skip_set.mask[exit_at:])
+        assert not all(skip_set.mask[:exit_at])
