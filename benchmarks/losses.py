@@ -46,6 +46,7 @@ def main(
     device: str = "auto",
     dtype: str = "float32",
     kind: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    loss: Annotated[list[str] | None, typer.Option(help="Likewise; none takes all.")] = None,
     exit: int = 4,
     heads: int = 4,
     positions: int = 64_000,
@@ -64,20 +65,20 @@ def main(
     ids = vocabulary_of(wrapped, shards, draft_vocabulary)
     rows: list[dict[str, Any]] = []
     table = Table("kind", "loss", *(f"top {k}" for k in RANKS), "ideal speedup", "minutes", box=None)
-    for one, loss in product(kind or ["layer", "hydra"], LOSSES):
+    for one, by in product(kind or ["layer", "hydra"], [name for name in LOSSES if name in (loss or LOSSES)]):
         draft = draft_of(wrapped, one, exit, heads, seed)
         learner = draft.learner(shards)
         began = time.perf_counter()
-        settings = TrainingSettings(loss=loss, epochs=epochs, seed=seed)
+        settings = TrainingSettings(loss=by, epochs=epochs, seed=seed)
         trained = train(wrapped, learner, shards, settings, token_ids=ids)
         minutes = (time.perf_counter() - began) / 60
         ideal = draft.ideal(learner, ids)(trained.agreement)
         by_place = [dict(top) for top in trained.agreement.by_place]
-        rows.append({"kind": one, "loss": loss, "top": by_place, "ideal": ideal, "minutes": minutes})
+        rows.append({"kind": one, "loss": by, "top": by_place, "ideal": ideal, "minutes": minutes})
         for place, top in enumerate(by_place, start=1):
             name = one if len(by_place) == 1 else f"{one}, head {place}"
             ends = (f"{ideal:.2f}×", f"{minutes:.1f}") if place == 1 else ("", "")
-            table.add_row(name, loss, *(f"{top[k]:.1%}" for k in RANKS), *ends)
+            table.add_row(name, by, *(f"{top[k]:.1%}" for k in RANKS), *ends)
         console.print(rows[-1])
     console.print(table)
     figures = {"machine": machine_of(wrapped), "model": model, "positions": shards.positions, "epochs": epochs}

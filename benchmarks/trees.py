@@ -1,4 +1,4 @@
-"""What branching brings: one trained draft as the best chain, the best chain with leaves, and the best tree.
+"""What branching brings: one trained draft as the best chain and as the best tree.
 
 Each shape is chosen by replay at the costs of this machine; then all decode the same held-out prompts, interleaved.
 
@@ -49,11 +49,11 @@ def shapes(
     fingerprint: str,
     max_new_tokens: int,
 ) -> tuple[dict[str, Prediction], LatencyModel]:
-    """The best policy with chains alone, and with branches; both without copies, which are another drafter's."""
+    """The best policy with chains alone, and with branches; both with copies where these pay."""
     draft, assets = draft_of(model, profile), profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
     texts = ReferenceRun(model, cache_folder(), fingerprint).texts(prompts, max_new_tokens=max_new_tokens)
     size = 0 if assets.token_ids is None else len(assets.token_ids)
-    space = replace(SearchSpace.of(model, ngrams=False), vocabularies=(0, size) if size else (0,))
+    space = replace(SearchSpace.of(model), vocabularies=(0, size) if size else (0,))
     latency, costs = measure_latency(model, space), draft.costs(assets)
     spaces = {"chain": replace(space, trees=()), "tree": space}
     grounds = {name: ReplayGround(texts, one, latency, costs, max_new_tokens) for name, one in spaces.items()}
