@@ -40,6 +40,7 @@ from studies.ranking import (
     Snapshot,
     basis_of,
     best_trials,
+    finalists,
     fully_measured_trials,
     measured_trials,
     seen_trials,
@@ -139,18 +140,18 @@ class Search:
         """
         study = self.open()
         interrupted = False
-        finalists: list[Finalist] = []
+        decided: list[Finalist] = []
         try:
             self.explore(study)
-            chosen = best_trials(study, self._settings.finalists)
+            chosen = finalists(study, self._settings.finalists)
             self._observer.finalists_chosen(len(chosen))
             for trial in chosen:
-                finalists.append(self._measure_finalist(trial))
-                self._observer.finalist_measured(len(finalists), trial, finalists[-1].summary.speedup)
+                decided.append(self._measure_finalist(trial))
+                self._observer.finalist_measured(len(decided), trial, decided[-1].summary.speedup)
         except KeyboardInterrupt:
             interrupted = True
         so_far = max(fully_measured_trials(study), key=speedup_of, default=None)
-        best = max(finalists, key=lambda one: one.summary.speedup, default=Finalist.of(so_far) if so_far else None)
+        best = max(decided, key=lambda one: one.summary.speedup, default=Finalist.of(so_far) if so_far else None)
         return SearchResult(
             study=study.study_name,
             trials=len(seen_trials(study)),

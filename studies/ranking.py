@@ -104,6 +104,18 @@ def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
     return sorted(best.values(), key=worth, reverse=True)[:count]
 
 
+def finalists(study: HasTrials, count: int) -> list[FrozenTrial]:
+    """The candidates to decide among: the best ones, and always the one that was measured to be fastest.
+
+    The highest of many predictions are the luckiest, too; a measurement was not chosen for its luck.
+    """
+    best = best_trials(study, count)
+    measured = max(fully_measured_trials(study), key=speedup_of, default=None)
+    if measured is None or candidate_key(measured) in map(candidate_key, best):
+        return best
+    return [*best[: count - 1], measured]
+
+
 def _supersedes(trial: FrozenTrial, other: FrozenTrial) -> bool:
     if basis_of(trial) != basis_of(other):
         return basis_of(trial) == "measured"

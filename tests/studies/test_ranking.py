@@ -12,6 +12,8 @@ from studies.ranking import (
     candidate_key,
     completed_trials,
     correction_of,
+    finalists,
+    fully_measured_trials,
     measured_trials,
     seen_trials,
     speedup_of,
@@ -73,6 +75,22 @@ def test_the_best_are_different_candidates_by_their_measurement_or_else_their_co
         assert basis_of(trial) == basis
         assert found == value
         assert speedup_of(trial) * (correction if basis == "predicted" else 1.0) == value
+
+
+@given(tried, st.integers(1, 5))
+@settings(max_examples=30)
+def test_finalists_are_the_best_and_always_the_one_measured_to_be_fastest(drawn, count):
+    study = study_of(drawn)
+    best, chosen = best_trials(study, count), finalists(study, count)
+    assert len({candidate_key(trial) for trial in chosen}) == len(chosen) == len(best)
+    assert chosen[:-1] == best[:-1]
+    measured = fully_measured_trials(study)
+    if measured:
+        highest = max(map(speedup_of, measured))
+        fastest = {candidate_key(trial) for trial in measured if speedup_of(trial) == highest}
+        assert fastest & set(map(candidate_key, chosen))
+    else:
+        assert chosen == best
 
 
 @given(tried)
