@@ -1,4 +1,4 @@
-"""What branching brings: one trained draft as the best chain, the best chain with leaves, and the best tree.
+"""What branching brings: one trained draft as the best chain, and in the best shape, be it a chain or branched.
 
 Each shape is chosen by replay at the costs of this machine; then all decode the same held-out prompts, interleaved.
 
