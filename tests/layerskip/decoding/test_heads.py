@@ -232,7 +232,7 @@ def test_generate_of_transformers_decodes_with_heads():
             {"branches": (0,)},
             r"branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 1",
         ),
-        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but the place before has 2 tokens"),
+        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but follows 2 tokens"),
         ({"branches": (40, (1,) * 40)}, "branches: expected at most 64 tokens beside the first ones"),
     ],
 )
