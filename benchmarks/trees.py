@@ -27,7 +27,7 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun
 from search.replay import Prediction
 from search.space import SearchSpace
-from search.tuned_drafts import ReplayGround, TunedDraft, TunedHeads, TunedStandIn, exit_of
+from search.tuned_drafts import ReplayGround, TunedDraft, TunedHeads, TunedStandIn, exit_of, space_for
 from studies.comparison import Entry
 from studies.speedups import speedup_of_all
 
@@ -52,8 +52,7 @@ def shapes(
     """The best policy with chains alone, and with branches; both with copies where these pay."""
     draft, assets = draft_of(model, profile), profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
     texts = ReferenceRun(model, cache_folder(), fingerprint).texts(prompts, max_new_tokens=max_new_tokens)
-    size = 0 if assets.token_ids is None else len(assets.token_ids)
-    space = replace(SearchSpace.of(model), vocabularies=(0, size) if size else (0,))
+    space = space_for(draft, assets, SearchSpace.of(model))
     latency, costs = measure_latency(model, space), draft.costs(assets)
     spaces = {"chain": replace(space, trees=()), "tree": space}
     grounds = {name: ReplayGround(texts, one, latency, costs, max_new_tokens) for name, one in spaces.items()}

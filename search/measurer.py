@@ -53,7 +53,7 @@ class Measurer:
 
     def as_made(self, candidate: Candidate) -> Candidate:
         """The candidate without what its draft does not get: bridges, where it leaves out nothing that is worth one."""
-        gets_bridges = candidate.bridged and self._makers.num_bridges(candidate.skip_set) > 0
+        gets_bridges = candidate.bridged and self._makers.num_bridges(candidate.skipped_below) > 0
         return replace(candidate, bridged=gets_bridges)
 
     def measurements(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -146,6 +146,8 @@ class TunedStandIn:
         space, limit = ground.space, ground.limit
         rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
         best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
+        if not space.ngrams:
+            return best
         copies = copies_along(ground.texts)
         return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
 
@@ -199,8 +201,23 @@ class TunedHeads:
         space, limit = ground.space, ground.limit
         rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
+        if not space.ngrams:
+            return best
         copies = copies_along(ground.texts)
         return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
+
+
+def space_for(draft: TunedDraft, assets: DraftAssets, space: SearchSpace) -> SearchSpace:
+    """A space in which a draft's own vocabulary and its longest draft have costs.
+
+    Args:
+        draft: The draft.
+        assets: What was trained.
+        space: All else that there is to try.
+    """
+    size = 0 if assets.token_ids is None else len(assets.token_ids)
+    longest = max(space.max_draft_length, draft.heads)
+    return replace(space, vocabularies=(0, size) if size else (0,), max_draft_length=longest)
 
 
 def early_exit(num_layers: int, layers: int) -> SkipSet:

@@ -44,7 +44,15 @@ from search.quiet import Quiet
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
-from search.tuned_drafts import HEADS_KINDS, HeadsKind, ReplayGround, TunedDraft, TunedHeads, TunedStandIn
+from search.tuned_drafts import (
+    HEADS_KINDS,
+    HeadsKind,
+    ReplayGround,
+    TunedDraft,
+    TunedHeads,
+    TunedStandIn,
+    space_for,
+)
 
 Kind = Literal["layer", "bridge"] | HeadsKind
 KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEADS_KINDS)
@@ -318,8 +326,7 @@ class Tuning:
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
     def _best_policy(self, assets: DraftAssets, texts: Sequence[ReferenceText], quiet: Quiet) -> Prediction:
-        size = 0 if assets.token_ids is None else len(assets.token_ids)
-        space = replace(SearchSpace.of(self._model), vocabularies=(0, size) if size else (0,))
+        space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._observer.costs_begin()
         with quiet.alone():
             latency, costs = measure_latency(self._model, space), self._draft.costs(assets)

@@ -111,7 +111,7 @@ class HeadDrafter(PacedDrafter):
             inner = {way: width for way, width in zip(range(len(ways)), self._widths_at(place), strict=False) if width}
             steps = [DraftStep.of(scores, token_ids, None) for scores in score(place, _rows(ways, inner))]
             here = {
-                way: sampler.draft(step, token_ids, width)
+                way: sampler.draft(step, token_ids, width, behind=ways[way, 1:])
                 for step, (way, width) in zip(steps, inner.items(), strict=True)
             }
             draws += here.values()

@@ -204,20 +204,21 @@ class ProcessedSampler:
         self._draft_processors = LogitsProcessorList([p for p in processors if type(p) in _STATELESS])
         self._choice = choice
         self._vocab_size = vocab_size
-        self._drafted: list[Tensor] = []  # of this round, [1] each
+        self._drafted: list[Tensor] = []  # of this round, the first token of each place, [1]
 
     def draw(self, logits: Tensor) -> Draw:
         with _as_in_generate():
             token = self._settle(None, logits)
         return Draw(token.to(logits.device), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
         """Drawn from the whole vocabulary; outside the draft's it has probability 0, unless a processor forces it."""
         with _as_in_generate():
             logits = step.logits.clone()
             if token_ids is not None:
                 logits = logits.new_full((self._vocab_size,), -torch.inf).index_copy_(0, token_ids, logits)
-            text = torch.cat([self._transcript.ids, *(token[None] for token in self._drafted)], dim=-1)
+            way = self._drafted if behind is None else [behind.to(self._transcript.device)]
+            text = torch.cat([self._transcript.ids, *(tokens[None] for tokens in way)], dim=-1)
             scores = self._draft_processors(text, logits[None].to(text.device))  # type: ignore[arg-type]
             # Processors may leave no token of the draft's vocabulary. The distribution is then not a number, and what
             # is drawn from it never stands: the full model's own choice takes its place.

@@ -155,13 +155,15 @@ class Sampler(Protocol):
     def draw(self, logits: Tensor) -> Draw:
         """Choose a token by the full model's logits, ``[vocab_size]``."""
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
         """Choose tokens to propose for one place.
 
         Args:
             step: The draft step before it.
             token_ids: ``[n]``, the draft vocabulary; None is the whole one.
             count: How many different ones, best first.
+            behind: ``[d]``, the drafted tokens on the way to the place; None where each place of the draft is behind
+                the first token of the one before.
         """
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
@@ -174,7 +176,7 @@ class GreedySampler:
     def draw(self, logits: Tensor) -> Draw:
         return Draw(logits.argmax(-1, keepdim=True), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
         if count == 1:
             return Draw(step.likeliest, None)
         columns = step.logits.topk(min(count, len(step.logits))).indices
@@ -205,7 +207,7 @@ class RandomSampler:
     def draw(self, logits: Tensor) -> Draw:
         return self._draw(logits, 1)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
         draw = self._draw(step.logits, min(count, len(step.logits)))
         return draw if token_ids is None else Draw(token_ids[draw.tokens], draw.distribution)
 

@@ -119,7 +119,7 @@ def widths_of(branches: Branches) -> tuple[tuple[int, ...], ...]:
             )
         if len(place) > before:
             raise InvalidInputError(
-                f"branches: place {number} has {len(place)} numbers, but the place before has {before} tokens"
+                f"branches: place {number} has {len(place)} numbers, but follows {before} token{'s' * (before > 1)}"
             )
         before = sum(place)
     if sum(map(sum, widths)) - len(widths) > MOST_LEAVES:
@@ -144,7 +144,7 @@ def describe_branches(branches: Branches) -> str:
 
 
 def _shown(place: Sequence[int]) -> str:
-    return "+".join(map(str, place))
+    return "+".join(map(str, place)) or "an empty list"
 
 
 @lru_cache(maxsize=256)

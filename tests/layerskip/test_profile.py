@@ -224,8 +224,13 @@ MISSING = "required, but missing"
             "branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 2",
         ),
         (
+            put("branches", value=[2, []]),
+            "branches: expected numbers from 1 on, or lists that may hold 0 but first, got an empty list for place 2",
+        ),
+        (put("branches", value=[[2, 1]]), "branches: place 1 has 2 numbers, but follows 1 token"),
+        (
             put("branches", value=[2, [1, 1, 1]]),
-            "branches: place 2 has 3 numbers, but the place before has 2 tokens",
+            "branches: place 2 has 3 numbers, but follows 2 tokens",
         ),
         (put("measured", "luck", value=1), f"measured.luck: {UNKNOWN}"),
         (drop("model"), f"model: {MISSING}"),

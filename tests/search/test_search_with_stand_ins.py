@@ -5,6 +5,7 @@ import torch
 
 import search.preparation as preparation
 from layerskip import DraftProfile, InvalidInputError, SkipSet, generate, identify
+from layerskip.drafts.bridges import BridgeFitter
 from search.samplers import SAMPLERS
 from search.space import Candidate, SearchSpace
 from search.stand_ins import trained_stand_ins
@@ -103,6 +104,22 @@ def test_a_stand_in_as_it_was_trained_is_the_first_that_is_tried(llama, storage)
     assert sources[-1] == "nothing skipped"
     draft = seen_trials(study)[1].user_attrs["draft_exit"]
     assert draft.endswith(f" · {layer} · vocabulary 40")
+
+
+def test_a_candidate_with_a_stand_in_is_called_bridged_only_where_something_below_its_exit_is(
+    llama, storage, monkeypatch
+):
+    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    tuned = layer_profile(llama, start=4)
+    [trained] = trained_stand_ins({"": tuned}, llama)
+    space = SearchSpace(LAYERS, bridges=True, stand_ins=(trained.name,))
+    search = search_with(llama, storage, tuned, space=space, cold=True, trials=2)
+    study = search.open()
+    for below in (SkipSet(LAYERS), SkipSet(LAYERS, mlp=(1,))):
+        study.enqueue_trial(space.parameters(Candidate(below, bridged=True, stand_in=trained.name)))
+    search.explore(study)
+    drafts = [trial.user_attrs["draft_exit"] for trial in seen_trials(study)]
+    assert ["bridged" in draft for draft in drafts] == [False, True]
 
 
 def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, storage, tmp_path):

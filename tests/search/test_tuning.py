@@ -1,13 +1,16 @@
-"""Parts of tuning that decide what is measured: the exit of a profile, and a draft's traces along a text."""
+"""Parts of tuning that decide what is measured: exits of profiles, drafts' traces along a text, and policies."""
 
 import pytest
 import torch
 
 from layerskip import FixedLength, InvalidInputError, SkipDrafter, SkipSet, generate
 from layerskip.drafts.assets import DraftAssets
+from search.head_replay import DraftSeconds
+from search.latency import measure_latency
 from search.reference import continuations, record
-from search.tuned_drafts import early_exit, exit_of, trace_of
-from tests.models import LAYERS, random_layers
+from search.space import SearchSpace
+from search.tuned_drafts import ReplayGround, TunedHeads, TunedStandIn, early_exit, exit_of, space_for, trace_of
+from tests.models import LAYERS, random_heads, random_layers
 
 TOP = 2 * LAYERS
 
@@ -67,3 +70,35 @@ def test_an_exit_keeps_some_layers_and_leaves_some_out(layers):
 def test_what_keeps_something_above_is_no_early_exit(skip_set):
     with pytest.raises(InvalidInputError, match="is no early exit"):
         exit_of(skip_set)
+
+
+def best_policy(model, draft, assets, space, new):
+    """On one text that goes on with these tokens, where drafting itself costs nothing."""
+    space = space_for(draft, assets, space)
+    latency, costs = measure_latency(model, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
+    ground = ReplayGround([record(model, [1, 2], new)], space, latency, costs, limit=len(new))
+    return draft.best_policy(assets, ground).policy
+
+
+@pytest.mark.parametrize(
+    "space", [SearchSpace(LAYERS, trees=(3, 7, 15, 23)), SearchSpace(LAYERS)], ids=["trees", "chains"]
+)
+def test_drafts_of_any_number_of_heads_have_a_best_policy(tiny, space):
+    """Also of more heads than the largest tree of a search has tokens."""
+    assets = DraftAssets(token_ids=torch.arange(3, 50), heads=random_heads(tiny, "hydra", 26))
+    policy = best_policy(tiny, TunedHeads(tiny, "hydra", 26, seed=0), assets, space, [3] * 40)
+    assert 1 <= policy.draft_exit.controller().max_length <= 26
+
+
+@pytest.mark.parametrize("kind", ["heads", "layer"])
+def test_copies_are_part_of_a_policy_only_where_the_space_has_them(tiny, kind):
+    """Of a text that says the same over and over, to a draft that is never right."""
+    never = torch.arange(50, 60)
+    if kind == "heads":
+        draft = TunedHeads(tiny, "hydra", 2, seed=0)
+        assets = DraftAssets(token_ids=never, heads=random_heads(tiny, "hydra", 2))
+    else:
+        draft = TunedStandIn(tiny, "layer", LAYERS - 1)
+        assets = DraftAssets(token_ids=never, layers=random_layers(tiny, {TOP - 2: TOP}))
+    found = [best_policy(tiny, draft, assets, SearchSpace(LAYERS, ngrams=ngrams), [3] * 60) for ngrams in (True, False)]
+    assert [policy.ngrams is not None for policy in found] == [True, False]

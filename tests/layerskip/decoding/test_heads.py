@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from layerskip import (
     ConfidenceThreshold,
@@ -21,6 +22,7 @@ from layerskip import (
     identify,
     speculate,
 )
+from layerskip.decoding.processed import ProcessedSampling, Transcript
 from layerskip.drafts.assets import DraftAssets
 from layerskip.drafts.heads import HEAD_KINDS, untrained_heads
 from layerskip.engine import GraphEngine
@@ -108,6 +110,30 @@ def test_drafts_are_what_the_heads_say_behind_the_state_that_chose_the_newest_to
                 torch.testing.assert_close(scores[proposed], best, atol=1e-3, rtol=1e-3)
         whole = [draft.tree for _, draft in drafter.said if draft.tree.depth == 3]
         assert set(whole) == {Tree.grown([[5], [4, 0, 2, 0, 0], [2, 1, 0, 0, 3, 0]])}
+
+
+@kinds
+def test_rules_that_look_at_the_text_see_the_way_to_each_place(llama, kind):
+    prompt, rule = torch.tensor([[1, 5, 7]]), RepetitionPenaltyLogitsProcessor(8.0)
+    sampling = ProcessedSampling(
+        Transcript(prompt, StoppingCriteriaList()), LogitsProcessorList([rule]), False, VOCABULARY
+    )
+    heads = random_heads(llama, kind, 3, scale=0.05)
+    drafter = Watched(llama, heads, FixedLength(3), branches=(2, (1, 2), (1, 1, 1)))
+    generate(llama, prompt, drafter=drafter, sampling=sampling, max_new_tokens=20, eos_token_ids=[])
+    with torch.inference_mode():
+        for text, draft in drafter.said:
+            before = torch.tensor(text[:-1])
+            state = llama.forward(before, llama.new_cache(len(before)))[0, -1:]
+            ways = [[text[-1]]]
+            for parent, token in zip(draft.tree.parents, draft.tokens.tolist(), strict=True):
+                ways.append([*ways[parent], token])
+            for row, following in draft.tree.children.items():
+                known = llama.embed(torch.tensor(ways[row]))
+                scores = llama.logits(heads.at(len(ways[row]) - 1, state, known)[None])
+                scores = rule(torch.tensor([[*text[:-1], *ways[row]]]), scores)[0]
+                proposed = draft.tokens[[after - 1 for after in following]]
+                torch.testing.assert_close(scores[proposed], scores.topk(len(following)).values, atol=1e-3, rtol=1e-3)
 
 
 def test_a_draft_is_no_longer_than_there_are_heads(llama):
@@ -206,7 +232,7 @@ def test_generate_of_transformers_decodes_with_heads():
             {"branches": (0,)},
             r"branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 1",
         ),
-        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but the place before has 2 tokens"),
+        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but follows 2 tokens"),
         ({"branches": (40, (1,) * 40)}, "branches: expected at most 64 tokens beside the first ones"),
     ],
 )
