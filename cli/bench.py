@@ -19,7 +19,7 @@ from cli.options import (
     ProfileArgument,
     RepeatsOption,
 )
-from cli.output import counted, describe_speedup, print_json, quiet_libraries, stderr, stdout
+from cli.output import counted, describe_speedup, doubt_of, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from layerskip import DraftProfile, LayerSkipModel
@@ -131,6 +131,8 @@ def _report(described: dict[str, Any], built_in: bool) -> None:
             f"profile's {describe_speedup(theirs)} on {theirs['device']}, {theirs['dtype']}, "
             f"{counted(theirs['prompts'], theirs['prompt_set'] + ' prompt')}"
         )
+    if doubt := doubt_of(described):
+        stdout.print(doubt)
     if described["near_ties"]:
         ties = counted(described["near_ties"], "output")
         stderr.print(f"{ties} parting where the model's two best tokens are as good as tied", style="dim")

@@ -57,8 +57,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def describe_speedup(measured: dict[str, Any]) -> str:
-    """A profile's measured speedup with its interval, as ``1.23× (95 %: 1.19 to 1.27)``."""
-    return f"{measured['speedup']:.2f}× (95 %: {measured['speedup_low']:.2f} to {measured['speedup_high']:.2f})"
+    """A profile's measured speedup with its interval, as ``1.23× (95 %: 1.19 to 1.27)``; of one prompt, without."""
+    low, high = measured["speedup_low"], measured["speedup_high"]
+    interval = f" (95 %: {low:.2f} to {high:.2f})" if low < high else ""  # as `compare` has it
+    return f"{measured['speedup']:.2f}×{interval}"
 
 
 def doubt_of(measured: dict[str, Any]) -> str | None:

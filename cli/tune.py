@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption
-from cli.output import INTERRUPTED, describe_speedup, doubt_of, print_json, quiet_libraries, stdout
+from cli.output import INTERRUPTED, describe_speedup, doubt_of, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from search.tuning import Tuned
@@ -93,17 +93,21 @@ def tune(
         seed=seed,
     )
     given = opened(source, prompts, settings, device=device, dtype=dtype, engine=engine, compiled=compiled)
-    with TuningProgress() as progress:
-        tuned = Tuning(
-            given.model,
-            given.tokenizer,
-            given.identity,
-            given.split,
-            given.settings,
-            given=prompts is not None,
-            folder=given.folder,
-            observer=progress,
-        ).run()
+    try:
+        with TuningProgress() as progress:
+            tuned = Tuning(
+                given.model,
+                given.tokenizer,
+                given.identity,
+                given.split,
+                given.settings,
+                given=prompts is not None,
+                folder=given.folder,
+                observer=progress,
+            ).run()
+    except KeyboardInterrupt:
+        stderr.print("texts and training are kept, and no profile was written; the same command goes on")
+        raise
     tuned.profile.save(out)
     _report(tuned, out, json)
     if tuned.interrupted:

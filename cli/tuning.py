@@ -14,7 +14,7 @@ from cli.output import check_writable, stderr
 from layerskip import DraftProfile, LayerSkipModel, ModelIdentity, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.timing import duration
-from layerskip.tuning import Agreement, Look
+from layerskip.tuning import Agreement, Look, Trained
 from search.loading import wrapped
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
 from search.space import Policy
@@ -130,6 +130,11 @@ class TuningProgress(TuningObserver):
             f"ideal speedup {ideal:.2f}×{left}"
         )
         self._show(look.progress, f"{100 * look.agreement.top[1]:.1f} %{left}")
+
+    def training_ended(self, trained: Trained) -> None:
+        progress = trained.looks[-1].progress
+        if progress < 1 and not trained.interrupted:
+            self._say(f"training ends at {100 * progress:.0f} %: the last looks gained nothing; the best state is kept")
 
     def costs_begin(self) -> None:
         self._say("measuring what the parts of a step cost here")

@@ -262,7 +262,12 @@ class DraftProfile(OnTheHub, _Part):
 
         Raises:
             InvalidProfileError: It is not. The message names the file, the first field that differs and both values.
+            InvalidInputError: The model is not wrapped.
         """
+        if not isinstance(model, LayerSkipModel):
+            raise InvalidInputError(
+                f"model: expected a LayerSkipModel, got {type(model).__name__}; wrap it: LayerSkipModel(model)"
+            )
         differences = self.model.differences(identify(model))
         for name, (expected, found) in differences.items():
             raise InvalidProfileError(
@@ -275,6 +280,7 @@ class DraftProfile(OnTheHub, _Part):
 
         Raises:
             InvalidProfileError: The profile is for another model.
+            InvalidInputError: The model is not wrapped.
         """
         self.check(model)
         drafter = self._head_drafter(model) if self.drafts_with_heads else self._skip_drafter(model)

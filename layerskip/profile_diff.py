@@ -123,11 +123,12 @@ def _heads(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
 
 
 def _vocabulary(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
-    """By its size, 0 being the whole one, and by how many tokens both have."""
+    """By its size and by how many tokens both have."""
     ids_a, ids_b = (set() if p.assets.token_ids is None else set(p.assets.token_ids.tolist()) for p in (a, b))
     both = len(ids_a & ids_b)
     differ = ids_a and ids_b and ids_a != ids_b
-    yield Difference("vocabulary", len(ids_a), len(ids_b), (f"{both} in both",) if differ else ())
+    notes = [f"{both} in both"] if differ else ["0 is the whole one"] * (bool(ids_a) != bool(ids_b))
+    yield Difference("vocabulary", len(ids_a), len(ids_b), tuple(notes))
 
 
 def _measured(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:

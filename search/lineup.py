@@ -78,9 +78,6 @@ def transformers_lineup(
     left_out: dict[str, str] = {}
     for name, profile in profiles.items():
         called = f"transformers assistant ({name})"
-        if profile.assets.layers and not profile.drafts_with_heads:
-            left_out[called] = "an assistant cannot run the profile's trained layer"
-            continue
         try:
             assistant = profile.as_assistant(model.hf_model)
         except LayerSkipError as error:

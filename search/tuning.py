@@ -171,6 +171,9 @@ class TuningObserver:
     def looked(self, look: Look, ideal: float) -> None:
         """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
 
+    def training_ended(self, trained: Trained) -> None:
+        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
+
     def costs_begin(self) -> None:
         """What the parts of a step cost will be measured."""
 
@@ -253,6 +256,7 @@ class Tuning:
             self._observer.looked(look, ideal(look.agreement))
 
         trained = self._trained(learner, shards, ids, observe)
+        self._observer.training_ended(trained)
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:

@@ -43,7 +43,7 @@ class Speedup:
 
 
 # Of speedups that show nothing, in the same words wherever they are told.
-NOTHING_FASTER = "nothing was measured to be faster"
+NOTHING_FASTER = "nothing was shown to be faster"
 ONE_PROMPT = "one prompt is not enough to show that anything is faster"
 CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
 

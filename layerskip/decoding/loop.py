@@ -117,7 +117,7 @@ def generate(
 
     Raises:
         InvalidInputError: The prompt is empty, a batch, longer than the model's context or has an id outside the
-            vocabulary; or ``max_new_tokens`` is below 1.
+            vocabulary; ``max_new_tokens`` is below 1; or the drafter is none, such as a profile itself.
     """
     tokens = Drained(
         stream(
@@ -186,7 +186,7 @@ def stream_rounds(
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
-    drafter = drafter or NoDrafter()
+    drafter = _checked(drafter)
     engine = model.engine
     memory = memory or TextMemory()
     cache = memory.begin(engine, ids.tolist(), ending.limit)
@@ -228,6 +228,18 @@ def stream_rounds(
     stats.draft_seconds = clock.seconds("draft")
     stats.verification_seconds = clock.seconds("verification")
     return Generation(tokens, reason, stats)
+
+
+def _checked(drafter: Drafter | None) -> Drafter:
+    if drafter is None:
+        return NoDrafter()
+    if isinstance(drafter, type):
+        raise InvalidInputError(f"drafter: expected a drafter, got the class {drafter.__name__}; make one of it")
+    if not hasattr(drafter, "propose"):
+        raise InvalidInputError(
+            f"drafter: expected a drafter, got {type(drafter).__name__}; a profile makes one: profile.drafter(model)"
+        )
+    return drafter
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from layerskip.errors import InvalidInputError
 from layerskip.stack.skipset import SkipSet
 from layerskip.stack.sublayers import PassContext
 
@@ -86,7 +87,12 @@ def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, posi
 
     Returns:
         ``[2 * num_layers + 1, n, hidden_size]`` in the model's dtype; attention-sink positions are left out.
+
+    Raises:
+        InvalidInputError: There is no text, or an empty one.
     """
+    if not len(texts) or not all(len(text) for text in texts):
+        raise InvalidInputError("texts: expected at least one, each the token ids of a text, and none of them empty")
     share = max(positions // max(len(texts), 1), 1)
     recorded = []
     for text in texts:
@@ -197,6 +203,9 @@ def fit_bridges(
 
     Returns:
         Bridges by the index of their first sublayer, to be given to :class:`layerskip.SkipDrafter` as ``stand_ins``.
+
+    Raises:
+        InvalidInputError: There is no text, or an empty one.
     """
     return BridgeFitter(model, record_states(model, texts), ridge=ridge).fit(skip_set)
 

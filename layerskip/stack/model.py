@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ class LayerSkipModel:
     Raises:
         UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
             is neither ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
-        InvalidInputError: The model is in training mode.
+        InvalidInputError: It is no model, such as its name or another wrapper; or it is in training mode.
     """
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
+        _check_module(model)
         if model.training:
             raise InvalidInputError("the model is in training mode; call model.eval() first")
         model = adapted_model(model)
@@ -261,6 +263,18 @@ class LayerSkipModel:
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
         return scores.float().to(self.device)
+
+
+def _check_module(model: object) -> None:
+    if isinstance(model, LayerSkipModel):
+        raise InvalidInputError("model: is wrapped already; give what it wraps, its hf_model")
+    if isinstance(model, str | PathLike):
+        raise InvalidInputError(
+            f"model: expected a loaded model, got the name {str(model)!r}; "
+            "load it: layerskip.load_checkpoint(name).model"
+        )
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model: expected a Hugging Face model, got {type(model).__name__}")
 
 
 def _output_head(model: PreTrainedModel) -> Any:

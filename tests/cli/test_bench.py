@@ -1,11 +1,29 @@
 """``layerskip bench``."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from cli import bench as command
 from layerskip import DraftProfile
+
+HERE = {
+    "profile": "draft.json",
+    "model": "Tiny",
+    "max_new_tokens": 48,
+    "repeats": 3,
+    "device": "a processor",
+    "dtype": "float32",
+    "plain_tokens_per_second": 10.0,
+    "draft_tokens_per_second": 12.0,
+    "acceptance_rate": 0.5,
+    "drafted": 100,
+    "mean_accepted": 1.0,
+    "near_ties": 0,
+    "profile_measured": None,
+}
 
 
 @pytest.fixture
@@ -71,6 +89,27 @@ def test_another_model_is_refused(bench, profile, other_model_folder):
     done = bench(profile, "--model", other_model_folder)
     assert done.status == 1
     assert done.error.startswith(f"{profile}: model.fingerprint: ")
+
+
+def test_one_prompt_has_no_interval(layerskip, profile, tmp_path):
+    (tmp_path / "one.txt").write_text("one\n")
+    done = layerskip("bench", profile, "--prompts", tmp_path / "one.txt", "--max-new-tokens", 4, "--repeats", 1)
+    (speedup,) = re.findall("^speedup   (.*)$", done.out, re.MULTILINE)
+    assert re.fullmatch(r"\d+\.\d\d×", speedup)
+
+
+@pytest.mark.parametrize(
+    ("low", "prompts", "doubt"),
+    [
+        (0.9, 8, "No clear gain (the interval crosses 1×): nothing was shown to be faster.\n"),
+        (1.1, 1, "No clear gain: one prompt is not enough to show that anything is faster.\n"),
+        (1.1, 8, ""),
+    ],
+)
+def test_a_speedup_that_shows_nothing_is_said_to_show_nothing(capsys, low, prompts, doubt):
+    figures = {"speedup": 1.2, "speedup_low": low, "speedup_high": 1.3, "prompts": prompts}
+    command._report(HERE | figures, built_in=False)
+    assert capsys.readouterr().out.endswith(f"profile's none: it was never measured\n{doubt}")
 
 
 def test_a_prompt_that_does_not_fit_is_named(layerskip, profile, tmp_path):

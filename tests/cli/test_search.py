@@ -80,7 +80,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     ("speedup", "prompts", "said"),
     [
         (1.25, 8, []),
-        (1.05, 8, ["No clear gain (the interval crosses 1×): nothing was measured to be faster."]),
+        (1.05, 8, ["No clear gain (the interval crosses 1×): nothing was shown to be faster."]),
         (1.25, 1, ["No clear gain: one prompt is not enough to show that anything is faster."]),
     ],
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from layerskip import DraftProfile, SkipSet, generate
+from layerskip.drafts.assets import DraftAssets
+from layerskip.tuning import Agreement, Look, Trained
 from tests.models import transformers_greedy
 
 QUICK = ("--positions", 300, "--epochs", 2, "--max-new-tokens", 8, "--device", "cpu")
@@ -120,6 +122,40 @@ def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
     outcome = layerskip("tune", profile)
     assert outcome.status == 2
     assert "attn 1 · mlp 2, which is no early exit" in outcome.error
+
+
+def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
+    from cli.tuning import TuningProgress
+
+    def press(self):
+        raise KeyboardInterrupt
+
+    arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 6, "--out", "m.json", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr(TuningProgress, "costs_begin", press)
+        stopped = layerskip(*arguments)
+    assert (stopped.status, stopped.out) == (130, "")
+    assert "texts and training are kept, and no profile was written; the same command goes on" in stopped.err
+    assert not Path("m.json").exists()
+    assert layerskip(*arguments).status == 0
+    assert DraftProfile.load("m.json").measured is not None
+
+
+@pytest.mark.parametrize(
+    ("progress", "interrupted", "said"),
+    [
+        (0.485, False, "training ends at 48 %: the last looks gained nothing; the best state is kept\n"),
+        (1.0, False, ""),
+        (0.5, True, ""),
+    ],
+)
+def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said):
+    from cli.tuning import TuningProgress
+
+    agreement = Agreement(positions=100, loss=1.0, coverage=1.0, top={1: 0.5})
+    trained = Trained(DraftAssets(), agreement, [Look(progress, 1.0, agreement, best=False)], interrupted)
+    TuningProgress().training_ended(trained)
+    assert capsys.readouterr().err == said
 
 
 def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):

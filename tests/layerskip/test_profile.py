@@ -19,6 +19,7 @@ from layerskip import (
     ConfidenceThreshold,
     DraftProfile,
     FixedLength,
+    InvalidInputError,
     InvalidProfileError,
     LayerSkipModel,
     Measured,
@@ -360,6 +361,20 @@ def test_another_model_is_refused_with_what_differs(tmp_path, llama, gemma2, use
         f"{path}: model.family: the profile is for 'llama' (my-model), but this model has 'gemma2'; "
         "search this model for a profile of its own"
     )
+
+
+@pytest.mark.parametrize("use", [DraftProfile.check, DraftProfile.drafter])
+def test_a_model_that_is_not_wrapped_is_refused_with_the_way_to_wrap_it(llama, use):
+    with pytest.raises(InvalidInputError) as error:
+        use(profile_for(llama), llama.hf_model)
+    assert str(error.value) == (
+        "model: expected a LayerSkipModel, got LlamaForCausalLM; wrap it: LayerSkipModel(model)"
+    )
+
+
+def test_an_assistant_is_made_of_the_model_and_not_of_its_wrapper(llama):
+    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; give what it wraps, its hf_model$"):
+        profile_for(llama).as_assistant(llama)
 
 
 def test_other_weights_of_the_same_shape_are_another_model(llama):

@@ -97,7 +97,7 @@ def test_vocabularies_are_compared_by_size_and_by_what_they_share():
         for ids in (None, [0, 3, 5], [3, 7])
     )
     against_all = different(whole, three)["vocabulary"]
-    assert (against_all.a, against_all.b, against_all.notes) == (0, 3, ())
+    assert (against_all.a, against_all.b, against_all.notes) == (0, 3, ("0 is the whole one",))
     against_other = different(three, two)["vocabulary"]
     assert (against_other.a, against_other.b, against_other.notes) == (3, 2, ("1 in both",))
 

@@ -74,7 +74,7 @@ def test_the_fastest_that_was_shown_to_be_faster_is_advised():
     ],
 )
 def test_plain_decoding_is_advised_where_nothing_was_shown_to_be_faster(others):
-    assert advice(comparison(*others)) == "Decode plainly here: nothing was measured to be faster."
+    assert advice(comparison(*others)) == "Decode plainly here: nothing was shown to be faster."
 
 
 def test_one_prompt_shows_nothing():

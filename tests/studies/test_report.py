@@ -196,7 +196,7 @@ def test_a_report_says_where_the_best_speedup_shows_no_gain(storage):
     best = max(trial.values[0] for trial in making.trials)
     making.measured(1, off=1.05 / best)  # its interval reaches a tenth below and above
     assert verdict(view_study(storage, "s")).endswith(
-        ". No clear gain (the interval crosses 1×): nothing was measured to be faster."
+        ". No clear gain (the interval crosses 1×): nothing was shown to be faster."
     )
     making.measured(1, off=1.5)
     assert "No clear gain" not in verdict(view_study(storage, "s"))

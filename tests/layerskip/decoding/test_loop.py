@@ -9,6 +9,7 @@ from layerskip import (
     FixedLength,
     InvalidInputError,
     LayerSkipModel,
+    NGramDrafter,
     NoDrafter,
     Sampling,
     SkipDrafter,
@@ -202,6 +203,20 @@ def test_a_prompt_that_cannot_be_decoded_is_refused_in_one_line(llama, prompt, m
 def test_a_prompt_that_is_no_row_of_numbers_is_refused(llama, prompt):
     with pytest.raises(InvalidInputError, match=r"^prompt: "):
         generate(llama, prompt)
+
+
+@pytest.mark.parametrize(
+    ("no_drafter", "message"),
+    [
+        (NGramDrafter, "drafter: expected a drafter, got the class NGramDrafter; make one of it"),
+        ("profile.json", "drafter: expected a drafter, got str; a profile makes one: profile.drafter(model)"),
+        (FixedLength(4), "drafter: expected a drafter, got FixedLength; a profile makes one: profile.drafter(model)"),
+    ],
+)
+def test_what_is_no_drafter_is_refused_in_one_line(llama, no_drafter, message):
+    with pytest.raises(InvalidInputError) as error:
+        generate(llama, [1, 2], drafter=no_drafter)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("limit", [0, -3])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 import layerskip.drafts.bridges as bridges_module
-from layerskip import ConfidenceThreshold, SkipDrafter, SkipSet, fit_bridges, generate
+from layerskip import ConfidenceThreshold, InvalidInputError, SkipDrafter, SkipSet, fit_bridges, generate
 from layerskip.drafts.bridges import Bridge, BridgeFitter, record_states, runs_of
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import skip_sets, tokens
@@ -133,3 +133,9 @@ def test_one_call_fits_the_bridges_of_a_skip_set(tiny, monkeypatch):
     bridges = fit_bridges(tiny, texts(), MIDDLE)
     assert [(bridge.start, bridge.stop) for bridge in bridges.values()] == [(2, 6)]
     assert isinstance(bridges[2], Bridge)
+
+
+@pytest.mark.parametrize("nothing", [[], [[1, 2, 3], []]])
+def test_bridges_cannot_be_fitted_to_no_text(tiny, nothing):
+    with pytest.raises(InvalidInputError, match=r"^texts: expected at least one, .* none of them empty$"):
+        fit_bridges(tiny, nothing, MIDDLE)

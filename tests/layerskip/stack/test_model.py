@@ -1,6 +1,7 @@
 """The stack computes what transformers computes, and with sublayers left out what a plain loop computes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +220,22 @@ def test_on_cuda_the_logits_are_those_of_transformers(family):
     expected = transformers_logits(model.hf_model, TEXT)
     assert_close(logits_of(model, TEXT), expected)
     assert_close(logits_of(model, TEXT, widths=[3, 1, 7, len(TEXT) - 11]), expected)
+
+
+def test_a_wrapped_model_is_not_wrapped_again(llama):
+    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; give what it wraps, its hf_model$"):
+        LayerSkipModel(llama)
+
+
+@pytest.mark.parametrize("name", ["smollm2", Path("models/mine")])
+def test_the_name_of_a_model_is_refused_with_the_way_to_load_it(name):
+    with pytest.raises(InvalidInputError) as error:
+        LayerSkipModel(name)
+    assert str(error.value) == (
+        f"model: expected a loaded model, got the name '{name}'; load it: layerskip.load_checkpoint(name).model"
+    )
+
+
+def test_what_is_no_model_is_refused(llama):
+    with pytest.raises(InvalidInputError, match=r"^model: expected a Hugging Face model, got LlamaConfig$"):
+        LayerSkipModel(llama.config)
