@@ -65,12 +65,12 @@ def describe_speedup(measured: dict[str, Any]) -> str:
 
 def doubt_of(measured: dict[str, Any]) -> str | None:
     """A sentence on a measured speedup above 1× that shows no gain, in the words of ``compare``; None on any other."""
-    from studies.speedups import CROSSES_ONE, ONE_PROMPT
+    from studies.speedups import CROSSES_ONE, FEW_PROMPTS, FEWEST_PROMPTS
 
     if measured["speedup"] <= 1:
         return None
-    if measured["prompts"] == 1:
-        return f"No clear gain: {ONE_PROMPT}."
+    if measured["prompts"] < FEWEST_PROMPTS:
+        return f"No clear gain: {FEW_PROMPTS}."
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
 
 

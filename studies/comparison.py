@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from studies.speedups import NOTHING_FASTER, ONE_PROMPT, DecodedBothWays, Speedup, speedup_of_prompt
+from studies.speedups import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, DecodedBothWays, Speedup, speedup_of_prompt
 
 
 class PromptTimes(DecodedBothWays, Protocol):
@@ -65,8 +65,8 @@ class Entry:
 
     @property
     def pays(self) -> bool:
-        """Whether it was shown to be faster than plain decoding, and to say the same; one prompt shows nothing."""
-        return len(self.prompts) > 1 and self.speedup.low > 1 and not self.different
+        """Whether it was shown to be faster than plain decoding, and to say the same; few prompts show nothing."""
+        return len(self.prompts) >= FEWEST_PROMPTS and self.speedup.low > 1 and not self.different
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def advice(comparison: Comparison) -> str:
     best = comparison.best
     if best is not None:
         return f"Use {best.name} here: it decodes {best.speedup} as fast as plain decoding."
-    return f"Decode plainly here: {ONE_PROMPT if comparison.prompts == 1 else NOTHING_FASTER}."
+    return f"Decode plainly here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:

@@ -102,7 +102,7 @@ def test_one_prompt_has_no_interval(layerskip, profile, tmp_path):
     ("low", "prompts", "doubt"),
     [
         (0.9, 8, "No clear gain (the interval crosses 1×): nothing was shown to be faster.\n"),
-        (1.1, 1, "No clear gain: one prompt is not enough to show that anything is faster.\n"),
+        (1.1, 1, "No clear gain: fewer than 6 prompts are not enough to show that anything is faster.\n"),
         (1.1, 8, ""),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     [
         (1.25, 8, []),
         (1.05, 8, ["No clear gain (the interval crosses 1×): nothing was shown to be faster."]),
-        (1.25, 1, ["No clear gain: one prompt is not enough to show that anything is faster."]),
+        (1.25, 1, ["No clear gain: fewer than 6 prompts are not enough to show that anything is faster."]),
     ],
 )
 def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
