@@ -70,7 +70,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     lines = done.out.splitlines()
     assert lines[0] == f"study     {profile.provenance.study}, 2 candidates seen, 0 measured"
     assert lines[1] == f"skipped   {profile.skip_set}"
-    assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× (95 %: ")
+    assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× on 1 held-out prompt: ")
     assert "profile   found.json" in lines
     said = any(line.startswith("No candidate beat plain decoding.") for line in lines)
     assert said == (profile.measured.speedup <= 1)
