@@ -50,6 +50,8 @@ def main(
                 found[name]["different"] += 1
                 console.print(f"{name}: {error}")
         console.print(found)
+    if min(one["tokens"] for one in found.values()) < tokens:
+        console.print(f"the {len(prompts)} prompts gave no more; raise --max-new-tokens or add a profile")
     write_json(json, {"machine": machine_of(setting.model), "model": model, "figures": found})
 
 
