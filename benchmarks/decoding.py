@@ -17,22 +17,30 @@ from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel
 from layerskip.checkpoints import cache_folder
 from search.compare import able, compare
-from search.contenders import Contender, own_way
-from search.lineup import draft_bytes, named, own_lineup, transformers_lineup
-from search.quiet import Quiet
+from search.decoding_methods import (
+    DecodingMethod,
+    draft_bytes,
+    layerskip_method,
+    layerskip_methods,
+    named,
+    transformers_methods,
+)
+from search.machine_lock import MachineLock
 from studies.comparison import Comparison, advice, described, facts, table
 from studies.figures.compared import compared
-from studies.page import render_page
+from studies.report import render_page
 
 console = Console(highlight=False, width=170)
 
 
-def exact_lineup(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[Contender]:
+def exact_lineup(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
     """Each profile, verified in passes over no more tokens than there are."""
     exact = LayerSkipModel(model.hf_model)  # not calibrated, so that it knows no cheaper width
     return [
-        Contender(
-            f"{name}, exact width", own_way(exact, one.drafter(exact)), draft_bytes=draft_bytes(exact, one.assets)
+        DecodingMethod(
+            f"{name}, exact width",
+            layerskip_method(exact, one.drafter(exact)),
+            draft_bytes=draft_bytes(exact, one.assets),
         )
         for name, one in profiles.items()
     ]
@@ -53,8 +61,8 @@ def main(
     transformers_logging.set_verbosity_error()
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     profiles = named([str(path) for path in profile or []], DraftProfile.load)
-    theirs, left_out = transformers_lineup(setting.model, profiles)
-    ours = own_lineup(setting.model, profiles, combine=False)
+    theirs, left_out = transformers_methods(setting.model, profiles)
+    ours = layerskip_methods(setting.model, profiles, combine=False)
     contenders, failed = able([*ours, *exact_lineup(setting.model, profiles), *theirs], setting.prompts[0])
     entries = compare(
         setting.model,
@@ -62,7 +70,7 @@ def main(
         setting.prompts,
         max_new_tokens=max_new_tokens,
         repeats=repeats,
-        quiet=Quiet(cache_folder(), setting.model.device),
+        quiet=MachineLock(cache_folder(), setting.model.device),
         on_prompt=lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
     )
     machine = machine_of(setting.model)

@@ -23,12 +23,12 @@ from scipy.stats import spearmanr
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet, identify, load_checkpoint
 from layerskip.engine import use_engine
-from layerskip.timing import device_seconds
+from layerskip.utils import device_seconds
+from search.callbacks import SearchObserver
+from search.machine_lock import MachineLock
 from search.measure import measure_prompt, summarize, warm_up
-from search.observer import SearchObserver
-from search.preparation import Prepared, SearchPrompts, prepare
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
-from search.quiet import Quiet
+from search.search import Prepared, SearchPrompts, prepare
 from search.settings import SearchSettings
 from search.space import Candidate, SearchSpace
 
@@ -99,7 +99,7 @@ def prepared(
             settings,
             optuna.create_study(),
             folder=Path(folder),
-            quiet=Quiet(Path(folder), wrapped.device),
+            quiet=MachineLock(Path(folder), wrapped.device),
             observer=SearchObserver(),
         )
         yield Workbench(wrapped, space, tools, alike.measured)

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.estimates import Workbench, prepared, random_candidates
 from benchmarks.setting import machine_of, write_json
 from search.measure import PromptMeasurement, measure_prompt, summarize, warm_up
-from search.predict import Predictor
+from search.predict import SpeedupPredictor
 from search.space import Candidate
 
 console = Console(highlight=False, width=150)
@@ -31,7 +31,7 @@ def compare(bench: Workbench, candidate: Candidate, max_new_tokens: int) -> dict
     row: dict[str, float | str] = {"candidate": str(candidate)}
     drafters = {}
     for name, space in spaces.items():
-        predictor = Predictor(
+        predictor = SpeedupPredictor(
             bench.model, space, tools.makers, tools.estimator, tools.latency, max_new_tokens=max_new_tokens
         )
         prediction = predictor.estimate(candidate).prediction

@@ -1,6 +1,6 @@
 """What draft heads would give where verifying any number of tokens costs one plain step, and drafting what it reads.
 
-Replayed along what the full model writes on held-out prompts: no clock, so it says the same on every machine.
+Replayed along what the target model writes on held-out prompts: no clock, so it says the same on every machine.
 
 python -m benchmarks.ideal
 """
@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, identify
 from layerskip.checkpoints import cache_folder
-from layerskip.tuning.prediction import head_costs_by_weights
+from layerskip.training.evaluation import head_costs_by_weights
 from search.head_replay import DraftSeconds, HeadCosts, HeadTrace, head_policies, replay_heads, trace_heads
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
-from layerskip.tuning import (
+from layerskip.training import (
     LOSSES,
     RANKS,
     DataSettings,
@@ -29,7 +29,7 @@ from layerskip.tuning import (
     train,
     vocabulary_of,
 )
-from search.tuned_drafts import TunedDraft, TunedHeads, TunedStandIn
+from search.train_draft import AboveExit, TunedDraft, TunedHeads
 
 console = Console(highlight=False, width=150)
 
@@ -37,7 +37,7 @@ console = Console(highlight=False, width=150)
 def draft_of(model: LayerSkipModel, kind: str, exit: int, heads: int, seed: int) -> TunedDraft:
     """A kind of draft, untrained."""
     if kind in ("layer", "bridge"):
-        return TunedStandIn(model, kind, exit)  # type: ignore[arg-type]
+        return AboveExit(model, kind, exit)  # type: ignore[arg-type]
     return TunedHeads(model, kind, heads, seed=seed)  # type: ignore[arg-type]
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.setting import Setting, load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel, generate
-from layerskip.decoding.drafting import Drafter
+from layerskip.drafting.drafter import Drafter
 from layerskip.engine import DraftStep, EagerEngine, Scored, SharedPrefix
-from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.stack import Stack
-from layerskip.stack.tree import Tree
-from layerskip.timing import device_seconds
+from layerskip.kv_cache import KVCache
+from layerskip.sublayers import Stack
+from layerskip.token_tree import TokenTree
+from layerskip.utils import device_seconds
 
 console = Console(highlight=False, width=150)
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ class TimedEngine(EagerEngine):
         return self._timed("draft", lambda: super(TimedEngine, self).draft_step(token, cache, stack))
 
     def verify(
-        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
     ) -> Scored:
         return self._timed(
             f"verify {len(tokens)}", lambda: super(TimedEngine, self).verify(tokens, cache, shared, tree)

@@ -37,15 +37,14 @@ from rich.table import Table
 from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet, identify
-from layerskip.machine import library_versions
-from search.observer import SearchObserver
-from search.preparation import Prepared, SearchPrompts, prepare
+from layerskip.utils import library_versions
+from search.callbacks import SearchObserver
+from search.machine_lock import MachineLock
+from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
-from search.quiet import Quiet
+from search.search import Prepared, Search, SearchPrompts, prepare
 from search.settings import SearchSettings
 from search.space import Candidate, SearchSpace
-from search.study import Search
-from search.trials import COMPLETE_KEY
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
 from studies.study import LATENCY_KEY
@@ -80,7 +79,7 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundResult:
     """What one search found.
 
     Args:
@@ -147,7 +146,7 @@ class PlantedProblem:
             settings,
             study,
             folder=self._folder,
-            quiet=Quiet(self._folder, self.model.device),
+            quiet=MachineLock(self._folder, self.model.device),
             observer=SearchObserver(),
         )
 
@@ -167,15 +166,15 @@ def skip_sets(num_layers: int) -> Iterator[SkipSet]:
             yield SkipSet.from_mask(mask)
 
 
-def outcome(found: Sequence[float], optimum: float) -> Outcome:
+def outcome(found: Sequence[float], optimum: float) -> RoundResult:
     """What a search's speedups are worth."""
     needed = next((number for number, speedup in enumerate(found, 1) if speedup >= optimum - _SAME), None)
-    return Outcome((max(found) - 1) / (optimum - 1), needed)
+    return RoundResult((max(found) - 1) / (optimum - 1), needed)
 
 
 def run(
     seed: int, layers: int, trials: int, samplers: Sequence[str], undone: bool
-) -> tuple[Optimum, dict[str, Outcome]]:
+) -> tuple[Optimum, dict[str, RoundResult]]:
     """Try everything, then let every sampler search."""
     torch.set_num_threads(1)
     _be_quiet()
@@ -192,7 +191,7 @@ def run(
     return optimum, outcomes
 
 
-def report(optima: Sequence[Optimum], outcomes: Sequence[Mapping[str, Outcome]]) -> None:
+def report(optima: Sequence[Optimum], outcomes: Sequence[Mapping[str, RoundResult]]) -> None:
     """Print the table."""
     speedups = [one.speedup for one in optima]
     sizes = [len(one.skip_set) for one in optima]
@@ -212,7 +211,7 @@ def report(optima: Sequence[Optimum], outcomes: Sequence[Mapping[str, Outcome]])
     console.print(table)
 
 
-def _in_short(found: Mapping[str, Outcome]) -> str:
+def _in_short(found: Mapping[str, RoundResult]) -> str:
     return " · ".join(f"{name}: {one.needed or f'{one.share:.0%} of the gain'}" for name, one in found.items())
 
 

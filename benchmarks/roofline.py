@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.engine import EagerEngine, Engine, GraphEngine
-from layerskip.stack.stack import Stack
+from layerskip.sublayers import Stack
 
 console = Console(highlight=False)
 _REPEATS = 20
@@ -109,7 +109,7 @@ def measure_context(model: LayerSkipModel, engine: Engine, context: int, bandwid
     drafts = {}
     for share in (0.25, 0.5, 0.75):
         stack = draft_stack(model, share)
-        kept = bytes_read(model, stack) / bytes_read(model, model.full_stack)
+        kept = bytes_read(model, stack) / bytes_read(model, model.target_stack)
         started = time.perf_counter()
         draft(stack)
         torch.cuda.synchronize()
@@ -121,7 +121,7 @@ def measure_context(model: LayerSkipModel, engine: Engine, context: int, bandwid
         }
     return {
         "plain_seconds": plain,
-        "of_bandwidth": bytes_read(model, model.full_stack) / bandwidth / plain,
+        "of_bandwidth": bytes_read(model, model.target_stack) / bandwidth / plain,
         "drafts": drafts,
         "v": {width: seconds_of(lambda width=width: verify(width)) / plain for width in (1, 2, 4, 8, 16, 32)},  # type: ignore[misc]
     }

@@ -30,7 +30,7 @@ from benchmarks.setting import write_json
 from layerskip import SkipSet
 from search.samplers import DraftChoices, SpeedupFormula, make_sampler
 from search.samplers.speedup import Floats
-from search.starts import least_damage
+from search.starting_skip_sets import least_damage
 
 console = Console(highlight=False)
 LAYERS = 30

@@ -27,13 +27,13 @@ from benchmarks.rivals.swift import swift
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
-from layerskip.decoding.drafting import Drafter
+from layerskip.drafting.drafter import Drafter
 from layerskip.engine import use_engine
-from search.assets import AssetMaker, fit_texts
+from search.builder import DraftBuilder, fit_texts
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
-from search.preparation import SearchPrompts
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 from search.reference import ReferenceRun
+from search.search import SearchPrompts
 from search.settings import SearchSettings
 from search.space import SearchSpace
 
@@ -97,7 +97,7 @@ def searched(name: str, task: Task, folder: Path | None) -> list[Incumbent]:
 def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[EncodedPrompt]) -> dict[str, Summary]:
     """Measure every different incumbent on the same prompts; by what it is, for people."""
     run = ReferenceRun(task.model, folder, task.fingerprint)
-    makers = AssetMaker(task.model, fit_texts(run, task.prompts.fitted, max_new_tokens=task.max_new_tokens))
+    makers = DraftBuilder(task.model, fit_texts(run, task.prompts.fitted, max_new_tokens=task.max_new_tokens))
     drafters: dict[str, Drafter] = {}
     for one in found:
         if label(one.incumbent) not in drafters:

@@ -20,16 +20,16 @@ from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_
 from layerskip import DraftProfile, LayerSkipModel, identify
 from layerskip.checkpoints import cache_folder
 from search.compare import compare
-from search.contenders import Contender, own_way
+from search.decoding_methods import DecodingMethod, layerskip_method
 from search.latency import LatencyModel, measure_latency
+from search.machine_lock import MachineLock
 from search.prompts import EncodedPrompt
-from search.quiet import Quiet
 from search.reference import ReferenceRun
 from search.replay import Prediction
 from search.space import SearchSpace
-from search.tuned_drafts import ReplayGround, TunedDraft, TunedHeads, TunedStandIn, exit_of, space_for
+from search.train_draft import AboveExit, ReplayGround, TunedDraft, TunedHeads, exit_of, space_for
 from studies.comparison import Entry
-from studies.speedups import speedup_of_all
+from studies.statistics import speedup_of_all
 
 console = Console(highlight=False, width=150)
 _WIDTHS = (1, 2, 4, 8, 16, 24)
@@ -39,7 +39,7 @@ def draft_of(model: LayerSkipModel, profile: DraftProfile) -> TunedDraft:
     """What a profile of 'layerskip tune' drafts with."""
     if profile.assets.heads is not None:
         return TunedHeads(model, profile.assets.heads.kind, profile.assets.heads.count, seed=0)
-    return TunedStandIn(model, "layer" if profile.assets.layers else "bridge", exit_of(profile.skip_set))
+    return AboveExit(model, "layer" if profile.assets.layers else "bridge", exit_of(profile.skip_set))
 
 
 def shapes(
@@ -90,7 +90,7 @@ def main(
     """Compare each draft's best tree with its best chain."""
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     fingerprint = identify(setting.model, model).fingerprint
-    contenders = [Contender("plain", own_way(setting.model, None))]
+    contenders = [DecodingMethod("plain", layerskip_method(setting.model, None))]
     predictions: dict[str, Prediction] = {}
     profiles = loaded_profiles(profile or [], model, device=device, dtype=dtype)
     for name, one in profiles.items():
@@ -98,15 +98,15 @@ def main(
         for shape, prediction in best.items():
             with_shape = one.model_copy(update=vars(prediction.policy)).with_assets(one.assets)
             predictions[f"{name}, {shape}"] = prediction
-            way = own_way(setting.model, with_shape.drafter(setting.model))
-            contenders.append(Contender(f"{name}, {shape}", way))
+            way = layerskip_method(setting.model, with_shape.drafter(setting.model))
+            contenders.append(DecodingMethod(f"{name}, {shape}", way))
     entries = compare(
         setting.model,
         contenders,
         setting.prompts,
         max_new_tokens=max_new_tokens,
         repeats=repeats,
-        quiet=Quiet(cache_folder(), setting.model.device),
+        quiet=MachineLock(cache_folder(), setting.model.device),
         on_prompt=lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
     )
     plain = latency.verification(1, 0.0, 128, None)

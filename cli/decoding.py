@@ -23,8 +23,7 @@ from layerskip import (
 from layerskip.checkpoints import resolve_device
 from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
-from layerskip.pieces import Piece, Pieces
-from layerskip.text import encode_raw
+from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_raw
 from search.prompts import Prompt, read_prompts
 
 # Enough that every kernel and buffer has been used once.
@@ -171,9 +170,9 @@ class Decoder:
 
     def decode(self, ids: list[int], *, streaming: bool) -> dict[str, Any]:
         """Decode one prompt; with ``streaming``, print its text as it comes."""
-        pieces = Pieces(self._tokenizer)
+        pieces = StreamingDetokenizer(self._tokenizer)
 
-        def write(new: Sequence[Piece]) -> None:
+        def write(new: Sequence[TextSegment]) -> None:
             for piece in new:
                 print(piece.text, end="", flush=True)
 

@@ -11,9 +11,21 @@ from typing import Annotated
 
 import typer
 
-from cli import apply, bench, compare, dashboard, doctor, export, profile, report, search, studies, tune
+from cli import (
+    apply_command,
+    bench_command,
+    compare_command,
+    dashboard_command,
+    doctor_command,
+    export_command,
+    profile_command,
+    report_command,
+    search_command,
+    studies_command,
+    tune_command,
+)
 from cli.options import debugging
-from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE, bear_any_text
+from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE, escape_unencodable
 
 app = typer.Typer(
     name="layerskip",
@@ -22,17 +34,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("search")(search.search)
-app.command("tune")(tune.tune)
-app.command("apply")(apply.apply)
-app.command("export")(export.export)
-app.command("bench")(bench.bench)
-app.command("compare")(compare.compare)
-app.add_typer(profile.app, name="profile")
-app.add_typer(studies.app, name="studies")
-app.command("report")(report.report)
-app.command("dashboard")(dashboard.dashboard)
-app.command("doctor")(doctor.doctor)
+app.command("search")(search_command.search)
+app.command("tune")(tune_command.tune)
+app.command("apply")(apply_command.apply)
+app.command("export")(export_command.export)
+app.command("bench")(bench_command.bench)
+app.command("compare")(compare_command.compare)
+app.add_typer(profile_command.app, name="profile")
+app.add_typer(studies_command.app, name="studies")
+app.command("report")(report_command.report)
+app.command("dashboard")(dashboard_command.dashboard)
+app.command("doctor")(doctor_command.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +64,7 @@ def _root(
 
 def main(command: typer.Typer = app) -> None:
     """Run the command line, or another command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    bear_any_text()
+    escape_unencodable()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which complains as it is imported

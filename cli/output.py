@@ -20,7 +20,7 @@ stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def bear_any_text() -> None:
+def escape_unencodable() -> None:
     """Let what an encoding such as ASCII has no characters for be escaped, instead of being an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -33,7 +33,7 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, ensure_ascii=not unicode), flush=True)  # read while the dashboard runs
 
 
-def print_whole(table: Table) -> None:
+def print_untruncated(table: Table) -> None:
     """Print a table as wide as its content, so that names can be copied whole even from a narrow terminal."""
     unlimited = stdout.options.update(max_width=10_000)
     Console(width=Measurement.get(stdout, unlimited, table).maximum, highlight=False, markup=False).print(table)
@@ -63,9 +63,9 @@ def describe_speedup(measured: dict[str, Any]) -> str:
     return f"{measured['speedup']:.2f}×{interval}"
 
 
-def doubt_of(measured: dict[str, Any]) -> str | None:
+def no_gain_note(measured: dict[str, Any]) -> str | None:
     """A sentence on a measured speedup above 1× that shows no gain, in the words of ``compare``; None on any other."""
-    from studies.speedups import CROSSES_ONE, FEW_PROMPTS, FEWEST_PROMPTS
+    from studies.statistics import CROSSES_ONE, FEW_PROMPTS, FEWEST_PROMPTS
 
     if measured["speedup"] <= 1:
         return None

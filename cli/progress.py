@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from cli.output import counted, stderr
-from layerskip.timing import duration
-from search.observer import Progress, SearchObserver
-from search.trials import SOURCE_KEY
+from layerskip.utils import duration
+from search.callbacks import Progress, SearchObserver
+from search.objective import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
 
 

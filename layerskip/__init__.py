@@ -1,4 +1,4 @@
-"""Self-speculative decoding with a model's own sublayers: the draft leaves some out, the full model verifies.
+"""Self-speculative decoding with a model's own sublayers: the draft leaves some out, the target model verifies.
 
 model = LayerSkipModel(AutoModelForCausalLM.from_pretrained(name))
 profile = DraftProfile.load("draft_profile.json")
@@ -10,15 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from layerskip.chat import Answer, Chat
 from layerskip.checkpoints import Checkpoint, load_checkpoint
-from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
-from layerskip.decoding.drafting import Drafter, NoDrafter, SkipDrafter
-from layerskip.decoding.heads import HeadDrafter
-from layerskip.decoding.loop import DecodingStats, Generation, Round, generate, stream, stream_rounds
-from layerskip.decoding.memory import TextMemory
-from layerskip.decoding.ngrams import FirstTry, NGramDrafter, NGrams
-from layerskip.decoding.sampling import Sampling
-from layerskip.drafts.bridges import fit_bridges
-from layerskip.engine.costs import calibrate
+from layerskip.costs import calibrate
+from layerskip.drafting.bridges import fit_bridges
+from layerskip.drafting.drafter import Drafter, LayerSkipDrafter, NoDrafter
+from layerskip.drafting.head_drafter import HeadDrafter
+from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookup, PromptLookupDrafter
+from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.errors import (
     CheckpointError,
     ExportError,
@@ -29,12 +26,15 @@ from layerskip.errors import (
     UnsupportedModelError,
 )
 from layerskip.export import Export, export_draft
-from layerskip.identity import ModelIdentity, identify
+from layerskip.fingerprint import ModelIdentity, identify
+from layerskip.generation import DecodingStats, Generation, Round, generate, stream, stream_rounds
+from layerskip.model import LayerSkipModel
+from layerskip.prefix_cache import PrefixCache
 from layerskip.profile import DraftProfile, Measured, Provenance
 from layerskip.ready_profiles import find_profile, load_profile
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.text import StopStrings
+from layerskip.sampling import Sampling
+from layerskip.skip_set import SkipSet
+from layerskip.tokenizer import StopStrings
 from layerskip.transformers_integration import speculate
 
 __all__ = [
@@ -45,32 +45,32 @@ __all__ = [
     "CheckpointError",
     "ConfidenceThreshold",
     "DecodingStats",
-    "DraftExit",
     "DraftProfile",
+    "DraftStopping",
     "Drafter",
     "Export",
     "ExportError",
-    "FirstTry",
+    "FallbackDrafter",
     "FixedLength",
     "Generation",
     "HeadDrafter",
     "HubError",
     "InvalidInputError",
     "InvalidProfileError",
+    "LayerSkipDrafter",
     "LayerSkipError",
     "LayerSkipModel",
     "Measured",
     "ModelIdentity",
-    "NGramDrafter",
-    "NGrams",
     "NoDrafter",
+    "PrefixCache",
+    "PromptLookup",
+    "PromptLookupDrafter",
     "Provenance",
     "Round",
     "Sampling",
-    "SkipDrafter",
     "SkipSet",
     "StopStrings",
-    "TextMemory",
     "UnsupportedModelError",
     "calibrate",
     "export_draft",

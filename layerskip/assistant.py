@@ -13,20 +13,19 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerskip.decoding.draft_exit import DraftExit
 from layerskip.draft_model import config_of
-from layerskip.drafts.assets import DraftAssets
+from layerskip.drafting.stopping import DraftStopping
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, UnsupportedModelError
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.stack.stack import Stack, Step
-from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, PassContext
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import AttentionSublayer, DraftLayerStep, PassContext, Stack, Step
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def assistant_of(
-    model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftExit, assets: DraftAssets
+    model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftStopping, assets: DraftWeights
 ) -> PreTrainedModel:
     """A causal language model that computes a draft, over the model's own weights.
 
@@ -56,10 +55,10 @@ def assistant_of(
     decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(steps)))
     assistant.config = decoder.config = config_of(original.config, kinds)
     assistant.generation_config = copy.deepcopy(original.generation_config)
-    controller = draft_exit.controller()
-    assistant.generation_config.num_assistant_tokens = controller.max_length
+    state = draft_exit.new_state()
+    assistant.generation_config.num_assistant_tokens = state.max_length
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.assistant_confidence_threshold = controller.threshold
+    assistant.generation_config.assistant_confidence_threshold = state.threshold
     twin: PreTrainedModel = assistant
     return twin
 
@@ -78,11 +77,11 @@ def _twin(module: Module) -> Module:
     return twin
 
 
-def _single_steps(stack: Stack, assets: DraftAssets) -> list[tuple[int, Step]]:
+def _single_steps(stack: Stack, assets: DraftWeights) -> list[tuple[int, Step]]:
     """The draft's steps, trained layers as two, each with the model's layer that it is of, or is like."""
     steps: list[tuple[int, Step]] = []
     for index, step in stack.steps:
-        if isinstance(step, LayerStandIn):
+        if isinstance(step, DraftLayerStep):
             steps += [(assets.layers[index].like, part) for part in (step.attention, step.mlp)]
         else:
             steps.append((index // 2, step))

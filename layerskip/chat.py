@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from layerskip.decoding.drafting import Drafter
-from layerskip.decoding.loop import Generation, Round, stream_rounds
-from layerskip.decoding.memory import TextMemory
-from layerskip.decoding.sampling import Sampling
+from layerskip.drafting.drafter import Drafter
 from layerskip.errors import InvalidInputError
+from layerskip.generation import Generation, Round, stream_rounds
 from layerskip.generators import Drained
-from layerskip.pieces import Piece, Pieces
-from layerskip.stack.model import LayerSkipModel
-from layerskip.text import encode_chat
+from layerskip.model import LayerSkipModel
+from layerskip.prefix_cache import PrefixCache
+from layerskip.sampling import Sampling
+from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_chat
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Chat:
         self._drafter = drafter
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
-        self._memory = TextMemory()
+        self._memory = PrefixCache()
         self._history: list[dict[str, str]] = []
 
     @property
@@ -82,7 +81,7 @@ class Chat:
 
     def ask(
         self, message: str, *, stop: Callable[[Sequence[int]], bool] | None = None
-    ) -> Generator[Piece, None, Answer]:
+    ) -> Generator[TextSegment, None, Answer]:
         """Say something to the model, and yield its answer as it comes.
 
         The oldest exchanges are left out where the conversation and an answer do not fit the model's context. Message
@@ -112,8 +111,8 @@ class Chat:
         self._history = [*kept, said, {"role": "assistant", "content": text}]
         return Answer(text, generation, forgotten)
 
-    def _pieces(self, rounds: Generator[Round, None, Generation]) -> Generator[Piece, None, Generation]:
-        pieces = Pieces(self._tokenizer)
+    def _pieces(self, rounds: Generator[Round, None, Generation]) -> Generator[TextSegment, None, Generation]:
+        pieces = StreamingDetokenizer(self._tokenizer)
         certain = Drained(rounds)
         for one in certain:
             for number, token in enumerate(one.tokens):

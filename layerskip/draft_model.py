@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from layerskip.drafts.layers import LayerWeights
+from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.errors import ExportError
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
 
 # What the last projection of an attention module or an MLP is called.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "fc2")
@@ -41,7 +41,7 @@ def config_of(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConf
     of these layers.
 
     Args:
-        config: The full model's.
+        config: The target model's.
         layers: For each of the copy's layers the one that it is, or is built like.
     """
     depth = config.num_hidden_layers
@@ -68,10 +68,10 @@ class _Layer:
 
     place: int
     like: int
-    trained: LayerWeights | None = None
+    trained: DraftLayerWeights | None = None
 
 
-def _layers_of(skip_set: SkipSet, trained: Mapping[int, LayerWeights]) -> list[_Layer]:
+def _layers_of(skip_set: SkipSet, trained: Mapping[int, DraftLayerWeights]) -> list[_Layer]:
     """In the order in which they run. No trained layer lies between the sublayers of one that is kept."""
     kept = [_Layer(2 * layer + skip_set.attention_mask[layer], layer) for layer in kept_layers(skip_set)]
     return sorted(
@@ -81,12 +81,12 @@ def _layers_of(skip_set: SkipSet, trained: Mapping[int, LayerWeights]) -> list[_
 
 @torch.no_grad()
 def draft_model_of(
-    model: LayerSkipModel, skip_set: SkipSet, trained: Mapping[int, LayerWeights] | None = None
+    model: LayerSkipModel, skip_set: SkipSet, trained: Mapping[int, DraftLayerWeights] | None = None
 ) -> PreTrainedModel:
     """The draft as a model of transformers' own class, in evaluation mode. It shares its weights.
 
     Args:
-        model: The full model.
+        model: The target model.
         skip_set: The sublayers that the draft leaves out.
         trained: Layers that run in place of some of them, by the index of the first; in the model's dtype, and where
             it is.
@@ -120,7 +120,7 @@ def draft_model_of(
 
 
 def _generation_config_of(full: PreTrainedModel) -> GenerationConfig:
-    """The special tokens alone: how to sample is the full model's to say, maybe in a way that cannot be saved."""
+    """The special tokens alone: how to sample is the target model's to say, maybe in a way that cannot be saved."""
     original = full.generation_config or GenerationConfig()
     return GenerationConfig(**{name: getattr(original, name) for name in _SPECIAL_TOKENS})
 
@@ -145,7 +145,7 @@ def _renumbered(tensors: Mapping[str, Tensor], prefix: str, likes: Sequence[int]
 
 
 def _zero_output(weights: dict[str, Tensor], full: PreTrainedModel, old: str, new: str) -> None:
-    """Make a sublayer's output projection zero; ``old`` is its name in the full model, ``new`` that in the draft."""
+    """Make a sublayer's output projection zero; ``old`` is its name in the target model, ``new`` that in the draft."""
     projection = _output_projection(full.get_submodule(old), old)
     for name in [name for name in weights if name.startswith(f"{new}.{projection}.")]:
         weights[name] = torch.zeros_like(weights[name])

@@ -11,20 +11,138 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layerskip.decoding.draft_exit import DraftExit
 from layerskip.draft_model import draft_model_of, kept_layers
-from layerskip.drafts.assets import DraftAssets
+from layerskip.drafting.stopping import DraftStopping
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import ExportError, InvalidInputError
-from layerskip.export_card import export_card
-from layerskip.hub import published
-from layerskip.model_card import CARD_NAME
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.stack import Stack
+from layerskip.families import family_of
+from layerskip.hub import CARD_NAME, measured_in_words, metadata, published
+from layerskip.model import LayerSkipModel
+from layerskip.sublayers import Stack
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
+
+
+def export_card(profile: DraftProfile, draft: PreTrainedConfig, full: PreTrainedConfig) -> str:
+    """The README, in Markdown with YAML metadata.
+
+    Args:
+        profile: The exported profile.
+        draft: Configuration of the exported checkpoint.
+        full: Configuration of the target model.
+    """
+    sections = [
+        f"---\n{metadata(profile.base_model_name_or_path, library='transformers')}\n---",
+        f"# A draft of {_target(profile)}",
+        _what(profile),
+        *_half_kept(profile),
+        *_left_out(profile),
+        *_irregular(draft, full),
+        measured_in_words(profile.measured),
+        "layerskip's own draft shares weights, keys and values with the model. Engines keep them twice and have other "
+        "costs, so figures of layerskip are not theirs: measure there.",
+        "## Use",
+        _usage(profile),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _target(profile: DraftProfile) -> str:
+    return profile.base_model_name_or_path or profile.model.id
+
+
+def _what(profile: DraftProfile) -> str:
+    layers, skip_set = kept_layers(profile.skip_set), profile.skip_set
+    return (
+        f"A draft model for speculative decoding of {_target(profile)}, and of no use alone: {len(layers)} of its "
+        f"{skip_set.num_layers} layers ({', '.join(map(str, layers))}), with their weights unchanged"
+        f"{_trained(profile)}. Skipped: {skip_set}. Written by layerskip; it is an ordinary checkpoint."
+    )
+
+
+def _trained(profile: DraftProfile) -> str:
+    number = 0 if profile.tensors is None else profile.tensors.layers
+    return f", and {number} trained layer{'s' * (number > 1)} in place of some that are skipped" if number else ""
+
+
+def _half_kept(profile: DraftProfile) -> list[str]:
+    kept = profile.skip_set.kept
+    zeroed = 2 * len(kept_layers(profile.skip_set)) - len(kept)
+    if not zeroed:
+        return []
+    return [
+        f"In {zeroed} of these layers one sublayer is skipped: its output projection is zero. Engines compute it all "
+        "the same, so such a layer costs them as much as a whole one."
+    ]
+
+
+def _left_out(profile: DraftProfile) -> list[str]:
+    tensors, parts = profile.tensors, []
+    if tensors is not None and tensors.bridges:
+        parts.append(
+            f"The profile's bridges ({tensors.bridges}) are not in it: no layer of this architecture can be a linear "
+            "map. The share of accepted tokens below was measured with them and will be lower."
+        )
+    if tensors is not None and tensors.vocabulary:
+        parts.append("Its head scores the whole vocabulary, as engines need it, not the profile's draft vocabulary.")
+    return parts
+
+
+def _irregular(draft: PreTrainedConfig, full: PreTrainedConfig) -> list[str]:
+    """Some engines take a layer's kind from its number instead of the configuration."""
+    lists = [name for name in ("layer_types", "no_rope_layers") if _leaves_the_pattern(draft, full, name)]
+    if not lists:
+        return []
+    named = " and ".join(f"`{name}`" for name in lists)
+    return [
+        f"Its layers' kinds do not follow the pattern of {draft.model_type} models any more ({named} in "
+        "`config.json`). Engines that take them from the layer's number instead, as llama.cpp does, run another draft "
+        f"{_from_when(draft, lists)}. The output stays right."
+    ]
+
+
+def _leaves_the_pattern(draft: PreTrainedConfig, full: PreTrainedConfig, name: str) -> bool:
+    own, original = (list(getattr(config, name, None) or ()) for config in (draft, full))
+    return own != original[: len(own)]
+
+
+def _from_when(draft: PreTrainedConfig, lists: list[str]) -> str:
+    """A layer's window shows in longer texts only, its positions at once."""
+    if lists == ["layer_types"] and family_of(draft).rotary(draft, 0) is None:
+        window = getattr(draft, "sliding_window", None)
+        return f"once a text is longer than the window of {window} tokens, and accept fewer tokens there"
+    return "and accept fewer tokens"
+
+
+def _usage(profile: DraftProfile) -> str:
+    target, tokens = _target(profile), profile.draft_exit.new_state().max_length
+    settings = json.dumps({"method": "draft_model", "model": "DIR", "num_speculative_tokens": tokens})
+    return f"""`DIR` is this folder, and `{target}` the target model. All of these verify the draft with the target.
+
+vLLM (newer than 0.13):
+
+```console
+$ vllm serve {target} --speculative-config '{settings}'
+```
+
+llama.cpp, with both models converted (builds before May 2026 do without `--spec-type` and call the other option
+`--draft-max`):
+
+```console
+$ python convert_hf_to_gguf.py DIR --outfile draft.gguf
+$ llama-server -m target.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {tokens}
+```
+
+transformers:
+
+```python
+draft = AutoModelForCausalLM.from_pretrained("DIR", dtype=model.dtype)
+model.generate(**inputs, assistant_model=draft)
+```"""
+
 
 RECORD_NAME = "layerskip_export.json"
 
@@ -40,11 +158,11 @@ class Export:
 
     Args:
         folder: Where the checkpoint is.
-        layers: The full model's layers that it has, ascending.
+        layers: The target model's layers that it has, ascending.
         trained: Number of trained layers that it has besides, in place of skipped sublayers.
         zeroed: Number of sublayers in ``layers`` that are skipped, so that their output projection is zero.
         parameters: Number of its weights.
-        full_parameters: Number of the full model's weights.
+        full_parameters: Number of the target model's weights.
         difference: Largest difference between the logits that stock transformers computes from the checkpoint and
             those of the draft, on a few tokens.
     """
@@ -70,7 +188,7 @@ def export_draft(
 
     It has the kept layers and the trained ones; of a layer of which one sublayer is skipped, that sublayer's output
     projection is zero. Dtype, tied embeddings and tokenizer are the model's. A draft vocabulary is left out: engines
-    need the vocabulary of the full model. The folder appears when it is whole and the checkpoint, loaded again with
+    need the vocabulary of the target model. The folder appears when it is whole and the checkpoint, loaded again with
     stock transformers, has given the draft's logits; an earlier export there is replaced.
 
     Args:
@@ -92,7 +210,7 @@ def export_draft(
     profile.check(model)
     profile = published(profile)
     trained = profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device)).layers
-    stack = model.stack_of(profile.skip_set, stand_ins=DraftAssets(layers=trained).stand_ins(model))
+    stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).stand_ins(model))
     draft = draft_model_of(model, profile.skip_set, trained)
     _set_draft_length(draft, profile.draft_exit)
     try:
@@ -134,7 +252,7 @@ def check_exportable(profile: DraftProfile, folder: Path, *, without_bridges: bo
     """
     if profile.drafts_with_heads:
         raise InvalidInputError(
-            "the profile drafts with heads on the full model's hidden states, which are no model of their own, so that "
+            "the profile drafts with heads on the target's hidden states, which are no model of their own, so that "
             "there is no checkpoint for other engines to write; a profile of a skip set can be exported"
         )
     if not len(profile.skip_set):
@@ -175,13 +293,13 @@ def _exported_files(folder: Path) -> set[str]:
         return set()
 
 
-def _set_draft_length(draft: PreTrainedModel, draft_exit: DraftExit) -> None:
+def _set_draft_length(draft: PreTrainedModel, draft_exit: DraftStopping) -> None:
     """What ``generate(assistant_model=...)`` reads, so that it drafts as many tokens as the profile says."""
-    controller = draft_exit.controller()
+    state = draft_exit.new_state()
     settings: Any = draft.generation_config
-    settings.num_assistant_tokens = controller.max_length
+    settings.num_assistant_tokens = state.max_length
     settings.num_assistant_tokens_schedule = "constant"
-    settings.assistant_confidence_threshold = controller.threshold
+    settings.assistant_confidence_threshold = state.threshold
 
 
 @torch.inference_mode()

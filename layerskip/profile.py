@@ -20,19 +20,18 @@ from pydantic_core import ErrorDetails
 from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
-from layerskip.decoding.draft_exit import DraftExit
-from layerskip.decoding.drafting import Drafter, SkipDrafter
-from layerskip.decoding.heads import HeadDrafter
-from layerskip.decoding.ngrams import NGrams, behind_copies
-from layerskip.drafts.assets import DraftAssets
+from layerskip.drafting.drafter import Drafter, LayerSkipDrafter
+from layerskip.drafting.head_drafter import HeadDrafter
+from layerskip.drafting.prompt_lookup import PromptLookup, with_prompt_lookup
+from layerskip.drafting.stopping import DraftStopping
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
-from layerskip.files import write_atomically, write_bytes_atomically
+from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.hub import OnTheHub
-from layerskip.identity import ModelIdentity, identify
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.stack.tree import describe_branches, widths_of
-from layerskip.timing import duration
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
+from layerskip.token_tree import describe_branches, widths_of
+from layerskip.utils import duration, write_atomically, write_bytes_atomically
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[2] = 2
@@ -58,7 +57,7 @@ class Measured(_Part):
     )
     max_new_tokens: int = Field(ge=1, description="Most tokens generated for each prompt.")
     near_ties: int = Field(
-        ge=0, description="Prompts whose outputs part where the full model's best tokens are as good as tied."
+        ge=0, description="Prompts whose outputs part where the target model's best tokens are as good as tied."
     )
     device: str = Field(description="What it was measured on.")
     dtype: str = Field(description="Floating-point type of the model.")
@@ -112,9 +111,9 @@ class DraftProfile(OnTheHub, _Part):
     skip_set: SkipSet = Field(
         description="The sublayers that the draft leaves out; none where heads draft, which run nothing of the stack."
     )
-    draft_exit: Annotated[DraftExit, Field(discriminator="kind")] = Field(description="When a draft ends.")
+    draft_exit: Annotated[DraftStopping, Field(discriminator="kind")] = Field(description="When a draft ends.")
     gate: float = Field(
-        default=0.0, ge=0, le=1, description="Confidence of the full model below which the next round drafts nothing."
+        default=0.0, ge=0, le=1, description="Confidence of the target model below which the next round drafts nothing."
     )
     branches: tuple[int | tuple[int, ...], ...] = Field(
         default=(),
@@ -123,7 +122,7 @@ class DraftProfile(OnTheHub, _Part):
         "A number counts those behind the first token of the place before; a list, which draft heads alone can have, "
         "those behind each of its tokens.",
     )
-    ngrams: NGrams | None = Field(
+    ngrams: PromptLookup | None = Field(
         default=None, description="What to copy from the text before the model drafts; absent copies nothing."
     )
     tensors: TensorsFile | None = Field(
@@ -136,7 +135,7 @@ class DraftProfile(OnTheHub, _Part):
     )
     revision: str | None = Field(default=None, description="The model's branch, tag or commit on the hub, as in PEFT.")
     _source: str = PrivateAttr(default="draft profile")
-    _assets: DraftAssets = PrivateAttr(default_factory=DraftAssets)
+    _assets: DraftWeights = PrivateAttr(default_factory=DraftWeights)
 
     @field_validator("version")
     @classmethod
@@ -193,9 +192,9 @@ class DraftProfile(OnTheHub, _Part):
         profile._source = source
         return profile
 
-    def _load_assets(self, folder: Path) -> DraftAssets:
+    def _load_assets(self, folder: Path) -> DraftWeights:
         if self.tensors is None:
-            return DraftAssets()
+            return DraftWeights()
         path = folder / self.tensors.file
         try:
             content = path.read_bytes()
@@ -209,11 +208,11 @@ class DraftProfile(OnTheHub, _Part):
                 "restore it, or search again"
             )
         try:
-            return DraftAssets.from_bytes(content)
+            return DraftWeights.from_bytes(content)
         except ValueError as error:
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
 
-    def with_assets(self, assets: DraftAssets) -> DraftProfile:
+    def with_assets(self, assets: DraftWeights) -> DraftProfile:
         """The same profile with these stand-ins or draft heads, and this draft vocabulary.
 
         Raises:
@@ -284,13 +283,13 @@ class DraftProfile(OnTheHub, _Part):
         """
         self.check(model)
         drafter = self._head_drafter(model) if self.drafts_with_heads else self._skip_drafter(model)
-        return behind_copies(self.ngrams, drafter)
+        return with_prompt_lookup(self.ngrams, drafter)
 
     def _head_drafter(self, model: LayerSkipModel) -> HeadDrafter:
         return HeadDrafter.of(model, self.draft_exit, self._assets, gate=self.gate, branches=self.branches)
 
-    def _skip_drafter(self, model: LayerSkipModel) -> SkipDrafter:
-        return SkipDrafter.of(
+    def _skip_drafter(self, model: LayerSkipModel) -> LayerSkipDrafter:
+        return LayerSkipDrafter.of(
             model, self.skip_set, self.draft_exit, self._assets, gate=self.gate, branches=self.branches
         )
 
@@ -320,7 +319,7 @@ class DraftProfile(OnTheHub, _Part):
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
 
     @property
-    def assets(self) -> DraftAssets:
+    def assets(self) -> DraftWeights:
         """Its stand-ins (bridges, trained layers), its draft heads and its draft vocabulary."""
         return self._assets
 
@@ -347,7 +346,7 @@ class DraftProfile(OnTheHub, _Part):
         if self.ngrams:
             parts.append(str(self.ngrams))
         if self.gate:
-            parts.append(f"none where the full model's confidence is below {self.gate:g}")
+            parts.append(f"none where the target model's confidence is below {self.gate:g}")
         return "; ".join(parts)
 
     @property

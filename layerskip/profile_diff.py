@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.drafts.bridges import Bridge
-from layerskip.drafts.layers import LayerWeights
+from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.profile import DraftProfile
-from layerskip.stack.skipset import SkipSet
+from layerskip.skip_set import SkipSet
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _drafts(a: DraftProfile, b: DraftProfile) -> Iterable[Difference]:
 
 
 def _stand_ins(
-    what: str, of_a: Mapping[int, Bridge | LayerWeights], of_b: Mapping[int, Bridge | LayerWeights]
+    what: str, of_a: Mapping[int, Bridge | DraftLayerWeights], of_b: Mapping[int, Bridge | DraftLayerWeights]
 ) -> Iterable[Difference]:
     """By the sublayers that they stand for, and where those are the same, by their weights."""
     spans_a, spans_b = ([_span(one) for one in of.values()] for of in (of_a, of_b))
@@ -94,16 +94,16 @@ def _stand_ins(
     yield Difference(what, spans_a, spans_b, tuple(other_weights))
 
 
-def _span(one: Bridge | LayerWeights) -> str:
+def _span(one: Bridge | DraftLayerWeights) -> str:
     return f"{one.start}-{one.stop - 1}" if one.start < one.stop else "behind all"
 
 
-def _same_weights(a: Bridge | LayerWeights, b: Bridge | LayerWeights) -> bool:
+def _same_weights(a: Bridge | DraftLayerWeights, b: Bridge | DraftLayerWeights) -> bool:
     of_a, of_b = _weights(a), _weights(b)
     return of_a.keys() == of_b.keys() and all(torch.equal(of_a[name], of_b[name]) for name in of_a)
 
 
-def _weights(one: Bridge | LayerWeights) -> dict[str, Tensor]:
+def _weights(one: Bridge | DraftLayerWeights) -> dict[str, Tensor]:
     """By name; a layer's with the model's layer that it is built like."""
     if isinstance(one, Bridge):
         return {str(number): part for number, part in enumerate((*one.factors, one.bias))}

@@ -11,10 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layerskip.checkpoints import ALIASES, resolve_device, resolve_dtype
 from layerskip.errors import InvalidInputError, InvalidProfileError
-from layerskip.files import write_atomically
 from layerskip.hub import PROFILE_NAME
-from layerskip.machine import device_name
 from layerskip.profile import DraftProfile
+from layerskip.utils import device_name, write_atomically
 
 FOLDER = Path(__file__).parent / "profiles"
 INDEX = "index.json"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +27,84 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from layerskip.decoding.loop import DecodingStats, Generation, generate
-from layerskip.decoding.processed import ProcessedSampling, Transcript
+from layerskip.drafting.drafter import Drafter
+from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
+from layerskip.generation import DecodingStats, Generation, generate
+from layerskip.logits_processing import GenerationHistory, ProcessorSampling
+from layerskip.model import LayerSkipModel, check_generating
 from layerskip.profile import DraftProfile
-from layerskip.stack.adapters import check_generating
-from layerskip.stack.model import LayerSkipModel
-from layerskip.wrapped import drafter_of, wrapper_of
+
+# Drafts kept for one model, those used last: each may hold rows of the head.
+_DRAFTERS_KEPT = 4
+
+
+@dataclass
+class _Wrapped:
+    """A wrapper, the state that the model was wrapped in, and the drafters made for it, the newest last."""
+
+    wrapper: LayerSkipModel
+    state: object
+    drafters: list[tuple[DraftProfile, Drafter]] = field(default_factory=list)
+
+
+_WRAPPED: weakref.WeakKeyDictionary[PreTrainedModel, _Wrapped] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def cached_wrapper(model: PreTrainedModel) -> LayerSkipModel:
+    """The model's wrapper: the same for every call, until the model is moved, changed or dropped.
+
+    It does not keep the model alive; keep the model for as long as you use it.
+
+    Raises:
+        UnsupportedModelError: The model cannot be taken apart.
+        InvalidInputError: The model is in training mode.
+    """
+    return _wrapped(model).wrapper
+
+
+def cached_drafter(profile: DraftProfile, model: PreTrainedModel) -> Drafter:
+    """A drafter for one generation; what is costly about it is made and checked once for a profile and a model.
+
+    Raises:
+        InvalidProfileError: The profile is for another model.
+    """
+    with _LOCK:
+        wrapped = _wrapped(model)
+        kept = next((entry for entry in wrapped.drafters if entry[0] == profile), None)
+        if kept is None:
+            kept = profile, profile.drafter(wrapped.wrapper)
+        wrapped.drafters = [*(entry for entry in wrapped.drafters if entry is not kept), kept][-_DRAFTERS_KEPT:]
+        return copy.copy(kept[1])  # its own state, for generations at the same time
+
+
+def _wrapped(model: PreTrainedModel) -> _Wrapped:
+    if model.training:
+        raise InvalidInputError("the model is in training mode; call model.eval() first")
+    state = _state(model)
+    with _LOCK:
+        wrapped = _WRAPPED.get(model)
+        if wrapped is None or wrapped.state != state:
+            wrapped = _WRAPPED[model] = _Wrapped(_wrap(model), state)
+        return wrapped
+
+
+def _wrap(model: PreTrainedModel) -> LayerSkipModel:
+    wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
+    # Its own engine would make a cycle with it, and the model's memory would wait for the garbage collector.
+    wrapper.engine = EagerEngine(cast(LayerSkipModel, weakref.proxy(wrapper)))
+    return wrapper
+
+
+def _state(model: PreTrainedModel) -> object:
+    """Changes when the model is moved, converted, adapted or trained, or computes attention another way."""
+    weights = tuple(
+        (id(weight), weight.device, weight.dtype, 0 if weight.is_inference() else weight._version)
+        for weight in model.parameters()
+    )
+    return model.config._attn_implementation, weights
+
 
 # What generate() prepares for the model's own forward; layerskip computes positions, masks and cache itself.
 _PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
@@ -103,8 +177,8 @@ class Speculation:
             UnsupportedModelError: The model cannot be taken apart into sublayers.
             InvalidInputError: The model is in training mode.
         """
-        drafter_of(self.profile, model)
-        return wrapper_of(model)
+        cached_drafter(self.profile, model)
+        return cached_wrapper(model)
 
     def __call__(
         self,
@@ -138,19 +212,19 @@ class Speculation:
         """
         _check_settings(generation_config)
         check_generating(model)
-        drafter, wrapper = drafter_of(self.profile, model), wrapper_of(model)
+        drafter, wrapper = cached_drafter(self.profile, model), cached_wrapper(model)
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
-        transcript = Transcript(
+        transcript = GenerationHistory(
             input_ids,
             criteria,
             keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
         )
-        sampling = ProcessedSampling(
+        sampling = ProcessorSampling(
             transcript, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size
         )
-        simple = not sampling.needs_transcript and all(type(one) in _KNOWN_TO_THE_LOOP for one in criteria)
+        simple = not sampling.needs_history and all(type(one) in _KNOWN_TO_THE_LOOP for one in criteria)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         generation = generate(
@@ -252,7 +326,7 @@ def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
 
 
 def _output(
-    generation: Generation, input_ids: Tensor, transcript: Transcript, config: GenerationConfig
+    generation: Generation, input_ids: Tensor, transcript: GenerationHistory, config: GenerationConfig
 ) -> Tensor | SpeculativeOutput:
     new = torch.tensor([generation.tokens], dtype=input_ids.dtype, device=input_ids.device)
     sequences = torch.cat([input_ids, new], dim=-1)

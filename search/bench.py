@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layerskip.decoding.drafting import Drafter
-from layerskip.stack.model import LayerSkipModel
-from search.contenders import Contender, own_way
-from search.interleaving import interleaved, measurement, warm_up
+from layerskip.drafting.drafter import Drafter
+from layerskip.model import LayerSkipModel
+from search.decoding_methods import DecodingMethod, layerskip_method
+from search.interleaving import measurement, time_interleaved, warm_up
+from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement, Summary, parts_at_near_tie, summarize
 from search.prompts import EncodedPrompt
-from search.quiet import Quiet
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def bench(
     *,
     max_new_tokens: int,
     repeats: int,
-    quiet: Quiet,
+    quiet: MachineLock,
     on_prompt: Callable[[int], None],
 ) -> Bench:
     """Decode prompts both ways, interleaved: prompt by prompt, and in turn what comes first.
@@ -53,9 +53,12 @@ def bench(
     Raises:
         LosslessnessError: The draft changed the output.
     """
-    both = (Contender("plain", own_way(model, None)), Contender("draft", own_way(model, drafter)))
+    both = (
+        DecodingMethod("plain", layerskip_method(model, None)),
+        DecodingMethod("draft", layerskip_method(model, drafter)),
+    )
     warm_up(model, both, prompts, max_new_tokens=max_new_tokens)
-    plain, draft = interleaved(
+    plain, draft = time_interleaved(
         model, both, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
     )
     measured: list[PromptMeasurement] = []
@@ -64,6 +67,6 @@ def bench(
         one, other = plain[prompt.id], draft[prompt.id]
         near_tie = parts_at_near_tie(model, prompt, one[0].decoded.tokens, other[0].decoded.tokens)
         measured.append(measurement(prompt.id, one, other, near_tie=near_tie))
-        rounds += other[0].decoded.full_passes - 1  # the prompt's pass is no round
+        rounds += other[0].decoded.target_passes - 1  # the prompt's pass is no round
     accepted = sum(one.accepted for one in measured)
     return Bench(summarize(measured), tuple(measured), accepted / rounds if rounds else None)

@@ -1,7 +1,7 @@
 """Which shape a branching draft should have, from how often each of its tokens would be the text's next.
 
 A draft is a chain with leaves beside it. A token at some depth and rank adds to a round as often as the chain above it
-stands and the full model's choice has that rank there. The best shape of a size takes the tokens that add most.
+stands and the target model's choice has that rank there. The best shape of a size takes the tokens that add most.
 
 Sources: Medusa (arXiv 2401.10774, section 2.3.3) and Sequoia (arXiv 2402.12374) build fixed trees from measured
 acceptance in this way; the confidence threshold, which ends a chain earlier, makes ours depend on the text too, as
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
-from search.estimate import LAST_RANK, Trace
+from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
+from search.acceptance import LAST_RANK, Trace
 from search.space import Policy, SearchSpace
 
 _DEPTHS = (1, 2, 3, 4, 6)
@@ -62,7 +62,7 @@ def branching_policies(traces: Sequence[Trace], space: SearchSpace) -> Iterator[
     """
     deepest = gains(traces, max(_DEPTHS))
     for depth in (depth for depth in _DEPTHS if depth <= space.max_draft_length):
-        exits: list[DraftExit] = [FixedLength(depth)]
+        exits: list[DraftStopping] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
         for size in (size for size in space.trees if size > depth):

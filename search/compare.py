@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 
 from layerskip.errors import LosslessnessError
-from layerskip.stack.model import LayerSkipModel
-from search.contenders import Contender
-from search.interleaving import WARM_UP_TOKENS, Runs, Timed, interleaved, measurement, warm_up
+from layerskip.model import LayerSkipModel
+from search.decoding_methods import DecodingMethod
+from search.interleaving import WARM_UP_TOKENS, Runs, TimedRun, measurement, time_interleaved, warm_up
+from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement, parts_at_near_tie
 from search.prompts import EncodedPrompt
-from search.quiet import Quiet
 from studies.comparison import Entry
-from studies.speedups import speedup_of_all
+from studies.statistics import speedup_of_all
 
 
-def able(contenders: Sequence[Contender], prompt: EncodedPrompt) -> tuple[Sequence[Contender], dict[str, str]]:
+def able(
+    contenders: Sequence[DecodingMethod], prompt: EncodedPrompt
+) -> tuple[Sequence[DecodingMethod], dict[str, str]]:
     """Those of some contenders that can decode with the model at all, and why the others cannot, by name.
 
     Args:
@@ -40,12 +42,12 @@ def able(contenders: Sequence[Contender], prompt: EncodedPrompt) -> tuple[Sequen
 
 def compare(
     model: LayerSkipModel,
-    contenders: Sequence[Contender],
+    contenders: Sequence[DecodingMethod],
     prompts: Sequence[EncodedPrompt],
     *,
     max_new_tokens: int,
     repeats: int,
-    quiet: Quiet,
+    quiet: MachineLock,
     on_prompt: Callable[[int], None],
 ) -> list[Entry]:
     """Decode prompts in every way, interleaved, and hold all against the first.
@@ -64,7 +66,7 @@ def compare(
     """
     warm_up(model, contenders, prompts, max_new_tokens=max_new_tokens)
     peaks = [_peak_bytes(model, contender, prompts, max_new_tokens) for contender in contenders]
-    runs = interleaved(
+    runs = time_interleaved(
         model, contenders, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
     )
     return [
@@ -74,7 +76,7 @@ def compare(
 
 
 def _peak_bytes(
-    model: LayerSkipModel, contender: Contender, prompts: Sequence[EncodedPrompt], max_new_tokens: int
+    model: LayerSkipModel, contender: DecodingMethod, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> int | None:
     """Most device memory in use while the longest prompt is decoded, above what was in use before."""
     if model.device.type != "cuda":
@@ -89,7 +91,7 @@ def _peak_bytes(
 def _entry(
     model: LayerSkipModel,
     prompts: Sequence[EncodedPrompt],
-    contender: Contender,
+    contender: DecodingMethod,
     plain: Runs,
     own: Runs,
     peak_bytes: int | None,
@@ -113,7 +115,7 @@ def _entry(
         speedup=speedup_of_all(measured),
         prompts=measured,
         acceptance_rate=sum(run.decoded.accepted for run in every) / drafted if drafted else None,
-        tokens_per_pass=sum(len(run.decoded.tokens) for run in every) / sum(run.decoded.full_passes for run in every),
+        tokens_per_pass=sum(len(run.decoded.tokens) for run in every) / sum(run.decoded.target_passes for run in every),
         draft_cost=draft_seconds / drafted / step if drafted and step else None,
         draft_share=draft_seconds / sum(run.seconds for run in every),
         draft_bytes=contender.draft_bytes,
@@ -125,7 +127,7 @@ def _entry(
 
 
 def _parts_at_near_tie(
-    model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[Timed], own: Sequence[Timed]
+    model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[TimedRun], own: Sequence[TimedRun]
 ) -> bool | None:
     """Whether two outputs part at a near-tie; None where they part elsewhere."""
     try:
@@ -145,5 +147,5 @@ def _rates(runs: Runs) -> list[float]:
 def _plain_step(plain: Runs) -> float | None:
     """Seconds of one step of plain decoding; None if there was none behind the prompts."""
     every = [run.decoded for runs in plain.values() for run in runs]
-    steps = sum(decoded.full_passes - 1 for decoded in every)
+    steps = sum(decoded.target_passes - 1 for decoded in every)
     return sum(decoded.step_seconds or 0.0 for decoded in every) / steps if steps else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerskip.decoding.ngrams import NGrams, TextIndex
+from layerskip.drafting.prompt_lookup import NGramIndex, PromptLookup
 from search.reference import ReferenceText
 from search.space import Policy
 
@@ -28,16 +28,16 @@ class Copies:
 
     Args:
         drafted: ``[m]``, how many tokens would be proposed behind each new token; 0 where nothing came before.
-        stand: ``[m]``, how many of them are what the full model wrote.
+        stand: ``[m]``, how many of them are what the target model wrote.
     """
 
     drafted: np.ndarray
     stand: np.ndarray
 
     @classmethod
-    def of(cls, text: ReferenceText, ngrams: NGrams) -> Copies:
+    def of(cls, text: ReferenceText, ngrams: PromptLookup) -> Copies:
         """What n-grams would have proposed along a text."""
-        tokens, index = text.tokens.tolist(), TextIndex(ngrams)
+        tokens, index = text.tokens.tolist(), NGramIndex(ngrams)
         index.extend(tokens[: text.prompt_length])
         drafted, stand = [], []
         for place in range(text.prompt_length, len(tokens)):
@@ -54,12 +54,12 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return different[0] if different else min(len(a), len(b))
 
 
-def settings_of_ngrams() -> list[NGrams]:
+def settings_of_ngrams() -> list[PromptLookup]:
     """The n-grams that replay tries."""
-    return [NGrams(shortest=shortest, length=length) for shortest in _SHORTEST for length in _LENGTHS]
+    return [PromptLookup(shortest=shortest, length=length) for shortest in _SHORTEST for length in _LENGTHS]
 
 
-def copies_along(texts: Sequence[ReferenceText]) -> dict[NGrams, list[Copies]]:
+def copies_along(texts: Sequence[ReferenceText]) -> dict[PromptLookup, list[Copies]]:
     """What each of the n-grams that replay tries would copy along each text."""
     return {ngrams: [Copies.of(text, ngrams) for text in texts] for ngrams in settings_of_ngrams()}
 

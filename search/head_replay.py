@@ -16,24 +16,21 @@ from itertools import accumulate, product
 import numpy as np
 import torch
 
-from layerskip.decoding.draft_exit import ConfidenceThreshold, DraftExit, FixedLength
-from layerskip.decoding.drafting import Outcome
-from layerskip.decoding.heads import HeadDrafter
-from layerskip.decoding.ngrams import NGrams
-from layerskip.decoding.prefix import through_layer
-from layerskip.decoding.sampling import Draft, Sampling
-from layerskip.decoding.verification import Verdict
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.heads import DraftHeads
+from layerskip.drafting.drafter import RoundResult
+from layerskip.drafting.head_drafter import HeadDrafter, through_layer
+from layerskip.drafting.heads import DraftHeads
+from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
+from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Scored
-from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.stack import Stack
-from layerskip.stack.sublayers import LayerStandIn
-from layerskip.stack.tree import Branches, branches_of, widths_of
-from layerskip.timing import device_seconds
+from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
+from layerskip.sampling import Draft, Sampling, Verdict
+from layerskip.sublayers import DraftLayerStep, Stack
+from layerskip.token_tree import Branches, branches_of, widths_of
+from layerskip.utils import device_seconds
+from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
-from search.estimate import LAST_RANK, ranked
 from search.latency import LatencyModel
 from search.reference import ReferenceText
 from search.replay import Prediction
@@ -52,9 +49,9 @@ class HeadTrace:
 
     Args:
         ranks: By place ``[m - 1 - place]``: for each new token but the last ones, were it the newest, the rank of the
-            full model's choice among the head's tokens, likeliest first; at most ``LAST_RANK``.
+            target model's choice among the head's tokens, likeliest first; at most ``LAST_RANK``.
         confidence: Likewise, the probability of the head's likeliest token.
-        target_confidence: ``[m - 1]``, the probability that the full model gives to its own choice behind each token.
+        target_confidence: ``[m - 1]``, the probability that the target model gives to its own choice behind each token.
         prompt_length: Tokens of the prompt.
         new_tokens: ``m``, tokens of the continuation.
     """
@@ -68,15 +65,15 @@ class HeadTrace:
 
 @torch.inference_mode()
 def trace_heads(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: LayerStandIn | None = None
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: DraftLayerStep | None = None
 ) -> HeadTrace:
-    """The trace of heads along a text: one pass of the full model over it.
+    """The trace of heads along a text: one pass of the target model over it.
 
     Args:
         model: The model.
         heads: The heads, on its device and in its dtype.
         stack: Any of the model's, with the draft vocabulary.
-        text: What the full model wrote.
+        text: What the target model wrote.
         prefix: The layer that they read its states through, likewise; None where there is none.
     """
     tokens = text.tokens.to(model.device)
@@ -104,7 +101,7 @@ def trace_heads(
 def best_tree(traces: Sequence[HeadTrace], depth: int, size: int) -> tuple[int | tuple[int, ...], ...]:
     """The tree of a size that adds most to a round, with a path of some depth through the likeliest tokens.
 
-    A token adds as often as the text runs through it: as the full model's choices have the ranks there that lead to it.
+    A token adds as often as the text runs through it: as the target's choices have the ranks there that lead to it.
     Likelier tokens are proposed first, whether or not they add more.
 
     Sources: Medusa (arXiv 2401.10774, section 2.3.3) and Sequoia (arXiv 2402.12374) grow trees in this way.
@@ -155,7 +152,7 @@ def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -
         space: Gives gates and sizes of trees.
     """
     for depth in range(1, heads + 1):
-        exits: list[DraftExit] = [FixedLength(depth)]
+        exits: list[DraftStopping] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
         shapes = [(), *(best_tree(traces, depth, size) for size in space.trees if size > depth)]
@@ -212,7 +209,7 @@ class HeadCosts:
         """The costs on texts of these lengths.
 
         Args:
-            latency: What passes of the full model cost.
+            latency: What passes of the target model cost.
             model: The model, whose engine chooses how to verify.
             heads: The heads.
             draft: As in the class.
@@ -226,7 +223,7 @@ class HeadCosts:
 
 
 @torch.inference_mode()
-def measure_drafts(model: LayerSkipModel, assets: DraftAssets) -> DraftSeconds:
+def measure_drafts(model: LayerSkipModel, assets: DraftWeights) -> DraftSeconds:
     """Seconds of drafting with heads; medians, interleaved.
 
     Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
@@ -239,7 +236,7 @@ def measure_drafts(model: LayerSkipModel, assets: DraftAssets) -> DraftSeconds:
     newest, states = text[:1], model.embed(text)[0]
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
     nothing, scores = Draft.of([], model.device), model.logits(states[None, :2])
-    before = Outcome(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
+    before = RoundResult(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
     assert assets.heads is not None
     longest = assets.heads.count
     drafters = {
@@ -275,7 +272,7 @@ def replay_heads(
     costs: HeadCosts,
     *,
     limit: int,
-    copies: Mapping[NGrams, Sequence[Copies]] | None = None,
+    copies: Mapping[PromptLookup, Sequence[Copies]] | None = None,
 ) -> Prediction:
     """Find the policy with which the heads would have been fastest.
 
@@ -320,9 +317,9 @@ class _Played:
         self._trace = trace
         self._policy = policy
         self._costs = costs
-        controller = policy.draft_exit.controller()
-        self._longest = min(controller.max_length, len(trace.ranks))
-        self._threshold = controller.threshold
+        state = policy.draft_exit.new_state()
+        self._longest = min(state.max_length, len(trace.ranks))
+        self._threshold = state.threshold
         self._shape(widths_of(policy.branches))
         self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
         newest, sure = 0, 1.0

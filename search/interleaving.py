@@ -6,19 +6,19 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from layerskip.stack.model import LayerSkipModel
-from layerskip.timing import device_seconds
-from search.contenders import Contender, Decoded
+from layerskip.model import LayerSkipModel
+from layerskip.utils import device_seconds
+from search.decoding_methods import Decoded, DecodingMethod
+from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement
 from search.prompts import EncodedPrompt
-from search.quiet import Quiet
 
 # Enough that every kernel and buffer has been used once.
 WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedRun:
     """What decoding a prompt came to, and how long it took in seconds, prefill included."""
 
     decoded: Decoded
@@ -26,11 +26,15 @@ class Timed:
 
 
 # Of one contender: each prompt's repeats, by its id.
-Runs = Mapping[str, Sequence[Timed]]
+Runs = Mapping[str, Sequence[TimedRun]]
 
 
 def warm_up(
-    model: LayerSkipModel, contenders: Sequence[Contender], prompts: Sequence[EncodedPrompt], *, max_new_tokens: int
+    model: LayerSkipModel,
+    contenders: Sequence[DecodingMethod],
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_new_tokens: int,
 ) -> None:
     """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown.
 
@@ -48,14 +52,14 @@ def warm_up(
                 contender.decode(prompt.tokens, max_new_tokens)
 
 
-def interleaved(
+def time_interleaved(
     model: LayerSkipModel,
-    contenders: Sequence[Contender],
+    contenders: Sequence[DecodingMethod],
     prompts: Sequence[EncodedPrompt],
     *,
     max_new_tokens: int,
     repeats: int,
-    quiet: Quiet,
+    quiet: MachineLock,
     on_prompt: Callable[[int], None],
 ) -> list[Runs]:
     """Decode every prompt with every contender, prompt by prompt, and in turn who comes first.
@@ -72,11 +76,11 @@ def interleaved(
     Returns:
         The runs of each contender, in their order.
     """
-    runs: list[dict[str, list[Timed]]] = [{prompt.id: [] for prompt in prompts} for _ in contenders]
+    runs: list[dict[str, list[TimedRun]]] = [{prompt.id: [] for prompt in prompts} for _ in contenders]
     for done in range(repeats * len(prompts)):
         repeat, number = divmod(done, len(prompts))
         prompt = prompts[number]
-        with quiet.alone():
+        with quiet.exclusive():
             for turn in range(len(contenders)):
                 at = (repeat + number + turn) % len(contenders)
                 runs[at][prompt.id].append(timed(model, contenders[at], prompt, max_new_tokens))
@@ -84,14 +88,16 @@ def interleaved(
     return list(runs)
 
 
-def timed(model: LayerSkipModel, contender: Contender, prompt: EncodedPrompt, max_new_tokens: int) -> Timed:
+def timed(model: LayerSkipModel, contender: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:
     """Decode a prompt once, and take the time."""
     started = device_seconds(model.device)
     decoded = contender.decode(prompt.tokens, max_new_tokens)
-    return Timed(decoded, device_seconds(model.device) - started)
+    return TimedRun(decoded, device_seconds(model.device) - started)
 
 
-def measurement(prompt: str, plain: Sequence[Timed], other: Sequence[Timed], *, near_tie: bool) -> PromptMeasurement:
+def measurement(
+    prompt: str, plain: Sequence[TimedRun], other: Sequence[TimedRun], *, near_tie: bool
+) -> PromptMeasurement:
     """A prompt's repeats as one: greedy decoding says the same each time, only the seconds differ.
 
     Args:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from layerskip.drafts.bridges import Bridge, blank_bridge
+from layerskip.costs import exact_widths
+from layerskip.drafting.bridges import Bridge, blank_bridge
 from layerskip.engine import PassCosts
-from layerskip.engine.costs import exact_widths
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.stack.stack import Stack
-from layerskip.stack.sublayers import AttentionSublayer, LayerStandIn, MLPSublayer
-from layerskip.timing import device_seconds
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack
+from layerskip.utils import device_seconds
 from search.space import SearchSpace
 
 # Context lengths at which all is measured; what lies between or beyond is on the line through them.
@@ -86,7 +85,7 @@ class LatencyModel:
     def draft_step(self, stack: Stack, context: float) -> float:
         """Seconds of one draft step behind ``context`` positions."""
         bridges = sum(isinstance(step, Bridge) for _, step in stack.steps)
-        layers = sum(isinstance(step, LayerStandIn) for _, step in stack.steps)
+        layers = sum(isinstance(step, DraftLayerStep) for _, step in stack.steps)
         sublayers = [step for _, step in stack.steps if isinstance(step, AttentionSublayer | MLPSublayer)]
         attention = sum(isinstance(step, AttentionSublayer) for step in sublayers)
         vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import compile_sublayers, use_engine
+from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
-from layerskip.stack.model import LayerSkipModel
 
 
 def load_model(source: str, device: str, dtype: str, engine: str, compiled: bool) -> LayerSkipModel:

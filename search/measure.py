@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import wilcoxon
 
-from layerskip.decoding.drafting import Drafter
-from layerskip.decoding.loop import Generation, generate
+from layerskip.drafting.drafter import Drafter
 from layerskip.errors import LosslessnessError
-from layerskip.stack.model import LayerSkipModel
-from layerskip.timing import device_seconds
+from layerskip.generation import Generation, generate
+from layerskip.model import LayerSkipModel
+from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt
-from studies.speedups import speedup_of_all, speedup_of_prompt
+from studies.statistics import speedup_of_all, speedup_of_prompt
 
 # In float32 two passes of different width differ by rounding; logits closer than this are as good as equal.
 _FLOAT32_TIE = 1e-3
@@ -37,7 +37,7 @@ class PromptMeasurement:
         draft_tokens: Tokens of self-speculative decoding; differs from ``tokens`` only behind a near-tie.
         drafted: Tokens proposed.
         accepted: Proposed tokens that stood.
-        near_tie: Whether the outputs part where the full model's best tokens are as good as tied.
+        near_tie: Whether the outputs part where the target model's best tokens are as good as tied.
     """
 
     prompt: str
@@ -134,7 +134,7 @@ def hopeless(speedups: Mapping[str, float], best: Mapping[str, float]) -> bool:
 
 
 def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[int], draft: Sequence[int]) -> bool:
-    """Whether two outputs part, and do so where the full model gives both tokens as good as the same, best logit.
+    """Whether two outputs part, and do so where the target model gives both tokens as good as the same, best logit.
 
     Returns:
         False if the outputs are equal.
@@ -163,7 +163,7 @@ def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Seque
 def summarize(measurements: Sequence[PromptMeasurement]) -> Summary:
     """Take the measurements of one candidate together.
 
-    The speedup and its interval are those of :func:`studies.speedups.speedup_of_all`.
+    The speedup and its interval are those of :func:`studies.statistics.speedup_of_all`.
     """
     speedup = speedup_of_all(measurements)
     drafted = sum(m.drafted for m in measurements)

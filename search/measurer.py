@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
+from layerskip.model import LayerSkipModel
 from layerskip.profile import PromptSet
-from layerskip.stack.model import LayerSkipModel
-from search.assets import AssetMaker
+from search.builder import DraftBuilder
+from search.callbacks import SearchObserver
+from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement, measure_prompt, warm_up
-from search.observer import SearchObserver
 from search.prompts import EncodedPrompt
-from search.quiet import Quiet
 from search.space import Candidate, Policy
 from studies.records import MeasurementRecord, Records
 
@@ -35,12 +35,12 @@ class Measurer:
     def __init__(
         self,
         model: LayerSkipModel,
-        makers: AssetMaker,
+        makers: DraftBuilder,
         records: Records,
         study: str,
         *,
         max_new_tokens: int,
-        quiet: Quiet,
+        quiet: MachineLock,
         observer: SearchObserver,
     ) -> None:
         self._model = model

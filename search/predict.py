@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from layerskip.stack.model import LayerSkipModel
-from search.assets import AssetMaker
+from layerskip.model import LayerSkipModel
+from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
+from search.builder import DraftBuilder
 from search.copying import copies_along, with_copies
-from search.estimate import Estimator, Trace, acceptance
 from search.latency import LatencyModel
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Candidate, Policy, SearchSpace
@@ -51,7 +51,7 @@ def _cannot_win(seconds: Sequence[float], to_beat: Sequence[float]) -> bool:
     return bool(slower.mean() > _RACING_ERRORS * error)
 
 
-class Predictor:
+class SpeedupPredictor:
     """Foretells speedups.
 
     Args:
@@ -67,8 +67,8 @@ class Predictor:
         self,
         model: LayerSkipModel,
         space: SearchSpace,
-        makers: AssetMaker,
-        estimator: Estimator,
+        makers: DraftBuilder,
+        estimator: AcceptanceTracer,
         latency: LatencyModel,
         *,
         max_new_tokens: int,

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.errors import InvalidInputError
-from layerskip.text import encode_chat, encode_prompt
+from layerskip.tokenizer import encode_chat, encode_prompt
 
 # One prompt of this many is held out.
 HOLD_OUT_EVERY = 4

@@ -1,4 +1,4 @@
-"""The reference run: what the full model writes behind each prompt, and what it computed on the way.
+"""The reference run: what the target model writes behind each prompt, and what it computed on the way.
 
 Decoded once, and kept on disk: every trial, every worker and a search that goes on reads it from there.
 """
@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from layerskip.files import keeping, write_bytes_atomically
-from layerskip.machine import library_versions
-from layerskip.side_by_side import continuations
-from layerskip.stack.model import LayerSkipModel
+from layerskip.model import LayerSkipModel
+from layerskip.training.data import batch_generate
+from layerskip.utils import cache_write_errors, library_versions, write_bytes_atomically
 from search.prompts import EncodedPrompt
 
 # Prompts decoded side by side: a pass over so many tokens costs little more than one over a single token.
@@ -35,7 +34,7 @@ _WHAT = "the reference run"
 
 @dataclass(frozen=True, eq=False)
 class ReferenceText:
-    """A prompt with the full model's own continuation, and what the full model computed over it.
+    """A prompt with the target model's own continuation, and what the target model computed over it.
 
     Drafts are asked at the positions of the new tokens but the last, ``m - 1`` of them: there they would propose the
     next.
@@ -43,7 +42,7 @@ class ReferenceText:
     Args:
         tokens: ``[n]``, the prompt and ``m`` new tokens behind it.
         prompt_length: Tokens of the prompt.
-        choices: ``[m - 1]``, the full model's likeliest token behind each of these positions.
+        choices: ``[m - 1]``, the target model's likeliest token behind each of these positions.
         confidence: ``[m - 1]``, its probability.
         keys: For each layer ``[heads, n, dim]``.
         values: Likewise.
@@ -116,7 +115,7 @@ class ReferenceRun:
         self.found = 0
         what = [fingerprint, str(model.dtype), model.device.type, library_versions()]
         self._folder = folder / f"reference-{_digest(what)}"
-        with keeping(self._folder, _WHAT):
+        with cache_write_errors(self._folder, _WHAT):
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
             for old in sorted(folder.glob("reference-*"), key=_last_used)[:-_KEPT]:
@@ -145,10 +144,10 @@ class ReferenceRun:
         self.found += len(prompts) - len(missing)
         for start in range(0, len(missing), _SIDE_BY_SIDE):
             batch = missing[start : start + _SIDE_BY_SIDE]
-            written = continuations(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)
+            written = batch_generate(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)
             for (prompt, path), new in zip(batch, written, strict=True):
                 text = record(self._model, prompt.tokens, new, states=states)
-                with keeping(path, _WHAT):
+                with cache_write_errors(path, _WHAT):
                     write_bytes_atomically(path, text.to_bytes())
         return [ReferenceText.from_file(path) for path in paths]
 
@@ -157,12 +156,12 @@ class ReferenceRun:
 def record(
     model: LayerSkipModel, prompt: Sequence[int], new: Sequence[int], *, states: int | None = None
 ) -> ReferenceText:
-    """Run the full model over a text once and keep what drafts are held against.
+    """Run the target model over a text once and keep what drafts are held against.
 
     Args:
         model: The model.
         prompt: Token ids.
-        new: The full model's continuation.
+        new: The target model's continuation.
         states: As in :meth:`ReferenceRun.texts`.
     """
     tokens = torch.tensor([*prompt, *new], device=model.device)
@@ -173,7 +172,7 @@ def record(
     context = model.pass_context(n, cache)
     x = model.embed(tokens)  # [1, n, hidden_size]
     boundaries = [x[0, positions]]
-    for _, sublayer in model.full_stack.steps:
+    for _, sublayer in model.target_stack.steps:
         x = sublayer(x, context)
         boundaries.append(x[0, positions.to(x.device)].to(model.device))
     cache.advance(n)

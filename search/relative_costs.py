@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerskip.engine import PassCosts
-from layerskip.stack.skipset import SkipSet
-from search.assets import AssetMaker
+from layerskip.skip_set import SkipSet
+from search.builder import DraftBuilder
+from search.draft_layers import DraftLayerRef
 from search.latency import LatencyModel
-from search.stand_ins import StandIn
 
 
 class RelativeCosts:
@@ -25,10 +25,10 @@ class RelativeCosts:
     def __init__(
         self,
         latency: LatencyModel,
-        makers: AssetMaker,
+        makers: DraftBuilder,
         context: float,
         choice: PassCosts | None,
-        stand_ins: Sequence[StandIn] = (),
+        stand_ins: Sequence[DraftLayerRef] = (),
     ) -> None:
         self._latency = latency
         self._makers = makers
@@ -50,5 +50,5 @@ class RelativeCosts:
         return self._latency.parts(attention, mlp, bridges, vocabulary, self._context) / self._plain
 
     def verification_cost(self, width: int) -> float:
-        """One pass of the full model over ``width`` tokens."""
+        """One pass of the target model over ``width`` tokens."""
         return self._latency.verification(width, 0.0, self._context, self._choice) / self._plain

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerskip.decoding.draft_exit import AdaptiveThreshold
-from layerskip.decoding.ngrams import NGrams
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.stack import Stack
+from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.drafting.stopping import AdaptiveThreshold
+from layerskip.model import LayerSkipModel
+from layerskip.sublayers import Stack
+from search.acceptance import LAST_RANK, Trace
 from search.copying import Copies
-from search.estimate import LAST_RANK, Trace
 from search.latency import LatencyModel
 from search.space import Policy
 
@@ -45,7 +45,7 @@ class RoundCosts:
         Args:
             latency: What the parts cost.
             stack: The draft's.
-            model: The full model, whose engine chooses how to verify.
+            model: The target model, whose engine chooses how to verify.
             traces: One for each text.
             most: Tokens in the largest draft of any policy.
         """
@@ -97,7 +97,7 @@ def replay(
     costs: RoundCosts,
     *,
     limit: int,
-    copies: Mapping[NGrams, Sequence[Copies]] | None = None,
+    copies: Mapping[PromptLookup, Sequence[Copies]] | None = None,
 ) -> Prediction:
     """Find the policy with which a candidate would have been fastest.
 
@@ -133,13 +133,13 @@ class _Rounds:
         policies: Sequence[Policy],
         costs: RoundCosts,
         limit: int,
-        copies: Mapping[NGrams, Sequence[Copies]],
+        copies: Mapping[PromptLookup, Sequence[Copies]],
     ) -> None:
         self._costs = costs
         self._each = np.arange(len(traces))
         exits = [policy.draft_exit for policy in policies]
-        controllers = [draft_exit.controller() for draft_exit in exits]
-        self._longest = np.array([controller.max_length for controller in controllers])[:, None]
+        states = [draft_exit.new_state() for draft_exit in exits]
+        self._longest = np.array([state.max_length for state in states])[:, None]
         self._gate = np.array([policy.gate for policy in policies])[:, None]
         width = int(self._longest.max())
         self._shape(policies, width)
@@ -148,7 +148,7 @@ class _Rounds:
         self._tabulate_copies(policies, copies)
         shape = (len(policies), len(traces))
         self._threshold = np.empty(shape)
-        self._threshold[:] = np.array([controller.threshold for controller in controllers])[:, None]
+        self._threshold[:] = np.array([state.threshold for state in states])[:, None]
         self._adaptive = [(row, one) for row, one in enumerate(exits) if isinstance(one, AdaptiveThreshold)]
         self._rate = np.zeros(shape)
         self._sure = np.ones(shape)
@@ -191,7 +191,7 @@ class _Rounds:
         windows = np.lib.stride_tricks.sliding_window_view(self._confidence, width, axis=1)
         self._windows = np.ascontiguousarray(windows)  # [n, positions + 1, width]
 
-    def _tabulate_copies(self, policies: Sequence[Policy], copies: Mapping[NGrams, Sequence[Copies]]) -> None:
+    def _tabulate_copies(self, policies: Sequence[Policy], copies: Mapping[PromptLookup, Sequence[Copies]]) -> None:
         """By n-grams, text and position: how many tokens are copied, and how many of them stand. Row 0 copies none."""
         shape = (len(copies) + 1, *self._stand.shape)
         self._copied, self._copies_stand = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)

@@ -12,12 +12,12 @@ from typing import Any
 import optuna
 from pydantic import TypeAdapter
 
-from layerskip.decoding.draft_exit import AdaptiveThreshold, ConfidenceThreshold, DraftExit, FixedLength
-from layerskip.decoding.ngrams import NGrams
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from layerskip.stack.tree import describe_branches
-from search.stand_ins import StandIn
+from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
+from layerskip.token_tree import describe_branches
+from search.draft_layers import DraftLayerRef
 
 _VOCABULARIES = (8192, 16384, 24576)
 _GATES = (0.3, 0.6)
@@ -47,7 +47,7 @@ class Candidate:
     skip_set: SkipSet
     bridged: bool = False
     vocabulary: int = 0
-    stand_in: StandIn | None = None
+    stand_in: DraftLayerRef | None = None
 
     def __post_init__(self) -> None:
         if self.stand_in is not None:
@@ -74,16 +74,16 @@ class Policy:
 
     Args:
         draft_exit: When a draft ends.
-        gate: Confidence of the full model below which the next round drafts nothing.
+        gate: Confidence of the target model below which the next round drafts nothing.
         branches: How many tokens are proposed for the first place of a draft, for the second, and so on; as in
             :class:`layerskip.HeadDrafter`.
         ngrams: What to copy from the text before the model is asked to draft; None copies nothing.
     """
 
-    draft_exit: DraftExit
+    draft_exit: DraftStopping
     gate: float = 0.0
     branches: tuple[int | tuple[int, ...], ...] = ()
-    ngrams: NGrams | None = None
+    ngrams: PromptLookup | None = None
 
     def __str__(self) -> str:
         return (
@@ -128,7 +128,7 @@ class SearchSpace:
     gates: tuple[float, ...] = (0.0,)
     trees: tuple[int, ...] = ()
     ngrams: bool = False
-    stand_ins: tuple[StandIn, ...] = ()
+    stand_ins: tuple[DraftLayerRef, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocabularies", tuple(self.vocabularies))  # lists, where they come from JSON
@@ -146,7 +146,7 @@ class SearchSpace:
         gate: bool = True,
         branches: bool = True,
         ngrams: bool = True,
-        stand_ins: Sequence[StandIn] = (),
+        stand_ins: Sequence[DraftLayerRef] = (),
     ) -> SearchSpace:
         """The space for a model, with all that drafts can have or with a part of it.
 
@@ -181,7 +181,7 @@ class SearchSpace:
     def policies(self) -> list[Policy]:
         """Every policy without branches that replay tries."""
         longest = self.max_draft_length
-        exits: list[DraftExit] = [FixedLength(length) for length in range(1, longest + 1)]
+        exits: list[DraftStopping] = [FixedLength(length) for length in range(1, longest + 1)]
         for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):
             exits += [ConfidenceThreshold(threshold, length) for threshold in _CONFIDENCES]
         for length in sorted({min(length, longest) for length in _ADAPTIVE_LENGTHS}):
@@ -229,6 +229,6 @@ class SearchSpace:
         return [f"skip_{kind}_{layer:0{width}}" for layer in range(self.num_layers) for kind in ("attn", "mlp")]
 
 
-def _stand_in(value: StandIn | Mapping[str, Any]) -> StandIn:
+def _stand_in(value: DraftLayerRef | Mapping[str, Any]) -> DraftLayerRef:
     """Itself, or what it was described as."""
-    return value if isinstance(value, StandIn) else StandIn(**value)
+    return value if isinstance(value, DraftLayerRef) else DraftLayerRef(**value)

@@ -9,13 +9,14 @@ from itertools import chain
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from layerskip.stack.model import LayerSkipModel
-from layerskip.stack.skipset import SkipSet
-from search.estimate import Estimator, acceptance
+from layerskip.model import LayerSkipModel
+from layerskip.skip_set import SkipSet
+from search.acceptance import AcceptanceTracer, acceptance
 from search.latency import LatencyModel
-from search.quiet import Quiet
+from search.machine_lock import MachineLock
+from search.objective import SOURCE_KEY
 from search.space import Candidate, SearchSpace
-from search.starts import (
+from search.starting_skip_sets import (
     different,
     early_exits,
     evenly_spaced,
@@ -26,14 +27,13 @@ from search.starts import (
     published,
     skipping_below,
 )
-from search.trials import SOURCE_KEY
 from studies.study import ALONE_KEY
 
 # A study that has this attribute was given all of them.
 STARTED_KEY = "warm_starts"
 
 
-class AcceptanceAlone:
+class SingleSublayerAcceptance:
     """What leaving out one sublayer alone does to the acceptance rate, on the texts of a first look.
 
     Attributes:
@@ -44,7 +44,7 @@ class AcceptanceAlone:
         estimator: Scores drafts.
     """
 
-    def __init__(self, model: LayerSkipModel, estimator: Estimator) -> None:
+    def __init__(self, model: LayerSkipModel, estimator: AcceptanceTracer) -> None:
         self._model = model
         self._estimator = estimator
         self.known: dict[str, float] = {}
@@ -57,7 +57,7 @@ class AcceptanceAlone:
         return self.known[str(skip_set)]
 
 
-class StartingPlan:
+class WarmStartPlan:
     """A callback for a study: enqueues the next starts when few wait, so that the first ones need not wait for all.
 
     Args:
@@ -71,10 +71,10 @@ class StartingPlan:
     def __init__(
         self,
         starts: Iterator[tuple[str, Candidate]],
-        alone: AcceptanceAlone,
+        alone: SingleSublayerAcceptance,
         space: SearchSpace,
         ahead: int,
-        quiet: Quiet,
+        quiet: MachineLock,
     ) -> None:
         self._starts = starts
         self._alone = alone
@@ -85,7 +85,7 @@ class StartingPlan:
     def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """Enqueue what is missing."""
         while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
-            with self._quiet.beside_others():
+            with self._quiet.shared():
                 start = next(self._starts, None)
             if len(study.user_attrs.get(ALONE_KEY, ())) < len(self._alone.known):
                 study.set_user_attr(ALONE_KEY, self._alone.known)
@@ -102,7 +102,7 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def warm_starts(
-    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: Estimator, latency: LatencyModel
+    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: LatencyModel
 ) -> Iterator[tuple[str, Candidate]]:
     """Candidates, each with where it comes from: those with trained stand-ins, then those that take ever longer to
     work out.

@@ -17,13 +17,13 @@ import optuna
 import torch
 
 from layerskip.errors import LayerSkipError, out_of_memory
-from layerskip.identity import ModelIdentity
+from layerskip.fingerprint import ModelIdentity
+from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
-from layerskip.stack.model import LayerSkipModel
+from search.draft_layers import trained_draft_layers
 from search.prompts import PromptSplit
 from search.settings import SearchSettings
 from search.space import SearchSpace
-from search.stand_ins import trained_stand_ins
 
 # A worker that was told to end may be in the middle of a long pass; one that takes longer is killed.
 _SECONDS_TO_END = 10.0
@@ -143,7 +143,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def _run(work: Work, number: int, messages: Connection, threads: int, verbosity: int) -> None:
-    from search.study import Search
+    from search.search import Search
     from studies.storage import open_storage
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -158,7 +158,7 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
             open_storage(work.storage),
             work.settings,
             space=work.space,
-            stand_ins=trained_stand_ins(work.load_profiles(), model),
+            stand_ins=trained_draft_layers(work.load_profiles(), model),
             study_name=work.study,
             folder=work.folder,
             ends=work.ends,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from studies.speedups import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, DecodedBothWays, Speedup, speedup_of_prompt
+from studies.statistics import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, DecodedBothWays, Speedup, speedup_of_prompt
 
 
 class PromptTimes(DecodedBothWays, Protocol):
@@ -37,7 +37,7 @@ class Entry:
         speedup: Against layerskip's plain decoding; the interval is over prompts.
         prompts: Each prompt, with the medians of its repeats.
         acceptance_rate: α, accepted ÷ drafted; None if nothing was drafted.
-        tokens_per_pass: τ, new tokens ÷ passes of the full model, the prompt's among them.
+        tokens_per_pass: τ, new tokens ÷ passes of the target model, the prompt's among them.
         draft_cost: c, the time to draft one token, in plain steps; None if nothing was drafted.
         draft_share: The part of its time that went into drafting, from 0 to 1.
         draft_bytes: Memory that its draft takes beside the model.
@@ -159,7 +159,7 @@ COLUMNS: Mapping[str, str] = {
     "speedup": "against layerskip's plain decoding",
     "95 %": "the speedup's interval, from resampling prompts",
     "α": "accepted ÷ drafted tokens",
-    "τ": "new tokens for each pass of the full model",
+    "τ": "new tokens for each pass of the target model",
     "c": "time to draft a token, in plain steps",
     "drafting": "part of the time that goes into it",
     "memory": "what the draft keeps beside the model",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from studies.view import Tried
+from studies.view import TrialSummary
 
 Floats = NDArray[np.float64]
 
@@ -38,7 +38,7 @@ class LearnedAcceptance:
     high: float
 
 
-def learned_acceptance(seen: Sequence[Tried]) -> dict[int, LearnedAcceptance]:
+def learned_acceptance(seen: Sequence[TrialSummary]) -> dict[int, LearnedAcceptance]:
     """What leaving out each sublayer alone would do, learned from candidates that leave out several.
 
     Args:
@@ -60,10 +60,10 @@ def learned_acceptance(seen: Sequence[Tried]) -> dict[int, LearnedAcceptance]:
     return {i: LearnedAcceptance(float(values[i]), float(lows[i]), float(highs[i])) for i in sorted(tried)}
 
 
-def _features(seen: Sequence[Tried]) -> Floats:
+def _features(seen: Sequence[TrialSummary]) -> Floats:
     """``[n, sublayers + extras]``: what each candidate leaves out, what bridges mend of it, and its vocabulary.
 
-    There is no constant, for the full model does no damage.
+    There is no constant, for the target model does no damage.
     """
     sizes = sorted({one.vocabulary for one in seen} - {0})
     rows = [

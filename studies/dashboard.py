@@ -2,16 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from socketserver import ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import optuna
+import plotly.graph_objects as go
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 
 from layerskip.errors import InvalidInputError, MissingDependencyError
-from studies.pins import artifact_store, attach_figures, attach_profile
-from studies.study import studies_of_ours
+from layerskip.profile import DraftProfile
+from studies.figures import Picture, pictures
+from studies.report import facts, verdict
+from studies.study import load_study, studies_of_ours
+from studies.view import StudyView, view_study
+
+# Attributes of a study: digests of the figures and the note that were attached, and ids of artifacts by their content.
+_ATTACHED_KEY = "layerskip:attached"
+_ARTIFACTS_KEY = "layerskip:artifacts"
+_NOTE, _OBJECTIVES = "note", "objectives"
+_NAMES = ["speedup", "acceptance rate"]
+_MOST_CANDIDATES = 5  # as many as fit into the dashboard's boxes
+_TITLE_PIXELS = 44
+_LEGEND_PIXELS = 44  # of two rows
+
+
+def attach_figures(storage: BaseStorage, name: str) -> None:
+    """Attach a study's figures and a note, as far as they changed, and name its objectives once.
+
+    A note that somebody else wrote stays.
+
+    Args:
+        storage: Where the study lives.
+        name: Its name.
+
+    Raises:
+        InvalidInputError: There is no such study, or this version of layerskip did not make it.
+    """
+    from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+
+    study, view = load_study(storage, name), view_study(storage, name)
+    shown = pictures(view, _MOST_CANDIDATES)
+    before = _attribute(storage, study, _ATTACHED_KEY)
+    attached = dict(before)
+    for picture in shown:
+        if picture.figure is not None:
+            figure = _titled(picture.figure, picture.title)
+            attached[picture.id] = _digest(figure.to_json().encode())
+            if attached[picture.id] != before.get(picture.id):
+                save_plotly_graph_object(study, figure, graph_object_id=picture.id)
+    if _OBJECTIVES not in before:
+        _name_objectives(study)
+        attached[_OBJECTIVES] = ", ".join(_NAMES)
+    note, there = _note(view, shown), get_note(study)
+    if there != note and (not there or _digest(there.encode()) == before.get(_NOTE)):
+        save_note(study, note)
+        attached[_NOTE] = _digest(note.encode())
+    if attached != before:
+        _set_attribute(storage, study, _ATTACHED_KEY, attached)
+
+
+def _name_objectives(study: optuna.Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(_NAMES[: len(study.directions)])
+
+
+def artifact_store(folder: Path) -> FileSystemArtifactStore:
+    """A folder for artifacts, made if it is not there.
+
+    Raises:
+        InvalidInputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"--artifacts {folder}: cannot make the folder: {error.strerror}") from error
+    return FileSystemArtifactStore(str(folder))
+
+
+def attach_profile(storage: BaseStorage, path: Path, store: FileSystemArtifactStore) -> None:
+    """Attach a draft profile, and the tensors beside it, to the study that it comes from; once.
+
+    Args:
+        storage: Where the study lives.
+        path: The profile.
+        store: Where copies are kept.
+
+    Raises:
+        InvalidProfileError: It is no valid profile.
+        InvalidInputError: It comes from no study of this storage, or cannot be copied.
+    """
+    profile = DraftProfile.load(path)
+    if profile.provenance.study is None:
+        raise InvalidInputError(
+            f"{path}: the profile was {profile.provenance.origin}; only those of a study can be attached to it"
+        )
+    study = load_study(storage, profile.provenance.study)
+    before = _attribute(storage, study, _ARTIFACTS_KEY)
+    attached = dict(before)
+    for file in [path, *([path.with_name(profile.tensors.file)] if profile.tensors else [])]:
+        digest = _digest(file.read_bytes())
+        if digest in attached and _has(store, attached[digest]):
+            continue
+        try:
+            attached[digest] = upload_artifact(
+                artifact_store=store, file_path=str(file), study_or_trial=study, storage=storage
+            )
+        except OSError as error:
+            raise InvalidInputError(f"{file}: cannot be copied to the artifacts: {error.strerror}") from error
+    if attached != before:
+        _set_attribute(storage, study, _ARTIFACTS_KEY, attached)
+
+
+def _has(store: FileSystemArtifactStore, artifact: str) -> bool:
+    try:
+        store.open_reader(artifact).close()
+    except ArtifactNotFound:
+        return False
+    return True
+
+
+def _titled(figure: go.Figure, title: str) -> go.Figure:
+    """A figure that says itself what it is, and fills the box that the dashboard has for it."""
+    heading = {"text": f"<b>{title}</b>", "font": {"size": 15}, "pad": {"t": 12, "l": 12}}
+    above = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}
+    legend_above = figure.layout.showlegend is not False and figure.layout.legend.y is None
+    room = _TITLE_PIXELS + _LEGEND_PIXELS * legend_above
+    return go.Figure(figure).update_layout(height=None, title=heading | above, margin={"t": room})
+
+
+def _note(view: StudyView, shown: Sequence[Picture]) -> str:
+    """The study in Markdown, with nothing in it that a browser would take for HTML."""
+    lines = [f"**{verdict(view)}**", "", *(f"- {name}: {escape(value, quote=False)}" for name, value in facts(view))]
+    for picture in shown:
+        lines += ["", f"**{picture.title}**: {escape(picture.caption, quote=False)}"]
+    return "\n".join(lines)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _attribute(storage: BaseStorage, study: optuna.Study, key: str) -> Mapping[str, str]:
+    attribute: dict[str, str] = storage.get_study_system_attrs(study._study_id).get(key, {})
+    return attribute
+
+
+def _set_attribute(storage: BaseStorage, study: optuna.Study, key: str, value: dict[str, Any]) -> None:
+    storage.set_study_system_attr(study._study_id, key, value)
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -14,10 +14,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from studies.errors import storage_error
-from studies.patience import persist, wait_for_server
-from studies.patient_storage import PatientStorage
+from studies.reconnecting_storage import ReconnectingStorage
 from studies.records import TableOfRecords
+from studies.retry import retry_on_disconnect, wait_for_server
+from studies.storage_errors import storage_error
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ _RUNNING_UNHEARD = sqlalchemy.text(
 )
 
 
-class DatabaseStorage(PatientStorage, RDBStorage):
+class DatabaseStorage(ReconnectingStorage, RDBStorage):
     """Optuna's storage in a database; waits for a server that is away, and takes up with it where it was.
 
     Args:
@@ -82,9 +82,9 @@ class DatabaseStorage(PatientStorage, RDBStorage):
         """The measurements beside the studies, in a table of the same database."""
         return TableOfRecords(self.engine)
 
-    def persist(self, operation: Callable[[bool], T]) -> T:
+    def retry_on_disconnect(self, operation: Callable[[bool], T]) -> T:
         try:
-            return persist(operation)
+            return retry_on_disconnect(operation)
         except (StorageInternalError, SQLAlchemyError) as error:
             raise storage_error(self.engine.url, error) from error
 
@@ -93,9 +93,9 @@ class DatabaseStorage(PatientStorage, RDBStorage):
 
         A trial that never did, because its worker died or lost its connection right at the start, counts from now on.
         """
-        for trial_id in self.persist(lambda _: self._unheard_trial_ids(study_id)):
+        for trial_id in self.retry_on_disconnect(lambda _: self._unheard_trial_ids(study_id)):
             self.record_heartbeat(trial_id)
-        return self.persist(lambda _: RDBStorage._get_stale_trial_ids(self, study_id))
+        return self.retry_on_disconnect(lambda _: RDBStorage._get_stale_trial_ids(self, study_id))
 
     def _unheard_trial_ids(self, study_id: int) -> list[int]:
         with self.engine.connect() as connection:
@@ -104,16 +104,16 @@ class DatabaseStorage(PatientStorage, RDBStorage):
     # Optuna's cache goes past the public methods to these.
 
     def _create_new_trial(self, *arguments: Any, **options: Any) -> Any:
-        return self.persist(lambda _: RDBStorage._create_new_trial(self, *arguments, **options))
+        return self.retry_on_disconnect(lambda _: RDBStorage._create_new_trial(self, *arguments, **options))
 
     def _set_trial_param(self, *arguments: Any, **options: Any) -> None:
-        self.persist(lambda _: RDBStorage._set_trial_param(self, *arguments, **options))
+        self.retry_on_disconnect(lambda _: RDBStorage._set_trial_param(self, *arguments, **options))
 
     def _get_trials(self, *arguments: Any, **options: Any) -> Any:
-        return self.persist(lambda _: RDBStorage._get_trials(self, *arguments, **options))
+        return self.retry_on_disconnect(lambda _: RDBStorage._get_trials(self, *arguments, **options))
 
     def _get_best_trial_id(self, *arguments: Any, **options: Any) -> Any:
-        return self.persist(lambda _: RDBStorage._get_best_trial_id(self, *arguments, **options))
+        return self.retry_on_disconnect(lambda _: RDBStorage._get_best_trial_id(self, *arguments, **options))
 
 
 def sqlite_file(url: URL) -> str | None:

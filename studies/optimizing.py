@@ -10,8 +10,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from studies.errors import StorageError, causes
-from studies.patience import patience
+from studies.retry import retry_timeout
+from studies.storage_errors import StorageError, causes
 
 Objective = Callable[[optuna.Trial], float | Sequence[float]]
 Callback = Callable[[optuna.Study, FrozenTrial], None]
@@ -51,7 +51,7 @@ def optimize(
         if time_is_up():
             study.stop()
 
-    with patience():
+    with retry_timeout():
         while not time_is_up():
             watched = _Watched(objective)
             try:

@@ -13,10 +13,10 @@ from optuna.storages import GrpcStorageProxy, RetryHeartbeatStaleTrialCallback
 from sqlalchemy.engine import URL
 
 from studies import rpc
-from studies.errors import StorageError, redacted
-from studies.patience import PATIENCE_SECONDS, persist
-from studies.patient_storage import PatientStorage
+from studies.reconnecting_storage import ReconnectingStorage
 from studies.records import MeasurementRecord
+from studies.retry import PATIENCE_SECONDS, retry_on_disconnect
+from studies.storage_errors import StorageError, redacted
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def open_proxy(url: URL) -> ProxyStorage:
         return ProxyStorage(url.host, url.port or DEFAULT_PORT)
 
 
-class ProxyStorage(PatientStorage, GrpcStorageProxy):
+class ProxyStorage(ReconnectingStorage, GrpcStorageProxy):
     """Optuna's client of a served storage, with heartbeats and measurements; waits for a server that is away."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -75,11 +75,11 @@ class ProxyStorage(PatientStorage, GrpcStorageProxy):
         """The measurements beside the served studies."""
         return RemoteRecords(self)
 
-    def persist(self, operation: Callable[[bool], T]) -> T:
+    def retry_on_disconnect(self, operation: Callable[[bool], T]) -> T:
         import grpc
 
         try:
-            return persist(operation, _lost, awaited=self._shown)
+            return retry_on_disconnect(operation, _lost, awaited=self._shown)
         except grpc.RpcError as error:
             raise self._storage_error(error) from error
 
@@ -123,7 +123,7 @@ class ProxyStorage(PatientStorage, GrpcStorageProxy):
 
     def silent_trial_ids(self, study_id: int) -> list[int]:
         """Ids of a study's running trials that have not said for too long that they live."""
-        ids: list[int] = self.persist(lambda _: self.call(rpc.SILENT_TRIALS, study_id))
+        ids: list[int] = self.retry_on_disconnect(lambda _: self.call(rpc.SILENT_TRIALS, study_id))
         return ids
 
     def get_heartbeat_interval(self) -> int | None:
@@ -144,11 +144,11 @@ class RemoteRecords:
     def add(self, record: MeasurementRecord) -> None:
         """Keep one measurement."""
         values = rpc.record_to_json(record)
-        self._storage.persist(lambda repeated: self._storage.call(rpc.ADD_RECORD, [values, repeated]))
+        self._storage.retry_on_disconnect(lambda repeated: self._storage.call(rpc.ADD_RECORD, [values, repeated]))
 
     def of(self, study: str) -> Sequence[MeasurementRecord]:
         """All measurements of a study, in the order in which they were made."""
-        rows = self._storage.persist(lambda _: self._storage.call(rpc.RECORDS, study))
+        rows = self._storage.retry_on_disconnect(lambda _: self._storage.call(rpc.RECORDS, study))
         return [rpc.record_from_json(row) for row in rows]
 
 

@@ -11,8 +11,8 @@ from sqlalchemy import DateTime, Engine, String, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from studies.errors import storage_error
-from studies.patience import persist
+from studies.retry import retry_on_disconnect
+from studies.storage_errors import storage_error
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class TableOfRecords:
 
     def _persist(self, operation: Callable[[bool], T]) -> T:
         try:
-            return persist(operation)
+            return retry_on_disconnect(operation)
         except SQLAlchemyError as error:
             raise storage_error(self._engine.url, error) from error
 

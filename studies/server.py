@@ -12,7 +12,7 @@ from optuna.storages import get_storage
 from layerskip.errors import InvalidInputError, LayerSkipError
 from studies import rpc
 from studies.database import DatabaseStorage
-from studies.patience import patience_until
+from studies.retry import retry_until
 
 _THREADS = 10  # as many as Optuna's own; each holds a connection to the database while it works
 _SECONDS_TO_FINISH = 2.0
@@ -124,7 +124,7 @@ def _answering_errors(answer: Callable[[Any, Any], Any], ended: Event) -> Callab
 
     def answer_or_abort(request: Any, context: Any) -> Any:
         try:
-            with patience_until(ended):
+            with retry_until(ended):
                 return answer(request, context)
         except LayerSkipError as error:
             context.abort(grpc.StatusCode.INTERNAL, str(error))

@@ -22,7 +22,7 @@ class RelativeParts:
         bridge: Of one bridge.
         head: Of the final norm and the head, by the size of the draft vocabulary; 0 is the whole one.
         fixed: Of everything else.
-        verification: Of passes of the full model, by the number of tokens in them; only widths that pay are measured.
+        verification: Of passes of the target model, by the number of tokens in them; only widths that pay are measured.
     """
 
     context: float

@@ -12,10 +12,10 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 
 from layerskip.errors import MissingDependencyError
 from studies.database import DatabaseStorage, sqlite_file
-from studies.errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
-from studies.patient_storage import PatientStorage
 from studies.proxy import SCHEME, open_proxy
+from studies.reconnecting_storage import ReconnectingStorage
 from studies.records import create_tables
+from studies.storage_errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
 
 __all__ = ["StorageError", "is_there", "open_database", "open_existing_storage", "open_storage", "redacted"]
 
@@ -23,7 +23,7 @@ __all__ = ["StorageError", "is_there", "open_database", "open_existing_storage",
 _TRIES_TO_MAKE_TABLES = 5
 
 
-def open_storage(url: str, *, heartbeat_seconds: int = 10) -> PatientStorage:
+def open_storage(url: str, *, heartbeat_seconds: int = 10) -> ReconnectingStorage:
     """Open an Optuna storage URL, making the database's file and tables if need be.
 
     A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits. A
@@ -44,7 +44,7 @@ def open_storage(url: str, *, heartbeat_seconds: int = 10) -> PatientStorage:
     return open_database(url, heartbeat_seconds=heartbeat_seconds)
 
 
-def open_existing_storage(url: str) -> PatientStorage:
+def open_existing_storage(url: str) -> ReconnectingStorage:
     """Like :func:`open_storage`, but do not make a SQLite file that is not there.
 
     Raises:

@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.errors import InvalidInputError
-from layerskip.machine import library_versions
+from layerskip.utils import library_versions
 from studies.ranking import (
     HasTrials,
     Standing,
@@ -28,7 +28,7 @@ from studies.ranking import (
     speedup_of,
 )
 from studies.records import MeasurementRecord, measurements_of
-from studies.speedups import Speedup, speedup_of_all
+from studies.statistics import Speedup, speedup_of_all
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.

@@ -12,7 +12,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from layerskip.stack.skipset import SkipSet
+from layerskip.skip_set import SkipSet
 from studies.ranking import (
     DRAFT_COST_KEY,
     PREDICTED_KEY,
@@ -29,7 +29,7 @@ from studies.ranking import (
     speedup_of,
 )
 from studies.records import MeasurementRecord, measurements_of
-from studies.speedups import Speedup
+from studies.statistics import Speedup
 from studies.step_costs import RelativeParts, read_parts
 from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
@@ -38,7 +38,7 @@ _KINDS = ("attn", "mlp")
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialSummary:
     """A completed trial.
 
     Args:
@@ -116,9 +116,9 @@ class StudyView:
     context: Mapping[str, Any]
     versions: Sequence[Mapping[str, str]]
     num_layers: int
-    tried: Sequence[Tried]
-    ranked: Sequence[Tried]
-    front: Sequence[Tried]
+    tried: Sequence[TrialSummary]
+    ranked: Sequence[TrialSummary]
+    front: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
     alone: Mapping[int, float]
@@ -128,16 +128,16 @@ class StudyView:
     ended: datetime | None
 
     @property
-    def seen(self) -> Sequence[Tried]:
+    def seen(self) -> Sequence[TrialSummary]:
         """The first look at each candidate."""
-        looks: dict[str, Tried] = {}
+        looks: dict[str, TrialSummary] = {}
         for one in self.tried:
             if one.basis == "predicted":
                 looks.setdefault(one.candidate, one)
         return list(looks.values())
 
     @property
-    def measured(self) -> Sequence[Tried]:
+    def measured(self) -> Sequence[TrialSummary]:
         """Trials that decoded for real."""
         return [one for one in self.tried if one.basis == "measured"]
 
@@ -193,9 +193,11 @@ def _draft_costs(study: Snapshot) -> dict[str, float]:
     return {candidate_key(t): t.user_attrs[DRAFT_COST_KEY] for t in trials if DRAFT_COST_KEY in t.user_attrs}
 
 
-def _tried(trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], costs: Mapping[str, float]) -> Tried:
+def _tried(
+    trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], costs: Mapping[str, float]
+) -> TrialSummary:
     told, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
-    return Tried(
+    return TrialSummary(
         number=trial.number,
         candidate=candidate,
         basis=basis_of(trial),

@@ -6,13 +6,13 @@ from functools import partial
 from itertools import cycle, islice
 
 import torch
+from layerskip.stack import families
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from layerskip.drafts.heads import heads_of, untrained_heads
-from layerskip.drafts.layers import LayerWeights
-from layerskip.stack import families
+from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.heads import heads_of, untrained_heads
 
 VOCABULARY = 64
 LAYERS = 4
@@ -183,7 +183,7 @@ NEAR_TIE = 1e-3
 
 @torch.inference_mode()
 def near_tie_or_same(model, prompt, ours, expected):
-    """Assert that two greedy outputs are the same, or part only where the full model's two best logits nearly tie.
+    """Assert that two greedy outputs are the same, or part only where the target model's two best logits nearly tie.
 
     Returns:
         Whether they part, so that near ties can be counted.
@@ -205,12 +205,12 @@ def random_layers(model, runs, *, like=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for start, stop in runs.items():
-        copied = LayerWeights.copied(model, start, stop, like)
+        copied = DraftLayerWeights.copied(model, start, stop, like)
         noise = {
             name: weight + 0.3 * torch.randn(weight.shape, generator=generator)
             for name, weight in copied.weights.items()
         }
-        layers[start] = LayerWeights(start, stop, like, noise)
+        layers[start] = DraftLayerWeights(start, stop, like, noise)
     return layers
 
 
@@ -224,8 +224,8 @@ def random_heads(model, kind, count=3, *, scale=0.1, seed=0):
 
 def random_prefix(model, *, scale=0.1, seed=0, like=LAYERS - 1):
     """A layer behind all sublayers for draft heads; the smaller the scale, the less it changes hidden states."""
-    start, generator = LayerWeights.behind(model), torch.Generator().manual_seed(seed)
+    start, generator = DraftLayerWeights.behind(model), torch.Generator().manual_seed(seed)
     noise = {
         name: weight + scale * torch.randn(weight.shape, generator=generator) for name, weight in start.weights.items()
     }
-    return LayerWeights(start.start, start.stop, like, noise)
+    return DraftLayerWeights(start.start, start.stop, like, noise)

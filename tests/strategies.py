@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
-from layerskip.stack.tree import Tree, branches_of
+from layerskip.token_tree import TokenTree, branches_of
 from tests.models import LAYERS, VOCABULARY
 
 fractions = st.floats(0, 1)
@@ -45,7 +45,7 @@ def tokens(max_size, min_size=1):
 def trees(max_tokens=8):
     """Any tree: each token follows some row before it."""
     sizes = st.integers(0, max_tokens)
-    return sizes.flatmap(lambda size: st.tuples(*(st.integers(0, row) for row in range(size)))).map(Tree)
+    return sizes.flatmap(lambda size: st.tuples(*(st.integers(0, row) for row in range(size)))).map(TokenTree)
 
 
 def branches():

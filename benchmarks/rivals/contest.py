@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip import LayerSkipModel, SkipDrafter, SkipSet, generate
-from layerskip.timing import device_seconds
-from search.preparation import SearchPrompts
+from layerskip import LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt
+from search.search import SearchPrompts
 from search.space import Candidate, Policy
 
 
@@ -92,7 +92,7 @@ def decode_seconds_per_token(
     task: Task, skip_set: SkipSet, policy: Policy, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> float:
     """What published searchers score by: decoding some prompts self-speculatively."""
-    drafter = SkipDrafter(task.model, skip_set, policy.draft_exit)
+    drafter = LayerSkipDrafter(task.model, skip_set, policy.draft_exit)
     tokens = 0
     started = device_seconds(task.model.device)
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""KnapSpec (arXiv 2602.20217): dynamic programming once, for the draft closest to the full model at its cost."""
+"""KnapSpec (arXiv 2602.20217): dynamic programming once, for the draft closest to the target model at its cost."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import FixedLength, SkipSet
-from search.estimate import Estimator, Versions
+from search.acceptance import AcceptanceTracer, Versions
 from search.latency import LatencyModel, measure_latency
 from search.reference import ReferenceRun
 from search.space import Candidate, Policy, SearchSpace
-from search.starts import most_similar_paths
+from search.starting_skip_sets import most_similar_paths
 
 _LENGTHS = range(1, 9)
 
@@ -29,7 +29,7 @@ def knapspec(task: Task) -> Iterator[Incumbent]:
     with tempfile.TemporaryDirectory() as folder:
         run = ReferenceRun(model, Path(folder), task.fingerprint)
         texts = run.texts(task.prompts.scored[:1], max_new_tokens=task.max_new_tokens)
-        text = Estimator(model, texts).versions()
+        text = AcceptanceTracer(model, texts).versions()
         skip_sets = [skip_set for _, skip_set in most_similar_paths(text.states, text.run_sublayer, costs)]
         scored = [_best(latency, task, text, skip_set) for skip_set in skip_sets]
     if scored:
@@ -53,7 +53,7 @@ def _best(latency: LatencyModel, task: Task, text: Versions, skip_set: SkipSet) 
 
 
 def _similarity(text: Versions, skip_set: SkipSet) -> float:
-    """Cosine of the draft's last hidden states with the full model's, mean over positions."""
+    """Cosine of the draft's last hidden states with the target model's, mean over positions."""
     x: Tensor = text.states[:1]
     kept: Sequence[int] = skip_set.kept
     for index in kept:

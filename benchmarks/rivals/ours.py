@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial
 
 from benchmarks.rivals.contest import Incumbent, Searcher, Task
 from layerskip import LayerSkipModel, identify
-from search.observer import Progress, SearchObserver
+from search.callbacks import Progress, SearchObserver
+from search.objective import policy_of
 from search.prompts import PromptSplit
+from search.search import Search
 from search.settings import SearchSettings
 from search.space import SearchSpace
-from search.study import Search
-from search.trials import policy_of
 from studies.ranking import best_trials
 from studies.storage import open_storage
 

@@ -13,7 +13,7 @@ from optuna.exceptions import ExperimentalWarning
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import ConfidenceThreshold, SkipSet
-from search.estimate import Estimator, acceptance
+from search.acceptance import AcceptanceTracer, acceptance
 from search.reference import ReferenceRun
 from search.space import Candidate, Policy
 
@@ -33,7 +33,7 @@ def swift(task: Task) -> Iterator[Incumbent]:
         texts = ReferenceRun(task.model, Path(folder), task.fingerprint).texts(
             task.prompts.scored[:_TEXTS], max_new_tokens=task.max_new_tokens
         )
-        estimator = Estimator(task.model, texts)
+        estimator = AcceptanceTracer(task.model, texts)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=task.seed))
         best, number = -1.0, 0
         while not watch.over:

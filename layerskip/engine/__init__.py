@@ -1,11 +1,11 @@
 """How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
 
-from layerskip.engine.choice import ENGINES, check_engine, use_engine
+from layerskip.costs import PassCosts, calibrate, load_costs, measure_costs
+from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highest_probability
 from layerskip.engine.compilation import compile_sublayers
-from layerskip.engine.costs import PassCosts, calibrate, load_costs, measure_costs
+from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.graphs import GraphEngine
-from layerskip.engine.interface import DraftStep, Engine, Scored, SharedPrefix, highest_probability
+from layerskip.engine.selection import ENGINES, check_engine, use_engine
 
 __all__ = [
     "ENGINES",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerskip.stack.sublayers import AttentionSublayer, attend, feed_forward
+from layerskip.sublayers import AttentionSublayer, attend, feed_forward
 
 if TYPE_CHECKING:
-    from layerskip.stack.model import LayerSkipModel
+    from layerskip.model import LayerSkipModel
 
 
 def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerskip.engine.costs import PassCosts
-from layerskip.engine.interface import DraftStep, Scored, SharedPrefix
-from layerskip.stack.kv_cache import KVCache
-from layerskip.stack.stack import Stack
-from layerskip.stack.sublayers import PassContext
-from layerskip.stack.tree import MOST_LEAVES, Tree
+from layerskip.costs import PassCosts
+from layerskip.engine.base import DraftStep, Scored, SharedPrefix
+from layerskip.kv_cache import KVCache
+from layerskip.sublayers import PassContext, Stack
+from layerskip.token_tree import MOST_LEAVES, TokenTree
 
 if TYPE_CHECKING:
-    from layerskip.stack.model import LayerSkipModel
+    from layerskip.model import LayerSkipModel
 
 
 class EagerEngine:
@@ -49,7 +48,7 @@ class EagerEngine:
         return Scored(self._model.logits(x[:, -1:]), x[0])
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        with cache.seen_again(len(tokens) - 1):
+        with cache.recompute_last(len(tokens) - 1):
             context = self._model.pass_context(len(tokens), cache)
             shared = stack.run(self._model.embed(tokens), context, stop=stack.shared)
             x = stack.run(shared, context, start=stack.shared)[:, -1:]
@@ -58,22 +57,22 @@ class EagerEngine:
         return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix)
 
     def verify(
-        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: Tree | None = None
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
     ) -> Scored:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
-        tree = tree or Tree.chain(needed - 1)
+        tree = tree or TokenTree.chain(needed - 1)
         if shared is not None and tree.is_chain and self._resuming_pays(width, shared):
             x, start = self._resume(tokens, cache, shared), shared.depth
         else:
             x, start = self._model.embed(tokens), 0
         x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
-        x = self._model.full_stack.run(x, self._context(tree, width, cache), start=start)
+        x = self._model.target_stack.run(x, self._context(tree, width, cache), start=start)
         cache.advance(needed)
         scored = self._scored(x)
         return Scored(scored.logits[:needed], scored.states[:needed])
 
-    def _context(self, tree: Tree, width: int, cache: KVCache) -> PassContext:
+    def _context(self, tree: TokenTree, width: int, cache: KVCache) -> PassContext:
         # What a chain sees is simpler, and faster where no mask is needed.
         if tree.is_chain:
             return self._model.pass_context(width, cache)
@@ -91,6 +90,6 @@ class EagerEngine:
         behind = cache.length
         cache.advance(len(tokens) - 1)
         context = self._model.pass_context(1, cache)
-        last = self._model.full_stack.run(self._model.embed(tokens[-1:]), context, stop=shared.depth)
+        last = self._model.target_stack.run(self._model.embed(tokens[-1:]), context, stop=shared.depth)
         cache.rollback(behind)
         return torch.cat([shared.states, last], dim=1)

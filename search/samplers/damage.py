@@ -27,13 +27,13 @@ _BOLDNESS = 0.5
 _MENDED = -0.2
 
 
-def damage_of(acceptance: float) -> float:
+def log_rejection(acceptance: float) -> float:
     """``ln(1 - ln(α) / 0.3)``, which is 0 where α is 1 and to which sublayers add up about linearly."""
     return float(np.log1p(-np.log(np.clip(acceptance, _LOWEST_ACCEPTANCE, 1)) / _SCALE))
 
 
 def acceptance_of(damage: Floats) -> Floats:
-    """The inverse of :func:`damage_of`, of several."""
+    """The inverse of :func:`log_rejection`, of several."""
     return np.exp(-_SCALE * np.expm1(damage))
 
 
@@ -56,7 +56,7 @@ class Damage:
     stand_ins: dict[int, float] = field(default_factory=dict)
 
     def of_sublayers(self, bridged: bool) -> Floats:
-        """``[2 * num_layers]``, none below 0: leaving something out never brings a draft closer to the full model."""
+        """``[2 * num_layers]``, none below 0: leaving something out never brings a draft closer to the target model."""
         return np.maximum(self.sublayers + self.mended * bridged, 0)
 
     def of_extras(self, bridged: bool, vocabulary: int, stand_in: int = 0) -> float:
@@ -66,7 +66,7 @@ class Damage:
 
 
 class DamageModel:
-    """Bayesian linear regression of :func:`damage_of` on what drafts are, with a normal prior of nonnegative mean.
+    """Bayesian linear regression of :func:`log_rejection` on what drafts are, with a normal prior of nonnegative mean.
 
     Mean and deviation of the prior and deviation of the noise come from a small grid, by marginal likelihood.
 
@@ -84,10 +84,10 @@ class DamageModel:
         ones = [1.0] * (len(self._sizes) + len(self._scales))
         self._prior = np.array([1.0] * len(choices.bits) + [_MENDED, 0.0, *ones])
         self._x = np.array([self._features(draft) for draft in tried]).reshape(-1, len(self._prior))
-        self._y = np.array([damage_of(rate) for rate in acceptance])
+        self._y = np.array([log_rejection(rate) for rate in acceptance])
 
     def _features(self, draft: Draft) -> list[float]:
-        """What a :class:`Damage` is multiplied with; there is no constant, for the full model does no damage."""
+        """What a :class:`Damage` is multiplied with; there is no constant, for the target model does no damage."""
         free = self._choices.free(draft.stand_in)
         mask = [skip and index < free for index, skip in enumerate(draft.mask)]
         return [

@@ -26,7 +26,7 @@ class DraftCosts(Protocol):
         """
 
     def verification_cost(self, width: int) -> float:
-        """One pass of the full model over ``width`` tokens."""
+        """One pass of the target model over ``width`` tokens."""
 
 
 @dataclass(frozen=True, eq=False)

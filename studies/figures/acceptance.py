@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from layerskip.formula import best_speedup
+from layerskip.costs import best_speedup
 from studies.figures.picture import BLACK, GREY, MEASURED, PREDICTED, Picture, Table, break_even, figure, percent, times
-from studies.view import StudyView, Tried
+from studies.view import StudyView, TrialSummary
 
 _ID, _TITLE = "acceptance", "Speedup against acceptance"
 _CAPTION = (
@@ -43,7 +43,7 @@ def acceptance(view: StudyView) -> Picture:
     return Picture(_ID, _TITLE, caption, _drawn(view, shown), _table(shown))
 
 
-def _drawn(view: StudyView, shown: Sequence[Tried]) -> go.Figure:
+def _drawn(view: StudyView, shown: Sequence[TrialSummary]) -> go.Figure:
     speedups = [one.speedup.value for one in shown]
     lowest, highest = min(1.0, *speedups), max(1.0, *speedups)
     rates = [float(one.acceptance or 0) for one in shown]
@@ -132,7 +132,7 @@ def _label(
     )
 
 
-def _add_points(drawn: go.Figure, points: Sequence[Tried], basis: str, style: dict[str, Any]) -> None:
+def _add_points(drawn: go.Figure, points: Sequence[TrialSummary], basis: str, style: dict[str, Any]) -> None:
     if not points:
         return
     marker = dict(style)
@@ -155,7 +155,7 @@ def _add_points(drawn: go.Figure, points: Sequence[Tried], basis: str, style: di
     )
 
 
-def _add_front(drawn: go.Figure, front: Sequence[Tried]) -> None:
+def _add_front(drawn: go.Figure, front: Sequence[TrialSummary]) -> None:
     drawn.add_trace(
         go.Scatter(
             x=[one.acceptance for one in front],
@@ -168,13 +168,13 @@ def _add_front(drawn: go.Figure, front: Sequence[Tried]) -> None:
     )
 
 
-def _told(one: Tried) -> str:
+def _told(one: TrialSummary) -> str:
     cost = "" if one.draft_cost is None else f", c = {one.draft_cost:.2f}"
     rate = percent(one.acceptance)
     return f"trial {one.number}: {times(one.speedup.value)} {one.basis}, α = {rate}{cost}<br>{one.skip_set}"
 
 
-def _table(shown: Sequence[Tried]) -> Table:
+def _table(shown: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "basis", "α", "speedup", "c"),
         [

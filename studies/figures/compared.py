@@ -8,7 +8,7 @@ from typing import Any
 from studies.comparison import COLUMNS, Comparison, Entry, table
 from studies.figures.picture import BLUE, GREEN, GREY, PALE, VERMILION, Picture, Table, figure, times
 from studies.figures.speedup_rows import Row, speedup_rows
-from studies.speedups import speedup_of_prompt
+from studies.statistics import speedup_of_prompt
 
 _KINDS: dict[str, dict[str, Any]] = {
     "faster": {"symbol": "square", "color": GREEN},
@@ -55,7 +55,7 @@ def _kind(one: Entry) -> str:
 def _times(comparison: Comparison) -> Picture:
     caption = (
         "Milliseconds for each new token, over all prompts and prefill included, in the median over the repeats; blue "
-        "is what goes into drafting. The rest is passes of the full model, fewer the more of a draft stands."
+        "is what goes into drafting. The rest is passes of the target model, fewer the more of a draft stands."
     )
     entries = comparison.entries
     names = [_broken(one.name) for one in entries]
@@ -68,7 +68,7 @@ def _times(comparison: Comparison) -> Picture:
         xaxis={"title": {"text": "ms for each token"}},
         yaxis={"autorange": "reversed", "showgrid": False},
     )
-    for name, values, color in (("drafting", drafting, BLUE), ("full model", rest, PALE)):
+    for name, values, color in (("drafting", drafting, BLUE), ("target model", rest, PALE)):
         drawn.add_bar(
             x=values,
             y=names,
@@ -82,7 +82,7 @@ def _times(comparison: Comparison) -> Picture:
 
 def _table_of_times(entries: Sequence[Entry], drafting: Sequence[float], rest: Sequence[float]) -> Table:
     rows = [(one.name, f"{a:.1f} ms", f"{b:.1f} ms") for one, a, b in zip(entries, drafting, rest, strict=True)]
-    return Table(("", "drafting", "full model"), rows)
+    return Table(("", "drafting", "target model"), rows)
 
 
 def _broken(name: str) -> str:

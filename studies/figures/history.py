@@ -24,7 +24,7 @@ from studies.figures.picture import (
     figure,
     times,
 )
-from studies.view import StudyView, Tried
+from studies.view import StudyView, TrialSummary
 
 _ID, _TITLE = "history", "History"
 # Told apart by shape, and by colour as far as there are colours.
@@ -64,7 +64,7 @@ def _drawn(view: StudyView) -> go.Figure:
     )
     break_even(drawn, "y")
     predicted = [one for one in view.tried if one.basis == "predicted"]
-    families: dict[str, list[Tried]] = {}
+    families: dict[str, list[TrialSummary]] = {}
     for one in predicted:
         families.setdefault(proposer(one.source), []).append(one)
     most_first = sorted(families.items(), key=lambda family: -len(family[1]))
@@ -81,7 +81,7 @@ def _drawn(view: StudyView) -> go.Figure:
     return drawn
 
 
-def _add(drawn: go.Figure, ones: Sequence[Tried], name: str, marker: dict[str, object]) -> None:
+def _add(drawn: go.Figure, ones: Sequence[TrialSummary], name: str, marker: dict[str, object]) -> None:
     if not ones:
         return
     drawn.add_trace(
@@ -100,7 +100,7 @@ def _add(drawn: go.Figure, ones: Sequence[Tried], name: str, marker: dict[str, o
     )
 
 
-def _add_best(drawn: go.Figure, ones: Sequence[Tried], name: str, line: tuple[str, str], last: int) -> None:
+def _add_best(drawn: go.Figure, ones: Sequence[TrialSummary], name: str, line: tuple[str, str], last: int) -> None:
     if not ones:
         return
     colour, dash = line
@@ -117,7 +117,7 @@ def _add_best(drawn: go.Figure, ones: Sequence[Tried], name: str, line: tuple[st
     )
 
 
-def _table(tried: Sequence[Tried]) -> Table:
+def _table(tried: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "speedup", "basis", "proposed by", "left out", "draft"),
         [

@@ -8,11 +8,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 from studies.figures.picture import GREY, HELD_OUT, MEASURED, VERMILION, Picture, Table, figure, times
-from studies.speedups import Speedup
-from studies.view import StudyView, Tried
+from studies.statistics import Speedup
+from studies.view import StudyView, TrialSummary
 
 _ID, _TITLE = "predictions", "Predicted against measured"
-Held = tuple[Tried, Speedup]
+Held = tuple[TrialSummary, Speedup]
 
 
 def predictions(view: StudyView) -> Picture:

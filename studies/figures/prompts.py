@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from studies.figures.picture import HELD_OUT, MEASURED, Picture, Table, times
 from studies.figures.speedup_rows import Row, speedup_rows
 from studies.records import MeasurementRecord
-from studies.speedups import speedup_of_all, speedup_of_prompt
+from studies.statistics import speedup_of_all, speedup_of_prompt
 from studies.view import StudyView
 
 _ID, _TITLE = "prompts", "Speedup of each prompt"

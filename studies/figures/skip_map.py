@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from studies.figures.picture import BLUE, ORANGE, PALE, Picture, Table, figure, percent, times
-from studies.view import StudyView, Tried
+from studies.view import StudyView, TrialSummary
 
 _ATTENTION, _MLP = 1, 2  # values of cells; 0 is kept
 _ROWS = 3  # of each candidate: its name, attention, MLP
@@ -30,7 +30,7 @@ def skip_map(view: StudyView, count: int) -> Picture:
     return Picture("skip-map", "What the best candidates leave out", _caption(view, best), _map(best), _table(best))
 
 
-def _caption(view: StudyView, best: Sequence[Tried]) -> str:
+def _caption(view: StudyView, best: Sequence[TrialSummary]) -> str:
     said = "Coloured cells are left out while drafting. "
     if len(best) == 1:
         return f"{said}There is one candidate so far."
@@ -40,7 +40,7 @@ def _caption(view: StudyView, best: Sequence[Tried]) -> str:
     return f"{said}. What was found hopeless and stopped comes last."
 
 
-def _map(best: Sequence[Tried]) -> go.Figure:
+def _map(best: Sequence[TrialSummary]) -> go.Figure:
     layers = best[0].skip_set.num_layers
     gap = 1 if layers <= _MOST_LAYERS_WITH_GAPS else 0
     z: list[Sequence[int | None]] = []
@@ -91,14 +91,14 @@ def _map(best: Sequence[Tried]) -> go.Figure:
     return drawn
 
 
-def _hover(one: Tried, kind: str, mask: Sequence[bool]) -> list[str]:
+def _hover(one: TrialSummary, kind: str, mask: Sequence[bool]) -> list[str]:
     return [
         f"trial {one.number}: {kind} of layer {layer} {'left out' if skip else 'kept'}"
         for layer, skip in enumerate(mask)
     ]
 
 
-def _table(best: Sequence[Tried]) -> Table:
+def _table(best: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "speedup", "95 %", "basis", "predicted", "acceptance", "left out", "draft", "proposed by"),
         [

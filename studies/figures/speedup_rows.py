@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from studies.comparison import PromptTimes
 from studies.figures.picture import break_even, figure
-from studies.speedups import speedup_of_all, speedup_of_prompt
+from studies.statistics import speedup_of_all, speedup_of_prompt
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def profile(make_profile):
 
 
 @dataclass
-class Outcome:
+class RoundResult:
     """What a command did."""
 
     status: int
@@ -171,7 +171,7 @@ def layerskip(capsys):
         capsys.readouterr()
         status = main.run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        return Outcome(status, captured.out, captured.err)
+        return RoundResult(status, captured.out, captured.err)
 
     return run
 
@@ -185,6 +185,6 @@ def run_command():
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120, **options
         )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return RoundResult(done.returncode, done.stdout, done.stderr)
 
     return run

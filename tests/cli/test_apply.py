@@ -1,4 +1,4 @@
-"""``layerskip apply``: prompts in, the full model's text out."""
+"""``layerskip apply``: prompts in, the target model's text out."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from layerskip import generate
-from layerskip.text import encode_prompt, encode_raw
+from layerskip.tokenizer import encode_prompt, encode_raw
 
 KEYS = {"text", "token_ids", "tokens_per_second", "acceptance_rate", "speculative"}
 COUNT = 24
@@ -26,7 +26,7 @@ def apply(layerskip):
 
 @pytest.fixture
 def expected(wrapped, checkpoint):
-    """What the full model says to a prompt, decoded plainly."""
+    """What the target model says to a prompt, decoded plainly."""
 
     def answer(prompt, *, raw=False, count=COUNT):
         encode = encode_raw if raw else encode_prompt
@@ -112,9 +112,9 @@ def test_messages_cannot_be_raw(apply, profile, tmp_path):
 
 def test_the_model_may_lie_elsewhere(apply, make_profile, model_folder, expected, tmp_path):
     moved = make_profile(1.25, model="/no/longer/there")
-    lost = apply(moved, "hello")
-    assert lost.status == 1
-    assert "/no/longer/there" in lost.error
+    is_disconnect = apply(moved, "hello")
+    assert is_disconnect.status == 1
+    assert "/no/longer/there" in is_disconnect.error
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     assert apply(moved, "hello", "--model", tmp_path / "elsewhere").object["token_ids"] == expected("hello")
 

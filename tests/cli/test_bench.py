@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import bench as command
+from cli import bench_command as command
 from layerskip import DraftProfile
 
 HERE = {

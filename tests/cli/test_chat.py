@@ -8,7 +8,7 @@ import pexpect
 import pytest
 
 from layerskip import Chat, DraftProfile, LayerSkipModel, SkipSet, generate, identify, load_checkpoint
-from layerskip.text import encode_chat
+from layerskip.tokenizer import encode_chat
 from tests.cli.conftest import COMMAND, ENVIRONMENT, save_model
 
 COUNT = 12
@@ -18,7 +18,7 @@ MENU = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops a
 
 @pytest.fixture
 def answers(wrapped, checkpoint):
-    """What the full model says to each of some messages in turn."""
+    """What the target model says to each of some messages in turn."""
 
     def run(*messages, count=COUNT):
         history, texts = [], []

@@ -6,9 +6,9 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from cli import environment
-from cli.environment import EXTRAS, packages
-from layerskip.machine import Device
+from cli import doctor_command as environment
+from cli.doctor_command import EXTRAS, packages
+from layerskip.utils import Device
 from tests.cli.conftest import ENVIRONMENT
 
 
@@ -137,7 +137,7 @@ def test_a_gpu_is_named_with_its_memory_and_capability(layerskip, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
-    from layerskip.machine import devices
+    from layerskip.utils import devices
 
     assert devices()[0] == Device("cuda:0", "A GPU, 24 GiB, compute capability 8.9", True)
 

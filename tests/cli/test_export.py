@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, Provenance, SkipSet, identify
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import Bridge
+from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.weights import DraftWeights
 from tests.cli.conftest import save_model
 
 
@@ -61,7 +61,7 @@ def saved(model, folder):
 
 def test_export_leaves_bridges_out_only_when_told_and_says_what_it_leaves_out(layerskip, checkpoint, model_folder):
     size = checkpoint.model.config.hidden_size
-    assets = DraftAssets({2: Bridge(2, 4, (torch.eye(size),), torch.zeros(size))}, torch.tensor([1, 2]))
+    assets = DraftWeights({2: Bridge(2, 4, (torch.eye(size),), torch.zeros(size))}, torch.tensor([1, 2]))
     saved(checkpoint.model, model_folder).with_assets(assets).save("profile.json")
     refused = layerskip("export", "profile.json", "--to", "draft")
     assert refused.status == 2

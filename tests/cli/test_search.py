@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cli import search
+from cli import search_command
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
-from layerskip.drafts.assets import DraftAssets
-from search.outcome import SearchResult
+from layerskip.drafting.weights import DraftWeights
+from search.search import SearchResult
 from studies.ranking import measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
@@ -87,7 +87,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
 def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
     profile = DraftProfile.load(make_profile(speedup))
     profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
-    search._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), json=False)
+    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("profile   found.json") + 1 :] == said
 
@@ -277,7 +277,7 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
     status, plain = refusal(profile)
     assert status == 2
     assert plain.startswith(f"layerskip: {profile}: has no stand-in for the layers above an early exit; train one with")
-    heads = profile_with(wrapped, DraftAssets(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
+    heads = profile_with(wrapped, DraftWeights(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
     heads.save(tmp_path / "heads.json")
     assert "'layerskip compare' measures them" in refusal(tmp_path / "heads.json")[1]
     layer_profile(wrapped).save(tmp_path / "tuned.json")

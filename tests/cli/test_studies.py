@@ -15,8 +15,8 @@ from optuna.trial import create_trial
 
 from layerskip import identify
 from search.prompts import EncodedPrompt, PromptSplit
+from search.search import Search
 from search.settings import SearchSettings
-from search.study import Search
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT

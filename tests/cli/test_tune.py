@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from layerskip import DraftProfile, SkipSet, generate
-from layerskip.drafts.assets import DraftAssets
-from layerskip.tuning import Agreement, Look, Trained
+from layerskip.drafting.weights import DraftWeights
+from layerskip.training import Agreement, EvalResult, Trained
 from tests.models import transformers_greedy
 
 QUICK = ("--positions", 300, "--epochs", 2, "--max-new-tokens", 8, "--device", "cpu")
@@ -125,7 +125,7 @@ def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
 
 
 def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
-    from cli.tuning import TuningProgress
+    from cli.tune_inputs import TuningProgress
 
     def press(self):
         raise KeyboardInterrupt
@@ -150,16 +150,16 @@ def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip
     ],
 )
 def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said):
-    from cli.tuning import TuningProgress
+    from cli.tune_inputs import TuningProgress
 
     agreement = Agreement(positions=100, loss=1.0, coverage=1.0, top={1: 0.5})
-    trained = Trained(DraftAssets(), agreement, [Look(progress, 1.0, agreement, best=False)], interrupted)
+    trained = Trained(DraftWeights(), agreement, [EvalResult(progress, 1.0, agreement, best=False)], interrupted)
     TuningProgress().training_ended(trained)
     assert capsys.readouterr().err == said
 
 
 def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
-    from cli.tuning import TuningProgress
+    from cli.tune_inputs import TuningProgress
 
     looked = TuningProgress.looked
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)

@@ -1,9 +1,18 @@
-"""A conversation: what is remembered, what is forgotten, and that the answers are the full model's."""
+"""A conversation: what is remembered, what is forgotten, and that the answers are the target model's."""
 
 import pytest
 
-from layerskip import Chat, FixedLength, InvalidInputError, LayerSkipModel, Sampling, SkipDrafter, SkipSet, generate
-from layerskip.text import encode_chat
+from layerskip import (
+    Chat,
+    FixedLength,
+    InvalidInputError,
+    LayerSkipDrafter,
+    LayerSkipModel,
+    Sampling,
+    SkipSet,
+    generate,
+)
+from layerskip.tokenizer import encode_chat
 from tests.models import LAYERS, tiny_llama, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -25,7 +34,7 @@ def model():
 @pytest.fixture
 def make_chat(model, tokenizer):
     def make(**options):
-        drafter = SkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), FixedLength(3))
+        drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), FixedLength(3))
         return Chat(model, tokenizer, **{"drafter": drafter, "max_new_tokens": 8} | options)
 
     return make
@@ -58,7 +67,7 @@ def test_each_answer_is_the_full_models_to_the_whole_conversation(make_chat, mod
 
 
 def test_the_pieces_are_the_text_and_as_many_as_were_accepted_are_marked(make_chat, model):
-    always_right = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    always_right = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     pieces, answer = said(make_chat(drafter=always_right).ask("one"))
     assert "".join(piece.text for piece in pieces) == answer.text
     assert any(piece.drafted for piece in pieces)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from layerskip import CheckpointError, InvalidInputError, LayerSkipModel, generate, load_checkpoint
 from layerskip.checkpoints import ALIASES, cache_folder, resolve_device, resolve_dtype
-from layerskip.identity import fingerprint
+from layerskip.fingerprint import fingerprint
 from tests.models import tiny_llama, tiny_tokenizer
 
 

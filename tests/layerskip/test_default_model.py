@@ -1,6 +1,6 @@
 """The promise, kept on a trained model: 16 prompts, 64 tokens each, token for token against ``model.generate``.
 
-A difference is excused only where the full model's two best logits lie within 1e-3; it is counted and printed.
+A difference is excused only where the target model's two best logits lie within 1e-3; it is counted and printed.
 """
 
 import pytest
@@ -9,8 +9,8 @@ from layerskip import (
     AdaptiveThreshold,
     ConfidenceThreshold,
     FixedLength,
+    LayerSkipDrafter,
     LayerSkipModel,
-    SkipDrafter,
     SkipSet,
     generate,
 )
@@ -63,7 +63,7 @@ def test_on_the_default_model_greedy_output_is_that_of_transformers(smollm2, par
     else:
         prompt = template(chat, add_generation_prompt=True, return_dict=False)
     model = LayerSkipModel(smollm2.model)
-    drafter = SkipDrafter(model, SKIP_SETS[number % 4], DRAFT_EXITS[(number + number // 4) % 4])
+    drafter = LayerSkipDrafter(model, SKIP_SETS[number % 4], DRAFT_EXITS[(number + number // 4) % 4])
     never = {model.vocab_size}  # an end token that cannot come, so that each text has its 64 tokens
     ours = generate(model, prompt, drafter=drafter, max_new_tokens=64, eos_token_ids=never)
     expected = transformers_greedy(smollm2.model, prompt, 64, never)

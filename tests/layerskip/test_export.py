@@ -23,10 +23,10 @@ from layerskip import (
     export_draft,
 )
 from layerskip.draft_model import config_of, draft_model_of, kept_layers
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import Bridge
-from tests.layerskip.test_files import files_no_larger_than
+from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.weights import DraftWeights
 from tests.layerskip.test_profile import profile_for
+from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import (
     EVERY_FAMILY,
     LAYERS,
@@ -180,7 +180,7 @@ def test_the_tokenizer_comes_along(tmp_path, llama, byte_tokenizer):
 
 def with_trained_layers(model, runs, **made):
     skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
-    return profile_for(model, skip_set=skip_set).with_assets(DraftAssets(layers=random_layers(model, runs, **made)))
+    return profile_for(model, skip_set=skip_set).with_assets(DraftWeights(layers=random_layers(model, runs, **made)))
 
 
 @torch.inference_mode()
@@ -210,7 +210,7 @@ def test_a_trained_layer_is_exported_for_every_family(each_family):
 def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_tokenizer):
     wider = LayerSkipModel(tiny_llama(hidden_size=64))
     profile = profile_for(llama, skip_set=SkipSet(LAYERS, (1,), (1,)))
-    foreign = profile.with_assets(DraftAssets(layers=random_layers(wider, {2: 4})))
+    foreign = profile.with_assets(DraftWeights(layers=random_layers(wider, {2: 4})))
     with pytest.raises(InvalidInputError, match="stand-in: its weights do not fit a layer of this model"):
         export_draft(llama, byte_tokenizer, foreign, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
@@ -255,7 +255,7 @@ def bridged(model):
     size = model.config.hidden_size
     bridge = Bridge(2, 4, (torch.eye(size),), torch.zeros(size))
     profile = profile_for(model, skip_set=SkipSet(LAYERS, (1,), (1,)))
-    return profile.with_assets(DraftAssets({2: bridge}, torch.tensor([0, 3, 5])))
+    return profile.with_assets(DraftWeights({2: bridge}, torch.tensor([0, 3, 5])))
 
 
 def test_bridges_are_refused_with_the_reason_and_the_way_out(tmp_path, llama, byte_tokenizer):

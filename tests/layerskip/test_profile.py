@@ -29,9 +29,9 @@ from layerskip import (
     generate,
     identify,
 )
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.bridges import Bridge
-from tests.layerskip.test_files import files_no_larger_than
+from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.weights import DraftWeights
+from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets
 
@@ -450,7 +450,7 @@ def some_assets(seed=0):
     size = IDENTITY.hidden_size
     whole = Bridge(2, 4, (torch.randn(size, size, generator=generator),), torch.randn(size, generator=generator))
     low_rank = Bridge(5, 6, (torch.ones(2, size), torch.ones(size, 2)), torch.zeros(size))
-    return DraftAssets({2: whole, 5: low_rank}, torch.tensor([0, 3, 5]))
+    return DraftWeights({2: whole, 5: low_rank}, torch.tensor([0, 3, 5]))
 
 
 def same_assets(one, other):
@@ -498,7 +498,7 @@ def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own
 
 
 def test_a_profile_without_them_has_no_file_beside_it(tmp_path):
-    a_profile().with_assets(DraftAssets()).save(tmp_path / "profile.json")
+    a_profile().with_assets(DraftWeights()).save(tmp_path / "profile.json")
     assert DraftProfile.load(tmp_path / "profile.json").tensors is None
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 
-from layerskip import DraftProfile, FixedLength, NGrams, Provenance, SkipSet
-from layerskip.drafts.assets import DraftAssets
+from layerskip import DraftProfile, FixedLength, PromptLookup, Provenance, SkipSet
+from layerskip.drafting.weights import DraftWeights
 from layerskip.profile_diff import differences
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, some_assets
 from tests.models import LAYERS, random_heads, random_layers
@@ -55,9 +55,9 @@ def test_models_drafts_and_gates_are_compared():
 
 
 def test_a_profile_that_copies_nothing_has_no_copies_to_compare():
-    found = different(a_profile(ngrams=NGrams()), a_profile())
+    found = different(a_profile(ngrams=PromptLookup()), a_profile())
     assert found.keys() == {"copies"}
-    assert (found["copies"].a, found["copies"].b) == (str(NGrams()), None)
+    assert (found["copies"].a, found["copies"].b) == (str(PromptLookup()), None)
 
 
 def test_models_of_another_depth_are_compared_without_naming_sublayers():
@@ -79,7 +79,7 @@ def test_bridges_are_compared_by_what_they_stand_for_and_by_their_weights():
 def test_trained_layers_are_compared_by_what_they_stand_for_and_by_their_weights(llama):
     bare = a_profile()
     trained, trained_anew, like_another = (
-        a_profile().with_assets(DraftAssets(layers=random_layers(llama, {2: 6}, **made)))
+        a_profile().with_assets(DraftWeights(layers=random_layers(llama, {2: 6}, **made)))
         for made in ({}, {"seed": 1}, {"like": 0})
     )
     added = different(bare, trained)
@@ -93,7 +93,7 @@ def test_trained_layers_are_compared_by_what_they_stand_for_and_by_their_weights
 
 def test_vocabularies_are_compared_by_size_and_by_what_they_share():
     whole, three, two = (
-        a_profile().with_assets(DraftAssets(token_ids=None if ids is None else torch.tensor(ids)))
+        a_profile().with_assets(DraftWeights(token_ids=None if ids is None else torch.tensor(ids)))
         for ids in (None, [0, 3, 5], [3, 7])
     )
     against_all = different(whole, three)["vocabulary"]
@@ -116,7 +116,7 @@ def test_measured_figures_and_machines_are_compared_and_whether_the_difference_i
 
 def test_draft_heads_differ_by_kind_number_and_weights(llama):
     def with_heads(kind, count, seed=0):
-        assets = DraftAssets(heads=random_heads(llama, kind, count, seed=seed))
+        assets = DraftWeights(heads=random_heads(llama, kind, count, seed=seed))
         return a_profile(skip_set=SkipSet(LAYERS)).with_assets(assets)
 
     one = with_heads("hydra", 2)

@@ -7,9 +7,9 @@ import pytest
 from huggingface_hub import constants
 
 from layerskip import DraftProfile, HubError, InvalidInputError, InvalidProfileError, find_profile, load_profile
-from layerskip.drafts.assets import DraftAssets
-from layerskip.machine import device_name
+from layerskip.drafting.weights import DraftWeights
 from layerskip.ready_profiles import FOLDER, add_profile, ready_profiles
+from layerskip.utils import device_name
 from tests.layerskip.test_profile import MEASURED, a_profile, some_assets
 
 
@@ -30,7 +30,7 @@ def add(folder, tmp_path):
     """Add a profile that was measured on some device to the ready ones."""
 
     def run(name, device_type="cpu", *, assets=None, **measured):
-        profile = a_profile(measured=MEASURED.model_copy(update=measured)).with_assets(assets or DraftAssets())
+        profile = a_profile(measured=MEASURED.model_copy(update=measured)).with_assets(assets or DraftWeights())
         profile.save(tmp_path / "found.json")
         return add_profile(name, tmp_path / "found.json", device_type)
 

@@ -35,7 +35,7 @@ from layerskip import (
     identify,
     speculate,
 )
-from layerskip.drafts.assets import DraftAssets
+from layerskip.drafting.weights import DraftWeights
 from tests.layerskip.test_profile import a_profile
 from tests.models import CONTEXT, FAMILIES, LAYERS, VOCABULARY, tiny_llama, tiny_tokenizer
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -123,7 +123,7 @@ def test_greedy_tokens_are_those_of_generate_under_any_rules(prompt, rules, endi
     model = tiny_llama()
     prompt = torch.tensor([prompt])
     arguments = rules | ending | {"attention_mask": torch.ones_like(prompt)}  # no token of it is padding
-    assets = None if vocabulary is None else DraftAssets(token_ids=torch.arange(vocabulary))
+    assets = None if vocabulary is None else DraftWeights(token_ids=torch.arange(vocabulary))
     profile = profile_for(model, skip_set, draft_exit, assets)
     expected = generate(model, prompt, **arguments)
     assert generate(model, prompt, **arguments, custom_generate=speculate(profile)).tolist() == expected.tolist()
@@ -181,7 +181,7 @@ def test_processors_and_criteria_see_the_calls_of_generate_s_own_loop(llama_mode
 
 
 def test_a_drafted_text_is_accepted_under_processors(llama_model):
-    """A draft that skips nothing agrees with the full model only if its own scores are processed as well."""
+    """A draft that skips nothing agrees with the target model only if its own scores are processed as well."""
     decode = speculate(profile_for(llama_model, SkipSet(LAYERS, (), ())))
     out = generate(
         llama_model,
@@ -388,7 +388,7 @@ def test_sampling_from_nothing_is_an_error(llama_model):
 
 def test_rules_may_leave_a_draft_nothing_to_propose(llama_model):
     """The draft's vocabulary is one token, and that is suppressed."""
-    decode = speculate(profile_for(llama_model, assets=DraftAssets(token_ids=torch.tensor([5]))))
+    decode = speculate(profile_for(llama_model, assets=DraftWeights(token_ids=torch.tensor([5]))))
     for do_sample in (False, True):
         found = greedy(llama_model, suppress_tokens=[5], do_sample=do_sample, top_k=1, custom_generate=decode)
         assert found == greedy(llama_model, suppress_tokens=[5])
@@ -520,7 +520,7 @@ def test_a_prepared_wrapper_is_the_one_that_generations_use(tmp_path):
 
 def test_what_is_kept_does_not_keep_the_model():
     model = tiny_llama()
-    decode = speculate(profile_for(model, assets=DraftAssets(token_ids=torch.arange(9))))
+    decode = speculate(profile_for(model, assets=DraftWeights(token_ids=torch.arange(9))))
     generate(model, custom_generate=decode)
     gc.collect()
     references = [weakref.ref(model), *(weakref.ref(weight) for weight in model.parameters())]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-import search.preparation as preparation
-import search.study as study_module
+import search.search as preparation
+import search.search as study_module
 from layerskip import LayerSkipModel
-from search.predict import Predictor
+from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from studies.storage import open_storage
 from tests.models import tiny_llama
@@ -46,13 +46,13 @@ class StandStillMeasuring(Log):
 
 def stand_still_looking():
     """Stand still when the third candidate is looked at."""
-    original, looked = Predictor.estimate, []
+    original, looked = SpeedupPredictor.estimate, []
 
     def estimate(*arguments, **named):
         looked.append(1)
         return stand_still() if len(looked) == 3 else original(*arguments, **named)
 
-    Predictor.estimate = estimate
+    SpeedupPredictor.estimate = estimate
 
 
 if __name__ == "__main__":

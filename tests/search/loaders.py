@@ -5,11 +5,11 @@ import os
 import time
 from pathlib import Path
 
-import search.preparation as preparation
-import search.study as study_module
+import search.search as preparation
+import search.search as study_module
 from layerskip import LayerSkipModel
 from layerskip.errors import LayerSkipError
-from search.predict import Predictor
+from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from tests.models import tiny_llama
 from tests.search.searches import known_costs
@@ -31,7 +31,7 @@ def slow_model(folder):
         (Path(folder) / str(os.getpid())).touch()
         time.sleep(3600)
 
-    Predictor.estimate = estimate
+    SpeedupPredictor.estimate = estimate
     return quick_model()
 
 

@@ -7,11 +7,11 @@ from optuna.trial import TrialState
 
 from layerskip import identify
 from layerskip.engine import PassCosts
+from search.callbacks import SearchObserver
 from search.latency import CostsBehind, LatencyModel, StepCosts
-from search.observer import SearchObserver
 from search.prompts import EncodedPrompt, PromptSplit
+from search.search import Search
 from search.settings import SearchSettings
-from search.study import Search
 from studies.records import records_of
 from tests.models import VOCABULARY
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
 from layerskip.errors import LosslessnessError
 from search.bench import bench
 from search.interleaving import timed
+from search.machine_lock import MachineLock
 from search.measure import summarize
-from search.quiet import Quiet
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import encoded_prompt
 
@@ -24,8 +24,13 @@ def model():
 @pytest.fixture
 def run(model, tmp_path):
     def measure(drafter=None, **options):
-        drafter = drafter or SkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
-        rest = {"max_new_tokens": 12, "repeats": 3, "quiet": Quiet(tmp_path, model.device), "on_prompt": int} | options
+        drafter = drafter or LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        rest = {
+            "max_new_tokens": 12,
+            "repeats": 3,
+            "quiet": MachineLock(tmp_path, model.device),
+            "on_prompt": int,
+        } | options
         return bench(model, drafter, PROMPTS, **rest)
 
     return measure
@@ -75,7 +80,7 @@ def test_the_summary_is_that_of_the_prompts(run):
 
 
 def test_accepted_tokens_are_counted_by_the_round(run, model):
-    drafter = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     result = run(drafter)
     made = [generate(model, prompt.tokens, drafter=drafter, max_new_tokens=12).stats for prompt in PROMPTS]
     assert result.mean_accepted == sum(one.accepted for one in made) / sum(one.rounds for one in made)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipDrafter, SkipSet, generate
+from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
+from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.branching import best_comb, branching_policies, gains
-from search.estimate import LAST_RANK, Estimator, Trace
-from search.reference import continuations, record
+from search.reference import batch_generate, record
 from search.space import SearchSpace
 from tests.models import LAYERS
 
@@ -55,9 +55,9 @@ def test_the_gains_say_how_often_a_branch_stands(tiny):
     """Drafts of one place: as often as the gains of its tokens add up to, over the places that decoding drafts at."""
     stack, widths = tiny.stack_of(SkipSet(LAYERS, (1,), (2,))), (6,)
     prompts = [[first, 7, 5] for first in range(6)]
-    texts = [record(tiny, p, new) for p, new in zip(prompts, continuations(tiny, prompts, 16), strict=True)]
-    traces = [trace for part in Estimator(tiny, texts).traces(stack) for trace in part]
-    drafter = SkipDrafter(tiny, SkipSet(LAYERS, (1,), (2,)), FixedLength(1), branches=widths)
+    texts = [record(tiny, p, new) for p, new in zip(prompts, batch_generate(tiny, prompts, 16), strict=True)]
+    traces = [trace for part in AcceptanceTracer(tiny, texts).traces(stack) for trace in part]
+    drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (1,), (2,)), FixedLength(1), branches=widths)
     stats = [generate(tiny, p, drafter=drafter, max_new_tokens=16, eos_token_ids=[]).stats for p in prompts]
     found = sum(one.accepted for one in stats) / sum(one.drafted for one in stats)
     assert 0 < found < 1

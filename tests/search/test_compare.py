@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet
+from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet
 from search.compare import able, compare
-from search.contenders import Contender, own_way, transformers_way
+from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
 from search.interleaving import timed
-from search.quiet import Quiet
+from search.machine_lock import MachineLock
 from studies.comparison import Comparison
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import encoded_prompt
@@ -22,18 +22,23 @@ def model():
 
 
 def lineup(model):
-    whole = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    whole = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     return [
-        Contender("plain", own_way(model, None)),
-        Contender("whole", own_way(model, whole), draft_bytes=7, training_seconds=3.0),
-        Contender("theirs", transformers_way(model), foreign=True),
+        DecodingMethod("plain", layerskip_method(model, None)),
+        DecodingMethod("whole", layerskip_method(model, whole), draft_bytes=7, training_seconds=3.0),
+        DecodingMethod("theirs", transformers_method(model), foreign=True),
     ]
 
 
 @pytest.fixture
 def run(model, tmp_path):
     def measure(contenders=None, **options):
-        rest = {"max_new_tokens": 9, "repeats": 3, "quiet": Quiet(tmp_path, model.device), "on_prompt": int} | options
+        rest = {
+            "max_new_tokens": 9,
+            "repeats": 3,
+            "quiet": MachineLock(tmp_path, model.device),
+            "on_prompt": int,
+        } | options
         return compare(model, contenders or lineup(model), PROMPTS, **rest)
 
     return measure
@@ -86,11 +91,11 @@ def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medi
 
 def test_whoever_says_something_else_is_marked_and_never_recommended(run, taking, model):
     def shifted(prompt, most):
-        decoded = own_way(model, None)(prompt, most)
+        decoded = layerskip_method(model, None)(prompt, most)
         return replace(decoded, tokens=tuple((token + 1) % model.vocab_size for token in decoded.tokens))
 
     taking(lambda name, number: 1.0 if name == "plain" else 0.5)
-    entries = run([Contender("plain", own_way(model, None)), Contender("wrong", shifted)])
+    entries = run([DecodingMethod("plain", layerskip_method(model, None)), DecodingMethod("wrong", shifted)])
     assert [one.different for one in entries] == [0, 3]
     assert entries[1].speedup.low == 2
     assert not entries[1].pays
@@ -121,11 +126,11 @@ def failing(prompt, most):
 
 
 def test_anothers_code_that_fails_is_left_out_with_its_reason(model):
-    broken = Contender("broken", failing, foreign=True)
+    broken = DecodingMethod("broken", failing, foreign=True)
     contenders = lineup(model)
     assert able([*contenders, broken], PROMPTS[0]) == (contenders, {"broken": "TypeError: no such cache"})
 
 
 def test_an_error_of_layerskips_own_is_one(model):
     with pytest.raises(TypeError, match="no such cache"):
-        able([Contender("broken", failing)], PROMPTS[0])
+        able([DecodingMethod("broken", failing)], PROMPTS[0])

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
-from layerskip.decoding.ngrams import behind_copies
-from layerskip.drafts.assets import DraftAssets
-from layerskip.drafts.heads import HEAD_KINDS
-from layerskip.stack.sublayers import LayerStandIn
-from layerskip.stack.tree import Tree, widths_of
+from layerskip.drafting.heads import HEAD_KINDS
+from layerskip.drafting.prompt_lookup import with_prompt_lookup
+from layerskip.drafting.weights import DraftWeights
+from layerskip.sublayers import DraftLayerStep
+from layerskip.token_tree import TokenTree, widths_of
+from search.acceptance import LAST_RANK
 from search.copying import copies_along, settings_of_ngrams
-from search.estimate import LAST_RANK
 from search.head_replay import (
     DraftSeconds,
     HeadCosts,
@@ -24,7 +24,7 @@ from search.head_replay import (
     replay_heads,
     trace_heads,
 )
-from search.reference import continuations, record
+from search.reference import batch_generate, record
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, random_heads, random_prefix
 from tests.strategies import bushes
@@ -48,7 +48,7 @@ def seconds_of(*places):
 @pytest.fixture(scope="module")
 def texts(tiny):
     prompts = [[first, 7, 5] for first in range(4)]
-    return [record(tiny, p, new) for p, new in zip(prompts, continuations(tiny, prompts, LIMIT), strict=True)]
+    return [record(tiny, p, new) for p, new in zip(prompts, batch_generate(tiny, prompts, LIMIT), strict=True)]
 
 
 @given(
@@ -67,7 +67,7 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
     """But for how far Hydra's drafts go on behind a wrong token, which a text cannot tell."""
     heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), Policy(draft_exit, gate, branches, ngrams)
     drafter = HeadDrafter(tiny, heads, draft_exit, gate=gate, branches=branches, token_ids=IDS[ids])
-    drafter = behind_copies(ngrams, drafter)
+    drafter = with_prompt_lookup(ngrams, drafter)
     stack = tiny.stack_of(SkipSet(LAYERS), token_ids=IDS[ids])
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
@@ -132,12 +132,12 @@ def test_a_tree_has_the_tokens_that_texts_run_through_most():
 )
 def test_a_tree_has_its_size_and_depth(paths, depth, more):
     trace = a_trace(*[[path[place] for path in paths][: len(paths) - place] for place in range(HEADS)])
-    tree = Tree.grown(widths_of(best_tree([trace], depth, depth + more)))
+    tree = TokenTree.grown(widths_of(best_tree([trace], depth, depth + more)))
     assert (len(tree.parents), tree.depth) == (depth + more, depth)
 
 
 def test_texts_shorter_than_a_draft_have_traces_all_the_same(tiny):
-    [new] = continuations(tiny, [[1, 2]], 2)
+    [new] = batch_generate(tiny, [[1, 2]], 2)
     stack = tiny.stack_of(SkipSet(LAYERS))
     trace = trace_heads(tiny, random_heads(tiny, "hydra", HEADS), stack, record(tiny, [1, 2], new))
     assert [len(ranks) for ranks in trace.ranks] == [1, 0, 0]
@@ -170,14 +170,14 @@ def test_every_length_threshold_gate_and_shape_is_tried():
     space = SearchSpace(4, gates=(0.0, 0.5), trees=(3, 7))
     policies = list(head_policies([a_trace([0, 1, 0, 3], [0, 2, 1])], 2, space))
     assert len(set(policies)) == len(policies)
-    assert {policy.draft_exit.controller().max_length for policy in policies} == {1, 2}
-    assert {len(Tree.grown(widths_of(policy.branches)).parents) for policy in policies} == {0, 3, 7}
+    assert {policy.draft_exit.new_state().max_length for policy in policies} == {1, 2}
+    assert {len(TokenTree.grown(widths_of(policy.branches)).parents) for policy in policies} == {0, 3, 7}
     assert {policy.gate for policy in policies} == {0.0, 0.5}
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_of_every_length_are_timed(tiny, kind):
-    seconds = measure_drafts(tiny, DraftAssets(heads=random_heads(tiny, kind, HEADS)))
+    seconds = measure_drafts(tiny, DraftWeights(heads=random_heads(tiny, kind, HEADS)))
     assert seconds.base > 0
     assert len(seconds.places) == HEADS
     assert all(len(place) == len(seconds.ways) for place in seconds.places)
@@ -192,15 +192,15 @@ def test_seconds_between_measured_numbers_of_tokens_are_interpolated():
 
 
 def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama, monkeypatch):
-    seen, run = [], LayerStandIn.__call__
+    seen, run = [], DraftLayerStep.__call__
 
     def watched(self, x, context):
         seen.append((x.shape[1], context.cache.length))
         return run(self, x, context)
 
-    monkeypatch.setattr(LayerStandIn, "__call__", watched)
+    monkeypatch.setattr(DraftLayerStep, "__call__", watched)
     layers = {2 * LAYERS: random_prefix(llama)}
-    ways = measure_drafts(llama, DraftAssets(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
+    ways = measure_drafts(llama, DraftWeights(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
     first, rest = seen[: len(ways)], seen[len(ways) :]
     assert first == [(130, 0)] * len(ways)
     assert {width for width, _ in rest} == {2}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel, SkipSet
-from layerskip.drafts.bridges import blank_bridge
+from layerskip.drafting.bridges import blank_bridge
 from layerskip.engine import PassCosts, measure_costs
 from search.latency import CostsBehind, LatencyModel, StepCosts, measure_latency
 from search.space import SearchSpace

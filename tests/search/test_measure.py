@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
 from layerskip.errors import LosslessnessError
 from search.measure import PromptMeasurement, measure_prompt, parts_at_near_tie, summarize
 from tests.models import LAYERS, VOCABULARY, tiny_llama
@@ -17,7 +17,7 @@ from tests.strategies import draft_exits, skip_sets, tokens
 PROMPT = encoded_prompt("p", [3, 1, 4, 1, 5])
 
 
-class CountingDrafter(SkipDrafter):
+class CountingDrafter(LayerSkipDrafter):
     """Notes how many forward passes the model has made when a generation with it starts."""
 
     def __init__(self, model):
@@ -48,7 +48,7 @@ def greedy(model, prompt=PROMPT, count=6):
 @given(prompt=tokens(12), skip_set=skip_sets(), draft_exit=draft_exits(), count=st.integers(1, 8), first=st.booleans())
 @settings(max_examples=30)
 def test_any_candidate_is_measured_on_the_same_tokens(gemma2, prompt, skip_set, draft_exit, count, first):
-    drafter = SkipDrafter(gemma2, skip_set, draft_exit)
+    drafter = LayerSkipDrafter(gemma2, skip_set, draft_exit)
     measured = measure_prompt(gemma2, encoded_prompt("p", prompt), drafter, max_new_tokens=count, plain_first=first)
     assert measured.prompt == "p"
     assert measured.tokens == measured.draft_tokens == count
@@ -73,14 +73,14 @@ def test_a_text_that_ends_early_is_measured_to_its_end():
     model = LayerSkipModel(hf_model)
     hf_model.generation_config.eos_token_id = greedy(model)[2]
     ended = greedy(model, count=20)
-    drafter = SkipDrafter(model, SkipSet(LAYERS, attention=(1,)), FixedLength(4))
+    drafter = LayerSkipDrafter(model, SkipSet(LAYERS, attention=(1,)), FixedLength(4))
     measured = measure_prompt(model, PROMPT, drafter, max_new_tokens=20, plain_first=True)
     assert measured.tokens == measured.draft_tokens == len(ended) <= 3
 
 
 def test_a_model_whose_wide_passes_differ_is_found_out():
     model = LayerSkipModel(tiny_llama())
-    drafter = SkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     with widths_disagree(model), pytest.raises(LosslessnessError) as caught:
         measure_prompt(model, PROMPT, drafter, max_new_tokens=8, plain_first=True)
     assert str(caught.value).startswith("prompt p: ")

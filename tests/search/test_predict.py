@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import SkipSet
-from search.assets import AssetMaker
-from search.estimate import Estimator, acceptance
-from search.predict import Predictor
+from search.acceptance import AcceptanceTracer, acceptance
+from search.builder import DraftBuilder
+from search.predict import SpeedupPredictor
 from search.reference import record
 from search.replay import RoundCosts, replay
 from search.space import Candidate, SearchSpace
@@ -23,9 +23,9 @@ LIMIT = 5
 @pytest.fixture(scope="module")
 def parts(llama):
     texts = [record(llama, prompt.tokens, [1, 2, 3, 4, 5][:LIMIT]) for prompt in random_prompts(search=14).search]
-    makers = AssetMaker(llama, texts)
-    estimator = Estimator(llama, texts)
-    return estimator, makers, Predictor(llama, SPACE, makers, estimator, known_costs(), max_new_tokens=LIMIT)
+    makers = DraftBuilder(llama, texts)
+    estimator = AcceptanceTracer(llama, texts)
+    return estimator, makers, SpeedupPredictor(llama, SPACE, makers, estimator, known_costs(), max_new_tokens=LIMIT)
 
 
 @given(skip_set=skip_sets(), best=skip_sets(), ease=st.floats(0.5, 2))

@@ -1,4 +1,4 @@
-"""The reference run: what the full model writes and computes, kept on disk."""
+"""The reference run: what the target model writes and computes, kept on disk."""
 
 import os
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel, generate
 from layerskip.errors import LayerSkipError
-from layerskip.files import write_bytes_atomically
-from search.reference import ReferenceRun, ReferenceText, continuations, record
+from layerskip.utils import write_bytes_atomically
+from search.reference import ReferenceRun, ReferenceText, batch_generate, record
 from tests.models import LAYERS, NEAR_TIE, near_tie_or_same, reference_logits, tiny_llama
 from tests.search.searches import encoded_prompt, random_prompts
 from tests.strategies import tokens
@@ -45,7 +45,7 @@ def same(one, other):
 @given(prompts=st.lists(tokens(9), min_size=1, max_size=4), count=st.integers(1, 9))
 @settings(max_examples=15)
 def test_prompts_of_any_lengths_are_continued_as_each_alone_would_be(tiny, prompts, count):
-    written = continuations(tiny, prompts, count)
+    written = batch_generate(tiny, prompts, count)
     for prompt, new in zip(prompts, written, strict=True):
         near_tie_or_same(tiny.hf_model, prompt, new, generate(tiny, prompt, max_new_tokens=count).tokens)
 
@@ -83,10 +83,10 @@ def test_a_text_ends_with_the_end_of_sequence_token():
     hf_model = tiny_llama()
     model = LayerSkipModel(hf_model)
     prompt = PROMPTS[0].tokens
-    longest = continuations(model, [prompt], 9)[0]
+    longest = batch_generate(model, [prompt], 9)[0]
     hf_model.generation_config.eos_token_id = longest[3]
     other = [p.tokens for p in PROMPTS[1:]]
-    ended, *others = continuations(model, [prompt, *other], 9)
+    ended, *others = batch_generate(model, [prompt, *other], 9)
     assert ended == longest[: longest.index(longest[3]) + 1]
     for tokens_, new in zip(other, others, strict=True):
         assert new == generate(model, tokens_, max_new_tokens=9).tokens

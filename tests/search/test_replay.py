@@ -1,4 +1,4 @@
-"""Replay, held against real generations and against a plain loop with the real exit controllers."""
+"""Replay, held against real generations and against a plain loop with the real exit states."""
 
 import math
 from dataclasses import replace
@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
-from layerskip.decoding.ngrams import NGrams
+from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.engine import PassCosts
+from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
-from search.estimate import LAST_RANK, Estimator, Trace
-from search.reference import continuations, record
+from search.reference import batch_generate, record
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, tiny_llama
@@ -21,7 +21,7 @@ from tests.search.searches import known_costs, random_prompts
 from tests.strategies import branches, draft_exits, fractions, skip_sets, tokens
 
 LONGEST, MOST = 9, 25
-NGRAMS = NGrams(1, 2, 3)
+NGRAMS = PromptLookup(1, 2, 3)
 policies = st.builds(
     Policy, draft_exits(), st.just(0.0) | fractions, st.just(()) | branches(), st.sampled_from([None, NGRAMS])
 )
@@ -65,7 +65,7 @@ def replayed(texts, tried, costs, limit):
 
 def played(trace, policy, row, costs, limit):
     """Seconds, drafted and accepted tokens of one text under one policy, round by round."""
-    controller, unsure, at = policy.draft_exit.controller(), False, 0
+    state, unsure, at = policy.draft_exit.new_state(), False, 0
     seconds, drafted, accepted = costs.prefill[row], 0, 0
     copies = copied_along(trace) if policy.ngrams else None
     while at < trace.new_tokens - 1:
@@ -77,10 +77,10 @@ def played(trace, policy, row, costs, limit):
             drafted, accepted, at = drafted + copied, accepted + stands, at + stands + 1
             continue
         proposed = 0
-        while proposed < min(limit - (at + 1) - 1, controller.max_length) and not unsure:
+        while proposed < min(limit - (at + 1) - 1, state.max_length) and not unsure:
             asked = at + proposed
             proposed += 1
-            if controller.stops_after(trace.confidence[asked] if asked < len(trace.agrees) else 1.0):
+            if state.stops_after(trace.confidence[asked] if asked < len(trace.agrees) else 1.0):
                 break
         stands = 0
         while stands < proposed and at + stands < len(trace.agrees) and trace.agrees[at + stands]:
@@ -91,7 +91,7 @@ def played(trace, policy, row, costs, limit):
         if stands < proposed and at + stands < len(trace.ranks):
             stands += trace.ranks[at + stands] < widths[stands]
         if proposed:
-            controller.observe(proposed, stands)
+            state.observe(proposed, stands)
         end = at + stands
         unsure = unsure_behind(trace, end, policy)
         drafted, accepted, at = drafted + proposed, accepted + stands, end + 1
@@ -149,9 +149,9 @@ def counted(model, prompt, drafter, limit):
 
 def predicted(model, stack, prompts, policy, limit):
     """Drafted and accepted tokens of each prompt, by replay."""
-    written = continuations(model, prompts, limit)
+    written = batch_generate(model, prompts, limit)
     texts = [record(model, prompt, new) for prompt, new in zip(prompts, written, strict=True)]
-    traces = [trace for part in Estimator(model, texts).traces(stack) for trace in part]
+    traces = [trace for part in AcceptanceTracer(model, texts).traces(stack) for trace in part]
     found = []
     for trace in traces:
         costs = RoundCosts.of(known_costs(), stack, model, [trace], MOST)
@@ -184,7 +184,7 @@ class _Counted:
 @settings(max_examples=40)
 def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit, widths):
     policy = Policy(FixedLength(1), gate, widths)
-    drafter = SkipDrafter(tiny, skip_set, policy.draft_exit, gate=gate, branches=widths)
+    drafter = LayerSkipDrafter(tiny, skip_set, policy.draft_exit, gate=gate, branches=widths)
     real = [counted(tiny, prompt, drafter, limit) for prompt in prompts]
     assert predicted(tiny, tiny.stack_of(skip_set), prompts, policy, limit) == real
 
@@ -193,7 +193,7 @@ def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_se
 @settings(max_examples=25)
 def test_a_draft_that_skips_nothing_comes_out_as_in_real_decoding(tiny, prompt, policy, limit):
     nothing, policy = SkipSet(LAYERS), replace(policy, ngrams=None)
-    drafter = SkipDrafter(tiny, nothing, policy.draft_exit, gate=policy.gate, branches=policy.branches)
+    drafter = LayerSkipDrafter(tiny, nothing, policy.draft_exit, gate=policy.gate, branches=policy.branches)
     assert predicted(tiny, tiny.stack_of(nothing), [prompt], policy, limit) == [counted(tiny, prompt, drafter, limit)]
 
 
@@ -202,10 +202,10 @@ def test_a_text_that_ends_by_itself_comes_out_as_in_real_decoding(length):
     hf_model = tiny_llama()
     model = LayerSkipModel(hf_model)
     prompts = [list(prompt.tokens) for prompt in random_prompts(search=4).search]
-    ends = [new[4] for new in continuations(model, prompts, 5)]
+    ends = [new[4] for new in batch_generate(model, prompts, 5)]
     hf_model.generation_config.eos_token_id = ends
     policy, nothing = Policy(FixedLength(length)), SkipSet(LAYERS)
-    drafter = SkipDrafter(model, nothing, policy.draft_exit)
+    drafter = LayerSkipDrafter(model, nothing, policy.draft_exit)
     real = [counted(model, prompt, drafter, 20) for prompt in prompts]
     assert predicted(model, model.stack_of(nothing), prompts, policy, 20) == real
 

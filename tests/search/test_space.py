@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import search.space as space_module
 from layerskip import FixedLength, InvalidInputError, SkipSet
-from layerskip.decoding.ngrams import NGrams
+from layerskip.drafting.prompt_lookup import PromptLookup
+from search.draft_layers import DraftLayerRef
 from search.space import Candidate, Policy, SearchSpace
-from search.stand_ins import StandIn
 from tests.models import LAYERS as TINY
 from tests.models import VOCABULARY
 from tests.strategies import branches, draft_exits, fractions, skip_sets
@@ -37,7 +37,7 @@ def spaces(draw):
 def stand_ins(num_layers):
     """None, or a few trained ones, each with something kept below it."""
     each = st.builds(
-        StandIn,
+        DraftLayerRef,
         st.integers(1, 2 * num_layers - 1),
         st.just(2 * num_layers),
         st.sampled_from(["layer", "bridge"]),
@@ -136,12 +136,12 @@ def test_policies_are_different_and_as_long_as_allowed(space):
     policies = space.policies()
     assert len(set(policies)) == len(policies)
     assert {policy.gate for policy in policies} == set(space.gates)
-    lengths = {policy.draft_exit.controller().max_length for policy in policies}
+    lengths = {policy.draft_exit.new_state().max_length for policy in policies}
     assert lengths == set(range(1, space.max_draft_length + 1))
     assert {policy.draft_exit.kind for policy in policies} == {"fixed", "confidence", "adaptive"}
 
 
-@given(draft_exits(), fractions, branches(), st.sampled_from([None, NGrams(1, 2, 3)]))
+@given(draft_exits(), fractions, branches(), st.sampled_from([None, PromptLookup(1, 2, 3)]))
 def test_a_policy_survives_the_way_through_the_database(draft_exit, gate, widths, ngrams):
     policy = Policy(draft_exit, gate, widths, ngrams)
     assert Policy.from_json(policy.as_json()) == policy

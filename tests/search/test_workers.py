@@ -9,13 +9,13 @@ from functools import partial
 import pytest
 from optuna.trial import TrialState
 
-import search.preparation as preparation
-import search.study as study_module
+import search.search as preparation
+import search.search as study_module
 from layerskip import identify
+from search.draft_layers import trained_draft_layers
 from search.loading import load_profiles
+from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
-from search.stand_ins import trained_stand_ins
-from search.trials import MEASURES_KEY, SOURCE_KEY
 from search.workers import Work, Workers
 from studies.ranking import candidate_key, measured_trials, seen_trials
 from studies.storage import open_storage
@@ -43,7 +43,7 @@ def search_with(database, tmp_path):
     def make(*loaders, tuned=(), **named):
         model = quick_model()
         profiles = partial(load_profiles, tuned, "cpu", "float32")
-        stand_ins = trained_stand_ins(profiles(), model)
+        stand_ins = trained_draft_layers(profiles(), model)
         space = SearchSpace(LAYERS, stand_ins=tuple(one.name for one in stand_ins))
         settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
 
@@ -130,9 +130,9 @@ def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
     search, failures = search_with(no_model, broken_model, other_model, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (one, lost), (two, broken), (three, differs) = failures
+    (one, is_disconnect), (two, broken), (three, differs) = failures
     assert (one, two, three) == (1, 2, 3)
-    assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
+    assert (is_disconnect, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith("study 's': cannot go on, because this differs: dtype (study: float32, now: bfloat16)")
 
 
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
         os.kill(os.getpid(), signal.SIGINT)
 
     search, failures = search_with(partial(slow_model, str(told)), partial(slow_model, str(told)))
-    monkeypatch.setattr(study_module.MeasuringPlan, "__call__", lambda *_: time.sleep(3600))
+    monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
     assert (result.interrupted, result.trials, failures) == (True, 1, [])

@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from layerskip import SkipSet
-from layerskip.formula import best_speedup
+from layerskip.costs import best_speedup
 from studies.ranking import best_trials
 from studies.records import MeasurementRecord, add_measurement
 from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
@@ -42,7 +42,7 @@ def latency_of(layers):
     return json.dumps({"short": {"context": 64} | behind, "long": {"context": 512} | behind})
 
 
-def damage_of(layers, seed=0):
+def log_rejection(layers, seed=0):
     """Of each sublayer, in −ln α; the first ones are needed."""
     source = random.Random(seed)
     return [source.expovariate(60) + 1.5 * (i < 2) + 0.2 * (i == 2 * layers - 1) for i in range(2 * layers)]
@@ -63,7 +63,7 @@ class StudyInTheMaking:
         self.storage, self.name, self.layers, self.pareto = storage, name, layers, pareto
         self.study = open_study(storage, name, context_of(layers, model), objectives=2 if pareto else 1)
         self.random = random.Random(seed)
-        self.damage = damage_of(layers, seed)
+        self.damage = log_rejection(layers, seed)
         self.trials = []  # reading them from the storage again and again takes long
 
     def with_costs(self):

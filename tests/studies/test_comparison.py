@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from studies.comparison import COLUMNS, Comparison, Entry, advice, described, facts, table
 from studies.figures.compared import compared
-from studies.page import render_page
-from studies.speedups import Speedup, speedup_of_all
+from studies.report import render_page
+from studies.statistics import Speedup, speedup_of_all
 
 HOSTILE = "</script><img src=x onerror=alert('name')>"
 

@@ -15,10 +15,9 @@ import torch
 from optuna.storages import RDBStorage
 
 from layerskip import DraftProfile, FixedLength, InvalidInputError, Provenance, SkipSet, identify
-from layerskip.drafts.assets import DraftAssets
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidProfileError
-from studies.dashboard import serve
-from studies.pins import artifact_store, attach_figures, attach_profile
+from studies.dashboard import artifact_store, attach_figures, attach_profile, serve
 from studies.study import load_study
 from tests.studies.drawn_studies import StudyInTheMaking
 
@@ -58,7 +57,7 @@ def make_profile(llama, tmp_path):
             provenance=Provenance(study=study, trial=0, created=datetime(2026, 1, 2, tzinfo=UTC), tool="layerskip"),
         )
         path = tmp_path / name
-        profile.with_assets(DraftAssets(token_ids=torch.tensor(token_ids))).save(path)
+        profile.with_assets(DraftWeights(token_ids=torch.tensor(token_ids))).save(path)
         return path
 
     return make

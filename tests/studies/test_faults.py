@@ -9,11 +9,11 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from layerskip import InvalidInputError
-from studies.errors import StorageError
 from studies.optimizing import optimize
 from studies.ranking import completed_trials
 from studies.records import add_measurement, measurements_of
 from studies.storage import open_existing_storage, open_storage
+from studies.storage_errors import StorageError
 from studies.study import StudyContext, describe_study, list_studies, open_study
 from tests.studies.worker import measurement
 from tests.unprivileged import closed

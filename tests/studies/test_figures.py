@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip.formula import best_speedup
+from layerskip.costs import best_speedup
 from studies.figures import pictures
 from studies.figures.history import proposer
 from studies.view import view_study

@@ -11,11 +11,11 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from studies import rpc
-from studies.errors import StorageError
 from studies.optimizing import optimize
-from studies.patience import PATIENCE_SECONDS, patience
 from studies.records import add_measurement, measurements_of
+from studies.retry import PATIENCE_SECONDS, retry_timeout
 from studies.storage import open_storage
+from studies.storage_errors import StorageError
 from tests.studies.serving import served
 from tests.studies.worker import fleet, measurement
 
@@ -165,7 +165,7 @@ def test_a_server_that_stays_away_is_an_error_in_one_line_and_then_the_storage_c
     study = optuna.create_study(study_name="s", storage=storage)
     postgresql.stop()
     try:
-        with patience(0.5):
+        with retry_timeout(0.5):
             for operation in (study.ask, lambda: add_measurement(storage, measurement("s", 0, 1.0))):
                 with pytest.raises(StorageError) as caught:
                     operation()
@@ -183,7 +183,7 @@ def test_a_served_storage_that_stays_away_is_an_error_in_one_line_and_then_can_b
         storage = open_storage(server.url)
         study = optuna.create_study(study_name="s", storage=storage)
         server.end(signal.SIGINT)
-        with patience(0.5):
+        with retry_timeout(0.5):
             for operation in (study.ask, lambda: add_measurement(storage, measurement("s", 0, 1.0))):
                 caplog.clear()
                 with pytest.raises(StorageError, match=r"^storage '.*': nothing answers there; start it with .*$"):
@@ -231,7 +231,7 @@ def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url
         trial.set_user_attr("key", "value")
 
     try:
-        with patience(PATIENCE_SECONDS), pytest.raises(KeyboardInterrupt):
+        with retry_timeout(PATIENCE_SECONDS), pytest.raises(KeyboardInterrupt):
             optimize(study, objective)
     finally:
         postgresql.start()

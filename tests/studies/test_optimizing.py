@@ -4,8 +4,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from studies.errors import StorageError
 from studies.optimizing import optimize
+from studies.storage_errors import StorageError
 
 
 def stop_after(count):

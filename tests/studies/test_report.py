@@ -7,8 +7,7 @@ import pytest
 from optuna.trial import create_trial
 
 from studies.figures import pictures
-from studies.report import render_report
-from studies.summary import verdict
+from studies.report import render_report, verdict
 from studies.view import view_study
 from tests.studies.drawn_studies import StudyInTheMaking
 

@@ -9,8 +9,8 @@ import sqlalchemy
 
 from layerskip import LayerSkipError
 from studies.optimizing import optimize
-from studies.patience import patience
 from studies.records import add_measurement
+from studies.retry import retry_timeout
 from studies.storage import open_storage
 from studies.study import describe_study, list_studies
 from tests.postgres import PASSWORD
@@ -79,7 +79,7 @@ def test_a_server_lost_in_the_middle_is_named_without_its_password(postgresql, a
         trial.set_user_attr("key", "value")
 
     try:
-        with patience(0.5), pytest.raises(LayerSkipError) as caught:
+        with retry_timeout(0.5), pytest.raises(LayerSkipError) as caught:
             optimize(study, objective)
     finally:
         postgresql.start()

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from layerskip import InvalidInputError, SkipSet
 from studies.damage import LEAST_CANDIDATES, learned_acceptance
 from studies.ranking import best_trials
-from studies.speedups import Speedup, speedup_of_all, speedup_of_prompt
+from studies.statistics import Speedup, speedup_of_all, speedup_of_prompt
 from studies.step_costs import read_parts
 from studies.study import describe_study
-from studies.view import Tried, view_study
+from studies.view import TrialSummary, view_study
 from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
 
 
@@ -110,7 +110,7 @@ def looks(damages, count, *, share=0.3, never=()):
         skip_set = SkipSet.from_mask([*mask[:-1], False])
         rate = math.exp(-sum(damage for damage, skip in zip(damages, skip_set.mask, strict=True) if skip))
         told = {"predicted": 1.0, "draft_cost": None, "bridged": False, "vocabulary": 0, "draft": "", "source": ""}
-        yield Tried(
+        yield TrialSummary(
             number,
             str(number),
             "predicted",

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipModel, SkipDrafter, SkipSet, generate
+from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
 from layerskip.engine import EagerEngine, GraphEngine, compile_sublayers
-from layerskip.engine.graphs import call_directly
+from layerskip.engine.cuda_graphs import call_directly
 from tests.models import EVERY_FAMILY, FAMILIES, near_tie_or_same, transformers_greedy
 
 PROMPT = [1, 2, 3]
@@ -34,7 +34,7 @@ class CountingBackend:
 
 
 def decode(model, skip_set):
-    drafter = SkipDrafter(model, skip_set, FixedLength(3))
+    drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
     return generate(model, PROMPT, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=[]).tokens
 
 

@@ -1,11 +1,11 @@
-"""However verification runs – padded, or behind what drafting already computed – it gives the full model's logits."""
+"""However verification runs – padded, or behind what drafting already computed – it gives the target model's logits."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipDrafter, SkipSet, generate
+from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
 from layerskip.engine import EagerEngine, PassCosts, SharedPrefix
 from tests.models import near_tie_or_same, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -33,7 +33,7 @@ def costs(request, tiny):
 @settings(max_examples=25)
 def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs, prompt, skip_set, draft_exit, length):
     ours = generate(
-        tiny, prompt, drafter=SkipDrafter(tiny, skip_set, draft_exit), max_new_tokens=length, eos_token_ids=[]
+        tiny, prompt, drafter=LayerSkipDrafter(tiny, skip_set, draft_exit), max_new_tokens=length, eos_token_ids=[]
     )
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -72,13 +72,13 @@ def test_a_pass_is_as_wide_as_is_cheapest(tiny, monkeypatch):
 
 
 def test_resuming_leaves_out_the_shared_sublayers_of_all_tokens_but_one(tiny):
-    """Counted by the calls of the first MLP, which draft and full model share."""
+    """Counted by the calls of the first MLP, which draft and target model share."""
     rows = []
     handle = tiny.hf_model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[1]))
     tiny.engine.costs = TOKENS_COST
     try:
         skip_set = SkipSet(tiny.num_layers, mlp=(tiny.num_layers - 1,))
-        generate(tiny, [1, 2, 3], drafter=SkipDrafter(tiny, skip_set, FixedLength(3)), max_new_tokens=4)
+        generate(tiny, [1, 2, 3], drafter=LayerSkipDrafter(tiny, skip_set, FixedLength(3)), max_new_tokens=4)
     finally:
         handle.remove()
         tiny.engine.costs = None

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip import SkipSet
+from search.draft_layers import DraftLayerRef
 from search.samplers import Draft, DraftChoices
 from search.space import Candidate, SearchSpace
-from search.stand_ins import StandIn
 from tests.search.samplers.problems import ALL_KINDS, bits
 
 
@@ -32,7 +32,7 @@ def test_a_trial_that_did_not_choose_everything_tried_nothing(choices):
 
 
 def test_the_parameters_are_those_of_the_search_space():
-    stand_ins = (StandIn(2, 6, "layer", 0, "a"), StandIn(3, 6, "bridge", 8, "b"))
+    stand_ins = (DraftLayerRef(2, 6, "layer", 0, "a"), DraftLayerRef(3, 6, "bridge", 8, "b"))
     space = SearchSpace(3, bridges=True, vocabularies=(0, 8), stand_ins=stand_ins)
     candidate = Candidate(SkipSet(3, (1,), (2,)), bridged=True, vocabulary=8, stand_in=stand_ins[1])
     parameters = space.parameters(candidate)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.samplers import Draft, DraftChoices
-from search.samplers.damage import DamageModel, acceptance_of, damage_of
+from search.samplers.damage import DamageModel, acceptance_of, log_rejection
 from tests.search.samplers.problems import ALL_KINDS, bits
 
 masks = st.lists(st.booleans(), min_size=6, max_size=6).map(tuple)
@@ -14,12 +14,12 @@ masks = st.lists(st.booleans(), min_size=6, max_size=6).map(tuple)
 
 @given(st.floats(0.01, 1))
 def test_damage_and_acceptance_are_inverse(acceptance):
-    assert float(acceptance_of(np.array(damage_of(acceptance)))) == pytest.approx(acceptance)
+    assert float(acceptance_of(np.array(log_rejection(acceptance)))) == pytest.approx(acceptance)
 
 
 def test_no_damage_is_full_acceptance_and_no_rate_is_infinite_damage():
-    assert damage_of(1.0) == 0
-    assert np.isfinite(damage_of(0.0))
+    assert log_rejection(1.0) == 0
+    assert np.isfinite(log_rejection(0.0))
 
 
 @pytest.mark.parametrize("choices", ALL_KINDS)

@@ -139,7 +139,7 @@ def test_an_enqueued_draft_is_tried_as_it_is():
 
 
 def test_on_a_model_of_which_parts_do_nothing_it_finds_them():
-    """Agreement with the full model, position by position, is the acceptance rate."""
+    """Agreement with the target model, position by position, is the acceptance rate."""
     hf_model = tiny_llama()
     idle = (2, 3, 5)
     with torch.no_grad():

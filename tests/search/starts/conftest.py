@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.drafts.bridges import record_states
+from layerskip.drafting.bridges import record_states
 from tests.models import VOCABULARY, tiny_llama
 
 LAYERS = 6

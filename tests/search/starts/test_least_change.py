@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from search.starts import least_change
-from search.starts.least_change import block_influence
+from search.starting_skip_sets import block_influence, least_change
 from tests.search.starts.conftest import IDLE, LAYERS
 
 

@@ -8,16 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from search.starts import most_similar_paths
-from search.starts.paths import best_paths, quantized
-from search.starts.start import skipping
+from search.starting_skip_sets import best_paths, most_similar_paths, quantized, skipping
 from tests.search.starts.conftest import IDLE, LAYERS
 
 SUBLAYERS = 2 * LAYERS
 
 
 def similarity_of(case, skipped):
-    """What the whole draft's last hidden states have in common with the full model's, computed the long way."""
+    """What the whole draft's last hidden states have in common with the target model's, computed the long way."""
     with torch.inference_mode():
         tokens = torch.tensor(case.text)
         x = case.model.forward(tokens, case.model.new_cache(len(tokens)), skipping(skipped, LAYERS))[0]

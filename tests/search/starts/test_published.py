@@ -3,7 +3,7 @@
 import json
 from importlib.resources import files
 
-from search.starts import published
+from search.starting_skip_sets import published
 
 
 def test_a_model_gets_what_was_published_for_its_depth():

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.starts import least_damage, skipping_below
+from search.starting_skip_sets import least_damage, skipping_below
 
 
 def alone(acceptance):

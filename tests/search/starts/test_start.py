@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip import SkipSet
-from search.starts import (
+from search.starting_skip_sets import (
+    counts_of,
     different,
     early_exits,
     evenly_spaced,
@@ -15,7 +16,6 @@ from search.starts import (
     nothing_skipped,
     published,
 )
-from search.starts.start import counts_of
 from tests.search.starts.conftest import LAYERS
 from tests.strategies import skip_sets
 

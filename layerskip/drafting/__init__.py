@@ -1,0 +1,1 @@
+"""Drafting: who proposes tokens, and with what."""

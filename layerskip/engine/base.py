@@ -1,0 +1,138 @@
+"""What drafting and decoding ask of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from layerskip.costs import PassCosts
+from layerskip.kv_cache import KVCache
+from layerskip.sublayers import Stack
+from layerskip.token_tree import TokenTree
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """What one draft step gives.
+
+    Args:
+        logits: ``[n]``, scores in float32, one for each token of the draft's vocabulary.
+        likeliest: ``[1]``, the id of the token with the highest score.
+        confidence: ``[]``, that token's probability, before temperature, top-k and top-p.
+        prefix: ``[1, 1, hidden_size]``, the hidden states at the top of what draft and target model share; None if they
+            share nothing.
+    """
+
+    logits: Tensor
+    likeliest: Tensor
+    confidence: Tensor
+    prefix: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor | None, prefix: Tensor | None) -> DraftStep:
+        """The step that these logits make, by tensor operations alone, so that it can be captured.
+
+        Args:
+            logits: ``[n]``.
+            token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+            prefix: As in the step.
+        """
+        column = logits.argmax(-1, keepdim=True)
+        likeliest = column if token_ids is None else token_ids[column]
+        return cls(logits, likeliest, highest_probability(logits), prefix)
+
+
+def highest_probability(logits: Tensor) -> Tensor:
+    """The probability, ``[]``, of the likeliest token under the softmax of all logits, ``[n]``."""
+    return (logits.max() - logits.logsumexp(-1)).exp()
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What drafting already computed of the verification's pass.
+
+    Args:
+        states: ``[1, k, hidden_size]``, the hidden states of the text's last token and of all drafted tokens but the
+            last, before sublayer ``depth``. The cache holds the keys and values of the sublayers below.
+        depth: How many sublayers they have been through.
+    """
+
+    states: Tensor
+    depth: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a pass of the target model gives.
+
+    Args:
+        logits: ``[n, vocab_size]``, scores behind each of ``n`` tokens, in float32; of a prompt, ``[1, vocab_size]``,
+            behind the last of them.
+        states: ``[n, hidden_size]``, the hidden states behind the last sublayer, of each token.
+    """
+
+    logits: Tensor
+    states: Tensor
+
+
+class Engine(Protocol):
+    """Runs passes of one model. One engine serves one generation at a time.
+
+    Attributes:
+        name: What it is called.
+        captures: Whether the first decoding takes longer than later ones, because passes are captured or compiled in
+            it.
+        resumes: Whether verification can start behind what drafting already computed.
+        costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
+            needs.
+    """
+
+    name: str
+    resumes: bool
+    costs: PassCosts | None
+
+    @property
+    def captures(self) -> bool: ...
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
+
+    def has_room(self, cache: KVCache, capacity: int) -> bool:
+        """Whether a cache that it made has room for ``capacity`` positions, or can make it."""
+
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
+        """Run a prompt, or the rest of one, ``[n]``.
+
+        Returns:
+            Scores behind its last token, and the hidden states of all its tokens, which later passes leave alone.
+        """
+
+    def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        """Run tokens, ``[m]``, through a draft's stack; the cache moves forward by one.
+
+        Args:
+            tokens: A new token, and before it the last ``m - 1`` of the text that the stack has not seen yet: more
+                than one only where it remembers.
+            cache: Keys and values of the text before the new token.
+            stack: The draft's.
+
+        Returns:
+            The step behind the last token.
+        """
+
+    def verify(
+        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
+    ) -> Scored:
+        """Run the text's last token and the ``k`` drafted ones, ``[k + 1]``, through the target model.
+
+        Args:
+            tokens: The tokens.
+            cache: Keys and values of the text before; moves forward by ``k + 1``.
+            shared: What drafting already computed of it, if anything; of no use where the tree branches.
+            tree: Which token follows which; None is a chain.
+
+        Returns:
+            What comes out behind each of them. The next pass may overwrite it.
+        """

@@ -1,0 +1,182 @@
+"""What makes two models the same model: a fingerprint of configuration and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerskip.model import LayerSkipModel
+
+# Settings that change what a model computes. Named one by one, because a newer transformers adds new settings with
+# harmless defaults to every configuration.
+_COMPUTING_SETTINGS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+
+# Likewise, of families that came later: left out where a configuration has none, so that fingerprints stay the same.
+_SETTINGS_OF_SOME = (
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "no_rope_layers",
+    "residual_multiplier",
+)
+
+# Elements hashed at a time: keeps the scratch memory small and in the processor's cache.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a profile is for.
+
+    Args:
+        id: Where it came from: a hub id, a folder or an alias. For people; not compared.
+        family: Model family, such as ``llama``.
+        num_layers: Number of decoder layers.
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the MLPs.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key-value heads.
+        vocab_size: Number of token ids.
+        fingerprint: Hexadecimal hash of configuration and weights, see :func:`fingerprint`.
+    """
+
+    id: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    fingerprint: str
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
+
+    def differences(self, other: ModelIdentity) -> dict[str, tuple[object, object]]:
+        """The fields in which two identities differ, ``id`` apart: name to (own value, other's value)."""
+        own, others = asdict(self), asdict(other)
+        return {name: (own[name], others[name]) for name in own if name != "id" and own[name] != others[name]}
+
+
+def identify(model: LayerSkipModel, id: str | None = None) -> ModelIdentity:
+    """The identity of a loaded model.
+
+    Args:
+        model: The model.
+        id: What to call it; None takes the name that it was loaded by.
+    """
+    config = model.config
+    return ModelIdentity(
+        id=id or config.name_or_path or "unnamed",
+        family=model.family.name,
+        num_layers=model.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        fingerprint=fingerprint(model),
+    )
+
+
+@torch.inference_mode()
+def fingerprint(model: LayerSkipModel) -> str:
+    """Hash a model's configuration and all its weights.
+
+    Weights are hashed as bfloat16 where they are floating-point numbers, so that a checkpoint has one fingerprint
+    whether it is loaded as float32 or as bfloat16. They are summed up on their own device with integer arithmetic, so
+    that the result is the same everywhere and a large model on a GPU takes milliseconds.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    config, hf_model = model.config, model.hf_model
+    settings = {name: getattr(config, name, None) for name in _COMPUTING_SETTINGS}
+    settings |= {name: getattr(config, name) for name in _SETTINGS_OF_SOME if hasattr(config, name)}
+    settings |= {name: state for name, module in hf_model.named_modules() if (state := _adapter_state(module))}
+    weights = {
+        part_name: [list(part.shape), *_checksums(part)]
+        for name, weight in _weights(hf_model)
+        for part_name, part in _plain_parts(name, weight)
+    }
+    text = json.dumps([settings, weights], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, each once, and what else a model saves, such as the scales that bitsandbytes keeps beside weights."""
+    yield from model.named_parameters()
+    tied_too = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in tied_too:
+            yield name, tensor
+
+
+def _adapter_state(module: nn.Module) -> dict[str, object]:
+    """What a module of PEFT's computes with besides its weights: which adapters are on, and how strong."""
+    active = getattr(module, "active_adapters", None)
+    if active is None or isinstance(module, PreTrainedModel):  # transformers' models have methods of these names
+        return {}
+    state = {name: getattr(module, name) for name in ("disable_adapters", "merged_adapters") if hasattr(module, name)}
+    return state | {"active": active, "scaling": getattr(module, "scaling", None)}
+
+
+def _plain_parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a weight is made of, by name: itself, or a quantized one's values, scales and the like."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(weight, part))
+
+
+def _checksums(weight: Tensor) -> list[int]:
+    """A plain and a position-weighted sum of a tensor's bits, modulo 2^64."""
+    sums = []
+    for chunk in torch.split(weight.detach().reshape(-1), _CHUNK):
+        words = _words(chunk)
+        # Odd multipliers, so that no single changed bit can vanish modulo 2^64.
+        positions = torch.arange(1, 2 * len(words), 2, device=words.device)
+        sums += [words.sum(), (words * positions).sum()]
+    # Chunks are weighted by powers of 31, so that exchanging two of them shows.
+    plain = weighted = 0
+    for value, by_position in torch.stack(sums).view(-1, 2).tolist():
+        plain = (plain * 31 + value) % 2**64
+        weighted = (weighted * 31 + by_position) % 2**64
+    return [plain, weighted]
+
+
+def _words(chunk: Tensor) -> Tensor:
+    """The bits of some weights as 64-bit integers, filled up with zeros."""
+    if chunk.is_floating_point():
+        chunk = chunk.to(torch.bfloat16)
+    bits = chunk.contiguous().view(torch.uint8)
+    return nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)

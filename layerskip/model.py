@@ -1,0 +1,358 @@
+"""A decoder whose sublayers can be left out, one forward pass at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from layerskip.attention_masks import (
+    attention_mask,
+    check_attention_implementation,
+    mask_at,
+    teacher_mask,
+    tree_mask,
+)
+from layerskip.engine.base import Engine
+from layerskip.engine.eager import EagerEngine
+from layerskip.errors import InvalidInputError, UnsupportedModelError
+from layerskip.families import family_of, setting
+from layerskip.kv_cache import KVCache
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, keep, sublayers_of, weights_of
+from layerskip.token_tree import TokenTree, ancestors_on, numbers_on
+
+# Kinds that act outside of the modules that they replace, by PEFT's names.
+_ACTING_ELSEWHERE = ("ADAPTION_PROMPT", "POLY", "XLORA")
+
+
+def adapted_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT model, its adapters in place; any other model as it is.
+
+    An adapter that takes the place of modules, as LoRA and its kin do, is called when they would be, so that nothing
+    else needs to know of it. One that does more, such as a learned prompt before the text, would silently do nothing.
+
+    Raises:
+        UnsupportedModelError: An adapter does more than to replace modules.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        _check_adapter(config)
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return cast(PreTrainedModel, model)
+    return cast(Any, model).get_base_model()  # type: ignore[no-any-return]
+
+
+def check_generating(model: nn.Module) -> None:
+    """Make sure that the model is not inside a PEFT model that generates with it and does more than to replace modules.
+
+    While it generates, a PEFT model puts a method of its own into the model inside it, which knows nothing else of it.
+
+    Raises:
+        UnsupportedModelError: It is.
+    """
+    around = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if isinstance(around, nn.Module):
+        adapted_model(around)
+
+
+def _check_adapter(config: Any) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        kind = "activated LoRA"  # on from certain tokens of the prompt on
+    elif not config.is_prompt_learning and kind not in _ACTING_ELSEWHERE:
+        return
+    raise UnsupportedModelError(
+        f"adapter: {kind} does more than to replace modules, so it is not supported; use LoRA or another kind that "
+        "does only that"
+    )
+
+
+# Unit vectors put through the head at a time: keeps [vectors, vocab_size] small.
+_CHUNK = 256
+
+
+@torch.no_grad()
+def lm_head_rows(head: nn.Module, token_ids: Tensor, like: Tensor) -> Tensor:
+    """The weights by which a head without bias scores some tokens.
+
+    A quantized head, or one with an adapter, has no such rows to take: what it answers to unit vectors are its weights.
+
+    Args:
+        head: The head.
+        token_ids: ``[n]``.
+        like: ``[..., hidden_size]``, hidden states of the model's dtype.
+
+    Returns:
+        ``[n, hidden_size]``, on the head's device.
+    """
+    device = next(weights_of(head)).device
+    token_ids = token_ids.to(device)
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        return head.weight[token_ids]
+    units = torch.eye(like.shape[-1], dtype=like.dtype, device=device)
+    return torch.cat([head(some)[:, token_ids].T for some in units.split(_CHUNK)], dim=1)
+
+
+class LayerSkipModel:
+    """A Hugging Face causal language model as a flat stack of ``2 * num_layers`` residual sublayers.
+
+    The wrapper calls the model's own modules and owns only the loop over them, the cache and the skipping. It holds no
+    weights and changes nothing in the model, so wrapping costs nothing and the model stays usable as it was.
+
+    Args:
+        model: A model for causal language modelling of one of the families in :mod:`layerskip.families`, in
+            evaluation mode; also a PEFT model around one, whose active adapters then belong to it.
+
+    Attributes:
+        engine: How its passes run; eager unless you set another.
+        compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
+
+    Raises:
+        UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
+            is neither ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
+        InvalidInputError: It is no model, such as its name or another wrapper; or it is in training mode.
+    """
+
+    def __init__(self, model: PreTrainedModel | nn.Module) -> None:
+        _check_module(model)
+        if model.training:
+            raise InvalidInputError("the model is in training mode; call model.eval() first")
+        model = adapted_model(model)
+        self.hf_model = model
+        self.config = model.config
+        self.family = family_of(model.config)
+        self._attention = check_attention_implementation(model.config._attn_implementation)
+        decoder: Any = model.base_model
+        self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._head = _output_head(model)
+        self._logit_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._embedding_multiplier = setting(model.config, self.family.embedding_multiplier)
+        self._logits_divisor = setting(model.config, self.family.logits_divisor)
+        self.sublayers = sublayers_of(decoder.layers, self.family, model.config)
+        self.engine: Engine = EagerEngine(self)
+        self.compiled = False
+        self.target_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
+        attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]
+        self._windows = {sublayer.window for sublayer in attention}
+        self._rotary_kinds = {sublayer.rotary for sublayer in attention}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers, half the number of sublayers."""
+        return len(self.sublayers) // 2
+
+    @property
+    def context_length(self) -> int:
+        """Most positions that the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.config.vocab_size)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text, by the model's generation config."""
+        ids = getattr(self.hf_model.generation_config, "eos_token_id", None)
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        device: torch.device = self._embed.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the hidden states."""
+        dtype: torch.dtype = self._embed.weight.dtype
+        return dtype
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for this model with room for ``capacity`` positions."""
+        return KVCache(self.num_layers, capacity)
+
+    def stack_of(
+        self,
+        skip_set: SkipSet,
+        *,
+        stand_ins: Mapping[int, Step] | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Stack:
+        """The stack of a draft.
+
+        Args:
+            skip_set: Sublayers to leave out.
+            stand_ins: What runs instead of a run of them, by the index of the run's first sublayer.
+            token_ids: ``[n]``, the tokens that the draft's head scores; None for the whole vocabulary.
+
+        Raises:
+            InvalidInputError: The skip set is for another number of layers.
+        """
+        if skip_set.num_layers != self.num_layers:
+            raise InvalidInputError(
+                f"skip set: is for {skip_set.num_layers} layers, but the model has {self.num_layers}"
+            )
+        stack = keep(self.sublayers, skip_set, stand_ins or {})
+        if token_ids is None:
+            return stack
+        rows = lm_head_rows(self._head, token_ids, self._embed.weight)
+        return replace(stack, token_ids=token_ids.to(self.device), lm_head_rows=rows)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first sublayer, ``[1, n, hidden_size]``, of token ids ``[n]``."""
+        x: Tensor = self._embed(tokens[None])
+        return x if self._embedding_multiplier == 1 else x * self._embedding_multiplier
+
+    def forward(self, tokens: Tensor, cache: KVCache, skip_set: SkipSet | None = None) -> Tensor:
+        """Run new tokens through the stack, behind what the cache holds.
+
+        Args:
+            tokens: ``[n]``, token ids.
+            cache: Keys and values of the text before; moves forward by ``n``.
+            skip_set: Sublayers to leave out; None runs the target model.
+
+        Returns:
+            Hidden states after the last sublayer, ``[1, n, hidden_size]``. :meth:`logits` scores them.
+        """
+        stack = self.target_stack if skip_set is None else self.stack_of(skip_set)
+        context = self.pass_context(len(tokens), cache)
+        x = stack.run(self.embed(tokens), context)
+        cache.advance(len(tokens))
+        return x
+
+    def context_at(self, positions: Tensor, length: int, cache: KVCache) -> PassContext:
+        """Like :meth:`pass_context`, in fixed shapes: positions on the device, ``[n]``, and ``length`` keys to read."""
+        masks = {
+            window: mask_at(positions, length, window=window, implementation=self._attention, dtype=self.dtype)
+            for window in self._windows
+        }
+        return PassContext(self._rotary_at(positions[None]), masks, cache)
+
+    def tree_context(self, tree: TokenTree, cache: KVCache) -> PassContext:
+        """What a verification of a tree shares; makes room for it.
+
+        Args:
+            tree: The shape of the ``n`` rows behind what the cache holds.
+            cache: Keys and values of the text before.
+        """
+        depths, ancestors = numbers_on(tree.depths, self.device), ancestors_on(tree, self.device)
+        cache.reserve(len(depths))
+        slots = torch.arange(cache.length, cache.length + len(depths), device=self.device)
+        return self.tree_context_at(slots, cache.length + depths, ancestors, cache.length + len(depths), cache)
+
+    def tree_context_at(
+        self, slots: Tensor, positions: Tensor, ancestors: Tensor, length: int, cache: KVCache
+    ) -> PassContext:
+        """Like :meth:`tree_context`, in fixed shapes: the tree on the device, and ``length`` keys to read.
+
+        Args:
+            slots: ``[n]``, where in the cache the rows are.
+            positions: ``[n]``, their positions in the text.
+            ancestors: ``[n, n]``, which rows each comes from, itself included.
+            length: Number of keys.
+            cache: Keys and values of the text before.
+        """
+        masks: dict[int | None, Tensor | None] = {
+            window: tree_mask(
+                slots,
+                positions,
+                ancestors,
+                length,
+                window=window,
+                implementation=self._attention,
+                dtype=self.dtype,
+            )
+            for window in self._windows
+        }
+        return PassContext(self._rotary_at(positions[None]), masks, cache)
+
+    def teacher_context(self, positions: Tensor, cache: KVCache) -> PassContext:
+        """What a teacher-forced pass shares: every position sees the texts before it and, of the new ones, itself.
+
+        Args:
+            positions: ``[b, q]``, positions in each of ``b`` texts, in any order.
+            cache: Keys and values of the texts' ``n`` positions; the pass writes its own behind them.
+        """
+        masks = {
+            window: teacher_mask(
+                positions, cache.length, window=window, implementation=self._attention, dtype=self.dtype
+            )
+            for window in self._windows
+        }
+        return PassContext(self._rotary_at(positions), masks, cache)
+
+    def _rotary_at(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Cosines and sines, ``[b, n, head_dim]``, of positions ``[b, n]``, by layer type."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)  # tells the rotary module dtype and device
+        return {
+            kind: self._rotary(like, positions) if kind is None else self._rotary(like, positions, kind)
+            for kind in self._rotary_kinds
+        }
+
+    def pass_context(self, width: int, cache: KVCache) -> PassContext:
+        """What a pass of ``width`` new positions behind what the cache holds shares; makes room for them."""
+        cache.reserve(width)
+        past = cache.length
+        masks = {
+            window: attention_mask(
+                past, width, window=window, implementation=self._attention, dtype=self.dtype, device=self.device
+            )
+            for window in self._windows
+        }
+        positions = torch.arange(past, past + width, device=self.device)[None]
+        return PassContext(self._rotary_at(positions), masks, cache)
+
+    def logits(self, x: Tensor, stack: Stack | None = None) -> Tensor:
+        """Score the vocabulary.
+
+        Args:
+            x: ``[1, n, hidden_size]``, hidden states after the last sublayer.
+            stack: The draft whose tokens to score; None scores the whole vocabulary.
+
+        Returns:
+            ``[n, vocab_size]``, or a column for each of the stack's tokens; in float32.
+        """
+        x = self._final_norm(x.to(self._final_norm.weight.device))[0]
+        rows = None if stack is None else stack.lm_head_rows
+        scores: Tensor = self._head(x) if rows is None else functional.linear(x.to(rows.device), rows)
+        if self._logits_divisor != 1:
+            scores = scores / self._logits_divisor
+        if self._logit_cap is not None:
+            scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
+        return scores.float().to(self.device)
+
+
+def _check_module(model: object) -> None:
+    if isinstance(model, LayerSkipModel):
+        raise InvalidInputError("model: is wrapped already; give what it wraps, its hf_model")
+    if isinstance(model, str | PathLike):
+        raise InvalidInputError(
+            f"model: expected a loaded model, got the name {str(model)!r}; "
+            "load it: layerskip.load_checkpoint(name).model"
+        )
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+
+
+def _output_head(model: PreTrainedModel) -> Any:
+    """What scores the vocabulary.
+
+    Raises:
+        UnsupportedModelError: The model has nothing that does.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: has no output head to score tokens with; load the model with AutoModelForCausalLM"
+        )
+    return head

@@ -1,0 +1,363 @@
+"""How a next token is chosen, and how a draft's choices are checked against the target model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from layerskip.engine import DraftStep, SharedPrefix
+from layerskip.errors import InvalidInputError
+from layerskip.token_tree import TokenTree, siblings_on
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification made of a draft.
+
+    Args:
+        tokens: The drafted tokens that stand, and behind them the target model's own next token.
+        newest: ``[1]``, that last token, where the model is.
+        rows: The rows of the draft's tree that the text runs through: row 0, and those of the tokens that stand.
+    """
+
+    tokens: list[int]
+    newest: Tensor
+    rows: tuple[int, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many drafted tokens stand."""
+        return len(self.tokens) - 1
+
+    @classmethod
+    def of(cls, tree: TokenTree, drafted: Tensor, choices: Tensor) -> Verdict:
+        """The verdict by what follows each row.
+
+        Args:
+            tree: The shape of the draft, of ``k`` tokens.
+            drafted: ``[k]``, their ids.
+            choices: ``[k + 1]``, the ids that were chosen to follow each row.
+        """
+        ids = torch.cat([drafted, choices]).tolist()
+        proposed, following = ids[: len(drafted)], ids[len(drafted) :]
+        rows = tree.follow(proposed, following)
+        return cls([following[row] for row in rows], choices[rows[-1] : rows[-1] + 1], rows)
+
+
+def greedy_match(tree: TokenTree, drafted: Tensor, logits: Tensor) -> Verdict:
+    """Accept drafted tokens while they are what the target model would have chosen.
+
+    Args:
+        tree: The shape of the draft, of ``k`` tokens.
+        drafted: ``[k]``, proposed token ids.
+        logits: ``[k + 1, vocab_size]``, the target model's, behind each row.
+    """
+    return Verdict.of(tree, drafted, logits.argmax(-1))
+
+
+def sample(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
+    """Draw indices, ``[count]``, without replacement, from probabilities ``[n]`` that need not be normalized.
+
+    The first of ``n`` independent exponential clocks with these rates to ring, in order. ``torch.multinomial`` would
+    check the probabilities on the host, which waits for the device.
+    """
+    # exponential_() never gives 0, so what has probability 0 comes last.
+    rates = probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return rates.argmax(-1, True) if count == 1 else rates.topk(count).indices
+
+
+def speculative_sampling(
+    tree: TokenTree, drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Accept or replace drafted tokens so that the output is distributed as the target model's own samples.
+
+    Behind each row the drafted siblings are tried in turn. One that was drawn from the draft distribution ``q`` stands
+    with probability ``min(1, p(x) / q(x))`` under the target distribution ``p``. If it does not, ``p`` becomes
+    ``max(p - q, 0)`` and ``q`` loses that token, both normalized, and the next sibling is tried; if none stands, a draw
+    from what is left of ``p`` follows.
+
+    Sources: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318); for siblings
+    drawn without replacement, Jeon et al. 2024 (arXiv 2402.14160), Chen et al. 2024 (Sequoia, arXiv 2402.12374).
+
+    Args:
+        tree: The shape of the draft, of ``k`` tokens, ``n`` of whose rows have others behind them.
+        drafted: ``[k]``, proposed token ids; those behind one row were drawn from its row of ``draft`` in turn, without
+            replacement.
+        draft: ``[n, vocab_size]``, the distributions that the draft drew from.
+        target: ``[k + 1, vocab_size]``, the target model's distributions behind each row.
+        generator: Source of randomness, on the same device.
+    """
+    settled = torch.full((len(target),), -1, device=drafted.device)
+    if len(drafted):
+        inner, indices, there = siblings_on(tree, drafted.device)
+        stands, left = _settle(drafted[indices], there, draft, target.index_select(0, inner), generator)
+        settled, target = settled.index_copy(0, inner, stands), target.index_copy(0, inner, left)
+    # One draw of the clocks for all rows: at most one row's own token comes to be.
+    clocks = torch.empty_like(target[0]).exponential_(1, generator=generator)
+    return Verdict.of(tree, drafted, torch.where(settled < 0, (target / clocks).argmax(-1), settled))
+
+
+def speculative_choice(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """The token that :func:`speculative_sampling` chooses behind one row, ``[1]``.
+
+    For target distributions that are known one at a time only, because they depend on the tokens before.
+
+    Args:
+        drafted: ``[b]``, the siblings behind the row.
+        draft: ``[vocab_size]``, what they were drawn from.
+        target: ``[vocab_size]``, the target model's distribution.
+        generator: As in :func:`speculative_sampling`.
+    """
+    there = torch.ones_like(drafted, dtype=torch.bool)
+    settled, left = _settle(drafted[None], there[None], draft[None], target[None], generator)
+    return torch.where(settled < 0, sample(left[0], generator), settled)
+
+
+def _settle(
+    candidates: Tensor, there: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Try siblings in turn.
+
+    Args:
+        candidates: ``[n, b]``, their ids behind each of ``n`` rows.
+        there: ``[n, b]``, which of them there are.
+        draft: ``[n, vocab_size]``.
+        target: ``[n, vocab_size]``.
+        generator: Source of randomness.
+
+    Returns:
+        The one that stands behind each row, ``[n]``, -1 where none does; and what is left of ``target`` there.
+    """
+    settled = torch.full_like(candidates[:, 0], -1)
+    for number in range(candidates.shape[1]):
+        token = candidates[:, number : number + 1]  # [n, 1]
+        p, q = target.gather(1, token)[:, 0], draft.gather(1, token)[:, 0]
+        u = torch.rand(len(token), generator=generator, device=token.device)
+        tried = there[:, number] & (settled < 0)
+        stands = tried & (q > 0) & (u * q < p)  # u < p / q, without the division; where q is 0 nothing was drawn
+        settled = torch.where(stands, token[:, 0], settled)
+        fails = (tried & ~stands)[:, None]
+        # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
+        rest = (target - draft).clamp_(min=0)
+        target = torch.where(fails & (rest.sum(-1, keepdim=True) > 0), _normalized(rest), target)
+        if number + 1 < candidates.shape[1]:
+            draft = torch.where(fails, _normalized(draft.scatter(1, token, 0.0)), draft)
+    return settled, target
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    """Rows that sum up to 1; 0 where nothing is left."""
+    return weights / weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token; the default is greedy.
+
+    Args:
+        temperature: 0 always takes the likeliest token; above, logits are divided by it before sampling.
+        top_k: Sample among this many likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that together have this probability, in ``(0, 1]``; 1 for all.
+        seed: Makes sampling repeatable, in ``[0, 2**64)``; None draws a new seed each time.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InvalidInputError(f"temperature: expected a number from 0 on, got {self.temperature}")
+        if self.top_k < 0:
+            raise InvalidInputError(f"top_k: expected a whole number from 0 on, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InvalidInputError(f"seed: expected a whole number from 0 to 2**64 - 1, got {self.seed}")
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """A fresh sampler for one generation."""
+        if self.temperature == 0:
+            return GreedySampler()
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return RandomSampler(self._warpers(), generator)
+
+    def _warpers(self) -> LogitsProcessorList:
+        """transformers' own, in generate()'s order, so that the distribution is that of model.generate()."""
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
+
+class SamplingRule(Protocol):
+    """How to choose tokens: :class:`Sampling`, or rules that look at the text."""
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """A fresh sampler for one generation, for logits on this device."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Chosen tokens for one place in the text, and what they were drawn from.
+
+    Args:
+        tokens: ``[b]``, their ids, drawn in turn without replacement; a draft goes on behind the first.
+        distribution: ``[n]``, the probabilities that they were drawn from, one for each token that was scored; None
+            where nothing was drawn.
+    """
+
+    tokens: Tensor
+    distribution: Tensor | None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens proposed for the text to go on with.
+
+    Args:
+        tokens: ``[k]``, their ids; k may be 0.
+        tree: Which of them follows which.
+        distributions: For each row of the tree that others follow, in order, the distribution that they were drawn
+            from, ``[vocab_size]``, or a probability for each of ``token_ids``; None under greedy choice.
+        token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+        shared: What drafting already computed of the target model's pass, if anything.
+    """
+
+    tokens: Tensor
+    tree: TokenTree
+    distributions: tuple[Tensor | None, ...]
+    token_ids: Tensor | None = None
+    shared: SharedPrefix | None = None
+
+    @classmethod
+    def of(
+        cls,
+        draws: list[Draw],
+        device: torch.device,
+        *,
+        token_ids: Tensor | None = None,
+        shared: SharedPrefix | None = None,
+    ) -> Draft:
+        """The draft of some draws, each behind the first token of the one before: a chain with leaves."""
+        chain, leaves = [d.tokens[:1] for d in draws], [d.tokens[1:] for d in draws]
+        tokens = torch.cat([*chain, *leaves]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        tree = TokenTree.comb(len(d.tokens) for d in draws)
+        return cls(tokens, tree, tuple(d.distribution for d in draws), token_ids, shared)
+
+    @classmethod
+    def grown(
+        cls,
+        draws: list[Draw],
+        widths: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> Draft:
+        """The draft of some draws, place by place.
+
+        Args:
+            draws: For each place, and there for each token of the place before that others follow, in order.
+            widths: As in :meth:`TokenTree.grown`.
+            device: Where the tokens are.
+            token_ids: As in the class.
+        """
+        tokens = torch.cat([d.tokens for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
+        return cls(tokens, TokenTree.grown(widths), tuple(d.distribution for d in draws), token_ids)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Sampler(Protocol):
+    """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand.
+
+    One sampler serves one generation and sees all of it in order: one token is drawn behind the prompt; each round
+    then drafts some, or none, and verifies them.
+    """
+
+    def draw(self, logits: Tensor) -> Draw:
+        """Choose a token by the target model's logits, ``[vocab_size]``."""
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+        """Choose tokens to propose for one place.
+
+        Args:
+            step: The draft step before it.
+            token_ids: ``[n]``, the draft vocabulary; None is the whole one.
+            count: How many different ones, best first.
+            behind: ``[d]``, the drafted tokens on the way to the place; None where each place of the draft is behind
+                the first token of the one before.
+        """
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        """Check ``k`` drafted tokens against the target model's logits, ``[k + 1, vocab_size]``."""
+
+
+class GreedySampler:
+    """Always the likeliest token."""
+
+    def draw(self, logits: Tensor) -> Draw:
+        return Draw(logits.argmax(-1, keepdim=True), None)
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+        if count == 1:
+            return Draw(step.likeliest, None)
+        columns = step.logits.topk(min(count, len(step.logits))).indices
+        return Draw(columns if token_ids is None else token_ids[columns], None)
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        return greedy_match(draft.tree, draft.tokens, logits)
+
+
+class RandomSampler:
+    """Draws from the distribution that warpers leave, such as temperature, top-k and top-p.
+
+    Args:
+        warpers: Applied in turn to logits ``[n, vocab_size]``; they look at each row alone, and not at the text.
+        generator: Source of randomness, where logits will be.
+    """
+
+    def __init__(self, warpers: LogitsProcessorList, generator: torch.Generator) -> None:
+        self._warpers = warpers
+        self._generator = generator
+
+    def distributions(self, logits: Tensor) -> Tensor:
+        """Probabilities to sample from, for logits of shape ``[n, vocab_size]``."""
+        no_ids = logits.new_empty((len(logits), 0), dtype=torch.long)  # these warpers look at the scores alone
+        scores: Tensor = self._warpers(no_ids, logits)  # type: ignore[arg-type]
+        return scores.softmax(-1)
+
+    def draw(self, logits: Tensor) -> Draw:
+        return self._draw(logits, 1)
+
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+        draw = self._draw(step.logits, min(count, len(step.logits)))
+        return draw if token_ids is None else Draw(token_ids[draw.tokens], draw.distribution)
+
+    def _draw(self, logits: Tensor, count: int) -> Draw:
+        distribution = self.distributions(logits[None])[0]
+        return Draw(sample(distribution, self._generator, count), distribution)
+
+    def verify(self, draft: Draft, logits: Tensor) -> Verdict:
+        target = self.distributions(logits)
+        drawn_from = [row for row in draft.distributions if row is not None]
+        q = torch.stack(drawn_from) if drawn_from else target[:0]
+        if draft.token_ids is not None and drawn_from:  # every other token has draft probability 0
+            q = torch.zeros_like(target[: len(q)]).index_copy_(1, draft.token_ids, q)
+        return speculative_sampling(draft.tree, draft.tokens, q, target, self._generator)

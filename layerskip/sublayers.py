@@ -1,0 +1,255 @@
+"""What one pass runs: sublayers in order, and the rows of the head that score what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from layerskip.families import Family, setting
+from layerskip.kv_cache import KVCache
+from layerskip.skip_set import SkipSet
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every sublayer of one forward pass shares.
+
+    Args:
+        rotary: Cosines and sines of the new positions, each ``[1, n, head_dim]``, by layer type (None: one for all).
+        masks: Attention mask by sliding window (None: no window).
+        cache: Where keys and values are kept.
+    """
+
+    rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+    masks: Mapping[int | None, Tensor | None]
+    cache: KVCache
+    _elsewhere: dict[torch.device, PassContext] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> PassContext:
+        """The same on another device, for models that lie on several; moved once a pass."""
+        if all(cos.device == device for cos, _ in self.rotary.values()):
+            return self
+        if device not in self._elsewhere:
+            rotary = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in self.rotary.items()}
+            masks = {window: None if mask is None else mask.to(device) for window, mask in self.masks.items()}
+            self._elsewhere[device] = PassContext(rotary, masks, self.cache)
+        return self._elsewhere[device]
+
+
+def attend(
+    before: nn.Module,
+    attention: nn.Module,
+    after: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+) -> Tensor:
+    """``x + after(self_attn(before(x)))``; ``cache`` has the ``update`` that the attention module calls."""
+    change, _ = attention(
+        hidden_states=before(x), position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+    )
+    out: Tensor = x + after(change)
+    return out
+
+
+def feed_forward(before: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor) -> Tensor:
+    """``x + after(mlp(before(x)))``."""
+    out: Tensor = x + after(mlp(before(x)))
+    return out
+
+
+class AttentionSublayer:
+    """``x <- x + after(self_attn(before(x)))``, over the model's own modules.
+
+    Args:
+        before: What hidden states go through first.
+        attention: The attention module.
+        after: What its output goes through before it is added.
+        window: Its sliding window, in positions; None sees the whole text.
+        rotary: The layer type by which it finds its rotary embedding; None where there is one for all.
+
+    Attributes:
+        function: What computes it: :func:`attend`, or the same made faster.
+    """
+
+    def __init__(
+        self, before: nn.Module, attention: nn.Module, after: nn.Module, window: int | None, rotary: str | None
+    ) -> None:
+        self.before, self.attention, self.after = before, attention, after
+        self.window, self.rotary = window, rotary
+        self.device, self.num_weights = _device(attention), _num_weights(attention)
+        self.function: Callable[..., Tensor] = attend
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        x, here = x.to(self.device), context.on(self.device)
+        rotary, mask = here.rotary[self.rotary], here.masks[self.window]
+        return self.function(self.before, self.attention, self.after, x, rotary, mask, here.cache)
+
+
+class MLPSublayer:
+    """``x <- x + after(mlp(before(x)))``, over the model's own modules.
+
+    Attributes:
+        function: What computes it: :func:`feed_forward`, or the same made faster.
+    """
+
+    def __init__(self, before: nn.Module, mlp: nn.Module, after: nn.Module) -> None:
+        self.before, self.mlp, self.after = before, mlp, after
+        self.device, self.num_weights = _device(mlp), _num_weights(mlp)
+        self.function: Callable[..., Tensor] = feed_forward
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        return self.function(self.before, self.mlp, self.after, x.to(self.device))
+
+
+Sublayer = AttentionSublayer | MLPSublayer
+
+
+class DraftLayerStep:
+    """A decoder layer of a draft's own that runs instead of skipped sublayers.
+
+    Its attention keeps keys and values of its own, which the target model's passes do not write: it has to see every
+    position of the text itself.
+
+    Args:
+        attention: Its attention sublayer, which writes to a slot of the cache behind the model's layers.
+        mlp: Its MLP sublayer.
+    """
+
+    def __init__(self, attention: AttentionSublayer, mlp: MLPSublayer) -> None:
+        self.attention, self.mlp = attention, mlp
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        return self.mlp(self.attention(x, context), context)
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's weights; some quantized modules (GPTQ, AWQ) have buffers in place of parameters."""
+    return chain(module.parameters(), module.buffers())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(weights_of(module)).device
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in weights_of(module))
+
+
+class Scaled(nn.Module):
+    """What hidden states go through, multiplied by a number.
+
+    Args:
+        module: What they go through first.
+        factor: The number.
+    """
+
+    def __init__(self, module: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.module, self.factor = module, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x) * self.factor
+        return out
+
+
+def sublayers_of(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> tuple[Sublayer, ...]:
+    """Flatten decoder layers into ``2 * len(layers)`` sublayers, attention and MLP in turn."""
+    return tuple(chain.from_iterable(sublayers_in(layer, i, family, config) for i, layer in enumerate(layers)))
+
+
+def sublayers_in(
+    layer: nn.Module, index: int, family: Family, config: PreTrainedConfig
+) -> tuple[AttentionSublayer, MLPSublayer]:
+    """The two sublayers of a decoder layer.
+
+    Args:
+        layer: The layer.
+        index: The model's layer that it is, or is like: in some families layers differ, such as by their window.
+        family: Of the model.
+        config: The model's.
+    """
+    norms, factor = family.norms, setting(config, family.residual_multiplier)
+
+    def before(name: str | None) -> nn.Module:
+        return nn.Identity() if name is None else layer.get_submodule(name)
+
+    def after(name: str | None) -> nn.Module:
+        return before(name) if factor == 1 else Scaled(before(name), factor)
+
+    attention = AttentionSublayer(
+        before(norms.before_attention),
+        layer.get_submodule("self_attn"),
+        after(norms.after_attention),
+        family.window(config, index),
+        family.rotary(config, index),
+    )
+    return attention, MLPSublayer(before(norms.before_mlp), layer.get_submodule("mlp"), after(norms.after_mlp))
+
+
+class Step(Protocol):
+    """Anything that takes hidden states one step up the stack: a sublayer, or what stands in for several."""
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        """Hidden states ``[1, n, hidden_size]`` before the step; those after it, of the same shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The target model's sublayers, or a draft: the same with some left out.
+
+    Args:
+        steps: What runs, each with the index of the (first) sublayer that it stands for, ascending.
+        shared: How many sublayers at the bottom are those of the target model; all of them in the target model itself.
+        token_ids: ``[n]``, the tokens that the head scores; None for the whole vocabulary.
+        lm_head_rows: ``[n, hidden_size]``, the head's weights for these tokens.
+    """
+
+    steps: tuple[tuple[int, Step], ...]
+    shared: int
+    token_ids: Tensor | None = None
+    lm_head_rows: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step keeps keys and values of its own, so that it has to see the whole text."""
+        return self.remembers_from is not None
+
+    @property
+    def remembers_from(self) -> int | None:
+        """The index of the first step that keeps keys and values of its own; None if none does."""
+        return next((index for index, step in self.steps if isinstance(step, DraftLayerStep)), None)
+
+    def run(self, x: Tensor, context: PassContext, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run the steps from sublayer ``start`` on and before sublayer ``stop``.
+
+        Args:
+            x: ``[1, n, hidden_size]``, hidden states before sublayer ``start``.
+            context: What the pass shares.
+            start: Index of the first sublayer to run.
+            stop: Index of the first sublayer not to run; None runs to the top.
+        """
+        for index, step in self.steps:
+            if index >= start and (stop is None or index < stop):
+                x = step(x, context)
+        return x
+
+
+def keep(sublayers: Sequence[Step], skip_set: SkipSet, stand_ins: Mapping[int, Step]) -> Stack:
+    """The stack with some sublayers left out.
+
+    Args:
+        sublayers: The target model's.
+        skip_set: What to leave out.
+        stand_ins: What runs instead of a run of skipped sublayers, by the index of the run's first.
+    """
+    kept = {index: sublayers[index] for index in skip_set.kept}
+    shared = skip_set.mask.index(True) if len(skip_set) else len(sublayers)
+    return Stack(tuple(sorted((kept | dict(stand_ins)).items(), key=lambda step: step[0])), shared)

@@ -1,0 +1,187 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from layerskip.errors import LayerSkipError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Like :func:`write_bytes_atomically`, for a text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a killed process, leaves the old content or the new, never a part.
+
+    Raises:
+        OSError: The folder is missing, read-only or full. The old file is untouched.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe would be replaced by a file
+        raise OSError(errno.EINVAL, "not a regular file")
+    # Not the process's id: containers that share a folder have the same ones.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def cache_write_errors(path: Path, what: str) -> Iterator[None]:
+    """Say in one line what cannot be kept in the cache, and what to do.
+
+    Args:
+        path: Where it is written inside.
+        what: What it is, for people.
+
+    Raises:
+        LayerSkipError: Something inside raised an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise LayerSkipError(
+            f"{path}: cannot keep {what}: {error.strerror}; make room, or set LAYERSKIP_CACHE to another folder"
+        ) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what it was given; returns at once on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_seconds(device: torch.device) -> float:
+    """Seconds on a steady clock, read when the device has nothing left to do."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+class PhaseClock:
+    """Seconds spent in each of several phases that follow one another on one device.
+
+    On CUDA the phases are timed by events on the device, so that measuring adds no wait; on every other device by the
+    host's clock.
+
+    Args:
+        device: Where the phases run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the enclosed block towards ``name``."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            yield
+            end.record(stream)
+            self._pending.append((name, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - started)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def seconds(self, name: str) -> float:
+        """Seconds counted towards ``name``; waits for the device."""
+        for phase, begin, end in self._pending:
+            end.synchronize()
+            self._add(phase, begin.elapsed_time(end) / 1000)
+        self._pending.clear()
+        return self._seconds.get(name, 0.0)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as ``3 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+_PACKAGES = ("layerskip", "torch", "transformers")
+
+
+def device_name(device: torch.device) -> str:
+    """A device's name for people: the GPU's, or the processor's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    return str(device)
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide how fast decoding is."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a checkout on the path, not installed
+            versions[package] = "unknown"
+    return versions
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that PyTorch finds here.
+
+    Args:
+        name: What ``--device`` calls it.
+        description: Its name, and how much of it there is.
+        supported: Whether layerskip decodes on it.
+    """
+
+    name: str
+    description: str
+    supported: bool
+
+
+def devices() -> list[Device]:
+    """What there is to decode on, the device that ``auto`` takes first."""
+    found = [_cuda_device(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    found.append(Device("cpu", device_name(torch.device("cpu")), True))
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU; not supported, 'auto' takes the CPU", False))
+    return found
+
+
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    description = f"{properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+    return Device(f"cuda:{index}", description, True)

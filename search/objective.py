@@ -1,0 +1,179 @@
+"""One trial: a candidate is looked at, or one that looked promising is decoded for real."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from layerskip.errors import InvalidInputError
+from search.measure import PromptMeasurement, hopeless, summarize
+from search.measurer import Measurer
+from search.predict import Estimate, SpeedupPredictor
+from search.prompts import EncodedPrompt
+from search.space import Candidate, Policy, SearchSpace
+from studies.ranking import (
+    BASIS_KEY,
+    DRAFT_COST_KEY,
+    PREDICTED_KEY,
+    STOPPED_KEY,
+    HasTrials,
+    Snapshot,
+    fully_measured_trials,
+    seen_trials,
+    speedup_of,
+)
+
+SOURCE_KEY = "source"
+# Marks an enqueued trial that is to be measured, with the number of the trial that looked promising.
+MEASURES_KEY = "measures"
+SECONDS_KEY = "seconds"
+COMPLETE_KEY = "complete"
+# Names the sampler that proposed a trial, where there is no other source.
+SAMPLER_KEY = "sampler"
+ACCEPTANCE_KEY = "acceptance"
+_POLICY_KEY = "policy"
+_DRAFT_KEY = "draft_exit"
+_SPEEDUPS_KEY = "speedups"
+_SECONDS_BY_TEXT_KEY = "predicted_seconds"
+# What the measurement of a candidate takes over from the look at it.
+_FORETOLD = (_DRAFT_KEY, _POLICY_KEY, ACCEPTANCE_KEY, PREDICTED_KEY, COMPLETE_KEY, _SECONDS_BY_TEXT_KEY)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What Optuna calls for each trial: the speedup, predicted or measured, of what it chose.
+
+    Args:
+        space: What candidates are made of.
+        predictor: Foretells speedups.
+        measurer: Decodes for real.
+        prompts: What measured candidates decode.
+        sampler: Name of who proposes what was not enqueued, for the record.
+        pareto: Whether the acceptance rate is a second objective.
+    """
+
+    space: SearchSpace
+    predictor: SpeedupPredictor
+    measurer: Measurer
+    prompts: Sequence[EncodedPrompt]
+    sampler: str
+    pareto: bool = False
+
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        try:
+            speedup, acceptance = self._values(trial)
+        except KeyboardInterrupt:
+            _enqueue_again(trial)
+            raise
+        return (speedup, acceptance) if self.pareto else speedup
+
+    def _values(self, trial: optuna.Trial) -> tuple[float, float]:
+        try:
+            candidate = self.space.suggest(trial)
+        except InvalidInputError as error:  # every sublayer skipped
+            raise optuna.TrialPruned(str(error)) from error
+        trial.set_user_attr("skip_set", str(candidate.skip_set))
+        if MEASURES_KEY in trial.user_attrs:
+            return self._measured(trial, candidate, _trial(trial, trial.user_attrs[MEASURES_KEY]))
+        if SOURCE_KEY not in trial.user_attrs:
+            trial.set_user_attr(SAMPLER_KEY, self.sampler)
+        now = Snapshot(trial.study)
+        known = _seen_before(trial, now)
+        if known is not None:
+            _note(trial, {key: known.user_attrs[key] for key in (*_FORETOLD, BASIS_KEY)})
+            trial.set_user_attr("answered_from", known.number)
+            return speedup_of(known), known.user_attrs[ACCEPTANCE_KEY]
+        return self._predicted(trial, candidate, to_beat=() if self.pareto else _best_predicted(now))
+
+    def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> tuple[float, float]:
+        with self.measurer.quiet.shared():
+            estimate = self.predictor.estimate(candidate, to_beat)
+        _note(trial, _described(self.measurer.as_made(candidate), estimate) | {BASIS_KEY: "predicted"})
+        return estimate.prediction.speedup, estimate.acceptance
+
+    def _measured(self, trial: optuna.Trial, candidate: Candidate, next_to_measure: FrozenTrial) -> tuple[float, float]:
+        _note(trial, {key: next_to_measure.user_attrs[key] for key in _FORETOLD} | {BASIS_KEY: "measured"})
+        started = time.perf_counter()
+        with self.measurer.quiet.exclusive():
+            summary = summarize(self._decode(trial, candidate, policy_of(next_to_measure)))
+        _note(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
+        return summary.speedup, next_to_measure.user_attrs[ACCEPTANCE_KEY]
+
+    def _decode(self, trial: optuna.Trial, candidate: Candidate, policy: Policy) -> list[PromptMeasurement]:
+        """Decode prompts in random order until all are done or there is no hope.
+
+        A hopeless trial keeps the speedup of the prompts that it did.
+        """
+        prompts = list(self.prompts)
+        random.Random(trial.number).shuffle(prompts)
+        best = _best_measured(trial.study)
+        measured: list[PromptMeasurement] = []
+        for one in self.measurer.measurements(trial.number, candidate, policy, prompts, "search"):
+            measured.append(one)
+            speedups = {m.prompt: m.speedup for m in measured}
+            if len(measured) < len(prompts) and hopeless(speedups, best):
+                trial.set_user_attr(STOPPED_KEY, True)
+                break
+        trial.set_user_attr(_SPEEDUPS_KEY, speedups)
+        return measured
+
+
+def policy_of(trial: FrozenTrial) -> Policy:
+    """The policy with which a trial's candidate was predicted to be, or was, measured."""
+    return Policy.from_json(trial.user_attrs[_POLICY_KEY])
+
+
+def _best_predicted(study: HasTrials) -> Sequence[float]:
+    """The seconds that each text was predicted to take with the best candidate that was seen on all texts."""
+    best = max((t for t in seen_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
+    return () if best is None else best.user_attrs[_SECONDS_BY_TEXT_KEY]
+
+
+def _best_measured(study: HasTrials) -> Mapping[str, float]:
+    """The speedup of each prompt with the best candidate that was measured so far."""
+    best = max(fully_measured_trials(study), key=speedup_of, default=None)
+    return {} if best is None else best.user_attrs[_SPEEDUPS_KEY]
+
+
+def _seen_before(trial: optuna.Trial, study: HasTrials) -> FrozenTrial | None:
+    return next((seen for seen in seen_trials(study) if seen.params == trial.params), None)
+
+
+def _trial(trial: optuna.Trial, number: int) -> FrozenTrial:
+    return trial.study.get_trials(deepcopy=False)[number]
+
+
+def _described(candidate: Candidate, estimate: Estimate) -> dict[str, Any]:
+    prediction = estimate.prediction
+    return {
+        _DRAFT_KEY: " · ".join([str(prediction.policy), *candidate.extras]),
+        _POLICY_KEY: prediction.policy.as_json(),
+        ACCEPTANCE_KEY: estimate.acceptance,
+        PREDICTED_KEY: prediction.speedup,
+        DRAFT_COST_KEY: estimate.draft_cost,
+        COMPLETE_KEY: estimate.complete,
+        _SECONDS_BY_TEXT_KEY: prediction.seconds,
+        "predicted_acceptance_rate": prediction.acceptance_rate,
+        "texts": len(prediction.seconds),
+    }
+
+
+def _note(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        trial.set_user_attr(name, value)
+
+
+def _enqueue_again(trial: optuna.Trial) -> None:
+    """Let a study go on with what an interrupted trial was to try."""
+    attributes = {SOURCE_KEY: trial.user_attrs.get(SOURCE_KEY, f"interrupted trial {trial.number}")}
+    if MEASURES_KEY in trial.user_attrs:
+        attributes[MEASURES_KEY] = trial.user_attrs[MEASURES_KEY]
+    # An enqueued trial that was interrupted while it chose has chosen in part only.
+    chosen = _trial(trial, trial.number).system_attrs.get("fixed_params", trial.params)
+    trial.study.enqueue_trial(chosen, user_attrs=attributes)

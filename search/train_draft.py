@@ -1,0 +1,595 @@
+"""From a model and an exit to a profile of a trained draft: texts, training, the draft exit by replay, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from layerskip.drafting.bridges import fit_bridge, runs_of
+from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
+from layerskip.drafting.stopping import ConfidenceThreshold
+from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError
+from layerskip.fingerprint import ModelIdentity
+from layerskip.model import LayerSkipModel
+from layerskip.profile import DraftProfile, Provenance
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import Stack
+from layerskip.training import (
+    Agreement,
+    DataSettings,
+    EvalResult,
+    GivenPrompts,
+    Loss,
+    PromptSource,
+    SelfWrittenPrompts,
+    Shards,
+    TrainableDraft,
+    Trained,
+    TrainingSettings,
+    TuningData,
+    train,
+    trainable_bridge,
+    trainable_heads,
+    trainable_layer,
+    vocabulary_of,
+)
+from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
+from layerskip.utils import cache_write_errors, device_name, library_versions
+from search.acceptance import Trace, ranked
+from search.branching import branching_policies
+from search.copying import copies_along, with_copies
+from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
+from search.latency import LatencyModel, measure_latency
+from search.machine_lock import MachineLock
+from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.prompts import PromptSplit
+from search.reference import ReferenceRun, ReferenceText
+from search.replay import Prediction, RoundCosts, replay
+from search.search import measured_part
+from search.space import Policy, SearchSpace
+
+_BRIDGE_POSITIONS = 8192
+
+HeadsKind = HeadKind | Literal["hydra++"]
+HEADS_KINDS: tuple[HeadsKind, ...] = (*HEAD_KINDS, "hydra++")
+
+Ideal = Callable[[Agreement], float]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayGround:
+    """What policies are replayed on.
+
+    Args:
+        texts: What the target model wrote.
+        space: The policies to try.
+        latency: What parts of the stack cost.
+        costs: From :meth:`TunedDraft.costs`.
+        limit: Most new tokens of a generation.
+    """
+
+    texts: Sequence[ReferenceText]
+    space: SearchSpace
+    latency: LatencyModel
+    costs: DraftSeconds | None
+    limit: int
+
+
+class TunedDraft(Protocol):
+    """A kind of draft that can be trained.
+
+    Attributes:
+        exit: Layers that it keeps; None where it runs nothing of the stack.
+        heads: How many draft heads it has.
+        skip_set: What it leaves out.
+    """
+
+    exit: int | None
+    heads: int
+
+    @property
+    def skip_set(self) -> SkipSet: ...
+
+    def learner(self, shards: Shards) -> TrainableDraft:
+        """What to train, as it is before."""
+
+    def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
+        """The speedup that an agreement gives if verifying costs one plain step, and drafting the weights that it
+        reads.
+
+        Args:
+            learner: What is trained.
+            token_ids: ``[n]``, the draft vocabulary; None for the whole one.
+        """
+
+    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+        """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
+
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+        """When its drafts should end and how they should branch, by replay.
+
+        Args:
+            assets: What was trained, on the model's device and in its dtype.
+            ground: What to replay on.
+        """
+
+
+class AboveExit:
+    """A decoder layer or a bridge in place of all layers above an early exit.
+
+    Args:
+        model: The model.
+        kind: Which of them.
+        exit: Layers that the draft keeps.
+    """
+
+    heads = 0
+
+    def __init__(self, model: LayerSkipModel, kind: Literal["layer", "bridge"], exit: int) -> None:
+        self._model = model
+        self._kind = kind
+        self.exit: int | None = exit
+        self._start, self._stop = 2 * exit, len(model.sublayers)
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return early_exit(self._model.num_layers, self._start // 2)
+
+    def learner(self, shards: Shards) -> TrainableDraft:
+        if self._kind == "layer":
+            # The top one knows best what the head expects.
+            top = self._model.num_layers - 1
+            return trainable_layer(self._model, DraftLayerWeights.copied(self._model, self._start, self._stop, top))
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        share = max(shards.positions // _BRIDGE_POSITIONS, 1)
+        for text in shards.learned(shards.paths):
+            before.append(text.before[text.asked][::share])
+            after.append(text.after[text.asked][::share])
+        below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
+        return trainable_bridge(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
+
+    def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
+        stand_ins = learner.assets(learner.parameters).stand_ins(self._model)
+        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=token_ids)
+        cost = step_cost_by_weights(self._model, stack)
+        costs = [cost * length for length in range(1, LONGEST + 1)]
+        return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
+
+    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+        return None
+
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+        stand_ins = assets.stand_ins(self._model)
+        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
+        traces = [trace_of(self._model, stack, text) for text in ground.texts]
+        space, limit = ground.space, ground.limit
+        rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
+        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
+        if not space.ngrams:
+            return best
+        copies = copies_along(ground.texts)
+        return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
+
+
+class TunedHeads:
+    """Draft heads behind the target model.
+
+    Args:
+        model: The model.
+        kind: Which kind; ``hydra++`` has a layer before Hydra's heads.
+        heads: How many.
+        seed: Of what is random in untrained ones.
+    """
+
+    exit: int | None = None
+
+    def __init__(self, model: LayerSkipModel, kind: HeadsKind, heads: int, *, seed: int) -> None:
+        self._model = model
+        self._kind = kind
+        self.heads = heads
+        self._seed = seed
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return SkipSet(self._model.num_layers)
+
+    def learner(self, shards: Shards) -> TrainableDraft:
+        size = int(self._model.config.hidden_size)
+        if self._kind == "hydra++":
+            heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
+            return trainable_heads(self._model, heads, DraftLayerWeights.behind(self._model))
+        return trainable_heads(self._model, untrained_heads(self._kind, self.heads, size, seed=self._seed))
+
+    def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
+        assets = learner.assets(learner.parameters)
+        assert assets.heads is not None
+        stack = self._model.stack_of(self.skip_set, token_ids=token_ids)
+        costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
+        return lambda agreement: ideal_speedup(agreement.by_place, costs)
+
+    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+        return measure_drafts(self._model, assets)
+
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+        heads = assets.heads
+        assert heads is not None
+        assert ground.costs is not None
+        stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
+        prefix = assets.prefix(self._model)
+        traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
+        space, limit = ground.space, ground.limit
+        rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
+        best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
+        if not space.ngrams:
+            return best
+        copies = copies_along(ground.texts)
+        return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
+
+
+def space_for(draft: TunedDraft, assets: DraftWeights, space: SearchSpace) -> SearchSpace:
+    """A space in which a draft's own vocabulary and its longest draft have costs.
+
+    Args:
+        draft: The draft.
+        assets: What was trained.
+        space: All else that there is to try.
+    """
+    size = 0 if assets.token_ids is None else len(assets.token_ids)
+    longest = max(space.max_draft_length, draft.heads)
+    return replace(space, vocabularies=(0, size) if size else (0,), max_draft_length=longest)
+
+
+def early_exit(num_layers: int, layers: int) -> SkipSet:
+    """The skip set of a draft that leaves the model behind so many layers.
+
+    Raises:
+        InvalidInputError: They are none, or all.
+    """
+    if not 1 <= layers < num_layers:
+        raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {layers}")
+    skipped = range(layers, num_layers)
+    return SkipSet(num_layers, skipped, skipped)  # type: ignore[arg-type]
+
+
+def exit_of(skip_set: SkipSet) -> int:
+    """The layers that a draft with an early exit keeps.
+
+    Raises:
+        InvalidInputError: The skip set is none: it keeps something above what it leaves out.
+    """
+    match runs_of(skip_set):
+        case [(start, stop)] if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
+            return start // 2
+    raise InvalidInputError(
+        f"the profile leaves out {skip_set}, which is no early exit, and only what reaches the top can be tuned; "
+        "name an exit with --exit"
+    )
+
+
+@torch.inference_mode()
+def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+    """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
+
+    Args:
+        model: The model.
+        stack: The draft's; above what it shares with the target model it has stand-ins alone.
+        text: What the target model wrote.
+    """
+    tokens = text.tokens.to(model.device)
+    n = len(tokens)
+    x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
+    ranks, confidence = ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices)
+    return Trace(ranks.numpy(), confidence.numpy(), text.confidence.cpu().numpy(), text.prompt_length, text.new_tokens)
+
+
+Kind = Literal["layer", "bridge"] | HeadsKind
+KINDS: tuple[Kind, ...] = ("layer", "bridge", *HEADS_KINDS)
+
+# The share of layers that a draft keeps unless it is told otherwise; Kangaroo's exits are lower, in deeper models.
+_EXIT_SHARE = 1 / 8
+_VOCABULARY = 8192
+# Answers to the same given prompts are sampled, so that asking them again gives other texts.
+_ROUNDS = 64
+_AGAIN_TEMPERATURE = 0.8
+_HEADS = 4
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What to train and how.
+
+    Args:
+        exit: Layers that the draft keeps; None takes an eighth of them.
+        kind: ``layer``: one decoder layer above the exit; ``bridge``: an affine map; ``medusa`` and ``hydra``: draft
+            heads after the target, without an exit; ``hydra++``: Hydra's heads behind a decoder layer that attends
+            to the target model's last hidden states of the whole text.
+        heads: How many draft heads; None is 4.
+        loss: What training minimizes, see :class:`~layerskip.training.TrainingSettings`; None is ``ce`` for Medusa,
+            as in their paper, and ``kl`` for the others.
+        positions: Positions of the model's own text to learn from and to test with.
+        minutes: Most minutes of training; None has no limit but the epochs.
+        epochs: How often each text is learned from, at most.
+        vocabulary: Size of the draft vocabulary; 0 is the whole one, None takes 8,192 where the model has twice as
+            many tokens.
+        answer_tokens: Most tokens of each text that the model writes to learn from.
+        max_new_tokens: Most tokens of each prompt that is measured.
+        seed: Makes texts and training repeatable.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+    """
+
+    exit: int | None = None
+    kind: Kind = "layer"
+    heads: int | None = None
+    loss: Loss | None = None
+    positions: int = 80_000
+    minutes: float | None = None
+    epochs: int = 8
+    vocabulary: int | None = None
+    answer_tokens: int = 128
+    max_new_tokens: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidInputError(f"kind '{self.kind}' is unknown; expected {', '.join(KINDS)}")
+        if self.drafts_with_heads and self.exit is not None:
+            raise InvalidInputError(f"exit: {self.kind} heads draft behind all layers, so there is none; leave it out")
+        if not self.drafts_with_heads and self.heads is not None:
+            others = f"{', '.join(HEADS_KINDS[:-1])} or {HEADS_KINDS[-1]}"
+            raise InvalidInputError(f"heads: a {self.kind} has none; leave it out, or choose {others}")
+        for name in ("exit", "heads", "positions", "answer_tokens", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.vocabulary is not None and self.vocabulary < 0:
+            raise InvalidInputError(f"draft vocabulary: expected a number of tokens from 0 on, got {self.vocabulary}")
+        self.training  # noqa: B018 - its own checks
+
+    @property
+    def drafts_with_heads(self) -> bool:
+        """Whether draft heads are to be trained."""
+        return self.kind in HEADS_KINDS
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The part that says how to train."""
+        loss = self.loss or ("ce" if self.kind == "medusa" else "kl")
+        return TrainingSettings(loss=loss, epochs=self.epochs, minutes=self.minutes, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    Args:
+        profile: The draft's profile; without figures if Ctrl-C ended the training.
+        exit: Layers that the draft keeps; None for draft heads.
+        heads: How many draft heads there are.
+        positions: Positions of text that there were.
+        agreement: How the draft does on held-out texts.
+        ideal: The speedup that this gives if verifying costs one plain step, and drafting the weights that
+            it reads.
+        predicted: What replay foretells of the draft exit that it chose; None without figures.
+        interrupted: Whether Ctrl-C ended the training.
+    """
+
+    profile: DraftProfile
+    exit: int | None
+    heads: int
+    positions: int
+    agreement: Agreement
+    ideal: float
+    predicted: float | None
+    interrupted: bool
+
+
+class TuningObserver:
+    """Told how tuning goes. Does nothing; override what you want to know."""
+
+    def texts_begin(self, positions: int) -> None:
+        """The model will write until there are so many positions to draft at; what was written earlier counts."""
+
+    def text_written(self, positions: int) -> None:
+        """There are so many."""
+
+    def training_begins(self, positions: int, vocabulary: int) -> None:
+        """There are texts, and the draft scores so many tokens."""
+
+    def looked(self, look: EvalResult, ideal: float) -> None:
+        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
+
+    def training_ended(self, trained: Trained) -> None:
+        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
+
+    def costs_begin(self) -> None:
+        """What the parts of a step cost will be measured."""
+
+    def exit_chosen(self, policy: Policy, predicted: float) -> None:
+        """Replay chose when drafts end."""
+
+    def prompt_measured(self, number: int, total: int) -> None:
+        """``number`` of ``total`` held-out prompts were decoded both ways."""
+
+
+class Tuning:
+    """Makes a profile of a trained draft.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        identity: What it is.
+        split: Prompts: ``search`` for choosing the draft exit, ``held_out`` for the figures.
+        given: Whether texts to learn from shall come from these prompts too (two thirds of ``search``) rather than from
+            prompts that the model writes itself.
+        settings: What to train and how.
+        folder: Where texts, trainings and references are kept.
+        observer: Told how it goes.
+
+    Raises:
+        InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: ModelIdentity,
+        split: PromptSplit,
+        settings: TuningSettings,
+        *,
+        given: bool,
+        folder: Path,
+        observer: TuningObserver,
+    ) -> None:
+        self._model = model
+        self._identity = identity
+        self._settings = settings
+        self._folder = folder
+        self._observer = observer
+        # Texts to train heads with are those that are kept for a stand-in above the usual exit.
+        exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
+        self._draft = _draft(model, settings, exit_after)
+        learned = 2 * len(split.search) // 3 if given else 0
+        self._choosing = split.search[learned:] or split.search
+        self._measuring = split.held_out
+        source: PromptSource
+        if given:
+            prompts = split.search[:learned] or split.search
+            source = GivenPrompts([prompt.tokens for prompt in prompts], rounds=_ROUNDS, seed=settings.seed)
+        else:
+            source = SelfWrittenPrompts(model, tokenizer, seed=settings.seed)
+        data_settings = DataSettings(
+            exit_after,
+            max_new_tokens=settings.answer_tokens,
+            temperature=_AGAIN_TEMPERATURE if given else 0.0,
+            seed=settings.seed,
+        )
+        self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
+
+    def run(self) -> Tuned:
+        """Write, train, choose and measure.
+
+        Raises:
+            LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
+        """
+        self._observer.texts_begin(self._settings.positions)
+        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        ids = self._vocabulary(shards)
+        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        learner = self._draft.learner(shards)
+        ideal = self._draft.ideal(learner, ids)
+
+        def observe(look: EvalResult) -> None:
+            self._observer.looked(look, ideal(look.agreement))
+
+        trained = self._trained(learner, shards, ids, observe)
+        self._observer.training_ended(trained)
+        profile = self._profile(trained)
+        predicted = None
+        if not trained.interrupted:
+            profile, predicted = self._with_figures(profile, trained.assets)
+        return Tuned(
+            profile,
+            self._draft.exit,
+            self._draft.heads,
+            shards.positions,
+            trained.agreement,
+            ideal(trained.agreement),
+            predicted,
+            trained.interrupted,
+        )
+
+    def _vocabulary(self, shards: Shards) -> Tensor | None:
+        size = self._settings.vocabulary
+        if size is None:
+            size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
+        return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
+
+    def _trained(
+        self, learner: TrainableDraft, shards: Shards, ids: Tensor | None, observe: Callable[[EvalResult], None]
+    ) -> Trained:
+        with cache_write_errors(self._data.folder, "the training"):
+            trained = train(
+                self._model,
+                learner,
+                shards,
+                self._settings.training,
+                token_ids=ids,
+                folder=self._data.folder,
+                observe=observe,
+            )
+        # In two bytes a number: half the file, and what a draft is off by changes no output.
+        return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
+
+    def _profile(self, trained: Trained) -> DraftProfile:
+        profile = DraftProfile(
+            model=self._identity,
+            skip_set=self._draft.skip_set,
+            draft_exit=ConfidenceThreshold(),
+            provenance=Provenance(
+                created=datetime.now(UTC),
+                tool=f"layerskip {library_versions()['layerskip']}",
+                training_seconds=trained.looks[-1].seconds if trained.looks else None,
+            ),
+        )
+        return profile.with_assets(trained.assets)
+
+    def _with_figures(self, profile: DraftProfile, assets: DraftWeights) -> tuple[DraftProfile, float]:
+        """The profile with the draft exit that replay finds best, measured on held-out prompts."""
+        quiet = MachineLock(self._folder, self._model.device)
+        with quiet.shared():
+            run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
+            texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
+        here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
+        best = self._best_policy(here, texts, quiet)
+        self._observer.exit_chosen(best.policy, best.speedup)
+        profile = profile.model_copy(update=vars(best.policy))
+        profile = profile.with_assets(assets)
+        with quiet.exclusive():
+            summary = self._measured(profile)
+        measured = measured_part(
+            summary,
+            "held-out",
+            max_new_tokens=self._settings.max_new_tokens,
+            device=device_name(self._model.device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+        )
+        return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
+
+    def _best_policy(self, assets: DraftWeights, texts: Sequence[ReferenceText], quiet: MachineLock) -> Prediction:
+        space = space_for(self._draft, assets, SearchSpace.of(self._model))
+        self._observer.costs_begin()
+        with quiet.exclusive():
+            latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
+        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+        return self._draft.best_policy(assets, ground)
+
+    def _measured(self, profile: DraftProfile) -> Summary:
+        limit = self._settings.max_new_tokens
+        drafter = profile.drafter(self._model)
+        warm_up(self._model, drafter, self._measuring, max_new_tokens=limit)
+        done: list[PromptMeasurement] = []
+        for number, prompt in enumerate(self._measuring, start=1):
+            plain_first = number % 2 == 1
+            done.append(measure_prompt(self._model, prompt, drafter, max_new_tokens=limit, plain_first=plain_first))
+            self._observer.prompt_measured(number, len(self._measuring))
+        return summarize(done)
+
+
+def _draft(model: LayerSkipModel, settings: TuningSettings, exit_after: int) -> TunedDraft:
+    match settings.kind:
+        case "medusa" | "hydra" | "hydra++" as kind:
+            return TunedHeads(model, kind, settings.heads or _HEADS, seed=settings.seed)
+        case "layer" | "bridge" as kind:
+            return AboveExit(model, kind, exit_after)

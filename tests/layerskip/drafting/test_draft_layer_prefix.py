@@ -1,0 +1,193 @@
+"""A layer before draft heads: what it is at first, how it is kept, and what is wrong with one that does not fit."""
+
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from layerskip import (
+    DraftProfile,
+    FixedLength,
+    HeadDrafter,
+    InvalidInputError,
+    LayerSkipModel,
+    Provenance,
+    SkipSet,
+    export_draft,
+    generate,
+    identify,
+)
+from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.weights import DraftWeights
+from layerskip.hub import card_of
+from layerskip.profile_diff import differences
+from layerskip.training.trainable_draft import _Forgetful
+from search.decoding_methods import draft_bytes, transformers_methods
+from tests.models import LAYERS, random_heads, random_layers, random_prefix, tiny_llama, transformers_greedy
+
+TOP = 2 * LAYERS
+
+
+def assets_of(model, **others):
+    parts = {"layers": {TOP: random_prefix(model)}, "heads": random_heads(model, "hydra")} | others
+    return DraftWeights(**parts)
+
+
+def profile_for(model):
+    return DraftProfile(
+        model=identify(model, "my-model"),
+        skip_set=SkipSet(LAYERS),
+        draft_exit=FixedLength(3),
+        branches=(2, 2),
+        provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test"),
+    )
+
+
+def test_at_first_it_leaves_hidden_states_as_they_are_and_can_learn_not_to(each_family):
+    """In every family: behind a norm of one's own as well as without."""
+    weights = DraftLayerWeights.behind(each_family)
+    assert (weights.start, weights.stop, weights.like) == (TOP, TOP, LAYERS - 1)
+    layer = weights.build(each_family, 0)
+    states = torch.randn(1, 7, each_family.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    out = layer(states, each_family.pass_context(7, _Forgetful()))
+    assert torch.equal(out, states)
+    out.square().sum().backward()
+    for sublayer in (layer.attention, layer.mlp):
+        last = [*sublayer.after.parameters(), *list(_parts(sublayer).parameters())]
+        assert any(weight.grad is not None and weight.grad.any() for weight in last)
+
+
+def _parts(sublayer):
+    return sublayer.attention if hasattr(sublayer, "attention") else sublayer.mlp
+
+
+def test_the_models_own_layer_stays(each_family):
+    before = {name: weight.clone() for name, weight in each_family.hf_model.state_dict().items()}
+    DraftLayerWeights.behind(each_family)
+    assert all(torch.equal(weight, before[name]) for name, weight in each_family.hf_model.state_dict().items())
+
+
+def test_a_model_whose_weights_are_quantized_gives_none(llama):
+    model = LayerSkipModel(tiny_llama())
+    model.hf_model.model.layers[LAYERS - 1].mlp.up_proj = torch.nn.Identity()  # as quantizers replace it
+    with pytest.raises(InvalidInputError, match=r"^layer 3: its weights are quantized or adapted; tune the model"):
+        DraftLayerWeights.behind(model)
+
+
+# Keeping it.
+
+
+def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
+    in_half = assets_of(llama, token_ids=torch.arange(3, 40)).to(torch.empty(0, dtype=torch.bfloat16))
+    profile = profile_for(llama).with_assets(in_half)
+    profile.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert loaded == profile
+    assert (loaded.tensors.heads, loaded.tensors.layers, loaded.tensors.bridges) == (3, 1, 0)
+    assert loaded.draft == "3 tokens; branches 2-2; 3 draft heads behind a trained layer; vocabulary of 37"
+    [layer], [expected] = loaded.assets.layers.values(), in_half.layers.values()
+    assert (layer.start, layer.stop, layer.like) == (TOP, TOP, LAYERS - 1)
+    assert all(torch.equal(weight, expected.weights[name]) for name, weight in layer.weights.items())
+    names = load((tmp_path / loaded.tensors.file).read_bytes())
+    assert "layer.8.8.3.self_attn.o_proj.weight" in names
+    drafter = loaded.drafter(llama)
+    assert isinstance(drafter, HeadDrafter)
+    ours = generate(llama, [1, 2, 3], drafter=drafter, max_new_tokens=20, eos_token_ids=[])
+    at_once = HeadDrafter.of(llama, FixedLength(3), in_half, branches=(2, 2))
+    expected = generate(llama, [1, 2, 3], drafter=at_once, max_new_tokens=20, eos_token_ids=[])
+    assert ours.tokens == transformers_greedy(llama.hf_model, [1, 2, 3], 20)
+    assert (ours.tokens, ours.stats.accepted) == (expected.tokens, expected.stats.accepted)
+
+
+def test_the_layer_is_among_what_two_profiles_differ_in(llama):
+    one, without, other = (
+        profile_for(llama).with_assets(assets_of(llama, layers=layers))
+        for layers in ({TOP: random_prefix(llama)}, {}, {TOP: random_prefix(llama, seed=1)})
+    )
+    [found] = differences(one, without)
+    assert (found.what, found.a, found.b) == ("layers", ["behind all"], [])
+    [found] = differences(one, other)
+    assert found.notes == ("other weights in behind all",)
+
+
+def test_its_memory_counts(llama):
+    with_layer, without = (draft_bytes(llama, assets_of(llama, **own)) for own in ({}, {"layers": {}}))
+    weights = sum(weight.numel() for weight in random_prefix(llama).weights.values())
+    assert with_layer - without >= 4 * weights
+
+
+def test_the_card_says_so(llama):
+    card = card_of(profile_for(llama).with_assets(assets_of(llama)), "me/heads")
+    assert "lets small trained heads on its hidden states propose" in card
+    assert "3 draft heads behind a trained layer" in card
+
+
+# What does not fit.
+
+
+def test_heads_and_their_layer_are_no_model_of_their_own(byte_tokenizer, tmp_path):
+    model = LayerSkipModel(tiny_llama())
+    profile = profile_for(model).with_assets(assets_of(model))
+    with pytest.raises(InvalidInputError, match=r"^as_assistant: the profile drafts with heads"):
+        profile.as_assistant(model.hf_model)
+    with pytest.raises(InvalidInputError, match=r"^the profile drafts with heads"):
+        export_draft(model, byte_tokenizer, profile, tmp_path / "draft")
+    _, left_out = transformers_methods(model, {"mine": profile})
+    assert left_out["transformers assistant (mine)"].startswith("as_assistant: the profile drafts with heads")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda model: assets_of(model, heads=None),
+            "stand-in: the layer at sublayer 8 stands for no sublayer; only draft heads have such a layer, and there "
+            "are none",
+        ),
+        (
+            lambda model: assets_of(model, layers={TOP: random_prefix(model)} | random_layers(model, {2: 8})),
+            "draft heads: nothing of the stack runs to draft, so nothing can stand in for it",
+        ),
+        (
+            lambda model: assets_of(
+                model, layers={start: random_layers(model, {start: start})[start] for start in (6, TOP)}
+            ),
+            "draft heads: expected one layer before them at most, found 2",
+        ),
+        (
+            lambda model: HeadDrafter.of(
+                model, FixedLength(2), assets_of(model, layers=random_layers(model, {TOP + 4: TOP + 4}))
+            ),
+            "draft heads: their layer stands behind 12 sublayers, but the model has 8; train heads for this model with "
+            "'layerskip tune'",
+        ),
+        (
+            lambda model: HeadDrafter.of(
+                model, FixedLength(2), assets_of(model, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS, {})})
+            ),
+            "stand-in: is like layer 4, but the model has 4 layers",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(llama, make, message):
+    with pytest.raises(InvalidInputError) as error:
+        make(llama)
+    assert str(error.value) == message
+
+
+def test_a_layer_of_another_shape_is_refused(llama):
+    weights = dict(random_prefix(llama).weights)
+    weights["mlp.up_proj.weight"] = torch.zeros(7, 32)
+    assets = assets_of(llama, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS - 1, weights)})
+    with pytest.raises(InvalidInputError) as error:
+        HeadDrafter.of(llama, FixedLength(2), assets)
+    assert str(error.value).startswith("stand-in: its weights do not fit a layer of this model: size mismatch for mlp.")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_with_a_layer_and_nobody_to_read_it_is_refused(llama):
+    tensors = load(assets_of(llama).to_bytes())
+    content = save({name: tensor for name, tensor in tensors.items() if name.startswith("layer.")})
+    with pytest.raises(ValueError, match=r"^not the tensors of a draft: stand-in: the layer at sublayer 8 stands for"):
+        DraftWeights.from_bytes(content)

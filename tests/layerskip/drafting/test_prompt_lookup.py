@@ -1,0 +1,158 @@
+"""Drafts copied from the text: from where its last tokens came before, at no cost to the output."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+
+from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, Sampling, SkipSet, generate
+from layerskip.drafting.prompt_lookup import FallbackDrafter, NGramIndex, PromptLookup, PromptLookupDrafter
+from layerskip.generation import stream_rounds
+from layerskip.logits_processing import GenerationHistory, ProcessorSampling
+from tests.layerskip.drafting.test_draft_layer import Watched, drafter_with_layers, from_scratch
+from tests.layerskip.test_sampling_exactness import (
+    DOUBT,
+    PLAIN,
+    SKIPPED,
+    distribution_of_texts,
+    p_value,
+    samples,
+)
+from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # noqa: F401
+from tests.models import LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
+from tests.strategies import skip_sets, tokens
+
+settings_of_ngrams = st.builds(
+    lambda shortest, more, length: PromptLookup(shortest, shortest + more, length),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 6),
+)
+few_tokens = st.lists(st.integers(0, 2), max_size=20)
+
+
+def looked_up(text, ngrams, limit):
+    """The definition, by a search through the whole text."""
+    for size in range(ngrams.longest, ngrams.shortest - 1, -1):
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == text[len(text) - size :]:
+                copied = list(text)
+                for place in range(start + size, start + size + min(limit, ngrams.length)):
+                    copied.append(copied[place])
+                return copied[len(text) :]
+    return []
+
+
+@given(few_tokens, settings_of_ngrams, st.integers(0, 8), st.integers(0, 20))
+@settings(max_examples=300)
+def test_what_followed_the_longest_last_run_where_it_came_last_is_copied(text, ngrams, limit, cut):
+    index = NGramIndex(ngrams)
+    index.extend(text[:cut])
+    index.extend(text[cut:])
+    assert index.copy(limit) == looked_up(text, ngrams, limit)
+
+
+def test_a_text_that_repeats_itself_goes_on_repeating():
+    index = NGramIndex(PromptLookup(shortest=2, length=7))
+    index.extend([1, 2, 3, 1, 2])
+    assert index.copy(99) == [3, 1, 2, 3, 1, 2, 3]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), settings_of_ngrams, st.integers(1, 24))
+@settings(max_examples=40)
+def test_greedy_output_is_that_of_transformers(tiny, prompt, ngrams, length):
+    ours = generate(tiny, prompt, drafter=PromptLookupDrafter(ngrams), max_new_tokens=length, eos_token_ids=[])
+    near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), settings_of_ngrams, skip_sets(), st.integers(1, 24))
+@settings(max_examples=25)
+def test_a_first_try_leaves_the_output_of_transformers(tiny, prompt, ngrams, skip_set, length):
+    drafter = FallbackDrafter(
+        PromptLookupDrafter(ngrams), LayerSkipDrafter(tiny, skip_set, FixedLength(3), branches=(2,))
+    )
+    ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+    near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
+
+
+@pytest.mark.parametrize("combined", [False, True], ids=["alone", "as a first try"])
+def test_samples_follow_the_full_model(tiny_vocabulary, combined):  # noqa: F811
+    drafter = PromptLookupDrafter(PromptLookup(shortest=1, length=2))
+    if combined:
+        drafter = FallbackDrafter(drafter, LayerSkipDrafter(tiny_vocabulary, SKIPPED, FixedLength(2)))
+    observed = samples(tiny_vocabulary, drafter, PLAIN, 1000)
+    assert p_value(observed, distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
+
+
+def test_copies_are_proposed_whatever_temperature_and_top_p(llama):
+    """Of one token everything is left by top-k and top-p."""
+    sampling = Sampling(2.0, top_k=3, top_p=0.5, seed=1)
+    stats = generate(llama, [1, 2, 1, 2, 1], drafter=PromptLookupDrafter(), sampling=sampling, max_new_tokens=12).stats
+    assert stats.drafted
+
+
+def test_processed_text_is_that_of_plain_decoding(llama):
+    def text(drafter):
+        transcript = GenerationHistory(torch.tensor([[3, 4, 3, 4, 3]]), StoppingCriteriaList())
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
+        sampling = ProcessorSampling(transcript, processors, do_sample=False, vocab_size=VOCABULARY)
+        return generate(llama, [3, 4, 3, 4, 3], drafter=drafter, sampling=sampling, max_new_tokens=16).tokens
+
+    assert text(PromptLookupDrafter(PromptLookup(shortest=1))) == text(None)
+
+
+def test_copies_that_stand_save_rounds(llama):
+    """The second half of the prompt's continuation was in the prompt."""
+    once = generate(llama, [5, 9], max_new_tokens=16, eos_token_ids=[]).tokens
+    prompt = [5, 9, *once, 5, 9]
+    whole = generate(llama, prompt, max_new_tokens=8, eos_token_ids=[])
+    drafted = generate(
+        llama, prompt, drafter=PromptLookupDrafter(PromptLookup(1, 4, 4)), max_new_tokens=8, eos_token_ids=[]
+    )
+    assert drafted.tokens == whole.tokens
+    assert drafted.stats.drafted
+    assert drafted.stats.rounds + drafted.stats.accepted == whole.stats.rounds
+
+
+def test_a_layer_of_the_second_drafters_own_sees_what_the_first_drafted(tiny):
+    """Its proposals are those of a pass over the whole text, whoever drafted it."""
+    second = drafter_with_layers(tiny, {2: 2 * LAYERS}, FixedLength(3), cls=Watched)
+    drafter = FallbackDrafter(PromptLookupDrafter(PromptLookup(1, 2, 2)), second)
+    stats = [generate(tiny, [first, 2, first, 2, 1], drafter=drafter, max_new_tokens=20).stats for first in range(3)]
+    assert 0 < len(second.seen) < stats[-1].drafted
+    for text, logits in second.seen:
+        torch.testing.assert_close(logits, from_scratch(tiny, second._stack, text), atol=2e-4, rtol=2e-4)
+
+
+def test_a_copy_of_a_first_try_serves_a_generation_of_its_own(llama):
+    one = FallbackDrafter(PromptLookupDrafter(), LayerSkipDrafter(llama, SkipSet(LAYERS, (1,)), FixedLength(2)))
+    other = copy.copy(one)
+    expected = generate(llama, [1, 2, 1], drafter=one, max_new_tokens=9).tokens
+    rounds = stream_rounds(llama, [1, 2, 1], drafter=one, max_new_tokens=9)
+    first = list(next(rounds).tokens)
+    generate(llama, [5, 6, 5, 6], drafter=other, max_new_tokens=9)
+    assert first + [token for one_round in rounds for token in one_round.tokens] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0,), "ngrams.shortest: expected at least 1, got 0"),
+        ((2, 1), "ngrams.longest: expected at least 2, got 1"),
+        ((2, 3, 0), "ngrams.length: expected at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(values, message):
+    with pytest.raises(InvalidInputError) as error:
+        PromptLookup(*values)
+    assert str(error.value) == message
+
+
+@given(tokens(12))
+def test_a_text_without_repetition_gives_nothing(prompt):
+    index = NGramIndex(PromptLookup(shortest=1))
+    index.extend(list(dict.fromkeys(prompt)))
+    assert index.copy(5) == []

@@ -1,0 +1,237 @@
+"""Captured passes against eager ones; without a CUDA device something that behaves like a captured graph stands in."""
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.engine import EagerEngine, GraphEngine, PassCosts, use_engine
+from layerskip.engine.cuda_graphs import call_directly
+from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
+from tests.strategies import draft_exits, skip_sets, tokens
+
+WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in range(1, 13)}, dict.fromkeys(range(1, 13), 1.0))
+SKIPPED = SkipSet(LAYERS, (2,), (1,))
+
+
+def like_a_graph(run):
+    """What a captured graph does: it ran once before, and each replay writes its outputs where the last one did."""
+    outputs = tensors_of(run())
+
+    def replay():
+        new = run()
+        for kept, tensor in zip(outputs, tensors_of(new), strict=True):
+            kept.copy_(tensor)
+        if not is_dataclass(new):
+            return outputs[0]
+        names = [field.name for field in fields(new) if getattr(new, field.name) is not None]
+        return replace(new, **dict(zip(names, outputs, strict=True)))
+
+    return replay
+
+
+def tensors_of(outputs):
+    values = [getattr(outputs, field.name) for field in fields(outputs)] if is_dataclass(outputs) else [outputs]
+    return [value for value in values if value is not None]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def captured(request):
+    """A model whose engine has small buckets, so that a text crosses several."""
+    model = LayerSkipModel(FAMILIES[request.param]())
+    model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    return model
+
+
+@given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
+@settings(max_examples=40)
+def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft_exit, length):
+    ours = generate(
+        captured,
+        prompt,
+        drafter=LayerSkipDrafter(captured, skip_set, draft_exit),
+        max_new_tokens=length,
+        eos_token_ids=[],
+    )
+    expected = transformers_greedy(captured.hf_model, prompt, length, set())
+    near_tie_or_same(captured.hf_model, prompt, ours.tokens, expected)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_greedy_output_of_every_family_is_that_of_transformers(family):
+    model = LayerSkipModel(EVERY_FAMILY[family]())
+    model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    for first, skip_set in enumerate((SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2)))):
+        prompt = [first, 2, 3]
+        drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
+        ours = generate(model, prompt, drafter=drafter, max_new_tokens=24, eos_token_ids=[])
+        near_tie_or_same(model.hf_model, prompt, ours.tokens, transformers_greedy(model.hf_model, prompt, 24))
+
+
+@given(tokens(30), tokens(6), st.booleans())
+@settings(max_examples=40)
+def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
+    """Whatever an earlier, longer text left in the cache."""
+    eager, engine = EagerEngine(captured), captured.engine
+    engine.costs = WIDE_IS_CHEAP if padded else None
+    stack = captured.stack_of(SKIPPED)
+    with torch.inference_mode():
+        found, expected = [], []
+        for one, logits in ((eager, expected), (engine, found)):
+            cache = one.new_cache(len(text) + len(new) + 1)
+            logits.append(one.prefill(torch.tensor(text), cache).logits)
+            logits.append(one.draft_step(torch.tensor(new[:1]), cache, stack).logits.clone())
+            cache.rollback(len(text))
+            logits.append(one.verify(torch.tensor(new), cache).logits)
+    engine.costs = None
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+
+
+@given(tokens(12), st.integers(1, 12), skip_sets(), st.sampled_from([None, 5, 24]))
+@settings(max_examples=30)
+def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_set, vocabulary):
+    """Across buckets, and with everything that was handed out still what it was when the chain is done."""
+    ids = None if vocabulary is None else torch.arange(3, 3 + vocabulary)
+    stack = captured.stack_of(skip_set, token_ids=ids)
+    chains = []
+    with torch.inference_mode():
+        for engine in (EagerEngine(captured), captured.engine):
+            cache = engine.new_cache(len(text) + length)
+            engine.prefill(torch.tensor(text), cache)
+            token, steps, confidences = torch.tensor(text[-1:]), [], []
+            for _ in range(length):
+                steps.append(engine.draft_step(token, cache, stack))
+                confidences.append(float(steps[-1].confidence))
+                token = steps[-1].likeliest
+            chains.append((torch.cat([step.likeliest for step in steps]), torch.tensor(confidences)))
+    (expected, sure), (found, ours) = chains
+    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(ours, sure, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_that_goes_on_from_the_last_sets_no_buffer():
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, call_directly)
+    stack = model.stack_of(SKIPPED)
+    with torch.inference_mode():
+        cache = engine.new_cache(10)
+        engine.prefill(torch.tensor([1, 2]), cache)
+        step = engine.draft_step(torch.tensor([3]), cache, stack)
+        with Calls() as calls:
+            step = engine.draft_step(step.likeliest, cache, stack)
+        feedback = calls.names.count("aten.copy_.default")
+        with Calls() as calls:
+            engine.draft_step(step.likeliest + 0, cache, stack)
+        assert calls.names.count("aten.copy_.default") == feedback + 1
+        assert "aten.fill_.Scalar" not in calls.names
+        cache.rollback(3)
+        with Calls() as calls:
+            engine.draft_step(step.likeliest, cache, stack)
+        assert calls.names.count("aten.fill_.Scalar") == 1
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
+    model, captures = LayerSkipModel(tiny_llama()), []
+    model.engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
+    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(2))
+    counts = []
+    for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
+        generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+        counts.append(len(captures))
+    assert counts[0] <= 4  # a draft step, and verifications of one to three tokens
+    assert counts[0] == counts[1] == counts[2] < counts[3]
+
+
+def test_the_cache_is_used_again_and_what_was_captured_with_it():
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, call_directly, smallest_bucket=16)
+    first = engine.new_cache(10)
+    first.advance(5)
+    again = engine.new_cache(16)
+    assert again is first
+    assert again.length == 0
+    assert engine.new_cache(first.capacity) is not first
+
+
+def test_captured_drafts_of_old_skip_sets_are_dropped():
+    model = LayerSkipModel(tiny_llama())
+    model.engine = engine = GraphEngine(model, call_directly)
+    for layer in range(LAYERS):
+        for other in range(1, LAYERS):
+            drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (layer,), (other,)), FixedLength(2))
+            generate(model, [1, 2], drafter=drafter, max_new_tokens=6)
+    assert len(engine._drafts) <= 8
+
+
+def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
+    sampling = Sampling(temperature=0.8, seed=3)
+    eager = LayerSkipModel(captured.hf_model)
+    for length in (1, 12, 20):
+        ours, expected = (
+            generate(
+                m,
+                [1, 2, 3],
+                drafter=LayerSkipDrafter(m, SKIPPED, FixedLength(3)),
+                sampling=sampling,
+                max_new_tokens=length,
+            )
+            for m in (captured, eager)
+        )
+        assert ours.tokens == expected.tokens
+
+
+def test_without_a_cuda_device_graphs_are_refused():
+    with pytest.raises(InvalidInputError, match="one CUDA device"):
+        GraphEngine(LayerSkipModel(tiny_llama()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
+    hf_model = EVERY_FAMILY[family]().to("cuda")
+    eager, captured = LayerSkipModel(hf_model), LayerSkipModel(hf_model)
+    captured.engine = GraphEngine(captured, smallest_bucket=16)
+    for skip_set in (SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2))):
+        ours, expected = (
+            generate(m, [1, 2, 3], drafter=LayerSkipDrafter(m, skip_set, FixedLength(3)), max_new_tokens=30)
+            for m in (captured, eager)
+        )
+        near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected.tokens)
+
+
+def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    model = LayerSkipModel(tiny_llama())
+    use_engine(model, "eager")
+    assert isinstance(model.engine, EagerEngine)
+    assert model.engine.costs is not None
+    with pytest.raises(InvalidInputError, match=r"^engine 'steam' is unknown; expected eager or cuda-graphs$"):
+        use_engine(model, "steam")
+    with pytest.raises(InvalidInputError, match="one CUDA device"):
+        use_engine(model, "cuda-graphs")
+
+
+def test_a_drafter_drafts_with_the_engine_that_its_model_has_now():
+    model = LayerSkipModel(tiny_llama())
+    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3))
+    expected = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12)
+    model.engine = engine = GraphEngine(model, call_directly)
+    assert generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12).tokens == expected.tokens
+    assert len(engine._drafts) == 1

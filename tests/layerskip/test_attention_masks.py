@@ -1,0 +1,58 @@
+"""A mask lets each new position see the positions before it, as far as the window reaches."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip import UnsupportedModelError
+from layerskip.attention_masks import attention_mask, check_attention_implementation
+
+
+def may_see(past, width, window):
+    """Rows: new positions; columns: all positions."""
+    return [
+        [key <= query and (window is None or query - key < window) for key in range(past + width)]
+        for query in range(past, past + width)
+    ]
+
+
+def seen(mask, past, width, implementation):
+    """What attention sees under a mask, None included."""
+    if mask is None:  # attention functions take a pass without a mask as causal from the text's start, or as one query
+        assert width == 1 or (past == 0 and implementation == "sdpa")
+        return may_see(past, width, None)
+    assert mask.shape == (1, 1, width, past + width)
+    return (mask if implementation == "sdpa" else mask == 0)[0, 0].tolist()
+
+
+@given(
+    st.integers(0, 12),
+    st.integers(1, 8),
+    st.none() | st.integers(1, 10),
+    st.sampled_from(["eager", "sdpa"]),
+)
+def test_each_new_position_sees_exactly_the_past_in_its_window(past, width, window, implementation):
+    mask = attention_mask(
+        past, width, window=window, implementation=implementation, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert seen(mask, past, width, implementation) == may_see(past, width, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_additive_mask_has_the_model_s_dtype_and_no_infinities(dtype):
+    mask = attention_mask(2, 3, window=None, implementation="eager", dtype=dtype, device=torch.device("cpu"))
+    assert mask.dtype == dtype
+    assert mask.isfinite().all()
+    assert mask.softmax(-1)[0, 0, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0], abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", None])
+def test_an_unknown_attention_implementation_is_refused(name):
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='eager' or 'sdpa'"):
+        check_attention_implementation(name)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_a_known_attention_implementation_passes(name):
+    assert check_attention_implementation(name) == name

@@ -1,0 +1,230 @@
+"""Training gains on texts that it never saw, changes nothing but the stand-in, and goes on where it stopped."""
+
+import pytest
+import torch
+
+from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.bridges import fit_bridge
+from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.weights import DraftWeights
+from layerskip.training import RANKS, TrainingSettings, train, trainable_bridge, trainable_layer, vocabulary_of
+from layerskip.training.evaluation import Scorer, frozen, ideal_speedup, step_cost_by_weights
+from tests.layerskip.training.conftest import EXIT, SETTINGS, random_prompts
+from tests.models import LAYERS, near_tie_or_same, transformers_greedy
+
+START, STOP = 2 * EXIT, 2 * LAYERS
+SHORT = TrainingSettings(epochs=6, batch_positions=64, learning_rate=3e-3)
+EXITED = SkipSet(LAYERS, range(EXIT, LAYERS), range(EXIT, LAYERS))
+
+
+def a_layer(model, like=LAYERS - 1):
+    return trainable_layer(model, DraftLayerWeights.copied(model, START, STOP, like))
+
+
+def a_bridge(model, shards):
+    states = [(text.before, text.after) for text in shards.learned(shards.paths)]
+    before, after = (torch.cat(part).float() for part in zip(*states, strict=True))
+    return trainable_bridge(model, fit_bridge(model, before, after, START, STOP))
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce", "both"])
+def test_a_trained_layer_does_better_on_held_out_texts(writer, shards, loss):
+    settings = TrainingSettings(loss=loss, epochs=6, batch_positions=64, learning_rate=3e-3)
+    trained = train(writer, a_layer(writer), shards, settings)
+    first = trained.looks[0].agreement
+    assert trained.agreement.loss < 0.95 * first.loss
+    assert trained.agreement.top[8] > first.top[8]
+    assert [trained.agreement.top[k] for k in RANKS] == sorted(trained.agreement.top[k] for k in RANKS)
+    assert trained.agreement.loss == pytest.approx(min(look.agreement.loss for look in trained.looks))
+    assert not trained.interrupted
+
+
+def test_a_bridge_is_refined_from_the_closed_form(writer, shards):
+    trained = train(writer, a_bridge(writer, shards), shards, SHORT)
+    assert trained.agreement.loss < trained.looks[0].agreement.loss
+    bridge = trained.assets.bridges[START]
+    assert (bridge.start, bridge.stop) == (START, STOP)
+
+
+def test_the_models_weights_and_what_they_ask_for_stay(writer, shards):
+    before = {name: weight.clone() for name, weight in writer.hf_model.state_dict().items()}
+    asking = [weight.requires_grad for weight in writer.hf_model.parameters()]
+    train(writer, a_layer(writer), shards, TrainingSettings(epochs=1))
+    assert all(torch.equal(weight, before[name]) for name, weight in writer.hf_model.state_dict().items())
+    assert [weight.requires_grad for weight in writer.hf_model.parameters()] == asking
+    assert all(weight.grad is None for weight in writer.hf_model.parameters())
+
+
+def test_what_was_trained_is_what_drafts(writer, shards):
+    """Agreement while decoding with it is what the held-out texts foretold, and the output is the target model's."""
+    trained = train(writer, a_layer(writer), shards, SHORT)
+    drafter = LayerSkipDrafter.of(writer, EXITED, FixedLength(1), trained.assets)
+    accepted = drafted = 0
+    agreed = []
+    for text in shards.learned(shards.paths):
+        prompt = text.tokens[: int((~text.asked).sum()) + 1].tolist()
+        made = generate(writer, prompt, drafter=drafter, max_new_tokens=12, eos_token_ids=[])
+        near_tie_or_same(writer.hf_model, prompt, made.tokens, transformers_greedy(writer.hf_model, prompt, 12))
+        accepted, drafted = accepted + made.stats.accepted, drafted + made.stats.drafted
+        agreed.append(text)
+    with frozen(writer):
+        scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "kl")
+        learner = trainable_layer(writer, trained.assets.layers[START])
+        foretold = scorer.agreement(learner, [agreed]).top[1]
+    # Another set of positions: those behind what stood are not asked. Both are near each other all the same.
+    assert accepted / drafted == pytest.approx(foretold, abs=0.12)
+
+
+def test_scores_are_those_of_the_stack_over_the_text(writer, shards):
+    learner = a_layer(writer)
+    [text, *_] = shards.held_out(10)
+    stack = writer.stack_of(EXITED, stand_ins=learner.assets(learner.parameters).stand_ins(writer))
+    with torch.inference_mode():
+        cache = writer.new_cache(len(text.tokens))
+        x = stack.run(writer.embed(text.tokens.long()), writer.pass_context(len(text.tokens), cache))
+        chosen = writer.logits(x).argmax(-1)[text.asked]
+    with frozen(writer):
+        agreement = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce").agreement(learner, [[text]])
+    expected = (chosen == text.choices[text.asked]).float().mean()
+    assert agreement.top[1] == pytest.approx(float(expected), abs=0.1)  # states were kept in bfloat16
+    assert agreement.positions == int(text.asked.sum())
+
+
+def test_the_gradient_is_that_of_the_whole_loss_however_it_is_cut(writer, shards, monkeypatch):
+    texts = shards.held_out(40)
+    gradients = []
+    for chunk in (2**24, 64 * 3):
+        monkeypatch.setattr("layerskip.training.evaluation._SCORES", chunk)
+        learner = a_layer(writer)
+        with frozen(writer):
+            loss = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "both").learn_from(learner, texts)
+        gradients.append([loss, *(parameter.grad for parameter in learner.parameters.values())])
+    for whole, cut in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, cut, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copy_of_the_only_skipped_layer_loses_nothing(llama, tmp_path):
+    """The divergence from the target model is that of rounding the kept states, and its first choice nearly always."""
+    from layerskip.training import DataSettings, TuningData
+
+    settings = DataSettings(LAYERS - 1, max_new_tokens=12, side_by_side=16)
+    shards = TuningData(llama, random_prompts(64), settings, tmp_path, "f").collect(300)
+    learner = trainable_layer(llama, DraftLayerWeights.copied(llama, STOP - 2, STOP, LAYERS - 1))
+    with frozen(llama):
+        scorer = Scorer(llama, llama.stack_of(SkipSet(LAYERS)), "kl")
+        agreement = scorer.agreement(learner, [shards.held_out(100)])
+    assert agreement.loss < 1e-2
+    assert agreement.top[1] > 0.9
+    assert agreement.coverage == 1
+
+
+def test_a_draft_vocabulary_bounds_what_can_agree(writer, shards):
+    ids = vocabulary_of(writer, shards, 16)
+    assert len(ids) == 16
+    assert ids.tolist() == sorted(set(ids.tolist()))
+    trained = train(writer, a_layer(writer), shards, TrainingSettings(epochs=1), token_ids=ids)
+    held_out = shards.held_out(4096)
+    choices = torch.cat([text.choices[text.asked] for text in held_out])
+    assert trained.agreement.coverage == pytest.approx(float(torch.isin(choices, ids).float().mean()))
+    assert trained.agreement.top[8] <= trained.agreement.coverage < 1
+    assert trained.assets.token_ids is ids
+
+
+def test_a_training_that_was_stopped_ends_like_one_that_was_not(llama, tmp_path_factory):
+    from layerskip.training import TuningData
+
+    shards = TuningData(llama, random_prompts(64), SETTINGS, tmp_path_factory.mktemp("d"), "f").collect(600)
+    whole = train(llama, a_layer(llama), shards, SHORT, folder=tmp_path_factory.mktemp("whole"))
+
+    folder = tmp_path_factory.mktemp("stopped")
+
+    def stop_at(number):
+        looks = []
+
+        def observe(look):
+            looks.append(look)
+            if len(looks) == number:
+                raise KeyboardInterrupt
+
+        return observe
+
+    stopped = train(llama, a_layer(llama), shards, SHORT, folder=folder, observe=stop_at(4))
+    assert stopped.interrupted
+    assert len(stopped.looks) == 4
+    assert stopped.agreement.loss == pytest.approx(min(look.agreement.loss for look in stopped.looks))
+    resumed = train(llama, a_layer(llama), shards, SHORT, folder=folder)
+    assert not resumed.interrupted
+    assert resumed.looks[0].progress == pytest.approx(stopped.looks[-1].progress)
+    assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-4)
+    for name, weight in whole.assets.layers[START].weights.items():
+        torch.testing.assert_close(resumed.assets.layers[START].weights[name], weight, atol=1e-4, rtol=1e-3)
+    [path] = folder.glob("training-*")
+    path.write_bytes(path.read_bytes()[:-10])  # not whole: it begins anew
+    again = train(llama, a_layer(llama), shards, TrainingSettings(**{**SHORT.__dict__}), folder=folder)
+    assert again.looks[0].progress == 0
+
+
+def test_other_settings_are_another_training(llama, shards, writer, tmp_path):
+    train(writer, a_layer(writer), shards, TrainingSettings(epochs=1), folder=tmp_path)
+    train(writer, a_layer(writer), shards, TrainingSettings(epochs=1, loss="ce"), folder=tmp_path)
+    train(writer, a_layer(writer, like=1), shards, TrainingSettings(epochs=1), folder=tmp_path)
+    assert len(list(tmp_path.glob("training-*"))) == 3
+
+
+def test_no_gain_ends_it_early(writer, shards):
+    hopeless = TrainingSettings(epochs=50, batch_positions=64, learning_rate=1e-30)
+    trained = train(writer, a_layer(writer), shards, hopeless)
+    assert trained.looks[-1].progress < 0.5
+    assert trained.agreement.loss == pytest.approx(trained.looks[0].agreement.loss)
+
+
+def test_a_time_limit_ends_it(writer, shards):
+    trained = train(writer, a_layer(writer), shards, TrainingSettings(epochs=10**6, minutes=1e-4))
+    assert trained.looks[-1].progress == 1
+
+
+def test_only_what_reaches_the_top_is_trained(llama, shards):
+    learner = trainable_layer(llama, DraftLayerWeights.copied(llama, 2, 4, 1))
+    with pytest.raises(InvalidInputError, match="ends before sublayer 4; only one that reaches the top"):
+        train(llama, learner, shards, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "mse"}, "loss 'mse' is unknown; expected kl, ce, both"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"minutes": 0}, "minutes: expected a number above 0, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InvalidInputError, match=f"^{message}$"):
+        TrainingSettings(**settings)
+
+
+def test_a_model_in_bfloat16_is_tuned_in_float32(shards, writer):
+    model = LayerSkipModel(type(writer.hf_model)(writer.config).to(torch.bfloat16).eval())
+    model.hf_model.load_state_dict(writer.hf_model.state_dict())
+    trained = train(model, a_layer(model), shards, SHORT)
+    assert {weight.dtype for weight in trained.assets.layers[START].weights.values()} == {torch.float32}
+    assert trained.agreement.loss < trained.looks[0].agreement.loss
+    drafter = LayerSkipDrafter.of(model, EXITED, FixedLength(2), trained.assets)
+    assert generate(model, [1, 2], drafter=drafter, max_new_tokens=6).stats.drafted
+
+
+def test_the_ideal_speedup_is_that_of_the_best_length_with_all_branches():
+    chain = [0.1 * length for length in range(1, 17)]
+    assert ideal_speedup([{1: 0.0, 4: 0.0}] * 16, chain) == pytest.approx(1 / 1.1)
+    assert ideal_speedup([{1: 1.0}] * 16, [0.0] * 16) == 17
+    best = max((1 - 0.8 ** (g + 1)) / 0.2 / (0.1 * g + 1) for g in range(1, 17))
+    assert ideal_speedup([{1: 0.8}] * 16, chain) == pytest.approx(best)
+    assert ideal_speedup([{1: 0.3, 8: 0.6}, {1: 0.2, 8: 0.5}], [0.1, 0.2]) == pytest.approx((1 + 0.6 + 0.3 * 0.5) / 1.2)
+
+
+def test_the_cost_of_a_step_is_the_share_of_weights_that_it_reads(llama):
+    head, layer = 64 * 32, llama.sublayers[0].num_weights + llama.sublayers[1].num_weights
+    full = LAYERS * layer + head
+    assert step_cost_by_weights(llama, llama.target_stack) == 1
+    stand_ins = DraftWeights(layers={START: DraftLayerWeights.copied(llama, START, STOP, 2)}).stand_ins(llama)
+    stack = llama.stack_of(EXITED, stand_ins=stand_ins, token_ids=torch.arange(16))
+    assert step_cost_by_weights(llama, stack) == pytest.approx((2 * layer + head / 4) / full)

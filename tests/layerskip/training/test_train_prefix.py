@@ -1,0 +1,120 @@
+"""Draft heads and the layer before them learn together, and what they say in training is what they draft."""
+
+import pytest
+import torch
+
+from layerskip import FixedLength, HeadDrafter, generate
+from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.head_drafter import through_layer
+from layerskip.drafting.heads import untrained_heads
+from layerskip.kv_cache import KVCache
+from layerskip.skip_set import SkipSet
+from layerskip.training import TrainingSettings, train, trainable_heads
+from layerskip.training.evaluation import Scorer, frozen, head_costs_by_weights
+from tests.models import LAYERS, near_tie_or_same, random_heads, random_prefix, transformers_greedy
+
+HEADS = 3
+TOP = 2 * LAYERS
+
+
+def untrained(model):
+    heads = untrained_heads("hydra", HEADS, model.config.hidden_size)
+    return trainable_heads(model, heads, DraftLayerWeights.behind(model))
+
+
+def settings(**others):
+    return TrainingSettings(**{"loss": "kl", "epochs": 6, "batch_positions": 64, "learning_rate": 3e-3} | others)
+
+
+def test_untrained_it_says_what_untrained_heads_say(writer, shards):
+    texts = shards.held_out(200)
+    with frozen(writer):
+        scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "kl")
+        heads = untrained_heads("hydra", HEADS, writer.config.hidden_size)
+        alone, behind = (scorer.agreement(one, [texts]) for one in (trainable_heads(writer, heads), untrained(writer)))
+    assert behind.loss == pytest.approx(alone.loss)
+    assert behind.by_place == alone.by_place
+
+
+def test_layer_and_heads_learn_and_do_better_on_held_out_texts(writer, shards):
+    learner = untrained(writer)
+    before = {name: weight.detach().clone() for name, weight in learner.parameters.items()}
+    own = {name: weight.clone() for name, weight in writer.hf_model.state_dict().items()}
+    trained = train(writer, learner, shards, settings(learning_rate=1e-2))
+    first = trained.looks[0].agreement
+    assert trained.agreement.loss < 0.98 * first.loss
+    assert (trained.assets.heads.kind, trained.assets.heads.count) == ("hydra", HEADS)
+    [layer] = trained.assets.layers.values()
+    assert (layer.start, layer.stop, layer.like) == (TOP, TOP, LAYERS - 1)
+    learned = {f"prefix.{name}": weight for name, weight in layer.weights.items()} | trained.assets.heads.tensors()
+    assert learned.keys() == before.keys()
+    assert not any(torch.equal(weight, before[name]) for name, weight in learned.items())
+    assert all(torch.equal(weight, own[name]) for name, weight in writer.hf_model.state_dict().items())
+
+
+def test_what_it_guesses_is_what_heads_say_behind_one_pass_over_each_text(writer, shards):
+    """Whatever other texts, longer or shorter, are in the batch."""
+    prefix, heads = random_prefix(writer), random_heads(writer, "hydra", HEADS)
+    learner, texts = trainable_heads(writer, heads, prefix), shards.held_out(100)
+    layer = prefix.build(writer, 0)
+    assert len({len(text.tokens) for text in texts}) > 1
+    with torch.no_grad():
+        guesses = learner.guesses(texts)
+        for place, guess in enumerate(guesses):
+            expected = []
+            for text in texts:
+                cache = KVCache(num_layers=0, capacity=len(text.tokens))
+                states = through_layer(writer, layer, text.after.float(), cache)
+                first = int((~text.asked).sum())
+                for at in range(first, len(text.tokens) - place - 1):
+                    known = writer.embed(text.tokens[at + 1 : at + place + 2].long())
+                    expected.append(heads.at(place, states[at][None], known))
+            torch.testing.assert_close(guess.states, torch.cat(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_what_was_trained_is_what_drafts(writer, shards):
+    """The first head's agreement while decoding is near what the texts foretold, and the output the target model's."""
+    trained = train(writer, untrained(writer), shards, settings())
+    drafter = HeadDrafter.of(writer, FixedLength(1), trained.assets)
+    texts = list(shards.learned(shards.paths))
+    accepted = drafted = 0
+    for text in texts:
+        prompt = text.tokens[: int((~text.asked).sum()) + 1].tolist()
+        made = generate(writer, prompt, drafter=drafter, max_new_tokens=12, eos_token_ids=[])
+        near_tie_or_same(writer.hf_model, prompt, made.tokens, transformers_greedy(writer.hf_model, prompt, 12))
+        accepted, drafted = accepted + made.stats.accepted, drafted + made.stats.drafted
+    with frozen(writer):
+        scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "kl")
+        learner = trainable_heads(writer, trained.assets.heads, trained.assets.layers[TOP])
+        foretold = scorer.agreement(learner, [texts]).top[1]
+    assert accepted / drafted == pytest.approx(foretold, abs=0.12)
+
+
+def test_a_training_that_was_stopped_ends_like_one_that_was_not(writer, shards, tmp_path):
+    whole = train(writer, untrained(writer), shards, settings(epochs=3))
+
+    def stop_at_the_third(look, looks=[]):  # noqa: B006
+        looks.append(look)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    stopped = train(writer, untrained(writer), shards, settings(epochs=3), folder=tmp_path, observe=stop_at_the_third)
+    assert stopped.interrupted
+    resumed = train(writer, untrained(writer), shards, settings(epochs=3), folder=tmp_path)
+    assert resumed.looks[0].progress == pytest.approx(stopped.looks[-1].progress)
+    assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-3)
+
+
+def test_it_is_a_training_of_its_own(writer, shards, tmp_path):
+    heads = untrained_heads("hydra", HEADS, writer.config.hidden_size)
+    for learner in (trainable_heads(writer, heads), untrained(writer)):
+        train(writer, learner, shards, settings(epochs=1), folder=tmp_path)
+    assert len(list(tmp_path.glob("training-*"))) == 2
+
+
+def test_a_draft_reads_the_layer_once_however_long_it_is(llama):
+    heads, full = untrained_heads("hydra", 2, 32), sum(one.num_weights for one in llama.sublayers) + 64 * 32
+    alone = head_costs_by_weights(llama, heads, llama.target_stack)
+    behind = head_costs_by_weights(llama, heads, llama.target_stack, DraftLayerWeights.behind(llama).build(llama, 0))
+    layer = sum(one.num_weights for one in llama.sublayers[-2:])
+    assert behind == pytest.approx([cost + layer / full for cost in alone])

@@ -1,0 +1,68 @@
+"""What candidates' drafts are made of."""
+
+import pytest
+import torch
+
+from layerskip import FixedLength, SkipSet
+from layerskip.drafting.bridges import BridgeFitter
+from layerskip.drafting.drafter import RoundResult
+from layerskip.engine import Scored
+from layerskip.sampling import Draft, Verdict
+from search.builder import DraftBuilder
+from search.reference import record
+from search.search import SearchPrompts
+from search.settings import SearchSettings
+from search.space import Candidate, Policy
+from tests.models import LAYERS, VOCABULARY
+from tests.search.searches import random_prompts
+
+MIDDLE = SkipSet(LAYERS, attention=(1, 2), mlp=(1, 2))
+
+
+@pytest.fixture
+def makers(llama, monkeypatch):
+    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
+    return DraftBuilder(llama, texts)
+
+
+def test_a_candidate_gets_what_it_asks_for_and_nothing_else(makers):
+    assert not makers.assets(Candidate(MIDDLE))
+    bridged = makers.assets(Candidate(MIDDLE, bridged=True))
+    assert (set(bridged.bridges), bridged.token_ids) == ({2}, None)
+    small = makers.assets(Candidate(MIDDLE, vocabulary=7))
+    assert (small.bridges, len(small.token_ids)) == ({}, 7)
+
+
+@pytest.mark.parametrize("skip_set", [MIDDLE, SkipSet(LAYERS), SkipSet(LAYERS, attention=(0, 3), mlp=(0,))])
+def test_the_number_of_bridges_is_known_before_they_are_made(makers, skip_set):
+    assert makers.num_bridges(skip_set) == len(makers.assets(Candidate(skip_set, bridged=True)).bridges)
+
+
+def test_what_is_estimated_is_what_is_decoded_with(makers):
+    candidate = Candidate(MIDDLE, bridged=True, vocabulary=VOCABULARY // 2)
+    stack, drafter = makers.stack(candidate), makers.drafter(candidate, Policy(FixedLength(3), gate=0.5))
+    assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps] == [0, 1, 2, 6, 7]
+    assert torch.equal(drafter._stack.token_ids, stack.token_ids)
+    drafter.start(torch.tensor([1]), torch.zeros(1, 8))
+    nothing, unsure = Draft.of([], torch.device("cpu")), Scored(torch.zeros(1, VOCABULARY), torch.zeros(1, 8))
+    drafter.observe(RoundResult(nothing, Verdict([2], torch.tensor([2]), (0,)), torch.tensor([1]), unsure))
+    assert drafter._unsure  # by the gate
+
+
+def prompts_of(count, **settings):
+    return SearchPrompts.of(random_prompts(search=count, held_out=3), SearchSettings(**settings))
+
+
+def test_drafts_are_fitted_to_other_prompts_than_they_are_scored_on():
+    prompts = prompts_of(8, prompts_per_trial=3, held_out_prompts=2)
+    assert (len(prompts.scored), len(prompts.fitted), len(prompts.measured), len(prompts.held_out)) == (4, 4, 3, 2)
+    assert not set(prompts.scored) & set(prompts.fitted)
+    assert set(prompts.measured) <= set(prompts.scored)
+    assert len(prompts_of(8, prompts_per_trial=6).scored) == 6
+
+
+def test_with_few_prompts_all_do_everything():
+    prompts = prompts_of(3, prompts_per_trial=3)
+    assert prompts.scored == prompts.fitted == prompts.measured
+    assert len(prompts_of(1, prompts_per_trial=6).scored) == 1

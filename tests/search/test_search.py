@@ -1,0 +1,798 @@
+"""A search from its first trial to the profile, on tiny models and a real SQLite file."""
+
+import itertools
+import json
+import math
+from dataclasses import fields
+
+import optuna
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+import search.search as preparation
+import search.search as study_module
+import search.space as space_module
+from layerskip import DraftProfile, FixedLength, InvalidInputError, LayerSkipModel, SkipSet, generate, identify
+from layerskip.drafting.bridges import BridgeFitter
+from layerskip.engine import GraphEngine
+from layerskip.engine.cuda_graphs import call_directly
+from layerskip.errors import LayerSkipError, LosslessnessError
+from search.latency import LatencyModel
+from search.measure import Summary
+from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
+from search.predict import SpeedupPredictor
+from search.samplers import SAMPLERS
+from search.search import Search, next_to_measure
+from search.settings import SearchSettings
+from search.space import Candidate, Policy, SearchSpace
+from search.warm_starts import warm_starts
+from studies.ranking import (
+    basis_of,
+    best_trials,
+    candidate_key,
+    correction_of,
+    measured_trials,
+    seen_trials,
+    speedup_of,
+)
+from studies.storage import open_storage
+from studies.study import load_study
+from tests.models import LAYERS, VOCABULARY, near_tie_or_same, tiny_gemma2, tiny_llama, transformers_greedy
+from tests.search.searches import (
+    MODEL_ID,
+    CtrlC,
+    Log,
+    completed,
+    known_costs,
+    random_prompts,
+    ratio,
+    records,
+    small_search,
+    widths_disagree,
+)
+from tests.search.test_reference import passes_counted
+
+SPACE = SearchSpace(LAYERS)
+# All but one of these searches begin with so many of their warm starts; what comes behind is measured or sampled.
+STARTS = 3
+MEASURING = {"measuring_share": 1.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def costs():
+    """Costs that are the same on every machine make predictions the same; one test measures them for real."""
+    measured = []
+
+    def known(model, space):
+        measured.append(model)
+        return known_costs(space)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preparation, "measure_latency", known)
+        patched.setattr(study_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
+        yield measured
+
+
+@pytest.fixture(scope="module")
+def finished(llama, tmp_path_factory):
+    """A finished search that measured: its result, its storage, its prompts, its log and its study."""
+    storage = open_storage(f"sqlite:///{tmp_path_factory.mktemp('finished')}/studies.db")
+    prompts, log = random_prompts(search=4, held_out=2), Log()
+    search = small_search(llama, storage, prompts=prompts, observer=log, trials=STARTS + 8, **MEASURING)
+    result = search.run()
+    return result, storage, prompts, log, load_study(storage, result.study)
+
+
+def summary_of(trial):
+    return Summary(**{field.name: trial.user_attrs[field.name] for field in fields(Summary)})
+
+
+def new_study(storage, **named):
+    """A named study in which nothing was tried, for a test to enqueue what is to be tried."""
+    return small_search(named.pop("model"), storage, **named).open()
+
+
+def with_no_starts(study):
+    """Let a search begin with what the test enqueued alone."""
+    study.set_user_attr("warm_starts", True)
+
+
+def test_a_search_looks_at_as_many_candidates_as_it_was_asked_for(finished):
+    result, _, _, _, study = finished
+    assert result.trials == len(seen_trials(study)) == STARTS + 8
+    assert result.measured == len(measured_trials(study)) >= 1
+    assert len(completed(study)) == result.trials + result.measured
+    assert not result.interrupted
+
+
+def test_every_value_says_whether_it_was_predicted_or_measured(finished):
+    for trial in completed(finished[4]):
+        assert trial.user_attrs["basis"] in ("predicted", "measured")
+        if basis_of(trial) == "predicted":
+            assert trial.value == trial.user_attrs["predicted_speedup"]
+            assert MEASURES_KEY not in trial.user_attrs
+        else:
+            assert trial.value == trial.user_attrs["speedup"]
+
+
+def test_a_measured_value_is_the_ratio_of_the_recorded_times(finished):
+    result, storage, prompts, _, study = finished
+    allowed = {prompt.id for prompt in prompts.search[:3]}
+    for trial in measured_trials(study):
+        recorded = records(storage, result.study, prompt_set="search", trial=trial.number)
+        assert math.isclose(trial.value, ratio(recorded))
+        ids = [record.prompt for record in recorded]
+        assert len(set(ids)) == len(ids) == trial.user_attrs["prompts"]
+        assert set(ids) == allowed or (trial.user_attrs["stopped_early"] and set(ids) < allowed)
+        for record in recorded:
+            assert record.tokens == record.draft_tokens == 6
+            assert 0 <= record.accepted <= record.drafted
+            assert min(record.plain_seconds, record.draft_seconds) > 0
+            assert not record.near_tie
+
+
+def test_what_is_only_predicted_decodes_nothing(finished):
+    result, storage, _, _, study = finished
+    measured = {trial.number for trial in measured_trials(study)}
+    assert {record.trial for record in records(storage, result.study, prompt_set="search")} == measured
+
+
+def test_a_measurement_is_a_trial_of_its_own_that_names_the_one_it_measures(finished):
+    study = finished[4]
+    for trial in measured_trials(study):
+        looked_at = study.trials[trial.user_attrs[MEASURES_KEY]]
+        assert basis_of(looked_at) == "predicted"
+        assert looked_at.number < trial.number
+        assert looked_at.params == trial.params
+        assert trial.user_attrs[SOURCE_KEY] == f"measurement of trial {looked_at.number}"
+        for key in ("policy", "draft_exit", "acceptance", "predicted_speedup", "skip_set"):
+            assert trial.user_attrs[key] == looked_at.user_attrs[key]
+
+
+def test_no_candidate_is_measured_twice(finished):
+    measured = [candidate_key(trial) for trial in measured_trials(finished[4])]
+    assert len(set(measured)) == len(measured)
+
+
+def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
+    study = finished[4]
+    first = measured_trials(study)[0]
+    before = seen_trials(study)[: first.number]
+    assert first.number >= STARTS
+    assert first.user_attrs["predicted_speedup"] == max(map(speedup_of, before))
+
+
+def test_a_trial_says_what_it_tried_and_what_came_of_it(finished):
+    result, storage, _, _, study = finished
+    for trial in completed(study):
+        candidate = SPACE.candidate(trial.params)
+        assert trial.user_attrs["skip_set"] == str(candidate.skip_set)
+        assert trial.user_attrs["draft_exit"] == str(policy_of(trial))
+        assert 0 <= trial.user_attrs["acceptance"] <= 1
+    for trial in measured_trials(study):
+        summary = summary_of(trial)
+        recorded = records(storage, result.study, prompt_set="search", trial=trial.number)
+        drafted = sum(record.drafted for record in recorded)
+        assert summary.speedup == trial.value
+        assert summary.acceptance_rate == (sum(r.accepted for r in recorded) / drafted if drafted else None)
+        assert summary.speedup_low <= trial.value * (1 + 1e-9)
+
+
+def test_the_first_trials_are_starting_points_and_say_so(finished):
+    trials = finished[4].trials
+    first = trials[0]
+    assert first.user_attrs[SOURCE_KEY] == "nothing skipped"
+    assert SPACE.candidate(first.params).skip_set == SkipSet(LAYERS)
+    assert first.user_attrs["acceptance"] == 1
+    sources = [trial.user_attrs.get(SOURCE_KEY) for trial in seen_trials(finished[4])]
+    assert None not in sources[:STARTS]
+    assert set(sources[STARTS:]) == {None}
+
+
+def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monkeypatch):
+    monkeypatch.setattr(study_module, "warm_starts", warm_starts)
+    small_search(llama, storage, trials=40, finalists=1, study_name="s").run()
+    trials = [trial for trial in load_study(storage, "s").trials if SOURCE_KEY in trial.user_attrs]
+    sources = [trial.user_attrs[SOURCE_KEY] for trial in trials]
+    families = {source.partition(":")[0] for source in sources}
+    assert families >= {"nothing skipped", "evenly spaced", "least damage", "least change", "early exit"}
+    assert len({json.dumps(trial.system_attrs["fixed_params"]) for trial in trials}) == len(trials)
+
+
+def test_no_candidate_is_looked_at_twice(finished):
+    looked_at = [candidate_key(trial) for trial in seen_trials(finished[4])]
+    assert len(set(looked_at)) == len(looked_at)
+
+
+def test_finalists_are_the_best_by_what_was_measured_or_else_by_corrected_predictions(finished):
+    result, storage, prompts, _, study = finished
+    again = records(storage, result.study, prompt_set="held-out")
+    chosen = best_trials(study, 2)
+    assert {record.trial for record in again} == {trial.number for trial in chosen}
+    for trial in chosen:
+        ids = [record.prompt for record in again if record.trial == trial.number]
+        assert sorted(ids) == sorted(prompt.id for prompt in prompts.held_out)
+
+
+def test_no_trial_sees_a_held_out_prompt(finished):
+    result, storage, *_ = finished
+    searched = {record.prompt for record in records(storage, result.study, prompt_set="search")}
+    assert not searched & {record.prompt for record in records(storage, result.study, prompt_set="held-out")}
+
+
+def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
+    result, storage, _, _, study = finished
+    profile, measured = result.profile, result.profile.measured
+    recorded = records(storage, result.study, prompt_set="held-out", trial=profile.provenance.trial)
+    assert math.isclose(measured.speedup, ratio(recorded))
+    assert measured.speedup_low <= measured.speedup * (1 + 1e-9)
+    assert measured.speedup <= measured.speedup_high * (1 + 1e-9)
+    speeds = (measured.plain_tokens_per_second, measured.speculative_tokens_per_second)
+    assert math.isclose(speeds[0], sum(r.tokens for r in recorded) / sum(r.plain_seconds for r in recorded))
+    assert math.isclose(speeds[1], sum(r.draft_tokens for r in recorded) / sum(r.draft_seconds for r in recorded))
+    assert measured.acceptance_rate == sum(r.accepted for r in recorded) / sum(r.drafted for r in recorded)
+    assert (measured.prompts, measured.prompt_set, measured.max_new_tokens) == (2, "held-out", 6)
+    assert (measured.near_ties, measured.dtype) == (0, "float32")
+    trial = study.trials[profile.provenance.trial]
+    assert SPACE.candidate(trial.params) == Candidate(profile.skip_set)
+    policy = policy_of(trial)
+    assert (policy.draft_exit, policy.gate) == (profile.draft_exit, profile.gate)
+
+
+def test_the_profile_is_that_of_the_fastest_finalist(finished):
+    result, storage, *_ = finished
+    by_trial = {}
+    for record in records(storage, result.study, prompt_set="held-out"):
+        by_trial.setdefault(record.trial, []).append(record)
+    assert len(by_trial) == 2
+    assert result.profile.provenance.trial == max(by_trial, key=lambda trial: ratio(by_trial[trial]))
+
+
+def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_path):
+    profile = finished[0].profile
+    profile.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert loaded == profile
+    assert loaded.model == identify(llama, MODEL_ID)
+    assert loaded.provenance.study == finished[0].study
+    generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=12)
+    expected = transformers_greedy(llama.hf_model, [1, 2, 3], 12)
+    near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, expected)
+
+
+def test_a_search_tells_how_it_goes(finished):
+    result, _, _, log, study = finished
+    names = [event for event, *_ in log.events]
+    assert names[:5] == ["study_opened", "reference_begins", "reference_ready", "costs_begin", "trials_begin"]
+    [(name, at_start)] = log.of("study_opened")
+    assert (name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
+    told = log.of("trial_finished")
+    assert [number for _, number in told] == [trial.number for trial in completed(study)]
+    for progress, number in told:
+        so_far = [trial for trial in completed(study) if trial.number <= number]
+        assert progress.seen == sum(basis_of(trial) == "predicted" for trial in so_far)
+        assert progress.measured == len(so_far) - progress.seen
+        assert progress.best in [trial.value for trial in so_far if basis_of(trial) == progress.basis]
+    assert names.index("finalists_chosen") > max(i for i, name in enumerate(names) if name == "trial_finished")
+    assert log.of("finalists_chosen") == [[2]]
+    finalists = log.of("finalist_measured")
+    assert [number for number, *_ in finalists] == [1, 2]
+    assert max(speedup for *_, speedup in finalists) == result.profile.measured.speedup
+    assert [2, 2] in log.of("prompt_measured")
+
+
+def test_a_search_that_may_not_measure_measures_finalists_alone(llama, storage):
+    result = small_search(llama, storage, trials=STARTS + 3, measuring_share=0.0).run()
+    assert (result.trials, result.measured) == (STARTS + 3, 0)
+    assert not records(storage, result.study, prompt_set="search")
+    assert result.profile.measured.prompt_set == "held-out"
+    study = load_study(storage, result.study)
+    assert correction_of(study) == 1
+    assert next_to_measure(study).number == best_trials(study, 1)[0].number
+
+
+def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, costs):
+    costs.clear()
+    name = small_search(llama, storage, trials=1).run().study
+    small_search(llama, storage, trials=2).run()
+    assert costs == [llama]
+    kept = load_study(storage, name).user_attrs["latency"]
+    assert LatencyModel.from_json(kept) == known_costs(SPACE)
+
+
+def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
+    from search.latency import measure_latency
+
+    monkeypatch.setattr(preparation, "measure_latency", measure_latency)
+    result = small_search(llama, storage, trials=1, finalists=1).run()
+    assert result.profile.measured.speedup > 0
+
+
+def test_a_search_that_goes_on_decodes_no_reference_again(llama, storage, tmp_path, monkeypatch):
+    small_search(llama, storage, trials=1, folder=tmp_path).run()
+    asked = []
+    monkeypatch.setattr(llama.hf_model, "generate", lambda *arguments, **named: asked.append(arguments))
+    small_search(llama, storage, trials=2, folder=tmp_path).run()
+    assert not asked
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_folder_that_cannot_be_written_ends_the_search_in_one_line(llama, storage, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LayerSkipError, match=r"^[^\n]*LAYERSKIP_CACHE[^\n]*$"):
+        small_search(llama, storage, folder=tmp_path / "file").run()
+
+
+def passes_of_trials(search):
+    """How many forward passes the trials of a search take."""
+    with passes_counted(search._model) as passes:
+        search._observer.trials_begin = passes.clear
+        search.explore(search.open())
+        return len(passes)
+
+
+def test_looking_at_a_candidate_takes_one_pass_for_each_lot_of_texts(llama, storage):
+    assert passes_of_trials(small_search(llama, storage, trials=3)) == 3
+    lots = small_search(llama, storage, trials=1, prompts=random_prompts(search=40))  # 20 texts: four, and two of eight
+    assert passes_of_trials(lots) == 3
+
+
+def test_gemma_2_can_be_searched(gemma2, storage):
+    result = small_search(gemma2, storage, trials=STARTS + 2, **MEASURING).run()
+    assert result.profile.model.family == "gemma2"
+    result.profile.drafter(gemma2)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_model_too_shallow_for_starting_points_can_be_searched(storage, num_layers):
+    model = LayerSkipModel(tiny_llama(num_hidden_layers=num_layers))
+    result = small_search(model, storage, trials=9).run()
+    assert result.trials == 9  # more than there are candidates in one layer: repeats are answered, and counted
+    assert result.profile.skip_set.num_layers == num_layers
+
+
+def test_texts_of_one_token_can_be_searched(llama, storage):
+    result = small_search(llama, storage, max_new_tokens=1, finalists=1).run()
+    assert result.profile.measured.acceptance_rate is None
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_can_search(llama, storage, sampler):
+    result = small_search(llama, storage, trials=STARTS + 6, finalists=1, sampler=sampler).run()
+    assert result.trials == STARTS + 6
+
+
+def test_a_candidate_that_was_looked_at_is_answered_from_the_record(llama, storage):
+    name = small_search(llama, storage, trials=2).run().study
+    study = load_study(storage, name)
+    first = study.trials[1]
+    for trial in study.get_trials(states=(TrialState.WAITING,)):
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    study.enqueue_trial(first.params)
+    assert not passes_of_trials(small_search(llama, storage, trials=3))
+    again = completed(load_study(storage, name))[-1]
+    assert again.params == first.params
+    assert (again.value, again.user_attrs["answered_from"]) == (first.value, first.number)
+    assert policy_of(again) == policy_of(first)
+    assert best_trials(load_study(storage, name), 9)[0].number != again.number
+
+
+def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
+    study = new_study(storage, model=llama)
+    with_no_starts(study)
+    everything = dict.fromkeys(SPACE.bit_names(), 1)
+    study.enqueue_trial(everything)
+    result = small_search(llama, storage, trials=2).run()
+    study = load_study(storage, result.study)
+    assert [trial.state for trial in study.trials] == [TrialState.PRUNED, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert study.trials[0].params == everything
+    assert result.trials == 2
+
+
+def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
+    monkeypatch.setattr(SearchSpace, "policies", lambda self: [Policy(FixedLength(8))])
+    prompts = random_prompts(search=12, held_out=1)
+    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study_name": "s", "finalists": 1}
+    study = new_study(storage, model=llama, **settings)
+    with_no_starts(study)
+    nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
+    for number, skip_set in enumerate([SkipSet(LAYERS), nearly_nothing]):
+        parameters = SPACE.parameters(Candidate(skip_set))
+        study.enqueue_trial(parameters)
+        study.enqueue_trial(parameters, user_attrs={MEASURES_KEY: 2 * number}, skip_if_exists=False)
+    small_search(llama, storage, trials=3, **settings).run()
+    study = load_study(storage, "s")
+    best, hopeless = measured_trials(study)
+    assert (best.number, hopeless.number) == (1, 3)
+    assert SPACE.candidate(hopeless.params).skip_set == nearly_nothing
+    assert "stopped_early" not in best.user_attrs
+    assert hopeless.user_attrs["stopped_early"]
+    recorded = records(storage, "s", prompt_set="search", trial=hopeless.number)
+    assert len(recorded) == hopeless.user_attrs["prompts"] < 12
+    assert math.isclose(hopeless.value, ratio(recorded))
+
+
+def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llama, storage):
+    quick = {"trials": 1, "finalists": 1}
+    first = small_search(llama, storage, **quick).run().study
+    assert first.startswith("tiny-model-")
+    again = small_search(llama, storage, **quick | {"trials": 2, "seed": 9, "timeout": 600}).run()
+    assert (again.study, again.trials) == (first, 2)
+    others = {
+        "longer outputs": small_search(llama, storage, **quick, max_new_tokens=7),
+        "fewer prompts": small_search(llama, storage, **quick, prompts_per_trial=2),
+        "other prompts": small_search(llama, storage, **quick, prompts=random_prompts(seed=1)),
+        "other weights": small_search(LayerSkipModel(tiny_llama(seed=1)), storage, **quick),
+        "another space": small_search(llama, storage, **quick, space=SearchSpace(LAYERS, 4)),
+    }
+    names = {what: search.open().study_name for what, search in others.items()}
+    assert len({first, *names.values()}) == 6, names
+
+
+def test_the_study_can_be_named(llama, storage):
+    result = small_search(llama, storage, trials=1, study_name="mine").run()
+    assert result.study == "mine"
+    assert result.profile.provenance.study == "mine"
+    assert optuna.get_all_study_names(storage) == ["mine"]
+    assert {record.study for record in records(storage, "mine")} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
+    with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
+        small_search(llama, storage, study_name=name)
+
+
+def test_going_on_makes_only_the_missing_trials(llama, database):
+    first = small_search(llama, open_storage(database), trials=2).run()
+    before = load_study(open_storage(database), first.study).trials
+    log = Log()
+    second = small_search(llama, open_storage(database), trials=4, observer=log).run()
+    after = load_study(open_storage(database), first.study).trials
+    assert (second.study, second.trials) == (first.study, 4)
+    assert after[:2] == before[:2]
+    assert before[2].state == TrialState.WAITING  # the last of the starts
+    assert after[2].params == before[2].system_attrs["fixed_params"]
+    assert [number for _, number in log.of("trial_finished")] == [2, 3]
+    [(_, at_start)] = log.of("study_opened")
+    assert (at_start.seen, at_start.best) == (2, max(trial.value for trial in before[:2]))
+
+
+@pytest.mark.parametrize("trials", [2, 1])
+def test_a_study_with_enough_trials_is_only_measured_on_held_out_prompts_again(llama, storage, trials):
+    first = small_search(llama, storage, trials=2).run()
+    before = load_study(storage, first.study).trials
+    again = small_search(llama, storage, trials=trials).run()
+    assert load_study(storage, first.study).trials == before
+    assert again.trials == 2
+    assert again.profile.measured.prompt_set == "held-out"
+
+
+def test_starting_points_are_queued_once_however_often_a_search_goes_on(llama, storage):
+    for trials in (1, 2, STARTS + 1):
+        name = small_search(llama, storage, trials=trials, finalists=1).run().study
+    trials = load_study(storage, name).trials
+    named = [trial for trial in trials if SOURCE_KEY in trial.user_attrs]
+    assert [trial.number for trial in named] == list(range(STARTS))
+    assert len({candidate_key(trial) for trial in trials}) == len(trials) == STARTS + 1
+
+
+def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(llama, storage, monkeypatch):
+    original, queued = optuna.Study.enqueue_trial, []
+
+    def killed_at_the_third(self, params, **named):
+        queued.append(params)
+        if len(queued) == 3:
+            raise SystemExit
+        original(self, params, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
+        with pytest.raises(SystemExit):
+            small_search(llama, storage, study_name="s").run()
+    small_search(llama, storage, study_name="s", trials=STARTS).run()
+    trials = load_study(storage, "s").trials
+    assert len(trials) == STARTS
+    told = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
+    assert len(set(told)) == STARTS
+
+
+def refused(search):
+    with pytest.raises(InvalidInputError) as caught:
+        search.run()
+    message = str(caught.value)
+    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert "\n" not in message
+    return message
+
+
+def test_going_on_with_something_else_is_refused_and_the_difference_named(llama, storage):
+    small_search(llama, storage, trials=1, study_name="s").run()
+    trials_before = load_study(storage, "s").trials
+
+    def other(model=llama, **changed):
+        return small_search(model, storage, study_name="s", **changed)
+
+    other_weights = LayerSkipModel(tiny_llama(seed=1))
+    assert f"fingerprint (study: {identify(llama).fingerprint}, now: {identify(other_weights).fingerprint})" in refused(
+        other(other_weights)
+    )
+    message = refused(other(prompts=random_prompts(seed=1)))
+    assert f"prompts (study: {random_prompts().fingerprint}, now: {random_prompts(seed=1).fingerprint})" in message
+    assert "max_new_tokens (study: 6, now: 7)" in refused(other(max_new_tokens=7))
+    assert "prompts_per_trial (study: 3, now: 2)" in refused(other(prompts_per_trial=2))
+    assert "dtype (study: float32, now: bfloat16)" in refused(other(LayerSkipModel(tiny_llama().bfloat16())))
+    deeper = refused(other(LayerSkipModel(tiny_llama(num_hidden_layers=5)), max_new_tokens=7))
+    assert "space (" in deeper
+    assert "; max_new_tokens (study: 6, now: 7)" in deeper
+    assert "family" not in refused(other(LayerSkipModel(tiny_gemma2())))
+    assert load_study(storage, "s").trials == trials_before
+
+
+def test_a_model_under_another_id_may_go_on(llama, storage):
+    small_search(llama, storage, trials=1, study_name="s").run()
+    settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
+    moved = Search(llama, identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s")
+    assert moved.run().trials == 2
+
+
+def test_two_objectives_are_the_speedup_and_the_acceptance_rate(llama, storage):
+    result = small_search(llama, storage, trials=STARTS + 5, pareto=True, **MEASURING).run()
+    study = load_study(storage, result.study)
+    assert len(study.directions) == 2
+    assert result.measured >= 1
+    for trial in completed(study):
+        assert trial.values == [speedup_of(trial), trial.user_attrs["acceptance"]]
+    assert result.profile.measured.speedup > 0
+
+
+@pytest.mark.parametrize("pareto", [True, False])
+def test_a_study_of_two_objectives_cannot_go_on_with_one_nor_the_other_way_round(llama, storage, pareto):
+    small_search(llama, storage, trials=1, study_name="s", pareto=pareto).run()
+    with pytest.raises(InvalidInputError, match=r"^study 's': has . objectives.*--pareto[^\n]*$"):
+        small_search(llama, storage, study_name="s", pareto=not pareto).run()
+    other = small_search(llama, storage, pareto=pareto).open().study_name
+    with pytest.raises(InvalidInputError, match="objectives"):
+        small_search(llama, storage, study_name=other, pareto=not pareto).open()
+
+
+def proposals(storage, study):
+    return [trial.params for trial in load_study(storage, study).trials]
+
+
+def test_the_same_seed_makes_the_same_search(llama, storage):
+    for name, seed in {"one": 5, "same": 5, "other": 6}.items():
+        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study_name=name).run()
+    assert proposals(storage, "one") == proposals(storage, "same")
+    assert proposals(storage, "one")[:STARTS] == proposals(storage, "other")[:STARTS]
+    assert proposals(storage, "one") != proposals(storage, "other")
+    values = [[trial.values for trial in load_study(storage, name).trials] for name in ("one", "same")]
+    assert values[0] == values[1]
+
+
+def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
+    for trials in (STARTS + 2, STARTS + 5):
+        small_search(llama, storage, trials=trials, finalists=1, seed=5, study_name="s").run()
+    tried = [json.dumps(parameters, sort_keys=True) for parameters in proposals(storage, "s")]
+    assert len(set(tried)) == len(tried) == STARTS + 5
+
+
+def test_ctrl_c_in_the_middle_of_a_measurement_keeps_the_trials_before_it_and_measures_again(llama, storage):
+    settings = {"trials": STARTS + 4, "finalists": 1, **MEASURING}
+    result = small_search(llama, storage, observer=CtrlC("prompt_measured", 2), **settings).run()
+    study = load_study(storage, result.study)
+    assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 0)
+    assert result.profile is None  # nothing was measured
+    [broken] = study.get_trials(states=(TrialState.FAIL,))
+    assert MEASURES_KEY in broken.user_attrs
+    assert len(records(storage, result.study, trial=broken.number)) == 2
+
+    again = small_search(llama, storage, **settings).run()
+    retried = load_study(storage, result.study).trials[broken.number + 1]
+    assert not again.interrupted
+    assert (retried.state, basis_of(retried)) == (TrialState.COMPLETE, "measured")
+    assert retried.params == broken.params
+    for key in (MEASURES_KEY, SOURCE_KEY):
+        assert retried.user_attrs[key] == broken.user_attrs[key]
+    assert again.trials == STARTS + 4
+
+
+def interrupting(monkeypatch, method, count):
+    """Press Ctrl-C at the ``count``-th call of a method."""
+    (kind, name), calls = method, []
+    original = getattr(kind, name)
+
+    def pressed(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(kind, name, pressed)
+
+
+def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama, storage, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupting(patched, (SpeedupPredictor, "estimate"), 2)
+        result = small_search(llama, storage, trials=5).run()
+    assert (result.interrupted, result.trials, result.profile) == (True, 1, None)
+    trials = load_study(storage, result.study).trials
+    assert [trial.state for trial in trials[:2]] == [TrialState.COMPLETE, TrialState.FAIL]
+
+    again = small_search(llama, storage, trials=STARTS).run()
+    trials = load_study(storage, result.study).trials
+    assert (again.interrupted, again.trials) == (False, STARTS)
+    [retried] = [t for t in completed(load_study(storage, result.study)) if t.params == trials[1].params]
+    assert retried.user_attrs[SOURCE_KEY] == trials[1].user_attrs[SOURCE_KEY]
+
+
+def test_what_the_sampler_proposed_and_ctrl_c_broke_off_is_tried_again_and_called_so(llama, storage, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupting(patched, (SpeedupPredictor, "estimate"), STARTS + 2)
+        name = small_search(llama, storage, trials=STARTS + 3).run().study
+    broken = load_study(storage, name).trials[-2]
+    assert broken.state == TrialState.FAIL
+    small_search(llama, storage, trials=STARTS + 3, finalists=1).run()
+    retried = load_study(storage, name).trials[broken.number + 1]
+    assert retried.params == broken.params
+    assert retried.user_attrs[SOURCE_KEY] == f"interrupted trial {broken.number}"
+
+
+@pytest.mark.parametrize("event", ["reference_begins", "costs_begin", "trials_begin"])
+def test_ctrl_c_before_any_trial_is_done_leaves_no_profile_and_a_study_to_go_on_with(llama, storage, event):
+    result = small_search(llama, storage, observer=CtrlC(event)).run()
+    assert (result.interrupted, result.trials, result.profile) == (True, 0, None)
+    assert small_search(llama, storage).run().trials == 3
+
+
+@pytest.mark.parametrize(("event", "done"), [("trial_finished", 1), ("finalists_chosen", 3)])
+def test_ctrl_c_between_trials_keeps_them_all(llama, storage, event, done):
+    result = small_search(llama, storage, observer=CtrlC(event)).run()
+    assert (result.interrupted, result.trials) == (True, done)
+    assert not load_study(storage, result.study).get_trials(states=(TrialState.FAIL,))
+
+
+def test_ctrl_c_behind_a_measurement_gives_the_best_profile_so_far(llama, storage):
+    settings = {"trials": STARTS + 6, **MEASURING}
+    result = small_search(llama, storage, observer=CtrlC("trial_finished", STARTS + 1), **settings).run()
+    assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 1)
+    [measured] = measured_trials(load_study(storage, result.study))
+    assert result.profile.measured.prompt_set == "search"
+    assert result.profile.measured.speedup == measured.value
+    assert result.profile.provenance.trial == measured.number
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        ((optuna.Trial, "suggest_categorical"), 5),
+        ((RDBStorage, "set_trial_user_attr"), STARTS + 2),
+        ((RDBStorage, "set_trial_state_values"), 2),
+    ],
+    ids=["choosing", "noting", "finishing"],
+)
+def test_ctrl_c_while_a_trial_is_stored_loses_no_trial(llama, storage, method, count, monkeypatch):
+    name = small_search(llama, storage, trials=1).run().study
+    with monkeypatch.context() as patched:
+        interrupting(patched, method, count)
+        result = small_search(llama, storage, trials=4).run()
+    assert result.interrupted
+    assert result.trials >= 1
+    [broken] = [t for t in load_study(storage, name).trials if t.state in (TrialState.FAIL, TrialState.RUNNING)]
+    told = broken.system_attrs["fixed_params"]
+    assert small_search(llama, storage, trials=STARTS + 1).run().trials == STARTS + 1
+    if broken.state == TrialState.FAIL:  # or it runs until its heartbeat tells that it died
+        assert told in [trial.params for trial in completed(load_study(storage, name))]
+
+
+def test_ctrl_c_among_the_finalists_gives_the_best_of_those_measured(llama, storage):
+    result = small_search(llama, storage, observer=CtrlC("finalist_measured")).run()
+    assert result.interrupted
+    recorded = records(storage, result.study, prompt_set="held-out")
+    assert {record.trial for record in recorded} == {result.profile.provenance.trial}
+    assert result.profile.measured.prompt_set == "held-out"
+    assert math.isclose(result.profile.measured.speedup, ratio(recorded))
+
+
+def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monkeypatch):
+    model = LayerSkipModel(tiny_llama())
+    original = Objective._measured
+
+    def measured(*arguments):
+        with widths_disagree(model):
+            return original(*arguments)
+
+    monkeypatch.setattr(Objective, "_measured", measured)
+    search = small_search(model, storage, study_name="s", trials=STARTS + 2, **MEASURING)
+    with pytest.raises(LosslessnessError, match="bug"):
+        search.run()
+    states = [trial.state for trial in load_study(storage, "s").trials]
+    assert states == [TrialState.COMPLETE] * STARTS + [TrialState.FAIL]
+    assert not records(storage, "s")
+
+
+def test_a_time_limit_ends_the_search_after_the_trial_that_passes_it(llama, storage):
+    result = small_search(llama, storage, trials=1000, timeout=1e-9).run()
+    assert not result.interrupted
+    assert result.trials <= 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("trials", 0),
+        ("max_new_tokens", 0),
+        ("prompts_per_trial", -1),
+        ("finalists", 0),
+        ("held_out_prompts", 0),
+        ("workers", 0),
+        ("timeout", 0.0),
+        ("timeout", -1.0),
+        ("timeout", math.nan),
+        ("measuring_share", -0.1),
+        ("measuring_share", 1.1),
+        ("measuring_share", math.nan),
+        ("seed", -1),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_by_name(setting, value):
+    with pytest.raises(InvalidInputError, match=f"^{setting}: expected .*, got "):
+        SearchSettings(**{setting: value})
+
+
+def test_an_unknown_sampler_is_refused_and_the_known_ones_named():
+    with pytest.raises(InvalidInputError, match=r"^sampler.* expected .*greybox.*tpe"):
+        SearchSettings(sampler="dice")
+
+
+def test_the_largest_seed_can_be_gone_on_with(llama, storage):
+    for trials in (1, STARTS + 2):
+        assert small_search(llama, storage, trials=trials, finalists=1, seed=2**32 - 1).run().trials == trials
+
+
+def test_a_study_belongs_to_an_engine(storage):
+    model = LayerSkipModel(tiny_llama())
+    eager = small_search(model, storage, trials=1).run()
+    model.engine = GraphEngine(model, call_directly)
+    captured = small_search(model, storage, trials=1).run()
+    assert captured.study != eager.study
+    assert captured.profile.measured.device == f"{eager.profile.measured.device}, cuda-graphs"
+
+
+@pytest.fixture
+def rich(llama, storage, monkeypatch):
+    """Searches with everything a draft can have, in the sizes of a tiny model."""
+    monkeypatch.setattr(space_module, "_VOCABULARIES", (VOCABULARY // 2, 10**6))
+    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    return lambda **named: small_search(llama, storage, space=SearchSpace.of(llama), **named)
+
+
+def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them(llama, rich, storage, tmp_path):
+    result = rich(trials=STARTS + 3, finalists=3, **MEASURING).run()
+    result.profile.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert loaded == result.profile
+    generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=12)
+    expected = transformers_greedy(llama.hf_model, [1, 2, 3], 12)
+    near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, expected)
+    trial = load_study(storage, result.study).trials[result.profile.provenance.trial]
+    assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary"]
+
+
+def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
+    name = rich(trials=2).run().study
+    whole, skipping = completed(load_study(storage, name))
+    for trial in (whole, skipping):
+        assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
+    assert whole.user_attrs["skip_set"] == "nothing skipped"
+    assert "bridged" not in whole.user_attrs["draft_exit"]
+    assert whole.user_attrs["draft_exit"].endswith(f" · vocabulary {VOCABULARY // 2}")
+    assert skipping.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
+
+
+def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):
+    first = rich(trials=1).run()
+    second = rich(trials=2).run()
+    assert (second.study, second.trials) == (first.study, 2)
+    assert small_search(llama, storage, trials=1).run().study != first.study

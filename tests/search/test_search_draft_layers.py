@@ -1,0 +1,208 @@
+"""Searches that may put trained stand-ins in place of the top, on tiny models and a real SQLite file."""
+
+import pytest
+import torch
+
+import search.search as preparation
+from layerskip import DraftProfile, InvalidInputError, SkipSet, generate, identify
+from layerskip.drafting.bridges import BridgeFitter
+from search.draft_layers import trained_draft_layers
+from search.objective import SOURCE_KEY
+from search.samplers import SAMPLERS
+from search.space import Candidate, SearchSpace
+from search.warm_starts import STARTED_KEY
+from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
+from studies.study import load_study
+from studies.view import view_study
+from tests.models import LAYERS, near_tie_or_same, transformers_greedy
+from tests.search.searches import MODEL_ID, completed, known_costs, small_search
+from tests.trained import (
+    BUSY,
+    bridge_profile,
+    layer_profile,
+    perfect_bridge,
+    perfect_layer,
+    shifting_model,
+)
+
+IDS = list(range(3, 43))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def costs():
+    """Costs that are the same on every machine make predictions the same."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preparation, "measure_latency", lambda model, space: known_costs(space))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shifting():
+    return shifting_model()
+
+
+def search_with(model, storage, *profiles, cold=False, **named):
+    """A search that may use the stand-ins of these profiles; cold ones get no warm starts."""
+    trained = trained_draft_layers(dict(enumerate(profiles)), model)
+    space = named.pop("space", SearchSpace(model.num_layers, stand_ins=tuple(one.name for one in trained)))
+    search = small_search(model, storage, space=space, stand_ins=trained, **{"finalists": 1} | named)
+    if cold:
+        search.open().set_user_attr(STARTED_KEY, True)
+    return search
+
+
+def tried(study, search):
+    return [search._space.candidate(trial.params) for trial in seen_trials(study)]
+
+
+@pytest.mark.parametrize(("sampler", "perfect"), [("tpe", perfect_layer), ("greybox", perfect_bridge)])
+def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, storage, sampler, perfect):
+    search = search_with(shifting, storage, perfect(shifting), cold=True, trials=40, sampler=sampler)
+    study = search.open()
+    search.explore(study)
+    assert not any(SOURCE_KEY in trial.user_attrs for trial in seen_trials(study))
+    best = max(seen_trials(study), key=speedup_of)
+    candidate = search._space.candidate(best.params)
+    assert candidate.stand_in == search._space.stand_ins[0]
+    assert candidate.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
+    assert best.user_attrs["acceptance"] == 1
+    without = [trial for trial in seen_trials(study) if not trial.params["stand_in"]]
+    assert speedup_of(best) > max(map(speedup_of, without))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_tries_stand_ins_and_no_draft_under_two_names(shifting, storage, sampler):
+    profiles = (layer_profile(shifting, start=3), perfect_bridge(shifting))
+    search = search_with(shifting, storage, *profiles, cold=True, trials=14, sampler=sampler)
+    study = search.open()
+    search.explore(study)
+    for trial in seen_trials(study):
+        candidate = search._space.candidate(trial.params)
+        assert search._space.parameters(candidate) == trial.params
+    assert len({candidate.stand_in for candidate in tried(study, search)}) >= 2
+
+
+def test_a_stand_in_as_it_was_trained_is_the_first_that_is_tried(llama, storage):
+    profiles = [layer_profile(llama, start=6, vocabulary=IDS), bridge_profile(llama, start=2)]
+    names = tuple(one.name for one in trained_draft_layers(dict(enumerate(profiles)), llama))
+    space = SearchSpace(LAYERS, bridges=True, vocabularies=(0, 40), stand_ins=names)
+    search = search_with(llama, storage, *profiles, space=space, trials=7)
+    study = search.open()
+    search.explore(study)
+    first, second, *others = tried(study, search)
+    bridge, layer = names
+    assert first == Candidate(SkipSet(LAYERS), stand_in=bridge)
+    assert second == Candidate(SkipSet(LAYERS), vocabulary=40, stand_in=layer)
+    below = [(one.stand_in, len(one.skipped_below)) for one in others]
+    assert below == [(bridge, 1), (layer, 1), (layer, 2), (layer, 4), (None, 0)]
+    sources = [trial.user_attrs[SOURCE_KEY] for trial in seen_trials(study)]
+    assert sources[:3] == [
+        "trained stand-in 1 of 2",
+        "trained stand-in 2 of 2",
+        "trained stand-in 1 of 2, least damage: 1 of 2 sublayers below its exit",
+    ]
+    assert sources[-1] == "nothing skipped"
+    draft = seen_trials(study)[1].user_attrs["draft_exit"]
+    assert draft.endswith(f" · {layer} · vocabulary 40")
+
+
+def test_a_candidate_with_a_stand_in_is_called_bridged_only_where_something_below_its_exit_is(
+    llama, storage, monkeypatch
+):
+    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    tuned = layer_profile(llama, start=4)
+    [trained] = trained_draft_layers({"": tuned}, llama)
+    space = SearchSpace(LAYERS, bridges=True, stand_ins=(trained.name,))
+    search = search_with(llama, storage, tuned, space=space, cold=True, trials=2)
+    study = search.open()
+    for below in (SkipSet(LAYERS), SkipSet(LAYERS, mlp=(1,))):
+        study.enqueue_trial(space.parameters(Candidate(below, bridged=True, stand_in=trained.name)))
+    search.explore(study)
+    drafts = [trial.user_attrs["draft_exit"] for trial in seen_trials(study)]
+    assert ["bridged" in draft for draft in drafts] == [False, True]
+
+
+def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, storage, tmp_path):
+    tuned = layer_profile(llama, start=4, vocabulary=IDS)
+    [trained] = trained_draft_layers({"": tuned}, llama)
+    space = SearchSpace(LAYERS, vocabularies=(0, 40), stand_ins=(trained.name,))
+    search = search_with(llama, storage, tuned, space=space, cold=True, trials=1)
+    study = search.open()
+    candidate = Candidate(SkipSet(LAYERS, mlp=(1,)), vocabulary=40, stand_in=trained.name)
+    study.enqueue_trial(space.parameters(candidate))
+    profile = search.run().profile
+    assert profile.skip_set == SkipSet(LAYERS, (2, 3), (1, 2, 3))
+    assert profile.provenance.training_seconds == 60.0
+    profile.save(tmp_path / "found.json")
+    loaded = DraftProfile.load(tmp_path / "found.json")
+    assert loaded == profile
+    assert (loaded.tensors.layers, loaded.tensors.vocabulary) == (1, 40)
+    assert loaded.assets.token_ids.tolist() == IDS
+    for name, weight in loaded.assets.layers[4].weights.items():
+        assert torch.equal(weight, tuned.assets.layers[4].weights[name])
+    generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=16)
+    assert generation.stats.drafted > 0 or loaded.gate
+    near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 16))
+    assert [one.name for one in trained_draft_layers({"": loaded}, llama)] == [trained.name]  # it can be used again
+
+
+def test_a_measured_candidate_with_a_perfect_stand_in_accepts_everything(shifting, storage):
+    """What is estimated of it is what decoding shows: the outputs are compared, too."""
+    search = search_with(shifting, storage, perfect_layer(shifting), trials=3, measuring_share=1.0, max_new_tokens=10)
+    result = search.run()
+    assert result.profile.tensors.layers == 1
+    assert result.profile.measured.acceptance_rate == 1
+    assert result.profile.model == identify(shifting, MODEL_ID)
+
+
+def test_a_study_goes_on_with_the_same_stand_ins_in_any_order(llama, storage):
+    one, other = layer_profile(llama), bridge_profile(llama, start=6)
+    first = search_with(llama, storage, one, other, trials=2).run()
+    second = search_with(llama, storage, other, one, trials=5).run()
+    assert (second.study, second.trials) == (first.study, 5)
+    keys = [candidate_key(trial) for trial in seen_trials(load_study(storage, first.study))]
+    assert len(set(keys)) == 5
+
+
+def test_other_stand_ins_make_another_study_and_none_the_one_that_was(llama, storage):
+    plain = small_search(llama, storage, trials=1, finalists=1).run().study
+    names = [
+        search_with(llama, storage, *profiles, trials=1).run().study
+        for profiles in ([layer_profile(llama)], [layer_profile(llama, seed=1)], [layer_profile(llama, vocabulary=IDS)])
+    ]
+    assert len({plain, *names}) == 4
+    assert search_with(llama, storage, trials=1).run().study == plain
+
+
+def test_a_named_study_does_not_go_on_with_other_stand_ins(llama, storage):
+    search_with(llama, storage, layer_profile(llama), trials=1, study_name="s").run()
+    with pytest.raises(InvalidInputError, match=r"^study 's': cannot go on, because this differs: space \("):
+        search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study_name="s").run()
+
+
+def test_a_space_that_names_other_stand_ins_than_were_given_is_refused(llama, storage):
+    [one] = trained_draft_layers({"": layer_profile(llama)}, llama)
+    space = SearchSpace(LAYERS, stand_ins=(one.name,))
+    with pytest.raises(InvalidInputError, match=r"^space: names 1 trained stand-ins, and 0 others were given"):
+        small_search(llama, storage, space=space)
+
+
+def test_a_candidate_that_keeps_nothing_below_its_exit_is_passed_over(llama, storage):
+    search = search_with(llama, storage, layer_profile(llama, start=1), cold=True, trials=1)
+    study = search.open()
+    study.enqueue_trial(dict.fromkeys(search._space.bit_names(), 1) | {"stand_in": 1})
+    search.explore(study)
+    assert study.trials[0].state.name == "PRUNED"
+    assert len(seen_trials(study)) == 1
+
+
+def test_the_report_shows_what_a_stand_in_leaves_out_and_learns_nothing_of_sublayers_from_it(shifting, storage):
+    result = search_with(shifting, storage, perfect_bridge(shifting), trials=6).run()
+    view = view_study(storage, result.study)
+    first = next(one for one in view.tried if one.source == "trained stand-in 1 of 1")
+    assert first.trained
+    assert first.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
+    assert "trained bridge after layer 2" in first.draft
+    assert any(not one.trained for one in view.tried)
+    assert len(completed(load_study(storage, result.study))) == 6
+    assert best_trials(load_study(storage, result.study), 1)[0].params["stand_in"] == 1

@@ -1,0 +1,104 @@
+"""Parts of tuning that decide what is measured: exits of profiles, drafts' traces along a text, and policies."""
+
+import pytest
+import torch
+
+from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, SkipSet, generate
+from layerskip.drafting.weights import DraftWeights
+from search.head_replay import DraftSeconds
+from search.latency import measure_latency
+from search.reference import batch_generate, record
+from search.space import SearchSpace
+from search.train_draft import AboveExit, ReplayGround, TunedHeads, early_exit, exit_of, space_for, trace_of
+from tests.models import LAYERS, random_heads, random_layers
+
+TOP = 2 * LAYERS
+
+
+class Followed(LayerSkipDrafter):
+    """Keeps for each proposal how much of the answer was certain, and whether the proposal stood."""
+
+    def start(self, prompt, states):
+        super().start(prompt, states)
+        self.certain, self.stood = 0, {}
+
+    def observe(self, outcome):
+        super().observe(outcome)
+        accepted = outcome.verdict.accepted
+        if len(outcome.draft):
+            self.stood[self.certain] = bool(accepted)
+        self.certain += accepted + 1
+
+
+@pytest.mark.parametrize("token_ids", [None, torch.arange(3, 50)], ids=["whole vocabulary", "draft vocabulary"])
+def test_a_trace_says_what_stands_in_decoding(tiny, token_ids):
+    layers = random_layers(tiny, {TOP - 2: TOP}, like=LAYERS - 1, seed=2)
+    assets = DraftWeights(token_ids=token_ids, layers=layers)
+    drafter = Followed.of(tiny, early_exit(LAYERS, LAYERS - 1), FixedLength(1), assets)
+    said = []
+    for first in range(4):
+        prompt = [first, 7, 5]
+        [new] = batch_generate(tiny, [prompt], 16)
+        trace = trace_of(tiny, drafter._stack, record(tiny, prompt, new))
+        generate(tiny, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
+        assert len(trace.agrees) == 15
+        assert (trace.confidence > 0).all()
+        assert (trace.confidence <= 1).all()
+        for position, stood in drafter.stood.items():
+            assert trace.agrees[position] == stood
+        said += trace.agrees.tolist()
+    assert True in said
+    assert False in said
+
+
+def test_an_early_exit_and_its_layers_are_each_others_inverse():
+    for layers in range(1, LAYERS):
+        assert exit_of(early_exit(LAYERS, layers)) == layers
+
+
+@pytest.mark.parametrize("layers", [0, LAYERS])
+def test_an_exit_keeps_some_layers_and_leaves_some_out(layers):
+    with pytest.raises(InvalidInputError, match=f"^exit: expected 1 to {LAYERS - 1}, .* got {layers}$"):
+        early_exit(LAYERS, layers)
+
+
+@pytest.mark.parametrize(
+    "skip_set",
+    [SkipSet(LAYERS), SkipSet(LAYERS, (1,), (1,)), SkipSet(LAYERS, (3,), (2, 3)), SkipSet(LAYERS, (1, 3), (1, 3))],
+    ids=str,
+)
+def test_what_keeps_something_above_is_no_early_exit(skip_set):
+    with pytest.raises(InvalidInputError, match="is no early exit"):
+        exit_of(skip_set)
+
+
+def best_policy(model, draft, assets, space, new):
+    """On one text that goes on with these tokens, where drafting itself costs nothing."""
+    space = space_for(draft, assets, space)
+    latency, costs = measure_latency(model, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
+    ground = ReplayGround([record(model, [1, 2], new)], space, latency, costs, limit=len(new))
+    return draft.best_policy(assets, ground).policy
+
+
+@pytest.mark.parametrize(
+    "space", [SearchSpace(LAYERS, trees=(3, 7, 15, 23)), SearchSpace(LAYERS)], ids=["trees", "chains"]
+)
+def test_drafts_of_any_number_of_heads_have_a_best_policy(tiny, space):
+    """Also of more heads than the largest tree of a search has tokens."""
+    assets = DraftWeights(token_ids=torch.arange(3, 50), heads=random_heads(tiny, "hydra", 26))
+    policy = best_policy(tiny, TunedHeads(tiny, "hydra", 26, seed=0), assets, space, [3] * 40)
+    assert 1 <= policy.draft_exit.new_state().max_length <= 26
+
+
+@pytest.mark.parametrize("kind", ["heads", "layer"])
+def test_copies_are_part_of_a_policy_only_where_the_space_has_them(tiny, kind):
+    """Of a text that says the same over and over, to a draft that is never right."""
+    never = torch.arange(50, 60)
+    if kind == "heads":
+        draft = TunedHeads(tiny, "hydra", 2, seed=0)
+        assets = DraftWeights(token_ids=never, heads=random_heads(tiny, "hydra", 2))
+    else:
+        draft = AboveExit(tiny, "layer", LAYERS - 1)
+        assets = DraftWeights(token_ids=never, layers=random_layers(tiny, {TOP - 2: TOP}))
+    found = [best_policy(tiny, draft, assets, SearchSpace(LAYERS, ngrams=ngrams), [3] * 60) for ngrams in (True, False)]
+    assert [policy.ngrams is not None for policy in found] == [True, False]
