@@ -13,18 +13,18 @@ from optuna.trial import TrialState
 import search.search as preparation
 import search.search as study_module
 import search.space as space_module
-from layerskip import DraftProfile, FixedLength, InvalidInputError, LayerSkipModel, SkipSet, generate, identify
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
 from layerskip.engine import GraphEngine
 from layerskip.engine.cuda_graphs import call_directly
-from layerskip.errors import LayerSkipError, LosslessnessError
+from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
+from layerskip.fingerprint import identify
 from search.latency import LatencyModel
 from search.measure import Summary
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
 from search.predict import SpeedupPredictor
-from search.samplers import SAMPLERS
 from search.search import Search, next_to_measure
-from search.settings import SearchSettings
+from search.settings import SAMPLERS, SearchSettings
 from search.space import Candidate, Policy, SearchSpace
 from search.warm_starts import warm_starts
 from studies.ranking import (
