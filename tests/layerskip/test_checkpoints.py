@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip import LayerSkipModel, generate, load_checkpoint
-from layerskip.checkpoints import ALIASES, cache_folder, resolve_device, resolve_dtype
+from layerskip.checkpoints import cache_folder, resolve_device, resolve_dtype
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.fingerprint import fingerprint
+from layerskip.names import ALIASES
 from tests.models import tiny_llama, tiny_tokenizer
 
 
