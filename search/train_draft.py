@@ -46,16 +46,27 @@ from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_
 from layerskip.utils import cache_write_errors, device_name, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
+from search.callbacks import (
+    Evaluated,
+    OnEvent,
+    PhaseStarted,
+    PolicyChosen,
+    PromptMeasured,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
+    ignore,
+)
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import Prediction, RoundCosts, replay
 from search.search import measured_part
-from search.space import Policy, SearchSpace
+from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
 
@@ -394,34 +405,6 @@ class Tuned:
     interrupted: bool
 
 
-class TuningObserver:
-    """Told how tuning goes. Does nothing; override what you want to know."""
-
-    def texts_begin(self, positions: int) -> None:
-        """The model will write until there are so many positions to draft at; what was written earlier counts."""
-
-    def text_written(self, positions: int) -> None:
-        """There are so many."""
-
-    def training_begins(self, positions: int, vocabulary: int) -> None:
-        """There are texts, and the draft scores so many tokens."""
-
-    def looked(self, look: EvalResult, ideal: float) -> None:
-        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
-
-    def training_ended(self, trained: Trained) -> None:
-        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
-
-    def costs_begin(self) -> None:
-        """What the parts of a step cost will be measured."""
-
-    def exit_chosen(self, policy: Policy, predicted: float) -> None:
-        """Replay chose when drafts end."""
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        """``number`` of ``total`` held-out prompts were decoded both ways."""
-
-
 class Tuning:
     """Makes a profile of a trained draft.
 
@@ -434,7 +417,7 @@ class Tuning:
             prompts that the model writes itself.
         settings: What to train and how.
         folder: Where texts, trainings and references are kept.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
@@ -450,13 +433,13 @@ class Tuning:
         *,
         given: bool,
         folder: Path,
-        observer: TuningObserver,
+        on_event: OnEvent = ignore,
     ) -> None:
         self._model = model
         self._identity = identity
         self._settings = settings
         self._folder = folder
-        self._observer = observer
+        self._on_event = on_event
         # Texts to train heads with are those that are kept for a stand-in above the usual exit.
         exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
         self._draft = _draft(model, settings, exit_after)
@@ -483,18 +466,18 @@ class Tuning:
         Raises:
             LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
         """
-        self._observer.texts_begin(self._settings.positions)
-        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        self._on_event(PhaseStarted("texts", self._settings.positions))
+        shards = self._data.collect(self._settings.positions, lambda positions: self._on_event(TextsWritten(positions)))
         ids = self._vocabulary(shards)
-        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        self._on_event(TrainingStarted(shards.positions, self._model.vocab_size if ids is None else len(ids)))
         learner = self._draft.learner(shards)
         ideal = self._draft.ideal(learner, ids)
 
         def observe(look: EvalResult) -> None:
-            self._observer.looked(look, ideal(look.agreement))
+            self._on_event(Evaluated(look, ideal(look.agreement)))
 
         trained = self._trained(learner, shards, ids, observe)
-        self._observer.training_ended(trained)
+        self._on_event(TrainingEnded(trained))
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
@@ -553,7 +536,7 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
-        self._observer.exit_chosen(best.policy, best.speedup)
+        self._on_event(PolicyChosen(best.policy, best.speedup))
         profile = profile.model_copy(update=vars(best.policy))
         profile = profile.with_assets(assets)
         summary = self._measured(profile, quiet)
@@ -568,7 +551,7 @@ class Tuning:
 
     def _best_policy(self, assets: DraftWeights, texts: Sequence[ReferenceText], quiet: MachineLock) -> Prediction:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
-        self._observer.costs_begin()
+        self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
             latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
         ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
@@ -577,10 +560,11 @@ class Tuning:
     def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
         plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
-        measurements = []
+        measurements: list[Measurement] = []
+        self._on_event(PromptMeasured(0, len(plan.prompts)))
         for measurement in measure_drafter(self._model, drafter, plan, lock):
             measurements.append(measurement)
-            self._observer.prompt_measured(len(measurements), len(self._measuring))
+            self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)
 
 
