@@ -21,9 +21,10 @@ from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_
 from layerskip import DraftProfile, LayerSkipModel, SkipSet
 from layerskip.checkpoints import cache_folder
 from layerskip.fingerprint import identify
+from layerskip.target_texts import TargetText
 from layerskip.training.evaluation import head_costs_by_weights
 from search.head_replay import DraftSeconds, HeadCosts, HeadTrace, head_policies, replay_heads, trace_heads
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
 
@@ -32,7 +33,7 @@ RANKS = (1, 2, 4, 8)
 
 
 def replayed(
-    model: LayerSkipModel, profile: DraftProfile, texts: Sequence[ReferenceText], limit: int
+    model: LayerSkipModel, profile: DraftProfile, texts: Sequence[TargetText], limit: int
 ) -> tuple[list[HeadTrace], dict[str, Prediction]]:
     """A profile's traces, and what it comes to with its own draft exit and branches, and with the best ones."""
     assets = profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
