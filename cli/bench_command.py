@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -18,8 +18,14 @@ from cli.options import (
     ModelOption,
     ProfileArgument,
     RepeatsOption,
+    counted,
+    describe_speedup,
+    no_gain_note,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import counted, describe_speedup, no_gain_note, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from layerskip import DraftProfile, LayerSkipModel
@@ -50,10 +56,11 @@ def bench(
     from cli.progress import Steps
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
+    from layerskip.tokenizer import read_prompts
     from search.loading import wrapped
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafter
-    from search.prompts import prompts_to_measure, read_prompts
+    from search.prompts import prompts_to_measure
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -18,8 +18,13 @@ from cli.options import (
     MeasuredPromptsOption,
     ModelArgument,
     RepeatsOption,
+    check_writable,
+    print_json,
+    print_untruncated,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import check_writable, print_json, print_untruncated, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from studies.comparison import Comparison
@@ -99,6 +104,7 @@ def _compared(
     from layerskip import load_checkpoint, load_profile
     from layerskip.checkpoints import cache_folder, resolve_device
     from layerskip.engine import check_engine
+    from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, library_versions
     from search.compare import (
         compare,
@@ -111,7 +117,7 @@ def _compared(
     from search.loading import wrapped
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
-    from search.prompts import prompts_to_measure, read_prompts
+    from search.prompts import prompts_to_measure
     from studies.comparison import Comparison
 
     check_engine(engine, resolve_device(device))
