@@ -23,6 +23,7 @@ from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
+from layerskip.target_texts import TargetText
 from layerskip.training import (
     Agreement,
     DataSettings,
@@ -31,11 +32,11 @@ from layerskip.training import (
     Loss,
     PromptSource,
     SelfWrittenPrompts,
-    Shards,
     TrainableDraft,
     Trained,
     TrainingSettings,
-    TuningData,
+    TrainingTexts,
+    TrainingTextWriter,
     train,
     trainable_bridge,
     trainable_heads,
@@ -52,7 +53,7 @@ from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 from search.replay import Prediction, RoundCosts, replay
 from search.search import measured_part
 from search.space import Policy, SearchSpace
@@ -77,7 +78,7 @@ class ReplayGround:
         limit: Most new tokens of a generation.
     """
 
-    texts: Sequence[ReferenceText]
+    texts: Sequence[TargetText]
     space: SearchSpace
     latency: LatencyModel
     costs: DraftSeconds | None
@@ -99,7 +100,7 @@ class TunedDraft(Protocol):
     @property
     def skip_set(self) -> SkipSet: ...
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         """What to train, as it is before."""
 
     def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
@@ -144,7 +145,7 @@ class AboveExit:
     def skip_set(self) -> SkipSet:
         return early_exit(self._model.num_layers, self._start // 2)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         if self._kind == "layer":
             # The top one knows best what the head expects.
             top = self._model.num_layers - 1
@@ -152,9 +153,9 @@ class AboveExit:
         before: list[Tensor] = []
         after: list[Tensor] = []
         share = max(shards.positions // _BRIDGE_POSITIONS, 1)
-        for text in shards.learned(shards.paths):
-            before.append(text.before[text.asked][::share])
-            after.append(text.after[text.asked][::share])
+        for text in shards.learned():
+            before.append(text.states[0, text.asked][::share])
+            after.append(text.states[1, text.asked][::share])
         below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
         return trainable_bridge(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
 
@@ -203,7 +204,7 @@ class TunedHeads:
     def skip_set(self) -> SkipSet:
         return SkipSet(self._model.num_layers)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         size = int(self._model.config.hidden_size)
         if self._kind == "hydra++":
             heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
@@ -277,7 +278,7 @@ def exit_of(skip_set: SkipSet) -> int:
 
 
 @torch.inference_mode()
-def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+def trace_of(model: LayerSkipModel, stack: Stack, text: TargetText) -> Trace:
     """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
 
     Args:
@@ -475,7 +476,7 @@ class Tuning:
             temperature=_AGAIN_TEMPERATURE if given else 0.0,
             seed=settings.seed,
         )
-        self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
+        self._data = TrainingTextWriter(model, source, data_settings, folder, identity.fingerprint)
 
     def run(self) -> Tuned:
         """Write, train, choose and measure.
@@ -510,23 +511,23 @@ class Tuning:
             trained.interrupted,
         )
 
-    def _vocabulary(self, shards: Shards) -> Tensor | None:
+    def _vocabulary(self, shards: TrainingTexts) -> Tensor | None:
         size = self._settings.vocabulary
         if size is None:
             size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
         return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
 
     def _trained(
-        self, learner: TrainableDraft, shards: Shards, ids: Tensor | None, observe: Callable[[EvalResult], None]
+        self, learner: TrainableDraft, shards: TrainingTexts, ids: Tensor | None, observe: Callable[[EvalResult], None]
     ) -> Trained:
-        with cache_write_errors(self._data.folder, "the training"):
+        with cache_write_errors(shards.store.folder, "the training"):
             trained = train(
                 self._model,
                 learner,
                 shards,
                 self._settings.training,
                 token_ids=ids,
-                folder=self._data.folder,
+                folder=shards.store.folder,
                 observe=observe,
             )
         # In two bytes a number: half the file, and what a draft is off by changes no output.
@@ -566,7 +567,7 @@ class Tuning:
         )
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
-    def _best_policy(self, assets: DraftWeights, texts: Sequence[ReferenceText], quiet: MachineLock) -> Prediction:
+    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._observer.costs_begin()
         with quiet.exclusive():
