@@ -139,6 +139,7 @@ def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
     assert differs.startswith("study 's': cannot go on, because this differs: dtype (study: float32, now: bfloat16)")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
     told = tmp_path / "looking"
     told.mkdir()
