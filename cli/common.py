@@ -192,3 +192,78 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     if measured["prompts"] < FEWEST_PROMPTS:
         return f"No clear gain: {FEW_PROMPTS}."
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
+
+
+def describe_generation(generation: Generation, text: str, *, speculative: bool) -> dict[str, Any]:
+    """A generation as plain values, for JSON and for :func:`generation_line`."""
+    stats = generation.stats
+    return {
+        "text": text,
+        "token_ids": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "speculative": speculative,
+        "tokens_per_second": stats.tokens_per_second,
+        "acceptance_rate": stats.acceptance_rate,
+        **asdict(stats),
+    }
+
+
+def generation_line(result: dict[str, Any]) -> str:
+    """The figures of a generation in one line."""
+    parts = [counted(result["tokens"], "token"), f"{result['tokens_per_second']:.1f} tokens/s"]
+    parts.append("self-speculative" if result["speculative"] else "plain")
+    if result["acceptance_rate"] is not None:
+        parts.append(f"{result['acceptance_rate']:.0%} of {counted(result['drafted'], 'drafted token')} accepted")
+    if "speedup" in result:
+        output = {True: ", identical output", False: ", different output", None: " (sampled: outputs differ)"}
+        parts.append(f"plain decoding: {result['plain_tokens_per_second']:.1f} tokens/s{output[result['same_text']]}")
+        parts.append(f"speedup {result['speedup']:.2f}×")
+    return " · ".join(parts)
+
+
+# Opening a model.
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a model runs, as the options of these names say."""
+
+    device: str
+    dtype: str
+    engine: str
+    compiled: bool = False
+
+
+def open_model(
+    source: str, options: RunOptions, *, revision: str | None = None
+) -> tuple[LayerSkipModel, PreTrainedTokenizerBase]:
+    """Load a model with its tokenizer, after a check that the engine can run it there.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        InvalidInputError: There is no such device, dtype or engine here.
+    """
+    from layerskip import LayerSkipModel, load_checkpoint
+    from layerskip.checkpoints import resolve_device
+    from layerskip.engine import check_engine, compile_sublayers
+
+    check_engine(options.engine, resolve_device(options.device))
+    checkpoint = load_checkpoint(source, device=options.device, dtype=options.dtype, revision=revision)
+    model = LayerSkipModel(checkpoint.model)
+    if options.compiled:
+        compile_sublayers(model)
+    return model, checkpoint.tokenizer
+
+
+def open_model_of(
+    profile: DraftProfile, location: str | None, options: RunOptions
+) -> tuple[LayerSkipModel, PreTrainedTokenizerBase]:
+    """Load the model of a profile, from another location if ``--model`` names one. Raises as :func:`open_model`."""
+    from layerskip.errors import CheckpointError
+
+    if location is not None:
+        return open_model(location, options)
+    try:
+        return open_model(profile.model.id, options, revision=profile.revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --model names another location of the profile's model") from error
