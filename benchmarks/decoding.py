@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel
 from layerskip.checkpoints import cache_folder
+from layerskip.engine import EagerEngine
 from search.compare import able, compare
 from search.decoding_methods import (
     DecodingMethod,
@@ -35,12 +36,12 @@ console = Console(highlight=False, width=170)
 
 def exact_lineup(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
     """Each profile, verified in passes over no more tokens than there are."""
-    exact = LayerSkipModel(model.hf_model)  # not calibrated, so that it knows no cheaper width
+    exact = EagerEngine(model)  # without costs, so that it knows no cheaper width
     return [
         DecodingMethod(
             f"{name}, exact width",
-            layerskip_method(exact, one.drafter(exact)),
-            draft_bytes=draft_bytes(exact, one.assets),
+            layerskip_method(exact, one.drafter(model)),
+            draft_bytes=draft_bytes(model, one.assets),
         )
         for name, one in profiles.items()
     ]
@@ -62,10 +63,10 @@ def main(
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     profiles = named([str(path) for path in profile or []], DraftProfile.load)
     theirs, left_out = transformers_methods(setting.model, profiles)
-    ours = layerskip_methods(setting.model, profiles, combine=False)
+    ours = layerskip_methods(setting.engine, profiles, combine=False)
     contenders, failed = able([*ours, *exact_lineup(setting.model, profiles), *theirs], setting.prompts[0])
     entries = compare(
-        setting.model,
+        setting.engine,
         contenders,
         setting.prompts,
         max_new_tokens=max_new_tokens,
@@ -78,7 +79,7 @@ def main(
         model=model,
         device=machine["device"],
         dtype=machine["dtype"],
-        engine=setting.model.engine.name,
+        engine=setting.engine.name,
         versions=machine["versions"],
         repeats=repeats,
         max_new_tokens=max_new_tokens,

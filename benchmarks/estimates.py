@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet, identify, load_checkpoint
-from layerskip.engine import use_engine
+from layerskip.engine import Engine, make_engine
 from layerskip.utils import device_seconds
 from search.callbacks import SearchObserver
 from search.machine_lock import MachineLock
@@ -69,10 +69,15 @@ class Compared:
 class Workbench:
     """A model with all that predicting and measuring need, on the same prompts."""
 
-    model: LayerSkipModel
+    engine: Engine
     space: SearchSpace
     tools: Prepared
     prompts: tuple[EncodedPrompt, ...]
+
+    @property
+    def model(self) -> LayerSkipModel:
+        """The model."""
+        return self.engine.model
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def prepared(
     """Load a model and prepare a search of it, whose scored prompts are those that are measured."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
-    use_engine(wrapped, engine)
+    runner = make_engine(wrapped, engine)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
@@ -92,7 +97,7 @@ def prepared(
     space = SearchSpace.of(wrapped, gate=gate)
     with tempfile.TemporaryDirectory() as folder:
         tools = prepare(
-            wrapped,
+            runner,
             identify(wrapped, checkpoint.source).fingerprint,
             alike,
             space,
@@ -102,7 +107,7 @@ def prepared(
             quiet=MachineLock(Path(folder), wrapped.device),
             observer=SearchObserver(),
         )
-        yield Workbench(wrapped, space, tools, alike.measured)
+        yield Workbench(runner, space, tools, alike.measured)
 
 
 def random_candidates(space: SearchSpace, count: int, seed: int) -> list[Candidate]:
@@ -120,21 +125,22 @@ def random_candidates(space: SearchSpace, count: int, seed: int) -> list[Candida
 
 
 def compare(
-    model: LayerSkipModel,
+    engine: Engine,
     tools: Prepared,
     candidate: Candidate,
     prompts: Sequence[EncodedPrompt],
     max_new_tokens: int,
 ) -> Compared:
     """Predict a candidate, then decode the same prompts with it."""
+    model = engine.model
     started = device_seconds(model.device)
     estimate = tools.predictor.estimate(candidate)
     estimated = device_seconds(model.device)
     drafter = tools.makers.drafter(candidate, estimate.prediction.policy)
-    warm_up(model, drafter, prompts, max_new_tokens=max_new_tokens)
+    warm_up(engine, drafter, prompts, max_new_tokens=max_new_tokens)
     warm = device_seconds(model.device)
     measured = [
-        measure_prompt(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=number % 2 == 0)
+        measure_prompt(engine, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=number % 2 == 0)
         for number, prompt in enumerate(prompts)
     ]
     return Compared(
@@ -187,7 +193,7 @@ def main(
     with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens, gate=gate) as workbench:
         wrapped = workbench.model
         results = [
-            compare(wrapped, workbench.tools, candidate, workbench.prompts, max_new_tokens)
+            compare(workbench.engine, workbench.tools, candidate, workbench.prompts, max_new_tokens)
             for candidate in random_candidates(workbench.space, skip_sets, seed)
         ]
     summary = report(results)

@@ -32,17 +32,17 @@ def compare(bench: Workbench, candidate: Candidate, max_new_tokens: int) -> dict
     drafters = {}
     for name, space in spaces.items():
         predictor = SpeedupPredictor(
-            bench.model, space, tools.makers, tools.estimator, tools.latency, max_new_tokens=max_new_tokens
+            bench.engine, space, tools.makers, tools.estimator, tools.latency, max_new_tokens=max_new_tokens
         )
         prediction = predictor.estimate(candidate).prediction
         row[f"policy, {name}"], row[f"predicted, {name}"] = str(prediction.policy), prediction.speedup
         drafters[name] = tools.makers.drafter(candidate, prediction.policy)
-        warm_up(bench.model, drafters[name], bench.prompts, max_new_tokens=max_new_tokens)
+        warm_up(bench.engine, drafters[name], bench.prompts, max_new_tokens=max_new_tokens)
     measured: dict[str, list[PromptMeasurement]] = {name: [] for name in drafters}
     for number, prompt in enumerate(bench.prompts):
         for name, drafter in drafters.items():
             plain_first = number % 2 == 0
-            one = measure_prompt(bench.model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
+            one = measure_prompt(bench.engine, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=plain_first)
             measured[name].append(one)
     return row | {f"measured, {name}": summarize(each).speedup for name, each in measured.items()}
 

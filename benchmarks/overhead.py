@@ -18,9 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.setting import Setting, load_setting, machine_of, write_json
-from layerskip import DraftProfile, LayerSkipModel, generate
+from layerskip import DraftProfile, generate
 from layerskip.drafting.drafter import Drafter
-from layerskip.engine import DraftStep, EagerEngine, Scored, SharedPrefix
+from layerskip.engine import DraftStep, EagerEngine, Engine, Scored, SharedPrefix
 from layerskip.kv_cache import KVCache
 from layerskip.sublayers import Stack
 from layerskip.token_tree import TokenTree
@@ -33,10 +33,10 @@ Result = TypeVar("Result")
 class TimedEngine(EagerEngine):
     """Keeps the seconds of every pass, device-synchronized, by what it was for."""
 
-    def __init__(self, model: LayerSkipModel) -> None:
-        super().__init__(model)
-        self.costs = model.engine.costs
-        self._device = model.device
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.model)
+        self.costs = engine.costs
+        self._device = engine.model.device
         self.passes: dict[str, list[float]] = defaultdict(list)
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
@@ -76,27 +76,27 @@ class Overhead:
     predicted: float
 
 
-def decode_all(setting: Setting, drafter: Drafter | None, max_new_tokens: int) -> tuple[float, int]:
+def decode_all(setting: Setting, engine: Engine, drafter: Drafter | None, max_new_tokens: int) -> tuple[float, int]:
     """Seconds and tokens of all prompts."""
     tokens = 0
     started = device_seconds(setting.model.device)
     for prompt in setting.prompts:
-        tokens += len(generate(setting.model, prompt.tokens, drafter=drafter, max_new_tokens=max_new_tokens).tokens)
+        generation = generate(
+            setting.model, prompt.tokens, engine=engine, drafter=drafter, max_new_tokens=max_new_tokens
+        )
+        tokens += len(generation.tokens)
     return device_seconds(setting.model.device) - started, tokens
 
 
 def measure(setting: Setting, profile: Path, *, max_new_tokens: int, repeats: int) -> list[Overhead]:
     """Decode plainly and with a profile, in turn, every pass timed."""
-    model = setting.model
-    engines = {"plain": TimedEngine(model), profile.stem: TimedEngine(model)}
+    engines = {"plain": TimedEngine(setting.engine), profile.stem: TimedEngine(setting.engine)}
     drafters: dict[str, Drafter | None] = {"plain": None}
-    model.engine = engines[profile.stem]
-    drafters[profile.stem] = DraftProfile.load(profile).drafter(model)
+    drafters[profile.stem] = DraftProfile.load(profile).drafter(setting.model)
     seconds, tokens = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0)
     for repeat in range(repeats + 1):
         for name, engine in engines.items():
-            model.engine = engine
-            spent, made = decode_all(setting, drafters[name], max_new_tokens)
+            spent, made = decode_all(setting, engine, drafters[name], max_new_tokens)
             if repeat == 0:  # warm-up
                 engine.passes.clear()
                 continue
@@ -135,7 +135,7 @@ def main(
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     with torch.inference_mode():
         figures = measure(setting, profile, max_new_tokens=max_new_tokens, repeats=repeats)
-    costs = setting.model.engine.costs
+    costs = setting.engine.costs
     if costs is not None:
         console.print("v(k): " + " · ".join(f"{width}: {costs.relative(width):.2f}" for width in costs.sublayers))
     for one in figures:

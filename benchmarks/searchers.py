@@ -28,7 +28,7 @@ from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.drafter import Drafter
-from layerskip.engine import use_engine
+from layerskip.engine import make_engine
 from search.builder import DraftBuilder, fit_texts
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
@@ -105,10 +105,10 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
     measured: dict[str, list[PromptMeasurement]] = {name: [] for name in drafters}
     for number, prompt in enumerate(prompts):
         for name, drafter in drafters.items():
-            warm_up(task.model, drafter, [prompt], max_new_tokens=task.max_new_tokens)
+            warm_up(task.engine, drafter, [prompt], max_new_tokens=task.max_new_tokens)
             measured[name].append(
                 measure_prompt(
-                    task.model, prompt, drafter, max_new_tokens=task.max_new_tokens, plain_first=number % 2 == 0
+                    task.engine, prompt, drafter, max_new_tokens=task.max_new_tokens, plain_first=number % 2 == 0
                 )
             )
     return {name: summarize(one) for name, one in measured.items()}
@@ -147,13 +147,12 @@ def main(
     """Let all searchers search for the same time, one after the other, and judge what they found."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
-    use_engine(wrapped, engine)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=100, context_length=wrapped.context_length
     )
     everyone = SearchPrompts.of(split, SearchSettings(max_new_tokens=max_new_tokens))
     fingerprint = identify(wrapped, checkpoint.source).fingerprint
-    task = Task(wrapped, fingerprint, everyone, max_new_tokens, seconds, seed)
+    task = Task(make_engine(wrapped, engine), fingerprint, everyone, max_new_tokens, seconds, seed)
     found: list[Found] = []
     for name in only or SEARCHERS:
         incumbents = searched(name, task, folder)

@@ -19,6 +19,7 @@ from rich.table import Table
 from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel, identify
 from layerskip.checkpoints import cache_folder
+from layerskip.engine import Engine
 from search.compare import compare
 from search.decoding_methods import DecodingMethod, layerskip_method
 from search.latency import LatencyModel, measure_latency
@@ -43,19 +44,20 @@ def draft_of(model: LayerSkipModel, profile: DraftProfile) -> TunedDraft:
 
 
 def shapes(
-    model: LayerSkipModel,
+    engine: Engine,
     profile: DraftProfile,
     prompts: tuple[EncodedPrompt, ...],
     fingerprint: str,
     max_new_tokens: int,
 ) -> tuple[dict[str, Prediction], LatencyModel]:
     """The best policy with chains alone, and with branches; both with copies where these pay."""
+    model = engine.model
     draft, assets = draft_of(model, profile), profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device))
     texts = ReferenceRun(model, cache_folder(), fingerprint).texts(prompts, max_new_tokens=max_new_tokens)
     space = space_for(draft, assets, SearchSpace.of(model))
-    latency, costs = measure_latency(model, space), draft.costs(assets)
+    latency, costs = measure_latency(engine, space), draft.costs(engine, assets)
     spaces = {"chain": replace(space, trees=()), "tree": space}
-    grounds = {name: ReplayGround(texts, one, latency, costs, max_new_tokens) for name, one in spaces.items()}
+    grounds = {name: ReplayGround(engine, texts, one, latency, costs, max_new_tokens) for name, one in spaces.items()}
     return {name: draft.best_policy(assets, ground) for name, ground in grounds.items()}, latency
 
 
@@ -90,18 +92,18 @@ def main(
     """Compare each draft's best tree with its best chain."""
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     fingerprint = identify(setting.model, model).fingerprint
-    contenders = [DecodingMethod("plain", layerskip_method(setting.model, None))]
+    contenders = [DecodingMethod("plain", layerskip_method(setting.engine, None))]
     predictions: dict[str, Prediction] = {}
     profiles = loaded_profiles(profile or [], model, device=device, dtype=dtype)
     for name, one in profiles.items():
-        best, latency = shapes(setting.model, one, setting.search, fingerprint, max_new_tokens)
+        best, latency = shapes(setting.engine, one, setting.search, fingerprint, max_new_tokens)
         for shape, prediction in best.items():
             with_shape = one.model_copy(update=vars(prediction.policy)).with_assets(one.assets)
             predictions[f"{name}, {shape}"] = prediction
-            way = layerskip_method(setting.model, with_shape.drafter(setting.model))
+            way = layerskip_method(setting.engine, with_shape.drafter(setting.model))
             contenders.append(DecodingMethod(f"{name}, {shape}", way))
     entries = compare(
-        setting.model,
+        setting.engine,
         contenders,
         setting.prompts,
         max_new_tokens=max_new_tokens,

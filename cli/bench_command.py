@@ -22,7 +22,8 @@ from cli.options import (
 from cli.output import counted, describe_speedup, no_gain_note, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
-    from layerskip import DraftProfile, LayerSkipModel
+    from layerskip import DraftProfile
+    from layerskip.engine import Engine
     from search.bench import Bench
 
 # What a search generates by default, for a profile that does not say what it was measured with.
@@ -51,7 +52,7 @@ def bench(
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
     from search.bench import bench as measure
-    from search.loading import wrapped
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.prompts import prompts_to_measure, read_prompts
 
@@ -61,12 +62,13 @@ def bench(
     measured = loaded.measured
     length = max_new_tokens or (measured.max_new_tokens if measured else _DEFAULT_LENGTH)
     checkpoint = load_for(loaded, model, device=device, dtype=dtype, engine=engine)
-    layers = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    layers = runner.model
     drafter = loaded.drafter(layers)
     chosen = prompts_to_measure(own, checkpoint.tokenizer, max_new_tokens=length, context_length=layers.context_length)
     with Steps("decoding", len(chosen) * repeats) as steps:
         result = measure(
-            layers,
+            runner,
             drafter,
             chosen,
             max_new_tokens=length,
@@ -74,7 +76,7 @@ def bench(
             quiet=MachineLock(cache_folder(), layers.device),
             on_prompt=steps.done,
         )
-    described = _described(profile, loaded, result, repeats, length, layers)
+    described = _described(profile, loaded, result, repeats, length, runner)
     if json:
         print_json(described)
         return
@@ -82,10 +84,11 @@ def bench(
 
 
 def _described(
-    source: str, profile: DraftProfile, result: Bench, repeats: int, length: int, layers: LayerSkipModel
+    source: str, profile: DraftProfile, result: Bench, repeats: int, length: int, engine: Engine
 ) -> dict[str, Any]:
     from layerskip.utils import device_name, library_versions
 
+    layers = engine.model
     dtype = str(layers.dtype).removeprefix("torch.")
     drafted = sum(one.drafted for one in result.prompts)
     return {
@@ -93,7 +96,7 @@ def _described(
         "model": profile.model.id,
         "device": device_name(layers.device),
         "dtype": dtype,
-        "engine": layers.engine.name,
+        "engine": engine.name,
         "versions": library_versions(),
         "repeats": repeats,
         "max_new_tokens": length,

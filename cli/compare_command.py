@@ -102,7 +102,7 @@ def _compared(
     from layerskip.utils import device_name, library_versions
     from search.compare import able, compare
     from search.decoding_methods import layerskip_methods, named, ready_profiles_for, transformers_methods
-    from search.loading import wrapped
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.prompts import prompts_to_measure, read_prompts
     from studies.comparison import Comparison
@@ -111,9 +111,10 @@ def _compared(
     own_prompts = read_prompts(prompts) if prompts else None
     given = named(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
-    layers = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    layers = runner.model
     taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    contenders = layerskip_methods(layers, taking_part, combine=combine)
+    contenders = layerskip_methods(runner, taking_part, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
         theirs, left_out = transformers_methods(layers, taking_part)
@@ -124,7 +125,7 @@ def _compared(
     able_ones, failed = able(contenders, chosen[0])
     with Steps("decoding", len(chosen) * repeats) as steps:
         entries = compare(
-            layers,
+            runner,
             able_ones,
             chosen,
             max_new_tokens=max_new_tokens,
@@ -136,7 +137,7 @@ def _compared(
         model=source,
         device=device_name(layers.device),
         dtype=str(layers.dtype).removeprefix("torch."),
-        engine=layers.engine.name,
+        engine=runner.name,
         versions=library_versions(),
         repeats=repeats,
         max_new_tokens=max_new_tokens,

@@ -96,7 +96,7 @@ def tune(
     try:
         with TuningProgress() as progress:
             tuned = Tuning(
-                given.model,
+                given.engine,
                 given.tokenizer,
                 given.identity,
                 given.split,

@@ -14,11 +14,12 @@ from cli.output import (
     check_writable,
     stderr,
 )
-from layerskip import DraftProfile, LayerSkipModel, ModelIdentity, identify, load_checkpoint
+from layerskip import DraftProfile, ModelIdentity, identify, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.engine import Engine
 from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
-from search.loading import wrapped
+from search.loading import engine_of
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
 from search.space import Policy
 from search.train_draft import TuningObserver, TuningSettings, exit_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class TuneInputs:
     """What was named on the command line."""
 
-    model: LayerSkipModel
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     identity: ModelIdentity
     split: PromptSplit
@@ -75,7 +76,8 @@ def opened(
     name = profile.model.id if profile else source
     stderr.print(f"loading {name}")
     checkpoint = load_checkpoint(name, device=device, dtype=dtype)
-    model = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    model = runner.model
     if profile is not None:
         profile.check(model)
     split = split_prompts(
@@ -84,7 +86,7 @@ def opened(
         max_new_tokens=max(settings.max_new_tokens, settings.answer_tokens if prompts else 0),
         context_length=model.context_length,
     )
-    return TuneInputs(model, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
+    return TuneInputs(runner, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
 
 
 def _vocabulary(profile: DraftProfile) -> int | None:

@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from layerskip.chat import Answer, Chat
 from layerskip.checkpoints import Checkpoint, load_checkpoint
-from layerskip.costs import calibrate
 from layerskip.drafting.bridges import fit_bridges
 from layerskip.drafting.drafter import Drafter, LayerSkipDrafter, NoDrafter
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookup, PromptLookupDrafter
 from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
+from layerskip.engine import make_engine
 from layerskip.errors import (
     CheckpointError,
     ExportError,
@@ -72,7 +72,6 @@ __all__ = [
     "SkipSet",
     "StopStrings",
     "UnsupportedModelError",
-    "calibrate",
     "export_draft",
     "find_profile",
     "fit_bridges",
@@ -80,6 +79,7 @@ __all__ = [
     "identify",
     "load_checkpoint",
     "load_profile",
+    "make_engine",
     "speculate",
     "stream",
     "stream_rounds",

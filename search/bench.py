@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from layerskip.drafting.drafter import Drafter
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from search.decoding_methods import DecodingMethod, layerskip_method
 from search.interleaving import measurement, time_interleaved, warm_up
 from search.machine_lock import MachineLock
@@ -30,7 +30,7 @@ class Bench:
 
 
 def bench(
-    model: LayerSkipModel,
+    engine: Engine,
     drafter: Drafter,
     prompts: Sequence[EncodedPrompt],
     *,
@@ -42,7 +42,7 @@ def bench(
     """Decode prompts both ways, interleaved: prompt by prompt, and in turn what comes first.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         drafter: The draft to measure.
         prompts: What to decode.
         max_new_tokens: Most tokens for each.
@@ -54,18 +54,18 @@ def bench(
         LosslessnessError: The draft changed the output.
     """
     both = (
-        DecodingMethod("plain", layerskip_method(model, None)),
-        DecodingMethod("draft", layerskip_method(model, drafter)),
+        DecodingMethod("plain", layerskip_method(engine, None)),
+        DecodingMethod("draft", layerskip_method(engine, drafter)),
     )
-    warm_up(model, both, prompts, max_new_tokens=max_new_tokens)
+    warm_up(engine, both, prompts, max_new_tokens=max_new_tokens)
     plain, draft = time_interleaved(
-        model, both, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
+        engine, both, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
     )
     measured: list[PromptMeasurement] = []
     rounds = 0
     for prompt in prompts:
         one, other = plain[prompt.id], draft[prompt.id]
-        near_tie = parts_at_near_tie(model, prompt, one[0].decoded.tokens, other[0].decoded.tokens)
+        near_tie = parts_at_near_tie(engine.model, prompt, one[0].decoded.tokens, other[0].decoded.tokens)
         measured.append(measurement(prompt.id, one, other, near_tie=near_tie))
         rounds += other[0].decoded.target_passes - 1  # the prompt's pass is no round
     accepted = sum(one.accepted for one in measured)

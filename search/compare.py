@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from layerskip.engine import Engine
 from layerskip.errors import LosslessnessError
 from layerskip.model import LayerSkipModel
 from search.decoding_methods import DecodingMethod
@@ -41,7 +42,7 @@ def able(
 
 
 def compare(
-    model: LayerSkipModel,
+    engine: Engine,
     contenders: Sequence[DecodingMethod],
     prompts: Sequence[EncodedPrompt],
     *,
@@ -53,7 +54,7 @@ def compare(
     """Decode prompts in every way, interleaved, and hold all against the first.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         contenders: Who decodes; layerskip's plain decoding is the first.
         prompts: What to decode, at least one.
         max_new_tokens: Most tokens for each.
@@ -64,10 +65,11 @@ def compare(
     Returns:
         What each came to, in their order.
     """
-    warm_up(model, contenders, prompts, max_new_tokens=max_new_tokens)
+    model = engine.model
+    warm_up(engine, contenders, prompts, max_new_tokens=max_new_tokens)
     peaks = [_peak_bytes(model, contender, prompts, max_new_tokens) for contender in contenders]
     runs = time_interleaved(
-        model, contenders, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
+        engine, contenders, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
     )
     return [
         _entry(model, prompts, contender, runs[0], own, peak)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError
 from layerskip.fingerprint import identify
 from layerskip.generation import generate
@@ -65,11 +66,11 @@ class DecodingMethod:
     foreign: bool = False
 
 
-def layerskip_method(model: LayerSkipModel, drafter: Drafter | None) -> Callable[[Sequence[int], int], Decoded]:
+def layerskip_method(engine: Engine, drafter: Drafter | None) -> Callable[[Sequence[int], int], Decoded]:
     """layerskip's decoding, with a drafter; None decodes plainly."""
 
     def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
-        generation = generate(model, prompt, drafter=drafter, max_new_tokens=max_new_tokens)
+        generation = generate(engine.model, prompt, engine=engine, drafter=drafter, max_new_tokens=max_new_tokens)
         stats = generation.stats
         return Decoded(
             tuple(generation.tokens),
@@ -190,22 +191,21 @@ PLAIN, COPIES = "plain decoding", "n-grams alone"
 _LOOKUP_TOKENS = 10
 
 
-def layerskip_methods(
-    model: LayerSkipModel, profiles: Mapping[str, DraftProfile], *, combine: bool
-) -> list[DecodingMethod]:
+def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, combine: bool) -> list[DecodingMethod]:
     """layerskip's ways: plainly, by copying from the text, and with each profile's draft.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         profiles: By the name that each shall have.
         combine: Whether each profile also takes part with copies as a first try, where it has none of its own.
 
     Raises:
         InvalidProfileError: A profile is for another model.
     """
+    model = engine.model
     taking_part = [
-        DecodingMethod(PLAIN, layerskip_method(model, None)),
-        DecodingMethod(COPIES, layerskip_method(model, PromptLookupDrafter())),
+        DecodingMethod(PLAIN, layerskip_method(engine, None)),
+        DecodingMethod(COPIES, layerskip_method(engine, PromptLookupDrafter())),
     ]
     for name, profile in profiles.items():
         drafts = {name: profile.drafter(model)}
@@ -214,7 +214,7 @@ def layerskip_methods(
         taking_part += [
             DecodingMethod(
                 called,
-                layerskip_method(model, drafter),
+                layerskip_method(engine, drafter),
                 draft_bytes=draft_bytes(model, profile.assets),
                 training_seconds=profile.provenance.training_seconds,
             )

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from layerskip.utils import device_seconds
 from search.decoding_methods import Decoded, DecodingMethod
 from search.machine_lock import MachineLock
@@ -30,7 +30,7 @@ Runs = Mapping[str, Sequence[TimedRun]]
 
 
 def warm_up(
-    model: LayerSkipModel,
+    engine: Engine,
     contenders: Sequence[DecodingMethod],
     prompts: Sequence[EncodedPrompt],
     *,
@@ -39,21 +39,21 @@ def warm_up(
     """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         contenders: Who will decode.
         prompts: What will be decoded. The longest goes first, so that caches grow at once.
         max_new_tokens: Most tokens for each.
     """
     for contender in contenders:
         contender.decode(prompts[0].tokens, min(max_new_tokens, WARM_UP_TOKENS))
-    if model.engine.captures or model.device.type == "cuda":
+    if engine.captures or engine.model.device.type == "cuda":
         for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
             for contender in contenders:
                 contender.decode(prompt.tokens, max_new_tokens)
 
 
 def time_interleaved(
-    model: LayerSkipModel,
+    engine: Engine,
     contenders: Sequence[DecodingMethod],
     prompts: Sequence[EncodedPrompt],
     *,
@@ -65,7 +65,7 @@ def time_interleaved(
     """Decode every prompt with every contender, prompt by prompt, and in turn who comes first.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         contenders: Who decodes.
         prompts: What to decode.
         max_new_tokens: Most tokens for each.
@@ -83,16 +83,16 @@ def time_interleaved(
         with quiet.exclusive():
             for turn in range(len(contenders)):
                 at = (repeat + number + turn) % len(contenders)
-                runs[at][prompt.id].append(timed(model, contenders[at], prompt, max_new_tokens))
+                runs[at][prompt.id].append(timed(engine, contenders[at], prompt, max_new_tokens))
         on_prompt(done + 1)
     return list(runs)
 
 
-def timed(model: LayerSkipModel, contender: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:
+def timed(engine: Engine, contender: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:
     """Decode a prompt once, and take the time."""
-    started = device_seconds(model.device)
+    started = device_seconds(engine.model.device)
     decoded = contender.decode(prompt.tokens, max_new_tokens)
-    return TimedRun(decoded, device_seconds(model.device) - started)
+    return TimedRun(decoded, device_seconds(engine.model.device) - started)
 
 
 def measurement(

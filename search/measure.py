@@ -9,6 +9,7 @@ import torch
 from scipy.stats import wilcoxon
 
 from layerskip.drafting.drafter import Drafter
+from layerskip.engine import Engine
 from layerskip.errors import LosslessnessError
 from layerskip.generation import Generation, generate
 from layerskip.model import LayerSkipModel
@@ -69,29 +70,29 @@ class Summary:
     near_ties: int
 
 
-def warm_up(model: LayerSkipModel, drafter: Drafter, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> None:
+def warm_up(engine: Engine, drafter: Drafter, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> None:
     """Decode prompts both ways where an engine captures or compiles passes: that is no part of what is measured.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         drafter: The candidate's drafter.
         prompts: What will be measured. The longest goes first, so that caches grow at once.
         max_new_tokens: Most tokens for each.
     """
-    if not model.engine.captures:
+    if not engine.captures:
         return
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
         for one in (drafter, None):
-            generate(model, prompt.tokens, drafter=one, max_new_tokens=max_new_tokens)
+            generate(engine.model, prompt.tokens, engine=engine, drafter=one, max_new_tokens=max_new_tokens)
 
 
 def measure_prompt(
-    model: LayerSkipModel, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
+    engine: Engine, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
 ) -> PromptMeasurement:
     """Decode one prompt greedily both ways and time each.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         prompt: What to continue.
         drafter: The candidate's drafter.
         max_new_tokens: Most tokens to generate.
@@ -100,12 +101,15 @@ def measure_prompt(
     Raises:
         LosslessnessError: The outputs differ, and not at a near-tie.
     """
+    model = engine.model
     drafters = {"plain": None, "draft": drafter}
     seconds: dict[str, float] = {}
     made: dict[str, Generation] = {}
     for side in ("plain", "draft") if plain_first else ("draft", "plain"):
         started = device_seconds(model.device)
-        made[side] = generate(model, prompt.tokens, drafter=drafters[side], max_new_tokens=max_new_tokens)
+        made[side] = generate(
+            model, prompt.tokens, engine=engine, drafter=drafters[side], max_new_tokens=max_new_tokens
+        )
         seconds[side] = device_seconds(model.device) - started
     plain, draft = made["plain"], made["draft"]
     return PromptMeasurement(

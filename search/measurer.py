@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from layerskip.profile import PromptSet
 from search.builder import DraftBuilder
 from search.callbacks import SearchObserver
@@ -23,7 +23,7 @@ class Measurer:
         quiet: Turns with other workers; who asks for measurements takes one.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         makers: Makes drafts' bridges and vocabularies.
         records: Where measurements are kept.
         study: Name of the study that they belong to.
@@ -34,7 +34,7 @@ class Measurer:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         makers: DraftBuilder,
         records: Records,
         study: str,
@@ -43,7 +43,7 @@ class Measurer:
         quiet: MachineLock,
         observer: SearchObserver,
     ) -> None:
-        self._model = model
+        self._engine = engine
         self._makers = makers
         self._records = records
         self._study = study
@@ -78,10 +78,10 @@ class Measurer:
         """
         self._observer.measurement_begins(trial)
         drafter = self._makers.drafter(candidate, policy)
-        warm_up(self._model, drafter, prompts, max_new_tokens=self._limit)
+        warm_up(self._engine, drafter, prompts, max_new_tokens=self._limit)
         for number, prompt in enumerate(prompts, start=1):
             plain_first = number % 2 == 1
-            one = measure_prompt(self._model, prompt, drafter, max_new_tokens=self._limit, plain_first=plain_first)
+            one = measure_prompt(self._engine, prompt, drafter, max_new_tokens=self._limit, plain_first=plain_first)
             self._records.add(MeasurementRecord(study=self._study, trial=trial, prompt_set=prompt_set, **asdict(one)))
             self._observer.prompt_measured(number, len(prompts))
             yield one

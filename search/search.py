@@ -20,7 +20,7 @@ from layerskip.checkpoints import cache_folder
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.stopping import FixedLength
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.generation import generate
@@ -215,7 +215,7 @@ class Prepared:
 
 
 def prepare(
-    model: LayerSkipModel,
+    engine: Engine,
     fingerprint: str,
     prompts: SearchPrompts,
     space: SearchSpace,
@@ -230,7 +230,7 @@ def prepare(
     """Make the reference run and measure the parts of a step, or take those that an earlier search made.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         fingerprint: Of its weights.
         prompts: Who decodes what.
         space: What candidates are made of.
@@ -244,34 +244,35 @@ def prepare(
     Raises:
         LayerSkipError: The reference run cannot be kept.
     """
-    length = settings.max_new_tokens
+    model, length = engine.model, settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
-        _warm_up(model, prompts.measured[0])
+        _warm_up(engine, prompts.measured[0])
         run = ReferenceRun(model, folder, fingerprint)
         observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
         observer.reference_ready(run.found)
-    latency = _latency(model, space, study, quiet, observer)
-    predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
+    latency = _latency(engine, space, study, quiet, observer)
+    predictor = SpeedupPredictor(engine, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
 
 
-def _warm_up(model: LayerSkipModel, prompt: EncodedPrompt) -> None:
+def _warm_up(engine: Engine, prompt: EncodedPrompt) -> None:
+    model = engine.model
     nothing_skipped = LayerSkipDrafter(model, SkipSet(model.num_layers), FixedLength())
     for drafter in (None, nothing_skipped):
-        generate(model, prompt.tokens, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
+        generate(model, prompt.tokens, engine=engine, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
 
 
 def _latency(
-    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, observer: SearchObserver
+    engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, observer: SearchObserver
 ) -> LatencyModel:
     try:
         return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
     except (KeyError, ValidationError):  # the study is new, or kept another form
         observer.costs_begin()
     with quiet.exclusive():
-        latency = measure_latency(model, space)
+        latency = measure_latency(engine, space)
     study.set_user_attr(LATENCY_KEY, latency.as_json())
     return latency
 
@@ -333,7 +334,7 @@ class Search:
     """Finds a draft for a model, and goes on where an earlier search of the same study stopped.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         identity: Its identity.
         prompts: What to decode.
         storage: Where the study lives.
@@ -355,7 +356,7 @@ class Search:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         identity: ModelIdentity,
         prompts: PromptSplit,
         storage: BaseStorage,
@@ -372,7 +373,8 @@ class Search:
     ) -> None:
         if study_name is not None and not study_name.strip():
             raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-        self._model = model
+        model = engine.model
+        self._engine = engine
         self._identity = identity
         self._storage = storage
         self._settings = settings
@@ -396,7 +398,7 @@ class Search:
             model=identity.id,
             fingerprint=identity.fingerprint,
             dtype=_dtype_name(model),
-            device=_device_name(model),
+            device=_device_name(engine),
             prompts=prompts.fingerprint,
             max_new_tokens=settings.max_new_tokens,
             prompts_per_trial=len(self._prompts.measured),
@@ -464,7 +466,7 @@ class Search:
         callbacks = [self._report]
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
-            alone = SingleSublayerAcceptance(self._model, tools.estimator)
+            alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
             starts = WarmStartPlan(
                 warm_starts(self._space, alone, tools.estimator, tools.latency),
                 alone,
@@ -484,7 +486,7 @@ class Search:
 
     def _prepare(self, study: optuna.Study) -> Prepared:
         self._prepared = prepare(
-            self._model,
+            self._engine,
             self._identity.fingerprint,
             self._prompts,
             self._space,
@@ -505,7 +507,7 @@ class Search:
         exits = tuple(one.start for one in space.stand_ins)
         choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
         context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs, space.stand_ins)
+        costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs, space.stand_ins)
         return NoRepeats(
             make_sampler(
                 self._settings.sampler,
@@ -520,7 +522,7 @@ class Search:
 
     def _measurer(self, tools: Prepared) -> Measurer:
         return Measurer(
-            self._model,
+            self._engine,
             tools.makers,
             records_of(self._storage),
             self._name,
@@ -575,11 +577,11 @@ def progress_of(study: HasTrials) -> Progress:
     )
 
 
-def _device_name(model: LayerSkipModel) -> str:
+def _device_name(engine: Engine) -> str:
     """The device, and how passes run there if it is not the usual way."""
-    ways = [device_name(model.device)]
-    ways += [model.engine.name] * (model.engine.name != EagerEngine.name)
-    ways += ["compiled"] * model.compiled
+    ways = [device_name(engine.model.device)]
+    ways += [engine.name] * (engine.name != EagerEngine.name)
+    ways += ["compiled"] * engine.model.compiled
     return ", ".join(ways)
 
 

@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import create_trial
 
 from layerskip import identify
+from layerskip.engine import EagerEngine
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
 from search.settings import SearchSettings
@@ -29,7 +30,9 @@ def searched(wrapped, elsewhere):
     """A study of two candidates and no measurement in the default storage."""
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    return Search(wrapped, identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s").run()
+    return Search(
+        EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s"
+    ).run()
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
@@ -215,7 +218,9 @@ def test_a_search_through_a_server_goes_on_with_the_databases_study(layerskip, w
     with served() as (_, port):
         storage = open_storage(f"grpc://127.0.0.1:{port}")
         settings = SearchSettings(trials=4, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-        result = Search(wrapped, identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
+        result = Search(
+            EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s"
+        ).run()
         assert result.trials == 4
         assert result.profile.measured.prompt_set == "held-out"
     shown = layerskip("studies", "show", "s", "--json").object

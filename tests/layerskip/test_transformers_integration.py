@@ -31,11 +31,11 @@ from layerskip import (
     LayerSkipModel,
     SkipSet,
     UnsupportedModelError,
-    calibrate,
     identify,
     speculate,
 )
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import load_costs
 from tests.layerskip.test_profile import a_profile
 from tests.models import CONTEXT, FAMILIES, LAYERS, VOCABULARY, tiny_llama, tiny_tokenizer
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -496,26 +496,27 @@ def test_a_profile_is_checked_once_for_a_model(tmp_path, checks):
 def test_a_changed_model_is_checked_and_wrapped_anew(checks):
     model = tiny_llama()
     decode = speculate(profile_for(model))
-    wrapper = decode.prepare(model)
-    assert decode.prepare(model) is wrapper
+    engine = decode.prepare(model)
+    assert decode.prepare(model) is engine
     model.bfloat16()
-    assert decode.prepare(model) is not wrapper
+    assert decode.prepare(model) is not engine
     assert len(greedy(model, custom_generate=decode)) == LENGTH
     assert len(checks) == 2
     model.set_attn_implementation("eager")
-    assert decode.prepare(model).config._attn_implementation == "eager"
+    assert decode.prepare(model).model.config._attn_implementation == "eager"
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.raises(InvalidProfileError, match="fingerprint"):
         generate(model, custom_generate=decode)
 
 
-def test_a_prepared_wrapper_is_the_one_that_generations_use(tmp_path):
+def test_a_prepared_engine_is_the_one_that_generations_use(tmp_path):
     model = tiny_llama()
     decode = speculate(profile_for(model))
-    calibrate(decode.prepare(model), tmp_path)
+    engine = decode.prepare(model)
+    engine.costs = load_costs(engine, tmp_path)
     assert greedy(model, custom_generate=decode) == greedy(model)
-    assert decode.prepare(model).engine.costs is not None
+    assert decode.prepare(model).costs is not None
 
 
 def test_what_is_kept_does_not_keep_the_model():

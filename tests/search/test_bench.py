@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip.engine import EagerEngine
 from layerskip.errors import LosslessnessError
 from search.bench import bench
 from search.interleaving import timed
@@ -31,7 +32,7 @@ def run(model, tmp_path):
             "quiet": MachineLock(tmp_path, model.device),
             "on_prompt": int,
         } | options
-        return bench(model, drafter, PROMPTS, **rest)
+        return bench(EagerEngine(model), drafter, PROMPTS, **rest)
 
     return measure
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet
+from layerskip.engine import EagerEngine
 from search.compare import able, compare
 from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
 from search.interleaving import timed
@@ -24,8 +25,8 @@ def model():
 def lineup(model):
     whole = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     return [
-        DecodingMethod("plain", layerskip_method(model, None)),
-        DecodingMethod("whole", layerskip_method(model, whole), draft_bytes=7, training_seconds=3.0),
+        DecodingMethod("plain", layerskip_method(EagerEngine(model), None)),
+        DecodingMethod("whole", layerskip_method(EagerEngine(model), whole), draft_bytes=7, training_seconds=3.0),
         DecodingMethod("theirs", transformers_method(model), foreign=True),
     ]
 
@@ -39,7 +40,7 @@ def run(model, tmp_path):
             "quiet": MachineLock(tmp_path, model.device),
             "on_prompt": int,
         } | options
-        return compare(model, contenders or lineup(model), PROMPTS, **rest)
+        return compare(EagerEngine(model), contenders or lineup(model), PROMPTS, **rest)
 
     return measure
 
@@ -91,11 +92,13 @@ def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medi
 
 def test_whoever_says_something_else_is_marked_and_never_recommended(run, taking, model):
     def shifted(prompt, most):
-        decoded = layerskip_method(model, None)(prompt, most)
+        decoded = layerskip_method(EagerEngine(model), None)(prompt, most)
         return replace(decoded, tokens=tuple((token + 1) % model.vocab_size for token in decoded.tokens))
 
     taking(lambda name, number: 1.0 if name == "plain" else 0.5)
-    entries = run([DecodingMethod("plain", layerskip_method(model, None)), DecodingMethod("wrong", shifted)])
+    entries = run(
+        [DecodingMethod("plain", layerskip_method(EagerEngine(model), None)), DecodingMethod("wrong", shifted)]
+    )
     assert [one.different for one in entries] == [0, 3]
     assert entries[1].speedup.low == 2
     assert not entries[1].pays

@@ -6,6 +6,7 @@ import torch
 from layerskip import InvalidProfileError, LayerSkipModel, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import EagerEngine
 from layerskip.ready_profiles import add_profile
 from search.decoding_methods import draft_bytes, layerskip_methods, named, ready_profiles_for, transformers_methods
 from search.train_draft import early_exit
@@ -33,14 +34,14 @@ def names(contenders):
 
 
 def test_layerskips_ways_are_plain_decoding_copies_and_the_profiles(model, profile):
-    contenders = layerskip_methods(model, {"mine": profile}, combine=False)
+    contenders = layerskip_methods(EagerEngine(model), {"mine": profile}, combine=False)
     assert names(contenders) == ["plain decoding", "n-grams alone", "mine"]
     assert not any(contender.foreign for contender in contenders)
 
 
 def test_a_profile_is_combined_with_copies_unless_it_has_some_of_its_own(model, profile):
     copying = profile.model_copy(update={"ngrams": PromptLookup()})
-    contenders = layerskip_methods(model, {"mine": profile, "copying": copying}, combine=True)
+    contenders = layerskip_methods(EagerEngine(model), {"mine": profile, "copying": copying}, combine=True)
     assert names(contenders)[2:] == ["mine", "mine + n-grams", "copying"]
 
 
@@ -52,7 +53,7 @@ def trained(model):
 
 def test_all_of_them_decode_alike(model, profile, trained):
     profiles = {"mine": profile, "trained": trained}
-    contenders = layerskip_methods(model, profiles, combine=True)
+    contenders = layerskip_methods(EagerEngine(model), profiles, combine=True)
     contenders += transformers_methods(model, profiles)[0]
     assert len({contender.decode([1, 2, 3, 1, 2], 10).tokens for contender in contenders}) == 1
 
@@ -75,12 +76,14 @@ def test_transformers_modes_take_each_profile_as_an_assistant_that_can_be_one(mo
 def test_a_profile_for_another_model_is_refused(profile):
     other = LayerSkipModel(tiny_llama(seed=1))
     with pytest.raises(InvalidProfileError, match="fingerprint"):
-        layerskip_methods(other, {"mine": profile}, combine=False)
+        layerskip_methods(EagerEngine(other), {"mine": profile}, combine=False)
 
 
 def test_how_long_a_draft_was_trained_comes_from_its_profile(model, profile):
     trained = profile.provenance.model_copy(update={"training_seconds": 180.0})
-    contenders = layerskip_methods(model, {"mine": profile.model_copy(update={"provenance": trained})}, combine=True)
+    contenders = layerskip_methods(
+        EagerEngine(model), {"mine": profile.model_copy(update={"provenance": trained})}, combine=True
+    )
     assert [contender.training_seconds for contender in contenders] == [None, None, 180.0, 180.0]
 
 

@@ -4,6 +4,7 @@ import pytest
 from transformers import GenerationConfig
 
 from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet
+from layerskip.engine import EagerEngine
 from search.decoding_methods import layerskip_method, transformers_method
 from tests.layerskip.test_transformers_integration import profile_for
 from tests.models import LAYERS, tiny_llama, transformers_greedy
@@ -28,9 +29,9 @@ def everything_kept(model):
 
 
 WAYS = {
-    "own": lambda model: layerskip_method(model, None),
+    "own": lambda model: layerskip_method(EagerEngine(model), None),
     "own, drafting": lambda model: layerskip_method(
-        model, LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        EagerEngine(model), LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
     ),
     "plain": transformers_method,
     "prompt lookup": lambda model: transformers_method(model, prompt_lookup_num_tokens=4),
@@ -81,7 +82,7 @@ def test_what_a_checkpoint_recommends_for_generating_is_no_part_of_the_compariso
 def test_both_end_where_the_checkpoints_end_token_comes(model, expected):
     model.hf_model.generation_config.eos_token_id = expected[4]
     end = expected.index(expected[4]) + 1
-    assert layerskip_method(model, None)(PROMPT, LENGTH).tokens == expected[:end]
+    assert layerskip_method(EagerEngine(model), None)(PROMPT, LENGTH).tokens == expected[:end]
     assert transformers_method(model)(PROMPT, LENGTH).tokens == expected[:end]
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip.engine import EagerEngine
 from layerskip.errors import LosslessnessError
 from search.measure import PromptMeasurement, measure_prompt, parts_at_near_tie, summarize
 from tests.models import LAYERS, VOCABULARY, tiny_llama
@@ -28,8 +29,8 @@ class CountingDrafter(LayerSkipDrafter):
     def _count(self, *_):
         self.passes += 1
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
+    def start(self, engine, prompt, states):
+        super().start(engine, prompt, states)
         self.passes_before = self.passes - 1  # the prompt's own
 
 
@@ -49,7 +50,9 @@ def greedy(model, prompt=PROMPT, count=6):
 @settings(max_examples=30)
 def test_any_candidate_is_measured_on_the_same_tokens(gemma2, prompt, skip_set, draft_exit, count, first):
     drafter = LayerSkipDrafter(gemma2, skip_set, draft_exit)
-    measured = measure_prompt(gemma2, encoded_prompt("p", prompt), drafter, max_new_tokens=count, plain_first=first)
+    measured = measure_prompt(
+        EagerEngine(gemma2), encoded_prompt("p", prompt), drafter, max_new_tokens=count, plain_first=first
+    )
     assert measured.prompt == "p"
     assert measured.tokens == measured.draft_tokens == count
     assert not measured.near_tie
@@ -63,7 +66,7 @@ def test_any_candidate_is_measured_on_the_same_tokens(gemma2, prompt, skip_set, 
 def test_the_order_of_plain_and_self_speculative_decoding_can_be_chosen(plain_first):
     model = LayerSkipModel(tiny_llama())
     drafter = CountingDrafter(model)
-    measure_prompt(model, PROMPT, drafter, max_new_tokens=4, plain_first=plain_first)
+    measure_prompt(EagerEngine(model), PROMPT, drafter, max_new_tokens=4, plain_first=plain_first)
     assert drafter.passes > drafter.passes_before
     assert drafter.passes_before == (4 if plain_first else 0)
 
@@ -74,7 +77,7 @@ def test_a_text_that_ends_early_is_measured_to_its_end():
     hf_model.generation_config.eos_token_id = greedy(model)[2]
     ended = greedy(model, count=20)
     drafter = LayerSkipDrafter(model, SkipSet(LAYERS, attention=(1,)), FixedLength(4))
-    measured = measure_prompt(model, PROMPT, drafter, max_new_tokens=20, plain_first=True)
+    measured = measure_prompt(EagerEngine(model), PROMPT, drafter, max_new_tokens=20, plain_first=True)
     assert measured.tokens == measured.draft_tokens == len(ended) <= 3
 
 
@@ -82,7 +85,7 @@ def test_a_model_whose_wide_passes_differ_is_found_out():
     model = LayerSkipModel(tiny_llama())
     drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     with widths_disagree(model), pytest.raises(LosslessnessError) as caught:
-        measure_prompt(model, PROMPT, drafter, max_new_tokens=8, plain_first=True)
+        measure_prompt(EagerEngine(model), PROMPT, drafter, max_new_tokens=8, plain_first=True)
     assert str(caught.value).startswith("prompt p: ")
     assert "bug" in str(caught.value)
     assert "\n" not in str(caught.value)

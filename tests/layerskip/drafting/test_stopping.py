@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, InvalidInputError, LayerSkipDrafter, SkipSet
+from layerskip.engine import EagerEngine
 from layerskip.sampling import GreedySampler
 from tests.models import LAYERS
 from tests.strategies import draft_exits, fractions
@@ -135,7 +136,7 @@ def drafted(model, draft_exit, limit=20):
     with torch.inference_mode():
         cache = model.new_cache(1)
         drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), draft_exit)
-        drafter.start(torch.tensor([7]), torch.zeros(1, 1))
+        drafter.start(EagerEngine(model), torch.tensor([7]), torch.zeros(1, 1))
         tokens = drafter.propose(torch.tensor([7]), cache, limit, GreedySampler()).tokens.tolist()
         cache.rollback(0)
         x = model.forward(torch.tensor([7, *tokens[:-1]]), cache, SkipSet(LAYERS, (1,), (2,)))
@@ -146,7 +147,7 @@ def drafted(model, draft_exit, limit=20):
 def test_a_fixed_draft_has_its_length_unless_fewer_tokens_can_be_used(tiny, length, limit):
     with torch.inference_mode():
         drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (1,)), FixedLength(length))
-        drafter.start(torch.tensor([7]), torch.zeros(1, 1))
+        drafter.start(EagerEngine(tiny), torch.tensor([7]), torch.zeros(1, 1))
         draft = drafter.propose(torch.tensor([7]), tiny.new_cache(1), limit, GreedySampler())
     assert len(draft) == min(length, limit)
 
