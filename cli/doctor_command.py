@@ -34,7 +34,6 @@ EXTRAS = {
     "gguf": "GGUF files, among them the default model's",
     "dashboard": "the Optuna dashboard",
     "postgres": "studies in PostgreSQL",
-    "grpc": "studies behind a server",
 }
 
 

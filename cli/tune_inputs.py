@@ -14,9 +14,10 @@ from cli.output import (
     check_writable,
     stderr,
 )
-from layerskip import DraftProfile, ModelIdentity, identify, load_checkpoint
+from layerskip import DraftProfile, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.engine import Engine
+from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
 from search.loading import engine_of

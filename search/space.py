@@ -76,7 +76,7 @@ class Policy:
         draft_exit: When a draft ends.
         gate: Confidence of the target model below which the next round drafts nothing.
         branches: How many tokens are proposed for the first place of a draft, for the second, and so on; as in
-            :class:`layerskip.HeadDrafter`.
+            :class:`layerskip.drafting.head_drafter.HeadDrafter`.
         ngrams: What to copy from the text before the model is asked to draft; None copies nothing.
     """
 
