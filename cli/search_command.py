@@ -12,7 +12,6 @@ import typer
 from cli import completion
 from cli.options import (
     DEFAULT_STORAGE,
-    SAMPLERS,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -33,6 +32,7 @@ from cli.output import (
     stderr,
     stdout,
 )
+from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -64,7 +64,6 @@ def search(
             autocompletion=completion.one_of(*SAMPLERS),
         ),
     ] = "tpe",
-    pareto: Annotated[bool, typer.Option(help="Maximize the acceptance rate too, as an objective of its own.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
     devices: Annotated[
         str | None,
@@ -136,7 +135,6 @@ def search(
         prompts_per_trial=prompts_per_trial,
         finalists=finalists,
         sampler=sampler,
-        pareto=pareto,
         workers=_num_workers(places, workers),
         seed=seed,
     )

@@ -71,9 +71,6 @@ def show(
     counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
     stdout.print(f"trials    {counts or 'none'}; {counted(described['measurements'], 'prompt')} measured")
     stdout.print(_table(described["best"]))
-    if described["pareto_front"]:
-        stdout.print("Pareto front of speedup and agreement, both predicted:")
-        stdout.print(_table(described["pareto_front"]))
 
 
 def _table(trials: list[dict[str, Any]]) -> Table:

@@ -6,10 +6,9 @@ from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.cost_measurement import load_costs, measure_costs
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.selection import ENGINES, check_engine, make_engine
+from layerskip.engine.selection import check_engine, make_engine
 
 __all__ = [
-    "ENGINES",
     "DraftStep",
     "EagerEngine",
     "Engine",

@@ -12,8 +12,7 @@ from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
-
-ENGINES = (EagerEngine.name, GraphEngine.name)
+from layerskip.names import ENGINES
 
 
 def check_engine(name: str, device: torch.device) -> None:

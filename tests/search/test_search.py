@@ -22,9 +22,8 @@ from search.latency import LatencyModel
 from search.measure import Summary
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
 from search.predict import SpeedupPredictor
-from search.samplers import SAMPLERS
 from search.search import Search, next_to_measure
-from search.settings import SearchSettings
+from search.settings import SAMPLERS, SearchSettings
 from search.space import Candidate, Policy, SearchSpace
 from search.warm_starts import warm_starts
 from studies.ranking import (
