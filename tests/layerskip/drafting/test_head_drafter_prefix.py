@@ -12,7 +12,7 @@ from layerskip.drafting.head_drafter import HeadDrafter, PrefixState, through_la
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.kv_cache import KVCache
 from layerskip.sublayers import Stack
 from tests.capture import like_a_graph
@@ -147,7 +147,7 @@ def test_of_a_text_that_goes_on_it_sees_what_is_new(llama):
     drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched, branches=(4,))
     memory, prompt = PrefixCache(), [3, 5, 7, 9]
     for turn in range(3):
-        made = decoded(llama, prompt, memory, drafter=drafter, max_new_tokens=12)
+        made = decoded(EagerEngine(llama), prompt, memory, drafter=drafter, max_new_tokens=12)
         assert (drafter.seen > 0) == (turn > 0)
         assert made.stats.reused == drafter.seen
         assert_read_of_the_whole_text(llama, drafter)
