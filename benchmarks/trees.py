@@ -22,9 +22,10 @@ from layerskip.checkpoints import cache_folder
 from layerskip.engine import Engine
 from layerskip.fingerprint import identify
 from search.compare import compare
-from search.decoding_methods import DecodingMethod, layerskip_method
+from search.decoding_methods import PLAIN, layerskip_method
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
+from search.measure import MeasuringPlan
 from search.prompts import EncodedPrompt
 from search.reference import ReferenceRun
 from search.replay import Prediction
@@ -93,7 +94,7 @@ def main(
     """Compare each draft's best tree with its best chain."""
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     fingerprint = identify(setting.model, model).fingerprint
-    contenders = [DecodingMethod("plain", layerskip_method(setting.engine, None))]
+    methods = [layerskip_method(PLAIN, setting.engine, None)]
     predictions: dict[str, Prediction] = {}
     profiles = loaded_profiles(profile or [], model, device=device, dtype=dtype)
     for name, one in profiles.items():
@@ -101,16 +102,13 @@ def main(
         for shape, prediction in best.items():
             with_shape = one.model_copy(update=vars(prediction.policy)).with_assets(one.assets)
             predictions[f"{name}, {shape}"] = prediction
-            way = layerskip_method(setting.engine, with_shape.drafter(setting.model))
-            contenders.append(DecodingMethod(f"{name}, {shape}", way))
+            methods.append(layerskip_method(f"{name}, {shape}", setting.engine, with_shape.drafter(setting.model)))
     entries = compare(
-        setting.engine,
-        contenders,
-        setting.prompts,
-        max_new_tokens=max_new_tokens,
-        repeats=repeats,
-        quiet=MachineLock(cache_folder(), setting.model.device),
-        on_prompt=lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
+        setting.model,
+        methods,
+        MeasuringPlan(setting.prompts, max_new_tokens, repeats),
+        MachineLock(cache_folder(), setting.model.device),
+        lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
     )
     plain = latency.verification(1, 0.0, 128, None)
     widths = {width: latency.verification(width, 0.0, 128, None) / plain for width in _WIDTHS}

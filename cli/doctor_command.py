@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     DEFAULT_STORAGE,
+    DONE,
+    FAILED,
     DebugOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
     JsonOption,
     StorageOption,
+    counted,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import DONE, FAILED, counted, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from search.break_even import BreakEven

@@ -9,7 +9,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import counted, stderr
+from cli.common import (
+    counted,
+    stderr,
+)
 from layerskip.utils import duration
 from search.callbacks import Progress, SearchObserver
 from search.objective import SOURCE_KEY

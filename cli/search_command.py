@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     DEFAULT_STORAGE,
+    INTERRUPTED,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -20,9 +21,6 @@ from cli.options import (
     JsonOption,
     ModelArgument,
     StorageOption,
-)
-from cli.output import (
-    INTERRUPTED,
     check_writable,
     counted,
     describe_speedup,
@@ -114,9 +112,10 @@ def search(
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine
     from layerskip.fingerprint import identify
+    from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
     from search.loading import engine_of, load_engine, load_profiles
-    from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.prompts import built_in_prompts, split_prompts
     from search.search import Search
     from search.settings import SearchSettings
     from search.space import SearchSpace

@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption
-from cli.output import INTERRUPTED, describe_speedup, no_gain_note, print_json, quiet_libraries, stderr, stdout
+from cli.common import (
+    INTERRUPTED,
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    describe_speedup,
+    no_gain_note,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from search.train_draft import Tuned

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from cli.output import (
+from cli.common import (
     check_writable,
     stderr,
 )
@@ -18,10 +18,11 @@ from layerskip import DraftProfile, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.engine import Engine
 from layerskip.fingerprint import ModelIdentity, identify
+from layerskip.tokenizer import read_prompts
 from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
 from search.loading import engine_of
-from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
+from search.prompts import PromptSplit, built_in_prompts, split_prompts
 from search.space import Policy
 from search.train_draft import TuningObserver, TuningSettings, exit_of
 

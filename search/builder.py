@@ -85,6 +85,10 @@ class DraftBuilder:
         """How many bridges are fitted for a bridged candidate that leaves this out without a trained stand-in."""
         return len(self._fitter.worthy_runs(skip_set))
 
+    def as_built(self, candidate: Candidate) -> Candidate:
+        """The candidate as its draft is built: without bridges where it skips nothing that is worth one."""
+        return replace(candidate, bridged=candidate.bridged and self.num_bridges(candidate.skipped_below) > 0)
+
     def stack(self, candidate: Candidate) -> Stack:
         """The stack of a candidate's draft."""
         stand_ins: dict[int, Step] = {**self._bridges(candidate)}

@@ -72,7 +72,7 @@ def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(la
     done = layerskip("studies", "show", "s")
     assert (done.status, done.err) == (0, "")
     assert "model     makers/tiny (float32 on " in done.out
-    assert "prompts   1 a measurement, at most 4 tokens each" in done.out
+    assert "prompts   1 per measurement, at most 4 tokens each" in done.out
     [header] = [line for line in done.out.splitlines() if "basis" in line]
     assert header.split() == ["trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft"]
     for trial in (first, last):
