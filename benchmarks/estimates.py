@@ -25,7 +25,7 @@ from layerskip import LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.engine import Engine, make_engine
 from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
-from search.callbacks import SearchObserver
+from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_drafter, summarize
 from search.prompts import built_in_prompts, split_prompts
@@ -103,7 +103,7 @@ def prepared(
             optuna.create_study(),
             folder=Path(folder),
             quiet=lock,
-            observer=SearchObserver(),
+            on_event=ignore,
         )
         yield Workbench(runner, space, tools, MeasuringPlan(alike.measured, max_new_tokens), lock)
 

@@ -178,7 +178,7 @@ def search(
             space=space,
             stand_ins=stand_ins,
             study_name=study,
-            observer=progress,
+            on_event=progress,
             helpers=helpers,
         ).run()
     if result.profile is not None:

@@ -116,7 +116,7 @@ def tune(
                 given.settings,
                 given=prompts is not None,
                 folder=given.folder,
-                observer=progress,
+                on_event=progress,
             ).run()
     except KeyboardInterrupt:
         stderr.print("texts and training are kept, and no profile was written; the same command goes on")
