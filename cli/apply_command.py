@@ -101,12 +101,11 @@ def apply(
     given = [] if interactive else _read_prompts(prompt, prompts)
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
     drafter: Drafter | None = loaded.drafter(layers)  # also checks that the profile is for this model
-    runner: Engine = EagerEngine(layers)
-    if loaded.pays or force or compare:
-        runner = make_engine(layers, engine)
-    else:
+    if not (loaded.pays or force or compare):
         drafter = None
-        stderr.print("the profile was measured to be slower than plain decoding; not drafting (--force drafts)")
+        stderr.print("the profile was measured to be slower than plain decoding: not drafting; --force drafts")
+    needs_costs = drafter is not None or engine != EagerEngine.name
+    runner: Engine = make_engine(layers, engine) if needs_costs else EagerEngine(layers)
     if ignored := _ignored(sampling):
         stderr.print(f"{ignored}: no effect without --temperature, as decoding is greedy")
     stopping = StopStrings(tokenizer, stop) if stop else None

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict, dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,10 @@ from cli import completion
 from layerskip.names import DEVICES, DTYPES, ENGINES
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedTokenizerBase
+
+    from layerskip import DraftProfile, LayerSkipModel
+    from layerskip.generation import Generation
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
@@ -192,6 +196,30 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     if measured["prompts"] < FEWEST_PROMPTS:
         return f"No clear gain: {FEW_PROMPTS}."
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
+
+
+def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> None:
+    """Print the speedup of a new profile, its file, and what follows from the speedup.
+
+    Args:
+        profile: The profile; without a measurement, only its file is printed.
+        out: Its file.
+        if_slower: Says that the draft was measured to be slower than plain decoding.
+    """
+    measured = profile.measured
+    if measured is not None:
+        stdout.print(
+            f"speedup   {describe_speedup(measured.model_dump())} on "
+            f"{counted(measured.prompts, f'{measured.prompt_set} prompt')}: "
+            f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
+        )
+        if measured.near_ties:
+            stdout.print(f"near-ties {describe_near_ties(measured.near_ties)}")
+    stdout.print(f"profile   {out}")
+    if not profile.pays:
+        stdout.print(f"{if_slower} 'layerskip apply' will not draft with this profile unless --force is given.")
+    elif measured is not None and (note := no_gain_note(measured.model_dump())):
+        stdout.print(note)
 
 
 def describe_generation(generation: Generation, text: str, *, speculative: bool) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from cli.common import (
     DtypeOption,
     EngineOption,
     JsonOption,
+    RunOptions,
     StorageOption,
     counted,
+    open_model,
     print_json,
     quiet_libraries,
     stderr,
@@ -76,7 +78,7 @@ def doctor(
     if not json:
         _report(result)
     if model is not None and not missing:
-        break_even = _measured(model, device, dtype, engine)
+        break_even = _measured(model, RunOptions(device, dtype, engine))
         shown = {"model": model, **asdict(break_even), "can_pay": break_even.can_pay, "verdict": verdict(break_even)}
         result["model"] = shown
         if not json:
@@ -161,19 +163,18 @@ def _storage(url: str) -> dict[str, Any]:
         return found | {"reachable": False, "studies": None, "state": str(error)}
 
 
-def _measured(model: str, device: str, dtype: str, engine: str) -> BreakEven:
-    from layerskip.checkpoints import cache_folder, load_checkpoint, resolve_device
-    from layerskip.engine import check_engine
+def _measured(model: str, options: RunOptions) -> BreakEven:
+    from layerskip.checkpoints import cache_folder
+    from layerskip.engine import make_engine
     from search.break_even import measure_break_even
-    from search.loading import wrapped
     from search.machine_lock import MachineLock
 
     quiet_libraries()
-    check_engine(engine, resolve_device(device))
-    layers = wrapped(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
+    layers, _ = open_model(model, options)
     stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
+    runner = make_engine(layers, options.engine)
     with MachineLock(cache_folder(), layers.device).exclusive():
-        return measure_break_even(layers)
+        return measure_break_even(runner)
 
 
 def _report(result: dict[str, Any]) -> None:

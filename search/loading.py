@@ -1,30 +1,30 @@
-"""Loading the model that a search is about, and profiles, in this process or in a worker's."""
+"""Loading the model that a search is about, with its engine, and profiles, in this process or in a worker's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
 from layerskip.checkpoints import load_checkpoint
-from layerskip.engine import compile_sublayers, use_engine
+from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
 
 
-def load_model(source: str, device: str, dtype: str, engine: str, compiled: bool) -> LayerSkipModel:
-    """A model by where it comes from, as :func:`wrapped` makes it."""
-    return wrapped(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
+    """Load a model and make its engine.
 
-
-def wrapped(hf_model: PreTrainedModel, engine: str, compiled: bool) -> LayerSkipModel:
-    """A loaded model, with an engine by its name, its sublayers compiled if asked."""
-    model = LayerSkipModel(hf_model)
+    Args:
+        source: As :func:`layerskip.load_checkpoint` takes it.
+        device: Likewise.
+        dtype: Likewise.
+        engine: Name of the engine.
+        compiled: Whether to compile the sublayers.
+    """
+    model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
-    use_engine(model, engine)
-    return model
+    return make_engine(model, engine)
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

@@ -104,7 +104,7 @@ def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
         (("--minutes", "0"), "minutes: expected a number above 0, got 0.0"),
         (("--draft-vocabulary", "-1"), "draft vocabulary: expected a number of tokens from 0 on, got -1"),
         (("--exit", "0"), "exit: expected at least 1, got 0"),
-        (("--exit", "4"), "exit: expected 1 to 3, layers of the model to keep below what is stood in for, got 4"),
+        (("--exit", "4"), "exit: expected 1 to 3, layers of the model to keep, got 4"),
     ],
 )
 def test_wrong_usage_is_one_line(layerskip, model_folder, prompts, arguments, message):
@@ -127,16 +127,16 @@ def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
 
 def press_ctrl_c(patched, when):
     """Press Ctrl-C at the events for which ``when`` holds, once they are shown."""
-    from cli.tune_inputs import TuningProgress
+    from cli.progress import ProgressDisplay
 
-    show = TuningProgress.__call__
+    show = ProgressDisplay.__call__
 
     def press(self, event):
         show(self, event)
         if when(event):
             raise KeyboardInterrupt
 
-    patched.setattr(TuningProgress, "__call__", press)
+    patched.setattr(ProgressDisplay, "__call__", press)
 
 
 def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
@@ -145,7 +145,7 @@ def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip
         press_ctrl_c(patched, lambda event: event == PhaseStarted("costs"))
         stopped = layerskip(*arguments)
     assert (stopped.status, stopped.out) == (130, "")
-    assert "texts and training are kept, and no profile was written; the same command goes on" in stopped.err
+    assert "texts and training are kept, no profile was written; the same command resumes" in stopped.err
     assert not Path("m.json").exists()
     assert layerskip(*arguments).status == 0
     assert DraftProfile.load("m.json").measured is not None
@@ -154,17 +154,17 @@ def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip
 @pytest.mark.parametrize(
     ("progress", "interrupted", "said"),
     [
-        (0.485, False, "training ends at 48 %: the last looks gained nothing; the best state is kept\n"),
+        (0.485, False, "training stopped at 48 %: no gain in the last evaluations; best state kept\n"),
         (1.0, False, ""),
         (0.5, True, ""),
     ],
 )
 def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said):
-    from cli.tune_inputs import TuningProgress
+    from cli.progress import ProgressDisplay
 
     agreement = Agreement(positions=100, loss=1.0, coverage=1.0, top={1: 0.5})
     trained = Trained(DraftWeights(), agreement, [EvalResult(progress, 1.0, agreement, best=False)], interrupted)
-    TuningProgress()(TrainingEnded(trained))
+    ProgressDisplay()(TrainingEnded(trained))
     assert capsys.readouterr().err == said
 
 
