@@ -77,7 +77,7 @@ def speedup_of_all(measurements: Sequence[PromptTimes]) -> Speedup:
         measurements: At least one.
     """
     times = [(m.plain_seconds, m.draft_seconds, m.tokens, m.draft_tokens) for m in measurements]
-    data = tuple(np.array(column) for column in zip(*times, strict=True))
+    data = tuple(np.array(times).T)
     value = low = high = float(_ratio(*data))
     if len(measurements) > 1:
         interval = bootstrap(data, _ratio, paired=True, method="percentile", rng=np.random.default_rng(0))
