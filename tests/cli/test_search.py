@@ -159,7 +159,7 @@ def test_a_folder_without_write_permission_is_found_out_before_the_search(layers
         (["--dtype", "float3"], "dtype 'float3' is unknown"),
         (["--max-new-tokens", 600], "prompt 1: "),
         (["--seed", -1], "seed: "),
-        (["--sampler", "dice"], "sampler 'dice' is unknown; expected greybox, tpe, "),
+        (["--sampler", "dice"], "sampler 'dice' is unknown; expected tpe, greybox, "),
         (["--workers", 0], "workers: expected at least 1, got 0"),
         (["--workers", 3, "--devices", "cpu,cpu"], "--workers 3: --devices names 2, "),
         (["--devices", "abacus,cpu"], "device 'abacus' is not available"),
@@ -312,6 +312,7 @@ def wait_for(process, beginning):
     raise AssertionError(f"never said '{beginning}': {lines}")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, options, model_folder):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

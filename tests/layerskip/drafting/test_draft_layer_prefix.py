@@ -15,7 +15,7 @@ from layerskip.fingerprint import identify
 from layerskip.hub import card_of
 from layerskip.profile import Provenance
 from layerskip.training.trainable_draft import _Forgetful
-from search.decoding_methods import draft_bytes, transformers_methods
+from search.compare import draft_bytes, transformers_methods
 from tests.models import LAYERS, random_heads, random_layers, random_prefix, tiny_llama, transformers_greedy
 
 TOP = 2 * LAYERS
