@@ -13,7 +13,7 @@ from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement, measure_prompt, warm_up
 from search.prompts import EncodedPrompt
 from search.space import Candidate, Policy
-from studies.records import MeasurementRecord, Records
+from studies.records import MeasurementRecord, MeasurementTable
 
 
 class Measurer:
@@ -36,7 +36,7 @@ class Measurer:
         self,
         model: LayerSkipModel,
         makers: DraftBuilder,
-        records: Records,
+        records: MeasurementTable,
         study: str,
         *,
         max_new_tokens: int,

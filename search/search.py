@@ -12,7 +12,6 @@ from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
@@ -45,7 +44,6 @@ from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import Candidate, SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
-from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
     Snapshot,
@@ -59,8 +57,9 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
-from studies.records import records_of
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.trial_loop import run_trials
 
 
 @dataclass(frozen=True)
@@ -358,7 +357,7 @@ class Search:
         model: LayerSkipModel,
         identity: ModelIdentity,
         prompts: PromptSplit,
-        storage: BaseStorage,
+        storage: ReconnectingStorage,
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
@@ -461,7 +460,7 @@ class Search:
             self._settings.sampler,
             self._settings.pareto,
         )
-        callbacks = [self._report]
+        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
             alone = SingleSublayerAcceptance(self._model, tools.estimator)
@@ -474,10 +473,16 @@ class Search:
             )
             starts(study)
             measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
-            callbacks = [starts, measuring, *callbacks]
+            callbacks = [starts, measuring]
         self._observer.trials_begin()
         with self._helpers(study.study_name):
-            optimize(study, objective, timeout=self._timeout(), callbacks=callbacks)
+            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=self._timeout()):
+                for callback in callbacks:
+                    callback(study, trial)
+                progress = progress_of(Snapshot(study))
+                self._observer.trial_finished(progress, trial)
+                if progress.seen >= self._settings.trials:
+                    break
 
     def _timeout(self) -> float | None:
         return self._settings.timeout if self._ends is None else max(self._ends - time.monotonic(), _MOMENT)
@@ -522,7 +527,7 @@ class Search:
         return Measurer(
             self._model,
             tools.makers,
-            records_of(self._storage),
+            self._storage.records,
             self._name,
             max_new_tokens=self._settings.max_new_tokens,
             quiet=self._quiet,
@@ -533,12 +538,6 @@ class Search:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
         return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
-
-    def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        progress = progress_of(Snapshot(study))
-        self._observer.trial_finished(progress, trial)
-        if progress.seen >= self._settings.trials:
-            study.stop()
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
