@@ -40,7 +40,7 @@ from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.callbacks import SearchObserver
+from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
@@ -159,7 +159,7 @@ class PlantedProblem:
             study,
             folder=self._folder,
             quiet=MachineLock(self._folder, self.model.device),
-            observer=SearchObserver(),
+            on_event=ignore,
         )
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:

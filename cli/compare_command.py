@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -18,8 +18,13 @@ from cli.options import (
     MeasuredPromptsOption,
     ModelArgument,
     RepeatsOption,
+    check_writable,
+    print_json,
+    print_untruncated,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import check_writable, print_json, print_untruncated, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from studies.comparison import Comparison
@@ -99,39 +104,40 @@ def _compared(
     from layerskip import load_checkpoint, load_profile
     from layerskip.checkpoints import cache_folder, resolve_device
     from layerskip.engine import check_engine
+    from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, library_versions
-    from search.compare import able, compare
-    from search.decoding_methods import layerskip_methods, named, ready_profiles_for, transformers_methods
+    from search.compare import (
+        compare,
+        layerskip_methods,
+        named_profiles,
+        ready_profiles_for,
+        transformers_methods,
+        usable_methods,
+    )
     from search.loading import wrapped
     from search.machine_lock import MachineLock
-    from search.prompts import prompts_to_measure, read_prompts
+    from search.measure import MeasuringPlan
+    from search.prompts import prompts_to_measure
     from studies.comparison import Comparison
 
     check_engine(engine, resolve_device(device))
     own_prompts = read_prompts(prompts) if prompts else None
-    given = named(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
+    given = named_profiles(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
     layers = wrapped(checkpoint.model, engine, compiled)
     taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    contenders = layerskip_methods(layers, taking_part, combine=combine)
+    methods = layerskip_methods(layers, taking_part, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
         theirs, left_out = transformers_methods(layers, taking_part)
-        contenders = [*contenders, *theirs]
+        methods = [*methods, *theirs]
     chosen = prompts_to_measure(
         own_prompts, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length
     )
-    able_ones, failed = able(contenders, chosen[0])
+    usable, failed = usable_methods(methods, chosen[0])
+    plan = MeasuringPlan(chosen, max_new_tokens, repeats)
     with Steps("decoding", len(chosen) * repeats) as steps:
-        entries = compare(
-            layers,
-            able_ones,
-            chosen,
-            max_new_tokens=max_new_tokens,
-            repeats=repeats,
-            quiet=MachineLock(cache_folder(), layers.device),
-            on_prompt=steps.done,
-        )
+        entries = compare(layers, usable, plan, MachineLock(cache_folder(), layers.device), steps.done)
     return Comparison(
         model=source,
         device=device_name(layers.device),

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cli.output import counted
+from cli.common import (
+    counted,
+)
 from layerskip import Chat, DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
 from layerskip.checkpoints import Checkpoint, resolve_device
 from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.generation import Generation
-from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_raw
-from search.prompts import Prompt, read_prompts
+from layerskip.tokenizer import Prompt, StreamingDetokenizer, TextSegment, encode_raw, read_prompts
 
 # Enough that every kernel and buffer has been used once.
 _WARM_UP_TOKENS = 8

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     DEFAULT_STORAGE,
-    SAMPLERS,
+    INTERRUPTED,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -21,9 +21,6 @@ from cli.options import (
     JsonOption,
     ModelArgument,
     StorageOption,
-)
-from cli.output import (
-    INTERRUPTED,
     check_writable,
     counted,
     describe_speedup,
@@ -33,6 +30,7 @@ from cli.output import (
     stderr,
     stdout,
 )
+from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -64,7 +62,6 @@ def search(
             autocompletion=completion.one_of(*SAMPLERS),
         ),
     ] = "tpe",
-    pareto: Annotated[bool, typer.Option(help="Maximize the acceptance rate too, as an objective of its own.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
     devices: Annotated[
         str | None,
@@ -115,9 +112,10 @@ def search(
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine
     from layerskip.fingerprint import identify
+    from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
     from search.loading import load_model, load_profiles, wrapped
-    from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.prompts import built_in_prompts, split_prompts
     from search.search import Search
     from search.settings import SearchSettings
     from search.space import SearchSpace
@@ -136,7 +134,6 @@ def search(
         prompts_per_trial=prompts_per_trial,
         finalists=finalists,
         sampler=sampler,
-        pareto=pareto,
         workers=_num_workers(places, workers),
         seed=seed,
     )
@@ -181,7 +178,7 @@ def search(
             space=space,
             stand_ins=stand_ins,
             study_name=study,
-            observer=progress,
+            on_event=progress,
             helpers=helpers,
         ).run()
     if result.profile is not None:

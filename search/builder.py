@@ -18,16 +18,17 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack, Step
+from layerskip.target_texts import TargetText
 from search.draft_layers import DraftLayerRef, TrainedDraftLayer
 from search.prompts import EncodedPrompt
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 from search.space import Candidate, Policy
 
 # Positions of hidden states that bridges are fitted to, over all texts.
 _FIT_POSITIONS = 2048
 
 
-def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[ReferenceText]:
+def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[TargetText]:
     """The texts that drafts learn from, with hidden states at positions all over them."""
     return run.texts(prompts, max_new_tokens=max_new_tokens, states=max(_FIT_POSITIONS // len(prompts), 1))
 
@@ -42,7 +43,7 @@ class DraftBuilder:
     """
 
     def __init__(
-        self, model: LayerSkipModel, texts: Sequence[ReferenceText], stand_ins: Sequence[TrainedDraftLayer] = ()
+        self, model: LayerSkipModel, texts: Sequence[TargetText], stand_ins: Sequence[TrainedDraftLayer] = ()
     ) -> None:
         states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
         self._model = model
@@ -84,6 +85,10 @@ class DraftBuilder:
     def num_bridges(self, skip_set: SkipSet) -> int:
         """How many bridges are fitted for a bridged candidate that leaves this out without a trained stand-in."""
         return len(self._fitter.worthy_runs(skip_set))
+
+    def as_built(self, candidate: Candidate) -> Candidate:
+        """The candidate as its draft is built: without bridges where it skips nothing that is worth one."""
+        return replace(candidate, bridged=candidate.bridged and self.num_bridges(candidate.skipped_below) > 0)
 
     def stack(self, candidate: Candidate) -> Stack:
         """The stack of a candidate's draft."""

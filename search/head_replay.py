@@ -27,12 +27,12 @@ from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Sampling, Verdict
 from layerskip.sublayers import DraftLayerStep, Stack
+from layerskip.target_texts import TargetText
 from layerskip.token_tree import Branches, branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
 from search.latency import LatencyModel
-from search.reference import ReferenceText
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
 
@@ -65,7 +65,7 @@ class HeadTrace:
 
 @torch.inference_mode()
 def trace_heads(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: DraftLayerStep | None = None
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: TargetText, prefix: DraftLayerStep | None = None
 ) -> HeadTrace:
     """The trace of heads along a text: one pass of the target model over it.
 

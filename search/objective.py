@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from layerskip.errors import InvalidInputError
-from search.measure import PromptMeasurement, hopeless, summarize
-from search.measurer import Measurer
+from search.builder import DraftBuilder
+from search.machine_lock import MachineLock
+from search.measure import Measurement, hopeless, summarize
 from search.predict import Estimate, SpeedupPredictor
 from search.prompts import EncodedPrompt
 from search.space import Candidate, Policy, SearchSpace
@@ -45,6 +46,9 @@ _SECONDS_BY_TEXT_KEY = "predicted_seconds"
 _FORETOLD = (_DRAFT_KEY, _POLICY_KEY, ACCEPTANCE_KEY, PREDICTED_KEY, COMPLETE_KEY, _SECONDS_BY_TEXT_KEY)
 
 
+Measure = Callable[[int, Candidate, Policy, Sequence[EncodedPrompt]], Iterator[Measurement]]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What Optuna calls for each trial: the speedup, predicted or measured, of what it chose.
@@ -52,7 +56,9 @@ class Objective:
     Args:
         space: What candidates are made of.
         predictor: Foretells speedups.
-        measurer: Decodes for real.
+        builder: Builds candidates' drafts.
+        measure: Decodes prompts with a trial's candidate and policy, and records what it measures.
+        lock: Gives measurements the machine to themselves.
         prompts: What measured candidates decode.
         sampler: Name of who proposes what was not enqueued, for the record.
         pareto: Whether the acceptance rate is a second objective.
@@ -60,7 +66,9 @@ class Objective:
 
     space: SearchSpace
     predictor: SpeedupPredictor
-    measurer: Measurer
+    builder: DraftBuilder
+    measure: Measure
+    lock: MachineLock
     prompts: Sequence[EncodedPrompt]
     sampler: str
     pareto: bool = False
@@ -92,20 +100,20 @@ class Objective:
         return self._predicted(trial, candidate, to_beat=() if self.pareto else _best_predicted(now))
 
     def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> tuple[float, float]:
-        with self.measurer.quiet.shared():
+        with self.lock.shared():
             estimate = self.predictor.estimate(candidate, to_beat)
-        _note(trial, _described(self.measurer.as_made(candidate), estimate) | {BASIS_KEY: "predicted"})
+        _note(trial, _described(self.builder.as_built(candidate), estimate) | {BASIS_KEY: "predicted"})
         return estimate.prediction.speedup, estimate.acceptance
 
     def _measured(self, trial: optuna.Trial, candidate: Candidate, next_to_measure: FrozenTrial) -> tuple[float, float]:
         _note(trial, {key: next_to_measure.user_attrs[key] for key in _FORETOLD} | {BASIS_KEY: "measured"})
         started = time.perf_counter()
-        with self.measurer.quiet.exclusive():
+        with self.lock.exclusive():
             summary = summarize(self._decode(trial, candidate, policy_of(next_to_measure)))
         _note(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
         return summary.speedup, next_to_measure.user_attrs[ACCEPTANCE_KEY]
 
-    def _decode(self, trial: optuna.Trial, candidate: Candidate, policy: Policy) -> list[PromptMeasurement]:
+    def _decode(self, trial: optuna.Trial, candidate: Candidate, policy: Policy) -> list[Measurement]:
         """Decode prompts in random order until all are done or there is no hope.
 
         A hopeless trial keeps the speedup of the prompts that it did.
@@ -113,9 +121,9 @@ class Objective:
         prompts = list(self.prompts)
         random.Random(trial.number).shuffle(prompts)
         best = _best_measured(trial.study)
-        measured: list[PromptMeasurement] = []
-        for one in self.measurer.measurements(trial.number, candidate, policy, prompts, "search"):
-            measured.append(one)
+        measured: list[Measurement] = []
+        for measurement in self.measure(trial.number, candidate, policy, prompts):
+            measured.append(measurement)
             speedups = {m.prompt: m.speedup for m in measured}
             if len(measured) < len(prompts) and hopeless(speedups, best):
                 trial.set_user_attr(STOPPED_KEY, True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -16,25 +17,30 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
-from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.drafting.stopping import FixedLength
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
-from layerskip.generation import generate
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
-from layerskip.skip_set import SkipSet
 from layerskip.utils import device_name, library_versions
 from search.acceptance import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
-from search.callbacks import Progress, SearchObserver
+from search.callbacks import (
+    FinalistMeasured,
+    OnEvent,
+    PhaseStarted,
+    Progress,
+    PromptMeasured,
+    ReferenceReady,
+    StudyOpened,
+    TrialFinished,
+    ignore,
+)
 from search.draft_layers import TrainedDraftLayer
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import Summary, summarize
-from search.measurer import Measurer
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective, policy_of
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
@@ -42,7 +48,7 @@ from search.reference import ReferenceRun
 from search.relative_costs import RelativeCosts
 from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
-from search.space import Candidate, SearchSpace
+from search.space import Candidate, Policy, SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
     HasTrials,
@@ -57,6 +63,7 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
+from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
@@ -171,10 +178,6 @@ def profile_of(
     return profile.with_assets(assets)
 
 
-# Enough that every kernel and buffer has been used once.
-_WARM_UP_TOKENS = 8
-
-
 @dataclass(frozen=True)
 class SearchPrompts:
     """Who decodes what.
@@ -224,7 +227,7 @@ def prepare(
     stand_ins: Sequence[TrainedDraftLayer] = (),
     folder: Path,
     quiet: MachineLock,
-    observer: SearchObserver,
+    on_event: OnEvent,
 ) -> Prepared:
     """Make the reference run and measure the parts of a step, or take those that an earlier search made.
 
@@ -238,37 +241,30 @@ def prepare(
         stand_ins: Trained ones that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         LayerSkipError: The reference run cannot be kept.
     """
     length = settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
-        _warm_up(model, prompts.measured[0])
         run = ReferenceRun(model, folder, fingerprint)
-        observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
+        on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
-        observer.reference_ready(run.found)
-    latency = _latency(model, space, study, quiet, observer)
+        on_event(ReferenceReady(run.found))
+    latency = _latency(model, space, study, quiet, on_event)
     predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
 
 
-def _warm_up(model: LayerSkipModel, prompt: EncodedPrompt) -> None:
-    nothing_skipped = LayerSkipDrafter(model, SkipSet(model.num_layers), FixedLength())
-    for drafter in (None, nothing_skipped):
-        generate(model, prompt.tokens, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
-
-
 def _latency(
-    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, observer: SearchObserver
+    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
 ) -> LatencyModel:
     try:
         return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
     except (KeyError, ValidationError):  # the study is new, or kept another form
-        observer.costs_begin()
+        on_event(PhaseStarted("costs"))
     with quiet.exclusive():
         latency = measure_latency(model, space)
     study.set_user_attr(LATENCY_KEY, latency.as_json())
@@ -341,7 +337,7 @@ class Search:
         stand_ins: The trained ones that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
-        observer: Told how it goes.
+        on_event: Called with what happens.
         folder: Where reference runs are kept; None is :func:`layerskip.checkpoints.cache_folder`.
         ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
         number: Of this worker, where several work on one study; 0 plans what is measured.
@@ -363,7 +359,7 @@ class Search:
         space: SearchSpace | None = None,
         stand_ins: Sequence[TrainedDraftLayer] = (),
         study_name: str | None = None,
-        observer: SearchObserver | None = None,
+        on_event: OnEvent = ignore,
         folder: Path | None = None,
         ends: float | None = None,
         number: int = 0,
@@ -375,7 +371,7 @@ class Search:
         self._identity = identity
         self._storage = storage
         self._settings = settings
-        self._observer = observer or SearchObserver()
+        self._on_event = on_event
         self._prompts = SearchPrompts.of(prompts, settings)
         names = tuple(one.name for one in stand_ins)
         self._space = space or SearchSpace(model.num_layers, stand_ins=names)
@@ -419,10 +415,10 @@ class Search:
         try:
             self.explore(study)
             chosen = finalists(study, self._settings.finalists)
-            self._observer.finalists_chosen(len(chosen))
+            self._on_event(PhaseStarted("finalists", len(chosen)))
             for trial in chosen:
                 decided.append(self._measure_finalist(trial))
-                self._observer.finalist_measured(len(decided), trial, decided[-1].summary.speedup)
+                self._on_event(FinalistMeasured(len(decided), trial, decided[-1].summary.speedup))
         except KeyboardInterrupt:
             interrupted = True
         so_far = max(fully_measured_trials(study), key=speedup_of, default=None)
@@ -443,7 +439,7 @@ class Search:
         """
         objectives = 2 if self._settings.pareto else 1
         study = open_study(self._storage, self._name, self._context, objectives=objectives)
-        self._observer.study_opened(study.study_name, progress_of(study))
+        self._on_event(StudyOpened(study.study_name, progress_of(study)))
         return study
 
     def explore(self, study: optuna.Study) -> None:
@@ -455,7 +451,9 @@ class Search:
         objective = Objective(
             self._space,
             tools.predictor,
-            self._measurer(tools),
+            tools.makers,
+            partial(self._measure, prompt_set="search"),
+            self._quiet,
             self._prompts.measured,
             self._settings.sampler,
             self._settings.pareto,
@@ -474,13 +472,13 @@ class Search:
             starts(study)
             measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
             callbacks = [starts, measuring]
-        self._observer.trials_begin()
+        self._on_event(PhaseStarted("trials"))
         with self._helpers(study.study_name):
             for trial in run_trials(study, objective, self._storage.heartbeats, timeout=self._timeout()):
                 for callback in callbacks:
                     callback(study, trial)
                 progress = progress_of(Snapshot(study))
-                self._observer.trial_finished(progress, trial)
+                self._on_event(TrialFinished(trial, progress))
                 if progress.seen >= self._settings.trials:
                     break
 
@@ -498,7 +496,7 @@ class Search:
             stand_ins=self._stand_ins,
             folder=self._folder,
             quiet=self._quiet,
-            observer=self._observer,
+            on_event=self._on_event,
         )
         return self._prepared
 
@@ -523,16 +521,25 @@ class Search:
             seed=seed,
         )
 
-    def _measurer(self, tools: Prepared) -> Measurer:
-        return Measurer(
-            self._model,
-            tools.makers,
-            self._storage.records,
-            self._name,
-            max_new_tokens=self._settings.max_new_tokens,
-            quiet=self._quiet,
-            observer=self._observer,
-        )
+    def _measure(
+        self,
+        trial: int,
+        candidate: Candidate,
+        policy: Policy,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        prompt_set: PromptSet,
+    ) -> Iterator[Measurement]:
+        """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
+        assert self._prepared is not None
+        self._on_event(PromptMeasured(0, len(prompts), trial))
+        drafter = self._prepared.makers.drafter(candidate, policy)
+        plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
+        records = self._storage.records
+        for number, measured in enumerate(measure_drafter(self._model, drafter, plan, self._quiet), start=1):
+            records.add(_record(measured, self._name, trial, prompt_set))
+            self._on_event(PromptMeasured(number, len(prompts), trial))
+            yield measured
 
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
@@ -541,12 +548,9 @@ class Search:
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
-        measurer, candidate = self._measurer(self._prepared), self._space.candidate(trial.params)
-        with self._quiet.exclusive():
-            measured = measurer.measurements(
-                trial.number, candidate, policy_of(trial), self._prompts.held_out, "held-out"
-            )
-            return Finalist(trial, summarize(list(measured)), "held-out")
+        candidate, policy = self._space.candidate(trial.params), policy_of(trial)
+        measured = self._measure(trial.number, candidate, policy, self._prompts.held_out, prompt_set="held-out")
+        return Finalist(trial, summarize(list(measured)), "held-out")
 
     def _profile(self, best: Finalist) -> DraftProfile:
         assert self._prepared is not None
@@ -571,6 +575,22 @@ def progress_of(study: HasTrials) -> Progress:
         measured=len(measured_trials(study)),
         best=speedup_of(best[0]) if best else None,
         basis=basis_of(best[0]) if best else "predicted",
+    )
+
+
+def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
+    return MeasurementRecord(
+        study=study,
+        trial=trial,
+        prompt=measured.prompt,
+        prompt_set=prompt_set,
+        plain_seconds=measured.plain_seconds,
+        draft_seconds=measured.draft_seconds,
+        tokens=measured.tokens,
+        draft_tokens=measured.draft_tokens,
+        drafted=measured.drafted,
+        accepted=measured.accepted,
+        near_tie=measured.near_tie,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerskip.errors import InvalidInputError
-from search.samplers import SAMPLERS
 
+SAMPLERS = ("tpe", "greybox", "gp", "nsga2", "random")
 # Optuna's samplers take seeds below this.
 SEEDS = 2**32
 

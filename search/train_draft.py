@@ -23,6 +23,7 @@ from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
+from layerskip.target_texts import TargetText
 from layerskip.training import (
     Agreement,
     DataSettings,
@@ -31,11 +32,11 @@ from layerskip.training import (
     Loss,
     PromptSource,
     SelfWrittenPrompts,
-    Shards,
     TrainableDraft,
     Trained,
     TrainingSettings,
-    TuningData,
+    TrainingTexts,
+    TrainingTextWriter,
     train,
     trainable_bridge,
     trainable_heads,
@@ -46,16 +47,27 @@ from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_
 from layerskip.utils import cache_write_errors, device_name, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
+from search.callbacks import (
+    Evaluated,
+    OnEvent,
+    PhaseStarted,
+    PolicyChosen,
+    PromptMeasured,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
+    ignore,
+)
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 from search.replay import Prediction, RoundCosts, replay
 from search.search import measured_part
-from search.space import Policy, SearchSpace
+from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
 
@@ -77,7 +89,7 @@ class ReplayGround:
         limit: Most new tokens of a generation.
     """
 
-    texts: Sequence[ReferenceText]
+    texts: Sequence[TargetText]
     space: SearchSpace
     latency: LatencyModel
     costs: DraftSeconds | None
@@ -99,7 +111,7 @@ class TunedDraft(Protocol):
     @property
     def skip_set(self) -> SkipSet: ...
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         """What to train, as it is before."""
 
     def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
@@ -144,7 +156,7 @@ class AboveExit:
     def skip_set(self) -> SkipSet:
         return early_exit(self._model.num_layers, self._start // 2)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         if self._kind == "layer":
             # The top one knows best what the head expects.
             top = self._model.num_layers - 1
@@ -152,9 +164,9 @@ class AboveExit:
         before: list[Tensor] = []
         after: list[Tensor] = []
         share = max(shards.positions // _BRIDGE_POSITIONS, 1)
-        for text in shards.learned(shards.paths):
-            before.append(text.before[text.asked][::share])
-            after.append(text.after[text.asked][::share])
+        for text in shards.learned():
+            before.append(text.states[0, text.asked][::share])
+            after.append(text.states[1, text.asked][::share])
         below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
         return trainable_bridge(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
 
@@ -203,7 +215,7 @@ class TunedHeads:
     def skip_set(self) -> SkipSet:
         return SkipSet(self._model.num_layers)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         size = int(self._model.config.hidden_size)
         if self._kind == "hydra++":
             heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
@@ -277,7 +289,7 @@ def exit_of(skip_set: SkipSet) -> int:
 
 
 @torch.inference_mode()
-def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+def trace_of(model: LayerSkipModel, stack: Stack, text: TargetText) -> Trace:
     """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
 
     Args:
@@ -394,34 +406,6 @@ class Tuned:
     interrupted: bool
 
 
-class TuningObserver:
-    """Told how tuning goes. Does nothing; override what you want to know."""
-
-    def texts_begin(self, positions: int) -> None:
-        """The model will write until there are so many positions to draft at; what was written earlier counts."""
-
-    def text_written(self, positions: int) -> None:
-        """There are so many."""
-
-    def training_begins(self, positions: int, vocabulary: int) -> None:
-        """There are texts, and the draft scores so many tokens."""
-
-    def looked(self, look: EvalResult, ideal: float) -> None:
-        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
-
-    def training_ended(self, trained: Trained) -> None:
-        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
-
-    def costs_begin(self) -> None:
-        """What the parts of a step cost will be measured."""
-
-    def exit_chosen(self, policy: Policy, predicted: float) -> None:
-        """Replay chose when drafts end."""
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        """``number`` of ``total`` held-out prompts were decoded both ways."""
-
-
 class Tuning:
     """Makes a profile of a trained draft.
 
@@ -434,7 +418,7 @@ class Tuning:
             prompts that the model writes itself.
         settings: What to train and how.
         folder: Where texts, trainings and references are kept.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
@@ -450,13 +434,13 @@ class Tuning:
         *,
         given: bool,
         folder: Path,
-        observer: TuningObserver,
+        on_event: OnEvent = ignore,
     ) -> None:
         self._model = model
         self._identity = identity
         self._settings = settings
         self._folder = folder
-        self._observer = observer
+        self._on_event = on_event
         # Texts to train heads with are those that are kept for a stand-in above the usual exit.
         exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
         self._draft = _draft(model, settings, exit_after)
@@ -475,7 +459,7 @@ class Tuning:
             temperature=_AGAIN_TEMPERATURE if given else 0.0,
             seed=settings.seed,
         )
-        self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
+        self._data = TrainingTextWriter(model, source, data_settings, folder, identity.fingerprint)
 
     def run(self) -> Tuned:
         """Write, train, choose and measure.
@@ -483,18 +467,18 @@ class Tuning:
         Raises:
             LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
         """
-        self._observer.texts_begin(self._settings.positions)
-        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        self._on_event(PhaseStarted("texts", self._settings.positions))
+        shards = self._data.collect(self._settings.positions, lambda positions: self._on_event(TextsWritten(positions)))
         ids = self._vocabulary(shards)
-        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        self._on_event(TrainingStarted(shards.positions, self._model.vocab_size if ids is None else len(ids)))
         learner = self._draft.learner(shards)
         ideal = self._draft.ideal(learner, ids)
 
         def observe(look: EvalResult) -> None:
-            self._observer.looked(look, ideal(look.agreement))
+            self._on_event(Evaluated(look, ideal(look.agreement)))
 
         trained = self._trained(learner, shards, ids, observe)
-        self._observer.training_ended(trained)
+        self._on_event(TrainingEnded(trained))
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
@@ -510,23 +494,23 @@ class Tuning:
             trained.interrupted,
         )
 
-    def _vocabulary(self, shards: Shards) -> Tensor | None:
+    def _vocabulary(self, shards: TrainingTexts) -> Tensor | None:
         size = self._settings.vocabulary
         if size is None:
             size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
         return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
 
     def _trained(
-        self, learner: TrainableDraft, shards: Shards, ids: Tensor | None, observe: Callable[[EvalResult], None]
+        self, learner: TrainableDraft, shards: TrainingTexts, ids: Tensor | None, observe: Callable[[EvalResult], None]
     ) -> Trained:
-        with cache_write_errors(self._data.folder, "the training"):
+        with cache_write_errors(shards.store.folder, "the training"):
             trained = train(
                 self._model,
                 learner,
                 shards,
                 self._settings.training,
                 token_ids=ids,
-                folder=self._data.folder,
+                folder=shards.store.folder,
                 observe=observe,
             )
         # In two bytes a number: half the file, and what a draft is off by changes no output.
@@ -553,11 +537,10 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
-        self._observer.exit_chosen(best.policy, best.speedup)
+        self._on_event(PolicyChosen(best.policy, best.speedup))
         profile = profile.model_copy(update=vars(best.policy))
         profile = profile.with_assets(assets)
-        with quiet.exclusive():
-            summary = self._measured(profile)
+        summary = self._measured(profile, quiet)
         measured = measured_part(
             summary,
             "held-out",
@@ -567,24 +550,23 @@ class Tuning:
         )
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
-    def _best_policy(self, assets: DraftWeights, texts: Sequence[ReferenceText], quiet: MachineLock) -> Prediction:
+    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
-        self._observer.costs_begin()
+        self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
             latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
         ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 
-    def _measured(self, profile: DraftProfile) -> Summary:
-        limit = self._settings.max_new_tokens
+    def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
-        warm_up(self._model, drafter, self._measuring, max_new_tokens=limit)
-        done: list[PromptMeasurement] = []
-        for number, prompt in enumerate(self._measuring, start=1):
-            plain_first = number % 2 == 1
-            done.append(measure_prompt(self._model, prompt, drafter, max_new_tokens=limit, plain_first=plain_first))
-            self._observer.prompt_measured(number, len(self._measuring))
-        return summarize(done)
+        plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
+        measurements: list[Measurement] = []
+        self._on_event(PromptMeasured(0, len(plan.prompts)))
+        for measurement in measure_drafter(self._model, drafter, plan, lock):
+            measurements.append(measurement)
+            self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
+        return summarize(measurements)
 
 
 def _draft(model: LayerSkipModel, settings: TuningSettings, exit_after: int) -> TunedDraft:

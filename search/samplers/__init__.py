@@ -2,12 +2,11 @@
 
 from search.samplers.choices import Draft, DraftChoices
 from search.samplers.greybox import GreyBoxSampler
-from search.samplers.named import SAMPLERS, make_sampler
+from search.samplers.named import make_sampler
 from search.samplers.no_repeats import NoRepeats
 from search.samplers.speedup import DraftCosts, SpeedupFormula
 
 __all__ = [
-    "SAMPLERS",
     "Draft",
     "DraftChoices",
     "DraftCosts",

@@ -12,6 +12,7 @@ from layerskip.errors import InvalidInputError
 from search.samplers.choices import DraftChoices
 from search.samplers.greybox import GreyBoxSampler
 from search.samplers.speedup import DraftCosts
+from search.settings import SAMPLERS
 
 # Warm starts give samplers enough to go by; random skip sets leave out half of the model and teach little.
 _RANDOM_TRIALS = 5
@@ -25,8 +26,6 @@ _BLACK_BOXES: dict[str, Callable[[int | None], BaseSampler]] = {
     "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=_POPULATION),
     "random": lambda seed: RandomSampler(seed),
 }
-
-SAMPLERS = ("greybox", *_BLACK_BOXES)
 
 
 def make_sampler(

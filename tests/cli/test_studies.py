@@ -69,7 +69,7 @@ def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(la
     done = layerskip("studies", "show", "s")
     assert (done.status, done.err) == (0, "")
     assert "model     makers/tiny (float32 on " in done.out
-    assert "prompts   1 a measurement, at most 4 tokens each" in done.out
+    assert "prompts   1 per measurement, at most 4 tokens each" in done.out
     [header] = [line for line in done.out.splitlines() if "basis" in line]
     assert header.split() == ["trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft"]
     for trial in (first, last):
@@ -141,12 +141,13 @@ def dashboard_process():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
         try:
-            assert process.stderr.readline() == f"dashboard on http://127.0.0.1:{port}/; Ctrl-C ends it\n"
+            assert process.stderr.readline() == f"dashboard on http://127.0.0.1:{port}/; Ctrl-C stops it\n"
             yield process, port
         finally:
             process.kill()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_dashboard_says_where_it_is_serves_the_study_and_ends_with_ctrl_c(searched):
     with dashboard_process() as (process, port):
         readable, *_ = select.select([process.stdout], [], [], 20)
@@ -163,6 +164,7 @@ def test_the_dashboard_says_where_it_is_serves_the_study_and_ends_with_ctrl_c(se
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_dashboard_in_the_middle_of_a_request_too(searched):
     with dashboard_process() as (process, port), socket.create_connection(("127.0.0.1", port)) as request:
         request.sendall(b"POST /api/studies HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")

@@ -12,6 +12,7 @@ from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import with_prompt_lookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.sublayers import DraftLayerStep
+from layerskip.target_texts import batch_generate
 from layerskip.token_tree import TokenTree, widths_of
 from search.acceptance import LAST_RANK
 from search.copying import copies_along, settings_of_ngrams
@@ -25,7 +26,7 @@ from search.head_replay import (
     replay_heads,
     trace_heads,
 )
-from search.reference import batch_generate, record
+from search.reference import record
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, random_heads, random_prefix
 from tests.strategies import bushes

@@ -12,9 +12,10 @@ from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.engine import PassCosts
+from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
-from search.reference import batch_generate, record
+from search.reference import record
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Policy, SearchSpace
 from tests.models import LAYERS, tiny_llama

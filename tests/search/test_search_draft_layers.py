@@ -10,7 +10,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import identify
 from search.draft_layers import trained_draft_layers
 from search.objective import SOURCE_KEY
-from search.samplers import SAMPLERS
+from search.settings import SAMPLERS
 from search.space import Candidate, SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of

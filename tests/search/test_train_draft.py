@@ -7,9 +7,10 @@ from layerskip import FixedLength, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
+from layerskip.target_texts import batch_generate
 from search.head_replay import DraftSeconds
 from search.latency import measure_latency
-from search.reference import batch_generate, record
+from search.reference import record
 from search.space import SearchSpace
 from search.train_draft import AboveExit, ReplayGround, TunedHeads, early_exit, exit_of, space_for, trace_of
 from tests.models import LAYERS, random_heads, random_layers

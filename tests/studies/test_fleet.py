@@ -148,6 +148,7 @@ def test_a_heartbeat_does_not_wait_for_a_server_that_is_away(postgresql, postgre
         postgresql.start()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url):
     """Well within the two minutes that each operation would be retried for, or this test times out."""
     storage = open_storage(postgresql_url, heartbeat_seconds=1)

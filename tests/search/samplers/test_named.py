@@ -6,7 +6,8 @@ import optuna
 import pytest
 
 from layerskip.errors import InvalidInputError
-from search.samplers import SAMPLERS, DraftChoices, make_sampler
+from search.samplers import DraftChoices, make_sampler
+from search.settings import SAMPLERS
 from tests.search.samplers.problems import acceptance_by, bits, even_costs, run
 
 CHOICES = DraftChoices(bits(4), bridges=True, vocabularies=(0, 8))
@@ -38,4 +39,4 @@ def test_a_seed_is_not_needed(name):
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(InvalidInputError) as caught:
         made("annealing")
-    assert str(caught.value) == "sampler: expected one of greybox, tpe, gp, nsga2, random, got 'annealing'"
+    assert str(caught.value) == "sampler: expected one of tpe, greybox, gp, nsga2, random, got 'annealing'"

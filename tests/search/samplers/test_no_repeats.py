@@ -3,7 +3,8 @@
 import optuna
 import pytest
 
-from search.samplers import SAMPLERS, Draft, DraftChoices, NoRepeats, make_sampler
+from search.samplers import Draft, DraftChoices, NoRepeats, make_sampler
+from search.settings import SAMPLERS
 from tests.search.samplers.problems import ALL_KINDS, acceptance_by, bits, even_costs
 
 DAMAGES = (0.01, 0.9, 0.02, 1.5, 0.03, 0.4)
