@@ -38,6 +38,7 @@ from rich.table import Table
 from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
 from search.callbacks import ignore
@@ -132,7 +133,7 @@ class PlantedProblem:
     def search(self, sampler: str, *, warm: bool, trials: int, seed: int) -> list[float]:
         """Predicted speedups in the order in which a search came upon them; 0 for candidates that it gave up."""
         search = Search(
-            self.model,
+            EagerEngine(self.model),
             self._identity,
             self._prompts,
             cast(ReconnectingStorage, _InMemory()),
@@ -151,7 +152,7 @@ class PlantedProblem:
         self._give_costs(study)
         settings = self._settings()
         return prepare(
-            self.model,
+            EagerEngine(self.model),
             self._identity.fingerprint,
             SearchPrompts.of(self._prompts, settings),
             self.space,

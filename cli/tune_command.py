@@ -109,7 +109,7 @@ def tune(
     try:
         with TuningProgress() as progress:
             tuned = Tuning(
-                given.model,
+                given.engine,
                 given.tokenizer,
                 given.identity,
                 given.split,

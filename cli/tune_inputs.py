@@ -14,8 +14,9 @@ from cli.common import (
     check_writable,
     stderr,
 )
-from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from layerskip import DraftProfile, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.engine import Engine
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.tokenizer import read_prompts
 from layerskip.training import Agreement, EvalResult
@@ -30,7 +31,7 @@ from search.callbacks import (
     TrainingEnded,
     TrainingStarted,
 )
-from search.loading import wrapped
+from search.loading import engine_of
 from search.prompts import PromptSplit, built_in_prompts, split_prompts
 from search.train_draft import TuningSettings, exit_of
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 class TuneInputs:
     """What was named on the command line."""
 
-    model: LayerSkipModel
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     identity: ModelIdentity
     split: PromptSplit
@@ -86,7 +87,8 @@ def opened(
     name = profile.model.id if profile else source
     stderr.print(f"loading {name}")
     checkpoint = load_checkpoint(name, device=device, dtype=dtype)
-    model = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    model = runner.model
     if profile is not None:
         profile.check(model)
     split = split_prompts(
@@ -95,7 +97,7 @@ def opened(
         max_new_tokens=max(settings.max_new_tokens, settings.answer_tokens if prompts else 0),
         context_length=model.context_length,
     )
-    return TuneInputs(model, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
+    return TuneInputs(runner, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
 
 
 def _vocabulary(profile: DraftProfile) -> int | None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -217,7 +217,7 @@ class Prepared:
 
 
 def prepare(
-    model: LayerSkipModel,
+    engine: Engine,
     fingerprint: str,
     prompts: SearchPrompts,
     space: SearchSpace,
@@ -232,7 +232,7 @@ def prepare(
     """Make the reference run and measure the parts of a step, or take those that an earlier search made.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         fingerprint: Of its weights.
         prompts: Who decodes what.
         space: What candidates are made of.
@@ -246,27 +246,27 @@ def prepare(
     Raises:
         LayerSkipError: The reference run cannot be kept.
     """
-    length = settings.max_new_tokens
+    model, length = engine.model, settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
         run = ReferenceRun(model, folder, fingerprint)
         on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
         on_event(ReferenceReady(run.found))
-    latency = _latency(model, space, study, quiet, on_event)
-    predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
+    latency = _latency(engine, space, study, quiet, on_event)
+    predictor = SpeedupPredictor(engine, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
 
 
 def _latency(
-    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
+    engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
 ) -> LatencyModel:
     try:
         return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
     except (KeyError, ValidationError):  # the study is new, or kept another form
         on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(model, space)
+        latency = measure_latency(engine, space)
     study.set_user_attr(LATENCY_KEY, latency.as_json())
     return latency
 
@@ -328,7 +328,7 @@ class Search:
     """Finds a draft for a model, and goes on where an earlier search of the same study stopped.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         identity: Its identity.
         prompts: What to decode.
         storage: Where the study lives.
@@ -350,7 +350,7 @@ class Search:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         identity: ModelIdentity,
         prompts: PromptSplit,
         storage: ReconnectingStorage,
@@ -367,7 +367,8 @@ class Search:
     ) -> None:
         if study_name is not None and not study_name.strip():
             raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-        self._model = model
+        model = engine.model
+        self._engine = engine
         self._identity = identity
         self._storage = storage
         self._settings = settings
@@ -391,7 +392,7 @@ class Search:
             model=identity.id,
             fingerprint=identity.fingerprint,
             dtype=_dtype_name(model),
-            device=_device_name(model),
+            device=_device_name(engine),
             prompts=prompts.fingerprint,
             max_new_tokens=settings.max_new_tokens,
             prompts_per_trial=len(self._prompts.measured),
@@ -461,7 +462,7 @@ class Search:
         callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
-            alone = SingleSublayerAcceptance(self._model, tools.estimator)
+            alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
             starts = WarmStartPlan(
                 warm_starts(self._space, alone, tools.estimator, tools.latency),
                 alone,
@@ -487,7 +488,7 @@ class Search:
 
     def _prepare(self, study: optuna.Study) -> Prepared:
         self._prepared = prepare(
-            self._model,
+            self._engine,
             self._identity.fingerprint,
             self._prompts,
             self._space,
@@ -508,7 +509,7 @@ class Search:
         exits = tuple(one.start for one in space.stand_ins)
         choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
         context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs, space.stand_ins)
+        costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs, space.stand_ins)
         return NoRepeats(
             make_sampler(
                 self._settings.sampler,
@@ -536,7 +537,7 @@ class Search:
         drafter = self._prepared.makers.drafter(candidate, policy)
         plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
         records = self._storage.records
-        for number, measured in enumerate(measure_drafter(self._model, drafter, plan, self._quiet), start=1):
+        for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
             records.add(_record(measured, self._name, trial, prompt_set))
             self._on_event(PromptMeasured(number, len(prompts), trial))
             yield measured
@@ -594,11 +595,11 @@ def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet
     )
 
 
-def _device_name(model: LayerSkipModel) -> str:
+def _device_name(engine: Engine) -> str:
     """The device, and how passes run there if it is not the usual way."""
-    ways = [device_name(model.device)]
-    ways += [model.engine.name] * (model.engine.name != EagerEngine.name)
-    ways += ["compiled"] * model.compiled
+    ways = [device_name(engine.model.device)]
+    ways += [engine.name] * (engine.name != EagerEngine.name)
+    ways += ["compiled"] * engine.model.compiled
     return ", ".join(ways)
 
 

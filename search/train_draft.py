@@ -17,6 +17,7 @@ from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -82,6 +83,7 @@ class ReplayGround:
     """What policies are replayed on.
 
     Args:
+        engine: Runs the passes of the model.
         texts: What the target model wrote.
         space: The policies to try.
         latency: What parts of the stack cost.
@@ -89,6 +91,7 @@ class ReplayGround:
         limit: Most new tokens of a generation.
     """
 
+    engine: Engine
     texts: Sequence[TargetText]
     space: SearchSpace
     latency: LatencyModel
@@ -123,7 +126,7 @@ class TunedDraft(Protocol):
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         """
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
@@ -177,7 +180,7 @@ class AboveExit:
         costs = [cost * length for length in range(1, LONGEST + 1)]
         return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         return None
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
@@ -185,7 +188,7 @@ class AboveExit:
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
+        rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
         best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
         if not space.ngrams:
             return best
@@ -229,8 +232,8 @@ class TunedHeads:
         costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
-        return measure_drafts(self._model, assets)
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
+        return measure_drafts(engine, assets)
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
         heads = assets.heads
@@ -240,7 +243,7 @@ class TunedHeads:
         prefix = assets.prefix(self._model)
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
+        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
         if not space.ngrams:
             return best
@@ -410,7 +413,7 @@ class Tuning:
     """Makes a profile of a trained draft.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         tokenizer: Its tokenizer.
         identity: What it is.
         split: Prompts: ``search`` for choosing the draft exit, ``held_out`` for the figures.
@@ -426,7 +429,7 @@ class Tuning:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         identity: ModelIdentity,
         split: PromptSplit,
@@ -436,7 +439,8 @@ class Tuning:
         folder: Path,
         on_event: OnEvent = ignore,
     ) -> None:
-        self._model = model
+        model = engine.model
+        self._engine, self._model = engine, model
         self._identity = identity
         self._settings = settings
         self._folder = folder
@@ -554,8 +558,8 @@ class Tuning:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
-        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, assets)
+        ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 
     def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
@@ -563,7 +567,7 @@ class Tuning:
         plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
         measurements: list[Measurement] = []
         self._on_event(PromptMeasured(0, len(plan.prompts)))
-        for measurement in measure_drafter(self._model, drafter, plan, lock):
+        for measurement in measure_drafter(self._engine, drafter, plan, lock):
             measurements.append(measurement)
             self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)

@@ -31,7 +31,7 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
         log = _Log(space_of(task.model))
         with tempfile.TemporaryDirectory() as folder:
             run = Search(
-                task.model,
+                task.engine,
                 identify(task.model, "benchmark"),
                 PromptSplit((*task.prompts.scored, *task.prompts.fitted), task.prompts.held_out),
                 open_storage(f"sqlite:///{folder}/studies.db"),

@@ -13,6 +13,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
@@ -29,7 +30,9 @@ def searched(wrapped, elsewhere):
     """A study of two candidates and no measurement in the default storage."""
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    return Search(wrapped, identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s").run()
+    return Search(
+        EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s"
+    ).run()
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):

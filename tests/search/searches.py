@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip.engine import PassCosts
+from layerskip.engine import EagerEngine, PassCosts
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
 from search.latency import CostsBehind, LatencyModel, StepCosts
@@ -38,9 +38,10 @@ _OWN = ("study_name", "on_event", "space", "stand_ins", "folder", "helpers")
 
 def small_search(model, storage, *, prompts=None, **named):
     """A search of three trials that takes a fraction of a second on a tiny model; it measures finalists alone."""
+    engine = named.pop("engine", None) or EagerEngine(model)
     own = {name: named.pop(name) for name in _OWN if name in named}
     settings = SearchSettings(**QUICK | named)
-    return Search(model, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
+    return Search(engine, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
 
 
 def costs_behind(context, *, scale=1.0, vocabularies=(0,)):

@@ -15,8 +15,7 @@ import search.search as study_module
 import search.space as space_module
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
-from layerskip.engine import GraphEngine
-from layerskip.engine.cuda_graphs import call_directly
+from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
 from search.callbacks import (
@@ -46,6 +45,7 @@ from studies.ranking import (
 )
 from studies.storage import open_storage
 from studies.study import load_study
+from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, tiny_gemma2, tiny_llama, transformers_greedy
 from tests.search.searches import (
     MODEL_ID,
@@ -545,7 +545,9 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
 def test_a_model_under_another_id_may_go_on(llama, storage):
     small_search(llama, storage, trials=1, study_name="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(llama, identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s")
+    moved = Search(
+        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
+    )
     assert moved.run().trials == 2
 
 
@@ -766,8 +768,8 @@ def test_the_largest_seed_can_be_gone_on_with(llama, storage):
 def test_a_study_belongs_to_an_engine(storage):
     model = LayerSkipModel(tiny_llama())
     eager = small_search(model, storage, trials=1).run()
-    model.engine = GraphEngine(model, call_directly)
-    captured = small_search(model, storage, trials=1).run()
+    engine = GraphEngine(model, call_directly)
+    captured = small_search(model, storage, engine=engine, trials=1).run()
     assert captured.study != eager.study
     assert captured.profile.measured.device == f"{eager.profile.measured.device}, cuda-graphs"
 

@@ -22,7 +22,7 @@ from studies.ranking import candidate_key, measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
-from tests.search.loaders import STARTS, broken_model, no_model, other_model, quick_model, slow_model
+from tests.search.loaders import STARTS, broken_engine, no_engine, other_engine, quick_engine, slow_engine
 from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
 from tests.trained import layer_profile
 
@@ -42,7 +42,7 @@ def search_with(database, tmp_path):
     failures = []
 
     def make(*loaders, tuned=(), **named):
-        model = quick_model()
+        model = quick_engine().model
         profiles = partial(load_profiles, tuned, "cpu", "float32")
         stand_ins = trained_draft_layers(profiles(), model)
         space = SearchSpace(LAYERS, stand_ins=tuple(one.name for one in stand_ins))
@@ -98,7 +98,7 @@ def begun(database):
 
 def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_other_s_way(search_with, database, capfd):
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_model, quick_model, measuring_share=0.3, on_event=log)
+    search, failures = search_with(quick_engine, quick_engine, measuring_share=0.3, on_event=log)
     result = search.run()
     assert failures == []
     study = the_study(database)
@@ -118,9 +118,9 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
 
 def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_with, database, tmp_path):
     file = str(tmp_path / "tuned.json")
-    layer_profile(quick_model(), start=4).save(file)
+    layer_profile(quick_engine().model, start=4).save(file)
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_model, tuned=[file], trials=16, on_event=log)
+    search, failures = search_with(quick_engine, tuned=[file], trials=16, on_event=log)
     result = search.run()
     assert failures == []
     assert 16 <= result.trials <= 17
@@ -130,7 +130,7 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
-    search, failures = search_with(no_model, broken_model, other_model, trials=STARTS + 2)
+    search, failures = search_with(no_engine, broken_engine, other_engine, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
     (one, is_disconnect), (two, broken), (three, differs) = failures
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    search, failures = search_with(partial(slow_model, str(told)), partial(slow_model, str(told)))
+    search, failures = search_with(partial(slow_engine, str(told)), partial(slow_engine, str(told)))
     monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
@@ -167,7 +167,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
 
 
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
-    work = Work(partial(slow_model, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
+    work = Work(partial(slow_engine, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
     workers = Workers([work], lambda *_: pytest.fail("not its fault"))
     with workers:
         [(process, _)] = workers._running
@@ -181,6 +181,6 @@ def test_a_search_without_other_workers_starts_no_process():
 
 
 def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
-    search, failures = search_with(quick_model, on_event=CtrlC(TrialFinished))
+    search, failures = search_with(quick_engine, on_event=CtrlC(TrialFinished))
     result = search.run()
     assert (result.interrupted, failures) == (True, [])
