@@ -139,7 +139,7 @@ class TuningProgress(TuningObserver):
         self._show(look.progress, f"{100 * look.agreement.top[1]:.1f} %{left}")
 
     def training_ended(self, trained: Trained) -> None:
-        progress = trained.looks[-1].progress
+        progress = trained.evaluations[-1].progress
         if progress < 1 and not trained.interrupted:
             self._say(f"training ends at {100 * progress:.0f} %: the last looks gained nothing; the best state is kept")
 
