@@ -37,9 +37,10 @@ from rich.table import Table
 from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.callbacks import SearchObserver
+from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
@@ -121,7 +122,7 @@ class PlantedProblem:
     def search(self, sampler: str, *, warm: bool, trials: int, seed: int) -> list[float]:
         """Predicted speedups in the order in which a search came upon them; 0 for candidates that it gave up."""
         search = Search(
-            self.model,
+            EagerEngine(self.model),
             self._identity,
             self._prompts,
             _InMemory(),
@@ -140,7 +141,7 @@ class PlantedProblem:
         self._give_costs(study)
         settings = self._settings()
         return prepare(
-            self.model,
+            EagerEngine(self.model),
             self._identity.fingerprint,
             SearchPrompts.of(self._prompts, settings),
             self.space,
@@ -148,7 +149,7 @@ class PlantedProblem:
             study,
             folder=self._folder,
             quiet=MachineLock(self._folder, self.model.device),
-            observer=SearchObserver(),
+            on_event=ignore,
         )
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:

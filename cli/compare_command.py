@@ -114,7 +114,7 @@ def _compared(
         transformers_methods,
         usable_methods,
     )
-    from search.loading import wrapped
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
     from search.prompts import prompts_to_measure
@@ -124,9 +124,10 @@ def _compared(
     own_prompts = read_prompts(prompts) if prompts else None
     given = named_profiles(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
-    layers = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    layers = runner.model
     taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    methods = layerskip_methods(layers, taking_part, combine=combine)
+    methods = layerskip_methods(runner, taking_part, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
         theirs, left_out = transformers_methods(layers, taking_part)
@@ -142,7 +143,7 @@ def _compared(
         model=source,
         device=device_name(layers.device),
         dtype=str(layers.dtype).removeprefix("torch."),
-        engine=layers.engine.name,
+        engine=runner.name,
         versions=library_versions(),
         repeats=repeats,
         max_new_tokens=max_new_tokens,

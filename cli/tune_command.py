@@ -109,14 +109,14 @@ def tune(
     try:
         with TuningProgress() as progress:
             tuned = Tuning(
-                given.model,
+                given.engine,
                 given.tokenizer,
                 given.identity,
                 given.split,
                 given.settings,
                 given=prompts is not None,
                 folder=given.folder,
-                observer=progress,
+                on_event=progress,
             ).run()
     except KeyboardInterrupt:
         stderr.print("texts and training are kept, and no profile was written; the same command goes on")

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
 from search.builder import DraftBuilder
@@ -55,7 +55,7 @@ class SpeedupPredictor:
     """Foretells speedups.
 
     Args:
-        model: The model; verification chooses its width by its engine's costs.
+        engine: Runs verification, whose width it chooses by its costs.
         space: The search space, with the policies to replay.
         makers: Makes drafts' bridges and vocabularies.
         estimator: Gives drafts' traces.
@@ -65,7 +65,7 @@ class SpeedupPredictor:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         space: SearchSpace,
         makers: DraftBuilder,
         estimator: AcceptanceTracer,
@@ -73,7 +73,7 @@ class SpeedupPredictor:
         *,
         max_new_tokens: int,
     ) -> None:
-        self._model = model
+        self._engine = engine
         self._makers = makers
         self._estimator = estimator
         self._latency = latency
@@ -94,7 +94,7 @@ class SpeedupPredictor:
         parts = self._estimator.traces(stack)
         while True:
             traces += next(parts)
-            costs = RoundCosts.of(self._latency, stack, self._model, traces, self._space.most_drafted)
+            costs = RoundCosts.of(self._latency, stack, self._engine, traces, self._space.most_drafted)
             policies = [*self._chains, *branching_policies(traces, self._space)]
             prediction = replay(traces, policies, costs, limit=self._limit)
             if self._copies:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -27,7 +27,17 @@ from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
 from layerskip.utils import device_name, library_versions
 from search.acceptance import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
-from search.callbacks import Progress, SearchObserver
+from search.callbacks import (
+    FinalistMeasured,
+    OnEvent,
+    PhaseStarted,
+    Progress,
+    PromptMeasured,
+    ReferenceReady,
+    StudyOpened,
+    TrialFinished,
+    ignore,
+)
 from search.draft_layers import TrainedDraftLayer
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
@@ -207,7 +217,7 @@ class Prepared:
 
 
 def prepare(
-    model: LayerSkipModel,
+    engine: Engine,
     fingerprint: str,
     prompts: SearchPrompts,
     space: SearchSpace,
@@ -217,12 +227,12 @@ def prepare(
     stand_ins: Sequence[TrainedDraftLayer] = (),
     folder: Path,
     quiet: MachineLock,
-    observer: SearchObserver,
+    on_event: OnEvent,
 ) -> Prepared:
     """Make the reference run and measure the parts of a step, or take those that an earlier search made.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         fingerprint: Of its weights.
         prompts: Who decodes what.
         space: What candidates are made of.
@@ -231,32 +241,32 @@ def prepare(
         stand_ins: Trained ones that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         LayerSkipError: The reference run cannot be kept.
     """
-    length = settings.max_new_tokens
+    model, length = engine.model, settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
         run = ReferenceRun(model, folder, fingerprint)
-        observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
+        on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
-        observer.reference_ready(run.found)
-    latency = _latency(model, space, study, quiet, observer)
-    predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
+        on_event(ReferenceReady(run.found))
+    latency = _latency(engine, space, study, quiet, on_event)
+    predictor = SpeedupPredictor(engine, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
 
 
 def _latency(
-    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, observer: SearchObserver
+    engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
 ) -> LatencyModel:
     try:
         return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
     except (KeyError, ValidationError):  # the study is new, or kept another form
-        observer.costs_begin()
+        on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(model, space)
+        latency = measure_latency(engine, space)
     study.set_user_attr(LATENCY_KEY, latency.as_json())
     return latency
 
@@ -318,7 +328,7 @@ class Search:
     """Finds a draft for a model, and goes on where an earlier search of the same study stopped.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         identity: Its identity.
         prompts: What to decode.
         storage: Where the study lives.
@@ -327,7 +337,7 @@ class Search:
         stand_ins: The trained ones that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
-        observer: Told how it goes.
+        on_event: Called with what happens.
         folder: Where reference runs are kept; None is :func:`layerskip.checkpoints.cache_folder`.
         ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
         number: Of this worker, where several work on one study; 0 plans what is measured.
@@ -340,7 +350,7 @@ class Search:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         identity: ModelIdentity,
         prompts: PromptSplit,
         storage: BaseStorage,
@@ -349,7 +359,7 @@ class Search:
         space: SearchSpace | None = None,
         stand_ins: Sequence[TrainedDraftLayer] = (),
         study_name: str | None = None,
-        observer: SearchObserver | None = None,
+        on_event: OnEvent = ignore,
         folder: Path | None = None,
         ends: float | None = None,
         number: int = 0,
@@ -357,11 +367,12 @@ class Search:
     ) -> None:
         if study_name is not None and not study_name.strip():
             raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-        self._model = model
+        model = engine.model
+        self._engine = engine
         self._identity = identity
         self._storage = storage
         self._settings = settings
-        self._observer = observer or SearchObserver()
+        self._on_event = on_event
         self._prompts = SearchPrompts.of(prompts, settings)
         names = tuple(one.name for one in stand_ins)
         self._space = space or SearchSpace(model.num_layers, stand_ins=names)
@@ -381,7 +392,7 @@ class Search:
             model=identity.id,
             fingerprint=identity.fingerprint,
             dtype=_dtype_name(model),
-            device=_device_name(model),
+            device=_device_name(engine),
             prompts=prompts.fingerprint,
             max_new_tokens=settings.max_new_tokens,
             prompts_per_trial=len(self._prompts.measured),
@@ -405,10 +416,10 @@ class Search:
         try:
             self.explore(study)
             chosen = finalists(study, self._settings.finalists)
-            self._observer.finalists_chosen(len(chosen))
+            self._on_event(PhaseStarted("finalists", len(chosen)))
             for trial in chosen:
                 decided.append(self._measure_finalist(trial))
-                self._observer.finalist_measured(len(decided), trial, decided[-1].summary.speedup)
+                self._on_event(FinalistMeasured(len(decided), trial, decided[-1].summary.speedup))
         except KeyboardInterrupt:
             interrupted = True
         so_far = max(fully_measured_trials(study), key=speedup_of, default=None)
@@ -429,7 +440,7 @@ class Search:
         """
         objectives = 2 if self._settings.pareto else 1
         study = open_study(self._storage, self._name, self._context, objectives=objectives)
-        self._observer.study_opened(study.study_name, progress_of(study))
+        self._on_event(StudyOpened(study.study_name, progress_of(study)))
         return study
 
     def explore(self, study: optuna.Study) -> None:
@@ -451,7 +462,7 @@ class Search:
         callbacks = [self._report]
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
-            alone = SingleSublayerAcceptance(self._model, tools.estimator)
+            alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
             starts = WarmStartPlan(
                 warm_starts(self._space, alone, tools.estimator, tools.latency),
                 alone,
@@ -462,7 +473,7 @@ class Search:
             starts(study)
             measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
             callbacks = [starts, measuring, *callbacks]
-        self._observer.trials_begin()
+        self._on_event(PhaseStarted("trials"))
         with self._helpers(study.study_name):
             optimize(study, objective, timeout=self._timeout(), callbacks=callbacks)
 
@@ -471,7 +482,7 @@ class Search:
 
     def _prepare(self, study: optuna.Study) -> Prepared:
         self._prepared = prepare(
-            self._model,
+            self._engine,
             self._identity.fingerprint,
             self._prompts,
             self._space,
@@ -480,7 +491,7 @@ class Search:
             stand_ins=self._stand_ins,
             folder=self._folder,
             quiet=self._quiet,
-            observer=self._observer,
+            on_event=self._on_event,
         )
         return self._prepared
 
@@ -492,7 +503,7 @@ class Search:
         exits = tuple(one.start for one in space.stand_ins)
         choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
         context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs, space.stand_ins)
+        costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs, space.stand_ins)
         return NoRepeats(
             make_sampler(
                 self._settings.sampler,
@@ -516,13 +527,13 @@ class Search:
     ) -> Iterator[Measurement]:
         """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
         assert self._prepared is not None
-        self._observer.measurement_begins(trial)
+        self._on_event(PromptMeasured(0, len(prompts), trial))
         drafter = self._prepared.makers.drafter(candidate, policy)
         plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
         records = records_of(self._storage)
-        for number, measured in enumerate(measure_drafter(self._model, drafter, plan, self._quiet), start=1):
+        for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
             records.add(_record(measured, self._name, trial, prompt_set))
-            self._observer.prompt_measured(number, len(prompts))
+            self._on_event(PromptMeasured(number, len(prompts), trial))
             yield measured
 
     def _seconds_to_measure(self, tools: Prepared) -> float:
@@ -532,7 +543,7 @@ class Search:
 
     def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
         progress = progress_of(Snapshot(study))
-        self._observer.trial_finished(progress, trial)
+        self._on_event(TrialFinished(trial, progress))
         if progress.seen >= self._settings.trials:
             study.stop()
 
@@ -584,11 +595,11 @@ def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet
     )
 
 
-def _device_name(model: LayerSkipModel) -> str:
+def _device_name(engine: Engine) -> str:
     """The device, and how passes run there if it is not the usual way."""
-    ways = [device_name(model.device)]
-    ways += [model.engine.name] * (model.engine.name != EagerEngine.name)
-    ways += ["compiled"] * model.compiled
+    ways = [device_name(engine.model.device)]
+    ways += [engine.name] * (engine.name != EagerEngine.name)
+    ways += ["compiled"] * engine.model.compiled
     return ", ".join(ways)
 
 

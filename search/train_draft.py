@@ -17,6 +17,7 @@ from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -47,16 +48,27 @@ from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_
 from layerskip.utils import cache_write_errors, device_name, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
+from search.callbacks import (
+    Evaluated,
+    OnEvent,
+    PhaseStarted,
+    PolicyChosen,
+    PromptMeasured,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
+    ignore,
+)
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
 from search.replay import Prediction, RoundCosts, replay
 from search.search import measured_part
-from search.space import Policy, SearchSpace
+from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
 
@@ -71,6 +83,7 @@ class ReplayGround:
     """What policies are replayed on.
 
     Args:
+        engine: Runs the passes of the model.
         texts: What the target model wrote.
         space: The policies to try.
         latency: What parts of the stack cost.
@@ -78,6 +91,7 @@ class ReplayGround:
         limit: Most new tokens of a generation.
     """
 
+    engine: Engine
     texts: Sequence[TargetText]
     space: SearchSpace
     latency: LatencyModel
@@ -112,7 +126,7 @@ class TunedDraft(Protocol):
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         """
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
@@ -166,7 +180,7 @@ class AboveExit:
         costs = [cost * length for length in range(1, LONGEST + 1)]
         return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         return None
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
@@ -174,7 +188,7 @@ class AboveExit:
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
+        rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
         best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
         if not space.ngrams:
             return best
@@ -218,8 +232,8 @@ class TunedHeads:
         costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
-        return measure_drafts(self._model, assets)
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
+        return measure_drafts(engine, assets)
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
         heads = assets.heads
@@ -229,7 +243,7 @@ class TunedHeads:
         prefix = assets.prefix(self._model)
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
+        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
         if not space.ngrams:
             return best
@@ -395,39 +409,11 @@ class Tuned:
     interrupted: bool
 
 
-class TuningObserver:
-    """Told how tuning goes. Does nothing; override what you want to know."""
-
-    def texts_begin(self, positions: int) -> None:
-        """The model will write until there are so many positions to draft at; what was written earlier counts."""
-
-    def text_written(self, positions: int) -> None:
-        """There are so many."""
-
-    def training_begins(self, positions: int, vocabulary: int) -> None:
-        """There are texts, and the draft scores so many tokens."""
-
-    def looked(self, look: EvalResult, ideal: float) -> None:
-        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
-
-    def training_ended(self, trained: Trained) -> None:
-        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
-
-    def costs_begin(self) -> None:
-        """What the parts of a step cost will be measured."""
-
-    def exit_chosen(self, policy: Policy, predicted: float) -> None:
-        """Replay chose when drafts end."""
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        """``number`` of ``total`` held-out prompts were decoded both ways."""
-
-
 class Tuning:
     """Makes a profile of a trained draft.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         tokenizer: Its tokenizer.
         identity: What it is.
         split: Prompts: ``search`` for choosing the draft exit, ``held_out`` for the figures.
@@ -435,7 +421,7 @@ class Tuning:
             prompts that the model writes itself.
         settings: What to train and how.
         folder: Where texts, trainings and references are kept.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
@@ -443,7 +429,7 @@ class Tuning:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         identity: ModelIdentity,
         split: PromptSplit,
@@ -451,13 +437,14 @@ class Tuning:
         *,
         given: bool,
         folder: Path,
-        observer: TuningObserver,
+        on_event: OnEvent = ignore,
     ) -> None:
-        self._model = model
+        model = engine.model
+        self._engine, self._model = engine, model
         self._identity = identity
         self._settings = settings
         self._folder = folder
-        self._observer = observer
+        self._on_event = on_event
         # Texts to train heads with are those that are kept for a stand-in above the usual exit.
         exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
         self._draft = _draft(model, settings, exit_after)
@@ -484,18 +471,18 @@ class Tuning:
         Raises:
             LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
         """
-        self._observer.texts_begin(self._settings.positions)
-        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        self._on_event(PhaseStarted("texts", self._settings.positions))
+        shards = self._data.collect(self._settings.positions, lambda positions: self._on_event(TextsWritten(positions)))
         ids = self._vocabulary(shards)
-        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        self._on_event(TrainingStarted(shards.positions, self._model.vocab_size if ids is None else len(ids)))
         learner = self._draft.learner(shards)
         ideal = self._draft.ideal(learner, ids)
 
         def observe(look: EvalResult) -> None:
-            self._observer.looked(look, ideal(look.agreement))
+            self._on_event(Evaluated(look, ideal(look.agreement)))
 
         trained = self._trained(learner, shards, ids, observe)
-        self._observer.training_ended(trained)
+        self._on_event(TrainingEnded(trained))
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
@@ -554,7 +541,7 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
-        self._observer.exit_chosen(best.policy, best.speedup)
+        self._on_event(PolicyChosen(best.policy, best.speedup))
         profile = profile.model_copy(update=vars(best.policy))
         profile = profile.with_assets(assets)
         summary = self._measured(profile, quiet)
@@ -569,19 +556,20 @@ class Tuning:
 
     def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
-        self._observer.costs_begin()
+        self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
-        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, assets)
+        ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 
     def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
         plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
-        measurements = []
-        for measurement in measure_drafter(self._model, drafter, plan, lock):
+        measurements: list[Measurement] = []
+        self._on_event(PromptMeasured(0, len(plan.prompts)))
+        for measurement in measure_drafter(self._engine, drafter, plan, lock):
             measurements.append(measurement)
-            self._observer.prompt_measured(len(measurements), len(self._measuring))
+            self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)
 
 

@@ -154,6 +154,7 @@ def test_a_heartbeat_does_not_wait_for_a_server_that_is_away(postgresql, postgre
         postgresql.start()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url):
     """Well within the patience of two minutes that each operation would have, or this test times out."""
     study = optuna.create_study(study_name="s", storage=open_storage(postgresql_url, heartbeat_seconds=1))
