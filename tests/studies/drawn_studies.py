@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from layerskip import SkipSet
 from layerskip.costs import best_speedup
 from studies.ranking import best_trials
-from studies.records import MeasurementRecord, add_measurement
+from studies.records import MeasurementRecord
 from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
@@ -147,8 +147,7 @@ class StudyInTheMaking:
             plain = 2 + self.random.random()
             draft = plain / (speedup * self.random.uniform(0.85, 1.15))
             told = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
-            add_measurement(
-                self.storage,
+            self.storage.records.add(
                 MeasurementRecord(
                     study=self.name,
                     trial=trial,
@@ -157,7 +156,7 @@ class StudyInTheMaking:
                     plain_seconds=plain,
                     draft_seconds=draft,
                     **told,
-                ),
+                )
             )
 
 
