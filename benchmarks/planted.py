@@ -22,10 +22,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import optuna
 import torch
@@ -49,6 +50,7 @@ from search.settings import SearchSettings
 from search.space import Candidate, SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY
 
 console = Console(highlight=False, width=150)
@@ -59,10 +61,19 @@ _MAX_NEW_TOKENS = 24
 _SAME = 1e-9
 
 
+class _NoHeartbeats:
+    def beating(self, study: str, trial: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stale_trials(self, study: optuna.Study) -> list[int]:
+        return []
+
+
 class _InMemory(InMemoryStorage):
-    """Keeps no measurements, for none are made; a database would take most of the time here."""
+    """Stores neither measurements, for none are made, nor heartbeats: a database would take most of the time here."""
 
     records = object()
+    heartbeats = _NoHeartbeats()
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class PlantedProblem:
             EagerEngine(self.model),
             self._identity,
             self._prompts,
-            _InMemory(),
+            cast(ReconnectingStorage, _InMemory()),
             self._settings(trials=trials, sampler=sampler, seed=seed),
             space=self.space,
             folder=self._folder,

@@ -28,6 +28,7 @@ from cli.common import (
     quiet_libraries,
     stderr,
 )
+from layerskip.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +88,6 @@ def apply(
     from cli.chat_session import converse
     from layerskip import Chat, Sampling, StopStrings, generate, load_profile
     from layerskip.engine import EagerEngine, make_engine
-    from layerskip.errors import InvalidInputError
 
     quiet_libraries()
     if interactive:
@@ -137,8 +137,6 @@ def apply(
 
 def _refuse_together(option: str, others: dict[str, bool]) -> None:
     """Raise an ``InvalidInputError`` if an option was given with another that it excludes."""
-    from layerskip.errors import InvalidInputError
-
     for other, was_given in others.items():
         if was_given:
             raise InvalidInputError(f"{other} cannot be combined with {option}")
@@ -146,7 +144,6 @@ def _refuse_together(option: str, others: dict[str, bool]) -> None:
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
     """The prompts of the argument, the file or stdin, of which only one may be given."""
-    from layerskip.errors import InvalidInputError
     from layerskip.tokenizer import Prompt, read_prompts
 
     if prompt is not None and file is not None:
@@ -166,7 +163,6 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
 
 
 def _encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool) -> list[int]:
-    from layerskip.errors import InvalidInputError
     from layerskip.tokenizer import encode_raw
 
     if not raw:
@@ -178,8 +174,6 @@ def _encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool) -> li
 
 def _check_lengths(encoded: Sequence[Sequence[int]], context_length: int) -> None:
     """Raise an ``InvalidInputError`` if any prompt does not fit the context, before the first one is decoded."""
-    from layerskip.errors import InvalidInputError
-
     for number, ids in enumerate(encoded, start=1):
         if len(ids) > context_length:
             which = f"prompt {number}" if len(encoded) > 1 else "prompt"

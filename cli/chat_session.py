@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from rich.style import Style
 
@@ -89,13 +89,13 @@ class _Session:
         self._report(message, answer, stopped())
 
     def _print(self, segments: Generator[TextSegment, None, Answer]) -> Answer:
-        try:
-            while True:
-                self._write(next(segments))
-        except StopIteration as end:
-            self._write(TextSegment("\n", drafted=False))
-            answer: Answer = end.value
-            return answer
+        while True:
+            try:
+                segment = next(segments)
+            except StopIteration as end:
+                self._write(TextSegment("\n", drafted=False))
+                return cast(Answer, end.value)
+            self._write(segment)
 
     def _report(self, message: str, answer: Answer, stopped: bool) -> None:
         result = describe_generation(answer.generation, answer.text, speculative=self._speculative)

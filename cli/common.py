@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cli import completion
+from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.names import DEVICES, DTYPES, ENGINES
 
 if TYPE_CHECKING:
@@ -111,8 +112,6 @@ RepeatsOption = Annotated[int, typer.Option(help="How often each method decodes 
 
 def check_writable(out: Path) -> None:
     """Raise an ``InvalidInputError`` if a file cannot be written to, before the work whose result it is for."""
-    from layerskip.errors import InvalidInputError
-
     folder = out.absolute().parent
     if out.exists() and not out.is_file():
         raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
@@ -161,7 +160,6 @@ def print_untruncated(table: Table) -> None:
 
 def write_page(out: Path, page: str) -> None:
     """Write an HTML page to the file of ``--out``."""
-    from layerskip.errors import InvalidInputError
     from layerskip.utils import write_atomically
 
     try:
@@ -287,8 +285,6 @@ def open_model_of(
     profile: DraftProfile, location: str | None, options: RunOptions
 ) -> tuple[LayerSkipModel, PreTrainedTokenizerBase]:
     """Load the model of a profile, from another location if ``--model`` names one. Raises as :func:`open_model`."""
-    from layerskip.errors import CheckpointError
-
     if location is not None:
         return open_model(location, options)
     try:

@@ -31,6 +31,7 @@ from cli.common import (
     stderr,
     stdout,
 )
+from layerskip.errors import LayerSkipError, first_line
 
 if TYPE_CHECKING:
     from search.break_even import BreakEven
@@ -95,7 +96,7 @@ def _attempt(check: Callable[[], Any], otherwise: Any, problems: list[str]) -> A
     try:
         return check()
     except Exception as error:  # report a failing check, never raise
-        problems.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+        problems.append(first_line(error))
         return otherwise
 
 
@@ -149,7 +150,6 @@ def _cache() -> dict[str, Any]:
 
 
 def _storage(url: str) -> dict[str, Any]:
-    from layerskip.errors import LayerSkipError
     from studies.storage import is_there, open_existing_storage, redacted
     from studies.study import list_studies
 

@@ -150,7 +150,7 @@ class ProgressDisplay:
         self._advance(result.progress, f"{100 * result.agreement.top[1]:.1f} %")
 
     def _training_ended(self, trained: Trained) -> None:
-        progress = trained.looks[-1].progress
+        progress = trained.evaluations[-1].progress
         if progress < 1 and not trained.interrupted:
             self._print(f"training stopped at {100 * progress:.0f} %: no gain in the last evaluations; best state kept")
 

@@ -31,6 +31,7 @@ from cli.common import (
     stderr,
     stdout,
 )
+from layerskip.errors import InvalidInputError
 from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
@@ -197,8 +198,6 @@ def search(
 
 def _places(workers: int, devices: str | None, device: str) -> list[str]:
     """The device of each worker."""
-    from layerskip.errors import InvalidInputError
-
     if workers < 1:
         raise InvalidInputError(f"workers: expected at least 1, got {workers}")
     if devices is None:

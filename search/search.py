@@ -13,7 +13,6 @@ from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
@@ -51,7 +50,6 @@ from search.samplers import DraftChoices, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import Candidate, Policy, SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
-from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
     Snapshot,
@@ -65,8 +63,10 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
-from studies.records import MeasurementRecord, records_of
+from studies.records import MeasurementRecord
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.trial_loop import run_trials
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ class Search:
         engine: Engine,
         identity: ModelIdentity,
         prompts: PromptSplit,
-        storage: BaseStorage,
+        storage: ReconnectingStorage,
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
@@ -398,8 +398,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=self._space.describe(),
         )
-        objectives = "-pareto" * settings.pareto
-        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}{objectives}"
+        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
         """Search, measure the finalists on held-out prompts, and make the best one's profile.
@@ -438,8 +437,7 @@ class Search:
         Raises:
             InvalidInputError: It was made with another model, prompts or space.
         """
-        objectives = 2 if self._settings.pareto else 1
-        study = open_study(self._storage, self._name, self._context, objectives=objectives)
+        study = open_study(self._storage, self._name, self._context)
         self._on_event(StudyOpened(study.study_name, progress_of(study)))
         return study
 
@@ -457,9 +455,8 @@ class Search:
             self._quiet,
             self._prompts.measured,
             self._settings.sampler,
-            self._settings.pareto,
         )
-        callbacks = [self._report]
+        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
             alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
@@ -472,10 +469,16 @@ class Search:
             )
             starts(study)
             measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
-            callbacks = [starts, measuring, *callbacks]
+            callbacks = [starts, measuring]
         self._on_event(PhaseStarted("trials"))
         with self._helpers(study.study_name):
-            optimize(study, objective, timeout=self._timeout(), callbacks=callbacks)
+            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=self._timeout()):
+                for callback in callbacks:
+                    callback(study, trial)
+                progress = progress_of(Snapshot(study))
+                self._on_event(TrialFinished(trial, progress))
+                if progress.seen >= self._settings.trials:
+                    break
 
     def _timeout(self) -> float | None:
         return self._settings.timeout if self._ends is None else max(self._ends - time.monotonic(), _MOMENT)
@@ -530,7 +533,7 @@ class Search:
         self._on_event(PromptMeasured(0, len(prompts), trial))
         drafter = self._prepared.makers.drafter(candidate, policy)
         plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
-        records = records_of(self._storage)
+        records = self._storage.records
         for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
             records.add(_record(measured, self._name, trial, prompt_set))
             self._on_event(PromptMeasured(number, len(prompts), trial))
@@ -540,12 +543,6 @@ class Search:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
         return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
-
-    def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        progress = progress_of(Snapshot(study))
-        self._on_event(TrialFinished(trial, progress))
-        if progress.seen >= self._settings.trials:
-            study.stop()
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from layerskip.skip_set import SkipSet
@@ -25,12 +24,12 @@ from studies.ranking import (
     candidate_key,
     completed_trials,
     correction_of,
-    pareto_front,
     speedup_of,
 )
-from studies.records import MeasurementRecord, measurements_of
+from studies.records import MeasurementRecord
 from studies.statistics import Speedup
 from studies.step_costs import RelativeParts, read_parts
+from studies.storage import ReconnectingStorage
 from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
 _BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
@@ -102,7 +101,6 @@ class StudyView:
         num_layers: Decoder layers of the model.
         tried: Completed trials, by number.
         ranked: The best trial of each candidate: finalists by what they measured on held-out prompts, then the others.
-        front: Of a study with two objectives, the trials on the Pareto front.
         correction: By how much predictions were off where candidates were measured.
         measurements: Every prompt that was measured.
         alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
@@ -118,7 +116,6 @@ class StudyView:
     num_layers: int
     tried: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
-    front: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
     alone: Mapping[int, float]
@@ -146,7 +143,7 @@ class StudyView:
         return [one for one in self.measurements if (one.trial, one.prompt_set) == (number, prompt_set)]
 
 
-def view_study(storage: BaseStorage, name: str) -> StudyView:
+def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     """Read a study.
 
     Args:
@@ -159,7 +156,7 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
     study = load_study(storage, name)
     context = context_of(study)
     now = Snapshot(study)
-    records = measurements_of(storage, name)
+    records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
     finals, costs = held_out_speedups(now, records), _draft_costs(now)
     tried = {trial.number: _tried(trial, num_layers, finals, costs) for trial in completed_trials(now)}
@@ -176,7 +173,6 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
             key=lambda one: one.held_out.value if one.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
-        front=[tried[trial.number] for trial in pareto_front(study) if trial.number in tried],
         correction=correction_of(now),
         measurements=records,
         alone=_alone(attributes.get(ALONE_KEY, {})),

@@ -12,7 +12,6 @@ from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
 from search.settings import SearchSettings
-from studies.records import records_of
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -69,7 +68,7 @@ def records(storage, study, *, prompt_set=None, trial=None):
     """What was recorded, of one prompt set or of one trial alone if asked."""
     return [
         record
-        for record in records_of(storage).of(study)
+        for record in storage.records.of(study)
         if prompt_set in (None, record.prompt_set) and trial in (None, record.trial)
     ]
 
