@@ -42,7 +42,7 @@ def test_a_model_is_tuned_and_its_profile_applied(layerskip, model_folder, promp
     applied = layerskip("apply", "t.json", "Hello", "--force", "--json", "--max-new-tokens", 8)
     assert applied.object["speculative"]
     shown = layerskip("profile", "show", "t.json")
-    assert "1 trained layer" in shown.out
+    assert "1 draft layer" in shown.out
 
 
 def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
