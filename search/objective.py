@@ -61,7 +61,6 @@ class Objective:
         lock: Gives measurements the machine to themselves.
         prompts: What measured candidates decode.
         sampler: Name of who proposes what was not enqueued, for the record.
-        pareto: Whether the acceptance rate is a second objective.
     """
 
     space: SearchSpace
@@ -71,17 +70,15 @@ class Objective:
     lock: MachineLock
     prompts: Sequence[EncodedPrompt]
     sampler: str
-    pareto: bool = False
 
-    def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
+    def __call__(self, trial: optuna.Trial) -> float:
         try:
-            speedup, acceptance = self._values(trial)
+            return self._speedup(trial)
         except KeyboardInterrupt:
             _enqueue_again(trial)
             raise
-        return (speedup, acceptance) if self.pareto else speedup
 
-    def _values(self, trial: optuna.Trial) -> tuple[float, float]:
+    def _speedup(self, trial: optuna.Trial) -> float:
         try:
             candidate = self.space.suggest(trial)
         except InvalidInputError as error:  # every sublayer skipped
@@ -96,22 +93,22 @@ class Objective:
         if known is not None:
             _note(trial, {key: known.user_attrs[key] for key in (*_FORETOLD, BASIS_KEY)})
             trial.set_user_attr("answered_from", known.number)
-            return speedup_of(known), known.user_attrs[ACCEPTANCE_KEY]
-        return self._predicted(trial, candidate, to_beat=() if self.pareto else _best_predicted(now))
+            return speedup_of(known)
+        return self._predicted(trial, candidate, to_beat=_best_predicted(now))
 
-    def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> tuple[float, float]:
+    def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> float:
         with self.lock.shared():
             estimate = self.predictor.estimate(candidate, to_beat)
         _note(trial, _described(self.builder.as_built(candidate), estimate) | {BASIS_KEY: "predicted"})
-        return estimate.prediction.speedup, estimate.acceptance
+        return estimate.prediction.speedup
 
-    def _measured(self, trial: optuna.Trial, candidate: Candidate, next_to_measure: FrozenTrial) -> tuple[float, float]:
+    def _measured(self, trial: optuna.Trial, candidate: Candidate, next_to_measure: FrozenTrial) -> float:
         _note(trial, {key: next_to_measure.user_attrs[key] for key in _FORETOLD} | {BASIS_KEY: "measured"})
         started = time.perf_counter()
         with self.lock.exclusive():
             summary = summarize(self._decode(trial, candidate, policy_of(next_to_measure)))
         _note(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
-        return summary.speedup, next_to_measure.user_attrs[ACCEPTANCE_KEY]
+        return summary.speedup
 
     def _decode(self, trial: optuna.Trial, candidate: Candidate, policy: Policy) -> list[Measurement]:
         """Decode prompts in random order until all are done or there is no hope.

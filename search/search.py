@@ -152,14 +152,10 @@ def profile_of(
         context: What the study's values depend on.
         training_seconds: How long its stand-in was trained, if it has one and that is known.
     """
-    policy = policy_of(best.trial)
-    profile = DraftProfile(
+    return DraftProfile.of(
+        policy_of(best.trial).config(candidate.skip_set),
+        assets,
         model=identity,
-        skip_set=candidate.skip_set,
-        draft_exit=policy.draft_exit,
-        gate=policy.gate,
-        branches=policy.branches,
-        ngrams=policy.ngrams,
         measured=measured_part(
             best.summary,
             best.prompt_set,
@@ -175,7 +171,6 @@ def profile_of(
             training_seconds=training_seconds,
         ),
     )
-    return profile.with_assets(assets)
 
 
 @dataclass(frozen=True)
@@ -398,8 +393,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=self._space.describe(),
         )
-        objectives = "-pareto" * settings.pareto
-        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}{objectives}"
+        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
         """Search, measure the finalists on held-out prompts, and make the best one's profile.
@@ -438,8 +432,7 @@ class Search:
         Raises:
             InvalidInputError: It was made with another model, prompts or space.
         """
-        objectives = 2 if self._settings.pareto else 1
-        study = open_study(self._storage, self._name, self._context, objectives=objectives)
+        study = open_study(self._storage, self._name, self._context)
         self._on_event(StudyOpened(study.study_name, progress_of(study)))
         return study
 
@@ -457,7 +450,6 @@ class Search:
             self._quiet,
             self._prompts.measured,
             self._settings.sampler,
-            self._settings.pareto,
         )
         callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:

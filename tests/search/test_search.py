@@ -246,7 +246,7 @@ def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
     trial = study.trials[profile.provenance.trial]
     assert SPACE.candidate(trial.params) == Candidate(profile.skip_set)
     policy = policy_of(trial)
-    assert (policy.draft_exit, policy.gate) == (profile.draft_exit, profile.gate)
+    assert (policy.draft_exit, policy.gate) == (profile.stopping, profile.target_confidence_threshold)
 
 
 def test_the_profile_is_that_of_the_fastest_finalist(finished):
@@ -549,26 +549,6 @@ def test_a_model_under_another_id_may_go_on(llama, storage):
         EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
     )
     assert moved.run().trials == 2
-
-
-def test_two_objectives_are_the_speedup_and_the_acceptance_rate(llama, storage):
-    result = small_search(llama, storage, trials=STARTS + 5, pareto=True, **MEASURING).run()
-    study = load_study(storage, result.study)
-    assert len(study.directions) == 2
-    assert result.measured >= 1
-    for trial in completed(study):
-        assert trial.values == [speedup_of(trial), trial.user_attrs["acceptance"]]
-    assert result.profile.measured.speedup > 0
-
-
-@pytest.mark.parametrize("pareto", [True, False])
-def test_a_study_of_two_objectives_cannot_go_on_with_one_nor_the_other_way_round(llama, storage, pareto):
-    small_search(llama, storage, trials=1, study_name="s", pareto=pareto).run()
-    with pytest.raises(InvalidInputError, match=r"^study 's': has . objectives.*--pareto[^\n]*$"):
-        small_search(llama, storage, study_name="s", pareto=not pareto).run()
-    other = small_search(llama, storage, pareto=pareto).open().study_name
-    with pytest.raises(InvalidInputError, match="objectives"):
-        small_search(llama, storage, study_name=other, pareto=not pareto).open()
 
 
 def proposals(storage, study):

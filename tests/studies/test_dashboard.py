@@ -14,7 +14,7 @@ import pytest
 import torch
 from optuna.storages import RDBStorage
 
-from layerskip import DraftProfile, FixedLength, SkipSet
+from layerskip import DraftConfig, DraftProfile, FixedLength, SkipSet
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
@@ -52,14 +52,14 @@ def make_profile(llama, tmp_path):
     """Save a profile of a study, with tensors beside it."""
 
     def make(study, name="draft_profile.json", token_ids=(1, 2)):
-        profile = DraftProfile(
+        profile = DraftProfile.of(
+            DraftConfig(SkipSet(4, attention=(1,)), stopping=FixedLength(3)),
+            DraftWeights(token_ids=torch.tensor(token_ids)),
             model=identify(llama, "makers/tiny"),
-            skip_set=SkipSet(4, attention=(1,)),
-            draft_exit=FixedLength(3),
             provenance=Provenance(study=study, trial=0, created=datetime(2026, 1, 2, tzinfo=UTC), tool="layerskip"),
         )
         path = tmp_path / name
-        profile.with_assets(DraftWeights(token_ids=torch.tensor(token_ids))).save(path)
+        profile.save(path)
         return path
 
     return make
@@ -151,10 +151,10 @@ def test_a_note_holds_no_html(storage):
     assert "<" not in optuna_dashboard.get_note(making.study)
 
 
-def test_objectives_have_their_names(storage, serve_storage):
-    StudyInTheMaking(storage, pareto=True)
+def test_the_objective_has_its_name(storage, serve_storage):
+    StudyInTheMaking(storage)
     _, told = detail(serve_storage())
-    assert told["objective_names"] == ["speedup", "acceptance rate"]
+    assert told["objective_names"] == ["speedup"]
 
 
 def test_studies_of_others_are_served_as_they_are(storage, served):
