@@ -57,7 +57,7 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert visited.complaints == []
 
 
-def test_going_on_with_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
+def test_resuming_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
     options = ["--prompts", "prompts.txt", "--max-new-tokens", 6, "--finalists", 1, "--trials", 26]
     assert layerskip("search", model_folder, *options).status == 0
     attributes = load_study(open_storage(STORAGE), study).user_attrs
