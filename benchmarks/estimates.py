@@ -21,8 +21,9 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from benchmarks.setting import machine_of, write_json
-from layerskip import LayerSkipModel, SkipSet, identify, load_checkpoint
+from layerskip import LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.engine import use_engine
+from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
 from search.callbacks import SearchObserver
 from search.machine_lock import MachineLock

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_json
-from layerskip import DraftProfile, LayerSkipModel, SkipSet, identify
+from layerskip import DraftProfile, LayerSkipModel, SkipSet
 from layerskip.checkpoints import cache_folder
+from layerskip.fingerprint import identify
 from layerskip.training.evaluation import head_costs_by_weights
 from search.head_replay import DraftSeconds, HeadCosts, HeadTrace, head_policies, replay_heads, trace_heads
 from search.reference import ReferenceRun, ReferenceText

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import machine_of, write_json
-from layerskip import LayerSkipModel, identify, load_checkpoint
+from layerskip import LayerSkipModel, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.fingerprint import identify
 from layerskip.training import (
     LOSSES,
     RANKS,

@@ -36,7 +36,8 @@ from rich.table import Table
 
 from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
 from benchmarks.setting import write_json
-from layerskip import LayerSkipModel, SkipSet, identify
+from layerskip import LayerSkipModel, SkipSet
+from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
 from search.callbacks import SearchObserver
 from search.machine_lock import MachineLock

@@ -25,10 +25,11 @@ from benchmarks.rivals.knapspec import knapspec
 from benchmarks.rivals.ours import ours
 from benchmarks.rivals.swift import swift
 from benchmarks.setting import machine_of, write_json
-from layerskip import LayerSkipModel, identify, load_checkpoint
+from layerskip import LayerSkipModel, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.drafter import Drafter
 from layerskip.engine import use_engine
+from layerskip.fingerprint import identify
 from search.builder import DraftBuilder, fit_texts
 from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from layerskip import DraftProfile, LayerSkipModel, calibrate, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from layerskip.costs import calibrate
 from layerskip.ready_profiles import load_profile
 from layerskip.utils import device_name, library_versions
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts

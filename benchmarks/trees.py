@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_json
-from layerskip import DraftProfile, LayerSkipModel, identify
+from layerskip import DraftProfile, LayerSkipModel
 from layerskip.checkpoints import cache_folder
+from layerskip.fingerprint import identify
 from search.compare import compare
 from search.decoding_methods import DecodingMethod, layerskip_method
 from search.latency import LatencyModel, measure_latency

@@ -15,7 +15,9 @@ from rich.style import Style
 
 from cli.decoding import Decoder, described, in_one_line
 from cli.output import counted, print_json, stderr, stdout
-from layerskip import Answer, Chat, InvalidInputError
+from layerskip import Chat
+from layerskip.chat import Answer
+from layerskip.errors import InvalidInputError
 from layerskip.generators import Drained
 from layerskip.tokenizer import TextSegment
 

@@ -9,20 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cli.output import counted
-from layerskip import (
-    Chat,
-    Checkpoint,
-    DraftProfile,
-    Generation,
-    LayerSkipModel,
-    Sampling,
-    StopStrings,
-    generate,
-    load_checkpoint,
-)
-from layerskip.checkpoints import resolve_device
+from layerskip import Chat, DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
+from layerskip.checkpoints import Checkpoint, resolve_device
 from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
 from layerskip.errors import CheckpointError, InvalidInputError
+from layerskip.generation import Generation
 from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_raw
 from search.prompts import Prompt, read_prompts
 

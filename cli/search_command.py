@@ -111,9 +111,10 @@ def search(
     stopped.
     """
     from cli.progress import SearchProgress
-    from layerskip import identify, load_checkpoint
+    from layerskip import load_checkpoint
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine
+    from layerskip.fingerprint import identify
     from search.draft_layers import trained_draft_layers
     from search.loading import load_model, load_profiles, wrapped
     from search.prompts import built_in_prompts, read_prompts, split_prompts

@@ -14,8 +14,9 @@ from cli.output import (
     check_writable,
     stderr,
 )
-from layerskip import DraftProfile, LayerSkipModel, ModelIdentity, identify, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
 from search.loading import wrapped

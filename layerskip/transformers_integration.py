@@ -169,8 +169,8 @@ class Speculation:
         """Do now what the first generation with a model would do: check the profile, and make the draft.
 
         Returns:
-            The wrapper that generations with this model go through, such as for :func:`layerskip.calibrate`. It does
-            not keep the model alive.
+            The wrapper that generations with this model go through, such as for :func:`layerskip.costs.calibrate`. It
+            does not keep the model alive.
 
         Raises:
             InvalidProfileError: The profile is for another model.

@@ -101,7 +101,7 @@ class ReferenceRun:
     Args:
         model: The model.
         folder: Where references of all models are kept.
-        fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
+        fingerprint: Of the model's weights, as in :class:`layerskip.fingerprint.ModelIdentity`.
 
     Attributes:
         found: Texts asked for so far that had been made earlier.

@@ -6,11 +6,11 @@ from functools import partial
 from itertools import cycle, islice
 
 import torch
-from layerskip.stack import families
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from layerskip import families
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import heads_of, untrained_heads
 

@@ -4,10 +4,12 @@ from datetime import UTC, datetime
 
 import torch
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, Provenance, SkipSet, identify
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.weights import DraftWeights
+from layerskip.fingerprint import identify
+from layerskip.profile import Provenance
 from tests.models import random_layers, tiny_llama
 
 # Layers of the model below that do something that depends on the text.

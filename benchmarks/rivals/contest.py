@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip import LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt
 from search.search import SearchPrompts

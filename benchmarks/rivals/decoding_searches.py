@@ -10,7 +10,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task, decode_seconds_per_token
-from layerskip import AdaptiveThreshold, InvalidInputError, SkipSet
+from layerskip import AdaptiveThreshold, SkipSet
+from layerskip.errors import InvalidInputError
 from search.space import Candidate, Policy
 
 # Draft & Verify's adaptive draft exit, with its published numbers.

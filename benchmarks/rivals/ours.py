@@ -11,7 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from benchmarks.rivals.contest import Incumbent, Searcher, Task
-from layerskip import LayerSkipModel, identify
+from layerskip import LayerSkipModel
+from layerskip.fingerprint import identify
 from search.callbacks import Progress, SearchObserver
 from search.objective import policy_of
 from search.prompts import PromptSplit

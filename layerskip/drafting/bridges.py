@@ -202,7 +202,8 @@ def fit_bridges(
         ridge: Strength of the regularization, in units of the states' mean variance; None chooses it for each run.
 
     Returns:
-        Bridges by the index of their first sublayer, for :class:`layerskip.LayerSkipDrafter`'s ``stand_ins``.
+        Bridges by the index of their first sublayer, for ``stand_ins`` of
+        :class:`layerskip.drafting.drafter.LayerSkipDrafter`.
 
     Raises:
         InvalidInputError: There is no text, or an empty one.

@@ -250,7 +250,7 @@ class TuningData:
         prompts: What to ask it.
         settings: What to write and to keep.
         folder: Where texts of all models are kept.
-        fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
+        fingerprint: Of the model's weights, as in :class:`layerskip.fingerprint.ModelIdentity`.
 
     Raises:
         InvalidInputError: The exit is not inside the model.

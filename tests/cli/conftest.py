@@ -12,16 +12,9 @@ import pytest
 import torch
 
 from cli import main
-from layerskip import (
-    DraftProfile,
-    FixedLength,
-    LayerSkipModel,
-    Measured,
-    Provenance,
-    SkipSet,
-    identify,
-    load_checkpoint,
-)
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, load_checkpoint
+from layerskip.fingerprint import identify
+from layerskip.profile import Measured, Provenance
 from tests.models import tiny_llama, tiny_tokenizer
 
 TEMPLATE = (

@@ -7,7 +7,8 @@ import shutil
 import pexpect
 import pytest
 
-from layerskip import Chat, DraftProfile, LayerSkipModel, SkipSet, generate, identify, load_checkpoint
+from layerskip import Chat, DraftProfile, LayerSkipModel, SkipSet, generate, load_checkpoint
+from layerskip.fingerprint import identify
 from layerskip.tokenizer import encode_chat
 from tests.cli.conftest import COMMAND, ENVIRONMENT, save_model
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, Provenance, SkipSet, identify
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
+from layerskip.fingerprint import identify
+from layerskip.profile import Provenance
 from tests.cli.conftest import save_model
 
 

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from layerskip import DraftProfile, LayerSkipModel, identify, load_checkpoint
+from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from layerskip.fingerprint import identify
 from tests.cli.conftest import ENVIRONMENT, save_model
 
 ONLINE = {name: value for name, value in ENVIRONMENT.items() if name != "HF_HUB_OFFLINE"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from layerskip import DraftProfile, FixedLength, InvalidInputError, SkipSet
+from layerskip import DraftProfile, FixedLength, SkipSet
+from layerskip.errors import InvalidInputError
 from tests.cli.conftest import ENVIRONMENT
 from tests.hub import FakeHub
 

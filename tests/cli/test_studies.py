@@ -13,7 +13,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
-from layerskip import identify
+from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
 from search.settings import SearchSettings

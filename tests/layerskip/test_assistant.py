@@ -8,18 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    AdaptiveThreshold,
-    ConfidenceThreshold,
-    FixedLength,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    SkipSet,
-    UnsupportedModelError,
-    fit_bridges,
-)
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.bridges import fit_bridges
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
 from tests.layerskip.test_transformers_integration import profile_for, state_of
 from tests.models import (
     EVERY_FAMILY,

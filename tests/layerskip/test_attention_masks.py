@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import UnsupportedModelError
 from layerskip.attention_masks import attention_mask, check_attention_implementation
+from layerskip.errors import UnsupportedModelError
 
 
 def may_see(past, width, window):

@@ -2,16 +2,9 @@
 
 import pytest
 
-from layerskip import (
-    Chat,
-    FixedLength,
-    InvalidInputError,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    Sampling,
-    SkipSet,
-    generate,
-)
+from layerskip import Chat, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import encode_chat
 from tests.models import LAYERS, tiny_llama, tiny_tokenizer
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerskip import CheckpointError, InvalidInputError, LayerSkipModel, generate, load_checkpoint
+from layerskip import LayerSkipModel, generate, load_checkpoint
 from layerskip.checkpoints import ALIASES, cache_folder, resolve_device, resolve_dtype
+from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.fingerprint import fingerprint
 from tests.models import tiny_llama, tiny_tokenizer
 

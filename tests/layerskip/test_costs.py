@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from layerskip import LayerSkipModel, calibrate
+from layerskip import LayerSkipModel
 from layerskip import costs as costs_module
+from layerskip.costs import calibrate
 from layerskip.engine import GraphEngine, PassCosts, load_costs, measure_costs
 from layerskip.engine.cuda_graphs import call_directly
 from tests.models import tiny_llama

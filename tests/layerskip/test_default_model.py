@@ -5,15 +5,8 @@ A difference is excused only where the target model's two best logits lie within
 
 import pytest
 
-from layerskip import (
-    AdaptiveThreshold,
-    ConfidenceThreshold,
-    FixedLength,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    SkipSet,
-    generate,
-)
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from tests.models import near_tie_or_same, transformers_greedy
 
 PROMPTS = [

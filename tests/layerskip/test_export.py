@@ -11,20 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config
 
-from layerskip import (
-    AdaptiveThreshold,
-    ConfidenceThreshold,
-    ExportError,
-    FixedLength,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    SkipSet,
-    export_draft,
-)
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet, export_draft
 from layerskip.draft_model import config_of, draft_model_of, kept_layers
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import ExportError, InvalidInputError, InvalidProfileError
 from tests.layerskip.test_profile import profile_for
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import (

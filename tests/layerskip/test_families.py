@@ -15,15 +15,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from layerskip import (
-    FixedLength,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    SkipSet,
-    UnsupportedModelError,
-    generate,
-    load_checkpoint,
-)
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate, load_checkpoint
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import UnsupportedModelError
 from layerskip.families import FAMILIES
 from tests.models import (
     LAYERS,

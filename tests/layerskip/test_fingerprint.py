@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import LayerSkipModel, identify
-from layerskip.fingerprint import fingerprint
+from layerskip import LayerSkipModel
+from layerskip.fingerprint import fingerprint, identify
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, tiny_gemma2, tiny_llama, tiny_model
 
 

@@ -9,13 +9,13 @@ from layerskip import (
     AdaptiveThreshold,
     ConfidenceThreshold,
     FixedLength,
-    LayerSkipDrafter,
     LayerSkipModel,
     SkipSet,
     generate,
     load_checkpoint,
 )
 from layerskip.checkpoints import cache_folder
+from layerskip.drafting.drafter import LayerSkipDrafter
 from tests.models import near_tie_or_same, transformers_greedy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

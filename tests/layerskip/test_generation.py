@@ -5,19 +5,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    FixedLength,
-    InvalidInputError,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    NoDrafter,
-    PromptLookupDrafter,
-    Sampling,
-    SkipSet,
-    StopStrings,
-    generate,
-    stream,
-)
+from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, StopStrings, generate, stream
+from layerskip.drafting.drafter import LayerSkipDrafter, NoDrafter
+from layerskip.drafting.prompt_lookup import PromptLookupDrafter
+from layerskip.errors import InvalidInputError
 from tests.models import CONTEXT, VOCABULARY, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 

@@ -8,7 +8,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip import ConfidenceThreshold, FixedLength, LayerSkipDrafter, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip import ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import GraphEngine
 from layerskip.engine.cuda_graphs import call_directly
 from tests.models import FAMILIES, LAYERS, random_layers

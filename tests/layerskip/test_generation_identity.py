@@ -7,15 +7,8 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    AdaptiveThreshold,
-    ConfidenceThreshold,
-    FixedLength,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    SkipSet,
-    generate,
-)
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 

@@ -13,16 +13,9 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from layerskip import (
-    DraftProfile,
-    HubError,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    generate,
-    identify,
-    load_checkpoint,
-)
+from layerskip import DraftProfile, LayerSkipModel, generate, load_checkpoint
+from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
+from layerskip.fingerprint import identify
 from tests.hub import TOKEN, FakeHub
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_assets, some_assets
 from tests.models import tiny_llama, tiny_tokenizer, transformers_greedy

@@ -21,8 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layerskip import ConfidenceThreshold, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import ConfidenceThreshold, LayerSkipModel, SkipSet, generate
 from layerskip import logits_processing as processed
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import DraftStep
 from layerskip.logits_processing import GenerationHistory, ProcessorSampler, ProcessorSampling
 from layerskip.sampling import Draft, GreedySampler, RandomSampler

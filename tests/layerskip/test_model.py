@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import InvalidInputError, LayerSkipModel, SkipSet, UnsupportedModelError
+from layerskip import LayerSkipModel, SkipSet
+from layerskip.errors import InvalidInputError, UnsupportedModelError
 from tests.models import CONTEXT, EVERY_FAMILY, LAYERS, VOCABULARY, WINDOW, reference_logits, tiny_gemma2, tiny_llama
 from tests.strategies import skip_sets, tokens
 

@@ -3,16 +3,10 @@
 import pytest
 import torch
 
-from layerskip import (
-    FixedLength,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    SkipSet,
-    UnsupportedModelError,
-    fit_bridges,
-    generate,
-    speculate,
-)
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate, speculate
+from layerskip.drafting.bridges import fit_bridges
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import UnsupportedModelError
 from layerskip.families import FAMILIES
 from layerskip.fingerprint import fingerprint
 from tests.layerskip.test_profile import profile_for

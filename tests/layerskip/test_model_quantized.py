@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, fit_bridges, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.bridges import fit_bridges
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.families import FAMILIES
 from layerskip.fingerprint import fingerprint
 from tests.models import LAYERS, VOCABULARY, WINDOW, near_tie_or_same, tiny_llama, tiny_model, transformers_greedy

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, PrefixCache, SkipSet, generate, stream_rounds
+from layerskip import FixedLength, LayerSkipModel, PrefixCache, SkipSet, generate, stream_rounds
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import GraphEngine
 from layerskip.engine.cuda_graphs import call_directly
 from tests.models import near_tie_or_same, tiny_llama

@@ -15,22 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    ConfidenceThreshold,
-    DraftProfile,
-    FixedLength,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    Measured,
-    ModelIdentity,
-    Provenance,
-    SkipSet,
-    generate,
-    identify,
-)
+from layerskip import ConfidenceThreshold, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError, InvalidProfileError
+from layerskip.fingerprint import ModelIdentity, identify
+from layerskip.profile import Measured, Provenance
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets

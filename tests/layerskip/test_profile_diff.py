@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 
-from layerskip import DraftProfile, FixedLength, PromptLookup, Provenance, SkipSet
+from layerskip import DraftProfile, FixedLength, PromptLookup, SkipSet
 from layerskip.drafting.weights import DraftWeights
+from layerskip.profile import Provenance
 from layerskip.profile_diff import differences
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, some_assets
 from tests.models import LAYERS, random_heads, random_layers

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from layerskip import DraftProfile, HubError, InvalidInputError, InvalidProfileError, find_profile, load_profile
+from layerskip import DraftProfile, load_profile
 from layerskip.drafting.weights import DraftWeights
-from layerskip.ready_profiles import FOLDER, add_profile, ready_profiles
+from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
+from layerskip.ready_profiles import FOLDER, add_profile, find_profile, ready_profiles
 from layerskip.utils import device_name
 from tests.layerskip.test_profile import MEASURED, a_profile, some_assets
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, Sampling, SkipSet, generate
+from layerskip import FixedLength, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import InvalidInputError
 from layerskip.sampling import Draft, Draw, GreedySampler
 from tests.models import LAYERS, VOCABULARY
 from tests.strategies import draft_exits, skip_sets, tokens

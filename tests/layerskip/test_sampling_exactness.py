@@ -10,16 +10,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from layerskip import (
-    AdaptiveThreshold,
-    ConfidenceThreshold,
-    FixedLength,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    Sampling,
-    SkipSet,
-)
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipSet
 from layerskip import sampling as sampling_module
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.generation import generate
 from layerskip.sampling import Draft, Draw, Verdict

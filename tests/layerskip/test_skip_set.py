@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import InvalidInputError, SkipSet
+from layerskip import SkipSet
+from layerskip.errors import InvalidInputError
 from tests.strategies import masks
 
 

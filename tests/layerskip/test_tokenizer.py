@@ -4,7 +4,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from layerskip import InvalidInputError, StopStrings
+from layerskip import StopStrings
+from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import encode_chat, encode_prompt, encode_raw
 from tests.models import tiny_tokenizer
 

@@ -23,19 +23,11 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from layerskip import (
-    DraftProfile,
-    FixedLength,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    SkipSet,
-    UnsupportedModelError,
-    calibrate,
-    identify,
-    speculate,
-)
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, speculate
+from layerskip.costs import calibrate
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
+from layerskip.fingerprint import identify
 from tests.layerskip.test_profile import a_profile
 from tests.models import CONTEXT, FAMILIES, LAYERS, VOCABULARY, tiny_llama, tiny_tokenizer
 from tests.strategies import draft_exits, skip_sets, tokens

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip import identify
 from layerskip.engine import PassCosts
+from layerskip.fingerprint import identify
 from search.callbacks import SearchObserver
 from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit

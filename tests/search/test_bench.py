@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.errors import LosslessnessError
 from search.bench import bench
 from search.interleaving import timed

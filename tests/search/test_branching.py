@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
+from layerskip import FixedLength, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.branching import best_comb, branching_policies, gains
 from search.reference import batch_generate, record

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet
+from layerskip import FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.drafter import LayerSkipDrafter
 from search.compare import able, compare
 from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
 from search.interleaving import timed

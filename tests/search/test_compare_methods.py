@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from layerskip import InvalidProfileError, LayerSkipModel, SkipSet
+from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidProfileError
 from layerskip.ready_profiles import add_profile
 from search.decoding_methods import draft_bytes, layerskip_methods, named, ready_profiles_for, transformers_methods
 from search.train_draft import early_exit

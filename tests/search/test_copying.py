@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
+from layerskip import FixedLength, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter, with_prompt_lookup
 from search.copying import Copies, settings_of_ngrams, with_copies
 from search.reference import batch_generate, record

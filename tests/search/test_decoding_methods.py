@@ -3,7 +3,8 @@
 import pytest
 from transformers import GenerationConfig
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet
+from layerskip import FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.drafter import LayerSkipDrafter
 from search.decoding_methods import layerskip_method, transformers_method
 from tests.layerskip.test_transformers_integration import profile_for
 from tests.models import LAYERS, tiny_llama, transformers_greedy

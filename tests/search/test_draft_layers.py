@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerskip import DraftProfile, FixedLength, InvalidInputError, InvalidProfileError, LayerSkipModel, SkipSet
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge, BridgeFitter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.sublayers import DraftLayerStep
 from search.builder import DraftBuilder
 from search.draft_layers import DraftLayerRef, trained_draft_layer, trained_draft_layers

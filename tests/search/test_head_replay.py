@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import ConfidenceThreshold, FixedLength, HeadDrafter, SkipSet, generate
+from layerskip import ConfidenceThreshold, FixedLength, SkipSet, generate
+from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import with_prompt_lookup
 from layerskip.drafting.weights import DraftWeights

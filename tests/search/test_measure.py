@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.errors import LosslessnessError
 from search.measure import PromptMeasurement, measure_prompt, parts_at_near_tie, summarize
 from tests.models import LAYERS, VOCABULARY, tiny_llama

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import InvalidInputError
+from layerskip.errors import InvalidInputError
 from search.prompts import (
     EncodedPrompt,
     Prompt,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.engine import PassCosts
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace

@@ -13,11 +13,12 @@ from optuna.trial import TrialState
 import search.search as preparation
 import search.search as study_module
 import search.space as space_module
-from layerskip import DraftProfile, FixedLength, InvalidInputError, LayerSkipModel, SkipSet, generate, identify
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
 from layerskip.engine import GraphEngine
 from layerskip.engine.cuda_graphs import call_directly
-from layerskip.errors import LayerSkipError, LosslessnessError
+from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
+from layerskip.fingerprint import identify
 from search.latency import LatencyModel
 from search.measure import Summary
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import search.search as preparation
-from layerskip import DraftProfile, InvalidInputError, SkipSet, generate, identify
+from layerskip import DraftProfile, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
+from layerskip.errors import InvalidInputError
+from layerskip.fingerprint import identify
 from search.draft_layers import trained_draft_layers
 from search.objective import SOURCE_KEY
 from search.samplers import SAMPLERS

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import search.space as space_module
-from layerskip import FixedLength, InvalidInputError, SkipSet
+from layerskip import FixedLength, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.errors import InvalidInputError
 from search.draft_layers import DraftLayerRef
 from search.space import Candidate, Policy, SearchSpace
 from tests.models import LAYERS as TINY

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, SkipSet, generate
+from layerskip import FixedLength, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError
 from search.head_replay import DraftSeconds
 from search.latency import measure_latency
 from search.reference import batch_generate, record

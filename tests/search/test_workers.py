@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 import search.search as preparation
 import search.search as study_module
-from layerskip import identify
+from layerskip.fingerprint import identify
 from search.draft_layers import trained_draft_layers
 from search.loading import load_profiles
 from search.objective import MEASURES_KEY, SOURCE_KEY

@@ -14,9 +14,11 @@ import pytest
 import torch
 from optuna.storages import RDBStorage
 
-from layerskip import DraftProfile, FixedLength, InvalidInputError, Provenance, SkipSet, identify
+from layerskip import DraftProfile, FixedLength, SkipSet
 from layerskip.drafting.weights import DraftWeights
-from layerskip.errors import InvalidProfileError
+from layerskip.errors import InvalidInputError, InvalidProfileError
+from layerskip.fingerprint import identify
+from layerskip.profile import Provenance
 from studies.dashboard import artifact_store, attach_figures, attach_profile, serve
 from studies.study import load_study
 from tests.studies.drawn_studies import StudyInTheMaking

@@ -8,7 +8,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from layerskip import InvalidInputError
+from layerskip.errors import InvalidInputError
 from studies.optimizing import optimize
 from studies.ranking import completed_trials
 from studies.records import add_measurement, measurements_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
-from layerskip import InvalidInputError
+from layerskip.errors import InvalidInputError
 from studies.records import MeasurementRecord, add_measurement, records_of
 from studies.study import StudyContext, describe_study, list_studies, load_study, open_study
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import InvalidInputError, SkipSet
+from layerskip import SkipSet
+from layerskip.errors import InvalidInputError
 from studies.damage import LEAST_CANDIDATES, learned_acceptance
 from studies.ranking import best_trials
 from studies.statistics import Speedup, speedup_of_all, speedup_of_prompt

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 
 import layerskip.drafting.bridges as bridges_module
-from layerskip import ConfidenceThreshold, InvalidInputError, LayerSkipDrafter, SkipSet, fit_bridges, generate
-from layerskip.drafting.bridges import Bridge, BridgeFitter, record_states, runs_of
+from layerskip import ConfidenceThreshold, SkipSet, generate
+from layerskip.drafting.bridges import Bridge, BridgeFitter, fit_bridges, record_states, runs_of
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import InvalidInputError
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import skip_sets, tokens
 

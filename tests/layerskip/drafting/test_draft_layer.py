@@ -8,21 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    DraftProfile,
-    FixedLength,
-    InvalidInputError,
-    LayerSkipDrafter,
-    LayerSkipModel,
-    Provenance,
-    SkipSet,
-    generate,
-    identify,
-)
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.engine.cuda_graphs import call_directly
+from layerskip.errors import InvalidInputError
+from layerskip.fingerprint import identify
+from layerskip.profile import Provenance
 from tests.models import FAMILIES, LAYERS, near_tie_or_same, random_layers, tiny_gemma2, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, tokens
 

@@ -6,21 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from layerskip import (
-    DraftProfile,
-    FixedLength,
-    HeadDrafter,
-    InvalidInputError,
-    LayerSkipModel,
-    Provenance,
-    SkipSet,
-    export_draft,
-    generate,
-    identify,
-)
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
 from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError
+from layerskip.fingerprint import identify
 from layerskip.hub import card_of
+from layerskip.profile import Provenance
 from layerskip.profile_diff import differences
 from layerskip.training.trainable_draft import _Forgetful
 from search.decoding_methods import draft_bytes, transformers_methods

@@ -12,20 +12,20 @@ from layerskip import (
     ConfidenceThreshold,
     DraftProfile,
     FixedLength,
-    HeadDrafter,
-    InvalidInputError,
     LayerSkipModel,
-    Provenance,
     Sampling,
     SkipSet,
     generate,
-    identify,
     speculate,
 )
+from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS, untrained_heads
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import GraphEngine
+from layerskip.errors import InvalidInputError
+from layerskip.fingerprint import identify
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
+from layerskip.profile import Provenance
 from layerskip.token_tree import TokenTree
 from tests.layerskip.engine.test_cuda_graphs import like_a_graph
 from tests.layerskip.test_generation_host_reads import HostReads

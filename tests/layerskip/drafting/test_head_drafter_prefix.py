@@ -7,17 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import (
-    FixedLength,
-    HeadDrafter,
-    LayerSkipModel,
-    PrefixCache,
-    PromptLookup,
-    Sampling,
-    generate,
-    stream_rounds,
-)
-from layerskip.drafting.head_drafter import PrefixState, through_layer
+from layerskip import FixedLength, LayerSkipModel, PrefixCache, PromptLookup, Sampling, generate, stream_rounds
+from layerskip.drafting.head_drafter import HeadDrafter, PrefixState, through_layer
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights

@@ -9,22 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from layerskip import (
-    DraftProfile,
-    FixedLength,
-    HeadDrafter,
-    InvalidInputError,
-    InvalidProfileError,
-    LayerSkipModel,
-    Provenance,
-    SkipSet,
-    export_draft,
-    generate,
-    identify,
-)
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
+from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS, HydraHead, HydraHeads, MedusaHeads, heads_of, untrained_heads
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError, InvalidProfileError
+from layerskip.fingerprint import identify
 from layerskip.hub import card_of
+from layerskip.profile import Provenance
 from tests.models import LAYERS, random_heads, random_layers, tiny_llama
 
 SIZE = 32

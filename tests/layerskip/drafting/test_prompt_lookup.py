@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, Sampling, SkipSet, generate
+from layerskip import FixedLength, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import FallbackDrafter, NGramIndex, PromptLookup, PromptLookupDrafter
+from layerskip.errors import InvalidInputError
 from layerskip.generation import stream_rounds
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from tests.layerskip.drafting.test_draft_layer import Watched, drafter_with_layers, from_scratch

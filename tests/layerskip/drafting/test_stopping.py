@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, InvalidInputError, LayerSkipDrafter, SkipSet
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
+from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.errors import InvalidInputError
 from layerskip.sampling import GreedySampler
 from tests.models import LAYERS
 from tests.strategies import draft_exits, fractions

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, StoppingCriteriaList
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import DraftStep, GraphEngine
+from layerskip.errors import InvalidInputError
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.sampling import Draft, Draw, GreedySampler, speculative_choice
 from layerskip.token_tree import MOST_LEAVES, TokenTree

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
+from layerskip import FixedLength, SkipSet, generate
 from layerskip.drafting.bridges import record_states
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from tests.models import LAYERS, VOCABULARY
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine, compile_sublayers
 from layerskip.engine.cuda_graphs import call_directly
 from tests.models import EVERY_FAMILY, FAMILIES, near_tie_or_same, transformers_greedy

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, use_engine
 from layerskip.engine.cuda_graphs import call_directly
+from layerskip.errors import InvalidInputError
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 

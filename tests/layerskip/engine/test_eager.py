@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipDrafter, SkipSet, generate
+from layerskip import FixedLength, SkipSet, generate
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import EagerEngine, PassCosts, SharedPrefix
 from tests.models import near_tie_or_same, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens

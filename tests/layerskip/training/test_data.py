@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from layerskip import InvalidInputError, LayerSkipError, LayerSkipModel
+from layerskip import LayerSkipError, LayerSkipModel
+from layerskip.errors import InvalidInputError
 from layerskip.training import DataSettings, GivenPrompts, SelfWrittenPrompts, TuningData
 from layerskip.training.data import NOT_ASKED
 from tests.layerskip.training.conftest import EXIT, SETTINGS, random_prompts

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, InvalidInputError, LayerSkipDrafter, LayerSkipModel, SkipSet, generate
+from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import fit_bridge
 from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError
 from layerskip.training import RANKS, TrainingSettings, train, trainable_bridge, trainable_layer, vocabulary_of
 from layerskip.training.evaluation import Scorer, frozen, ideal_speedup, step_cost_by_weights
 from tests.layerskip.training.conftest import EXIT, SETTINGS, random_prompts

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from layerskip import FixedLength, HeadDrafter, generate
+from layerskip import FixedLength, generate
+from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS, untrained_heads
 from layerskip.skip_set import SkipSet
 from layerskip.training import TrainingSettings, train, trainable_heads, vocabulary_of

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, HeadDrafter, generate
+from layerskip import FixedLength, generate
 from layerskip.drafting.draft_layer import DraftLayerWeights
-from layerskip.drafting.head_drafter import through_layer
+from layerskip.drafting.head_drafter import HeadDrafter, through_layer
 from layerskip.drafting.heads import untrained_heads
 from layerskip.kv_cache import KVCache
 from layerskip.skip_set import SkipSet

@@ -5,7 +5,7 @@ import pickle
 import optuna
 import pytest
 
-from layerskip import InvalidInputError
+from layerskip.errors import InvalidInputError
 from search.samplers import SAMPLERS, DraftChoices, make_sampler
 from tests.search.samplers.problems import acceptance_by, bits, even_costs, run
 
