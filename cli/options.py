@@ -14,7 +14,6 @@ DEFAULT_STORAGE = completion.DEFAULT_STORAGE
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("eager", "cuda-graphs")
-SAMPLERS = ("tpe", "greybox", "gp", "nsga2", "random")
 
 _debugging = False
 

@@ -96,7 +96,7 @@ class SearchProgress(SearchObserver):
         source = trial.user_attrs.get(SOURCE_KEY, "sampler")
         self._say(
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
-            f"draft {trial.user_attrs['draft_exit']}  [{source}]"
+            f"draft {trial.user_attrs['draft']}  [{source}]"
         )
 
     def finalists_chosen(self, count: int) -> None:

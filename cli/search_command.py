@@ -12,7 +12,6 @@ import typer
 from cli import completion
 from cli.options import (
     DEFAULT_STORAGE,
-    SAMPLERS,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -33,6 +32,7 @@ from cli.output import (
     stderr,
     stdout,
 )
+from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
@@ -64,7 +64,6 @@ def search(
             autocompletion=completion.one_of(*SAMPLERS),
         ),
     ] = "tpe",
-    pareto: Annotated[bool, typer.Option(help="Maximize the acceptance rate too, as an objective of its own.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
     devices: Annotated[
         str | None,
@@ -136,7 +135,6 @@ def search(
         prompts_per_trial=prompts_per_trial,
         finalists=finalists,
         sampler=sampler,
-        pareto=pareto,
         workers=_num_workers(places, workers),
         seed=seed,
     )
@@ -150,15 +148,15 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.context_length
     )
-    stand_ins = trained_draft_layers(profiles, first)
+    draft_layers = trained_draft_layers(profiles, first)
     space = SearchSpace.of(
         first,
         bridges=bridges,
-        vocabulary=draft_vocabulary,
-        gate=gate,
-        branches=branches,
-        ngrams=ngrams,
-        stand_ins=[one.name for one in stand_ins],
+        vocabularies=draft_vocabulary,
+        target_confidence=gate,
+        trees=branches,
+        prompt_lookup=ngrams,
+        draft_layers=[layer.ref for layer in draft_layers],
     )
     identity = identify(first, checkpoint.source)
 
@@ -179,7 +177,7 @@ def search(
             database,
             settings,
             space=space,
-            stand_ins=stand_ins,
+            draft_layers=draft_layers,
             study_name=study,
             observer=progress,
             helpers=helpers,

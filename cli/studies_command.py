@@ -71,9 +71,6 @@ def show(
     counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
     stdout.print(f"trials    {counts or 'none'}; {counted(described['measurements'], 'prompt')} measured")
     stdout.print(_table(described["best"]))
-    if described["pareto_front"]:
-        stdout.print("Pareto front of speedup and agreement, both predicted:")
-        stdout.print(_table(described["pareto_front"]))
 
 
 def _table(trials: list[dict[str, Any]]) -> Table:
@@ -83,7 +80,7 @@ def _table(trials: list[dict[str, Any]]) -> Table:
     for trial in trials:
         agreement = "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}"
         final = "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×"
-        what = (str(trial["skip_set"]), str(trial["draft_exit"]))
+        what = (str(trial["skip_set"]), str(trial["draft"]))
         table.add_row(str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"], final, agreement, *what)
     return table
 

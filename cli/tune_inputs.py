@@ -16,12 +16,12 @@ from cli.output import (
 )
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
 from layerskip.checkpoints import cache_folder
+from layerskip.drafting.config import DraftConfig
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
 from search.loading import wrapped
 from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
-from search.space import Policy
 from search.train_draft import TuningObserver, TuningSettings, exit_of
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ class TuningProgress(TuningObserver):
     def costs_begin(self) -> None:
         self._say("measuring what the parts of a step cost here")
 
-    def exit_chosen(self, policy: Policy, predicted: float) -> None:
-        self._say(f"predicted {predicted:.3f}× with draft {policy}")
+    def policy_chosen(self, config: DraftConfig, predicted: float) -> None:
+        self._say(f"predicted {predicted:.3f}× with draft {config.details}")
         self._start("prompts", 1)
 
     def prompt_measured(self, number: int, total: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.model import LayerSkipModel
 from layerskip.profile import PromptSet
 from search.builder import DraftBuilder
@@ -12,7 +13,6 @@ from search.callbacks import SearchObserver
 from search.machine_lock import MachineLock
 from search.measure import PromptMeasurement, measure_prompt, warm_up
 from search.prompts import EncodedPrompt
-from search.space import Candidate, Policy
 from studies.records import MeasurementRecord, Records
 
 
@@ -51,16 +51,10 @@ class Measurer:
         self.quiet = quiet
         self._observer = observer
 
-    def as_made(self, candidate: Candidate) -> Candidate:
-        """The candidate without what its draft does not get: bridges, where it leaves out nothing that is worth one."""
-        gets_bridges = candidate.bridged and self._makers.num_bridges(candidate.skipped_below) > 0
-        return replace(candidate, bridged=gets_bridges)
-
     def measurements(
         self,
         trial: int,
-        candidate: Candidate,
-        policy: Policy,
+        config: DraftConfig,
         prompts: Sequence[EncodedPrompt],
         prompt_set: PromptSet,
     ) -> Iterator[PromptMeasurement]:
@@ -68,8 +62,7 @@ class Measurer:
 
         Args:
             trial: Number of the trial whose candidate it is.
-            candidate: What to draft with.
-            policy: When to draft.
+            config: How to draft.
             prompts: What to decode.
             prompt_set: What they are, for the record.
 
@@ -77,7 +70,7 @@ class Measurer:
             LosslessnessError: The draft changed the output.
         """
         self._observer.measurement_begins(trial)
-        drafter = self._makers.drafter(candidate, policy)
+        drafter = self._makers.drafter(config)
         warm_up(self._model, drafter, prompts, max_new_tokens=self._limit)
         for number, prompt in enumerate(prompts, start=1):
             plain_first = number % 2 == 1

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.stopping import FixedLength
 from layerskip.drafting.weights import DraftWeights
@@ -36,14 +38,14 @@ from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Summary, summarize
 from search.measurer import Measurer
-from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective, policy_of
+from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
 from search.reference import ReferenceRun
 from search.relative_costs import RelativeCosts
-from search.samplers import DraftChoices, NoRepeats, make_sampler
+from search.samplers import NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
-from search.space import Candidate, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.optimizing import optimize
 from studies.ranking import (
@@ -52,6 +54,7 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    config_of,
     correction_of,
     finalists,
     fully_measured_trials,
@@ -125,9 +128,18 @@ def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: in
     )
 
 
+def policy_fields(config: DraftConfig) -> dict[str, Any]:
+    """The policy of a configuration, by the names of a profile's fields."""
+    return {
+        "draft_exit": config.stopping,
+        "gate": config.target_confidence_threshold,
+        "branches": config.tree,
+        "ngrams": config.prompt_lookup,
+    }
+
+
 def profile_of(
     best: Finalist,
-    candidate: Candidate,
     assets: DraftWeights,
     identity: ModelIdentity,
     study: str,
@@ -139,21 +151,17 @@ def profile_of(
 
     Args:
         best: What was measured.
-        candidate: What its trial tried.
-        assets: Its stand-ins and vocabulary.
+        assets: Its weights.
         identity: The model.
         study: The study's name.
         context: What the study's values depend on.
-        training_seconds: How long its stand-in was trained, if it has one and that is known.
+        training_seconds: How long its draft layer was trained, if it has one and that is known.
     """
-    policy = policy_of(best.trial)
+    config = config_of(best.trial)
     profile = DraftProfile(
         model=identity,
-        skip_set=candidate.skip_set,
-        draft_exit=policy.draft_exit,
-        gate=policy.gate,
-        branches=policy.branches,
-        ngrams=policy.ngrams,
+        skip_set=config.skip_set,
+        **policy_fields(config),
         measured=measured_part(
             best.summary,
             best.prompt_set,
@@ -222,7 +230,7 @@ def prepare(
     settings: SearchSettings,
     study: optuna.Study,
     *,
-    stand_ins: Sequence[TrainedDraftLayer] = (),
+    draft_layers: Sequence[TrainedDraftLayer] = (),
     folder: Path,
     quiet: MachineLock,
     observer: SearchObserver,
@@ -236,7 +244,7 @@ def prepare(
         space: What candidates are made of.
         settings: How long texts are.
         study: Keeps what the parts of a step cost.
-        stand_ins: Trained ones that candidates may have.
+        draft_layers: Trained draft layers that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
         observer: Told how it goes.
@@ -249,7 +257,7 @@ def prepare(
         _warm_up(model, prompts.measured[0])
         run = ReferenceRun(model, folder, fingerprint)
         observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
-        makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
+        makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), draft_layers)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
         observer.reference_ready(run.found)
     latency = _latency(model, space, study, quiet, observer)
@@ -338,8 +346,8 @@ class Search:
         prompts: What to decode.
         storage: Where the study lives.
         settings: How long and how thoroughly to search.
-        space: What to choose among; None is the skip set, when drafts end, and the stand-ins.
-        stand_ins: The trained ones that the space names, with their tensors.
+        space: The search space; None is the skip set, the stopping rules, and the draft layers.
+        draft_layers: The trained draft layers that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
         observer: Told how it goes.
@@ -350,7 +358,7 @@ class Search:
             :class:`search.workers.Workers`.
 
     Raises:
-        InvalidInputError: The study's name is empty, or the space names other stand-ins than were given.
+        InvalidInputError: The study's name is empty, or the space names other draft layers than were given.
     """
 
     def __init__(
@@ -362,7 +370,7 @@ class Search:
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
-        stand_ins: Sequence[TrainedDraftLayer] = (),
+        draft_layers: Sequence[TrainedDraftLayer] = (),
         study_name: str | None = None,
         observer: SearchObserver | None = None,
         folder: Path | None = None,
@@ -378,14 +386,14 @@ class Search:
         self._settings = settings
         self._observer = observer or SearchObserver()
         self._prompts = SearchPrompts.of(prompts, settings)
-        names = tuple(one.name for one in stand_ins)
-        self._space = space or SearchSpace(model.num_layers, stand_ins=names)
-        if self._space.stand_ins != names:
+        refs = tuple(layer.ref for layer in draft_layers)
+        self._space = space or SearchSpace(model.num_layers, draft_layers=refs)
+        if self._space.draft_layers != refs:
             raise InvalidInputError(
-                f"space: names {len(self._space.stand_ins)} trained stand-ins, and {len(names)} others were given; "
+                f"space: names {len(self._space.draft_layers)} draft layers, and {len(refs)} others were given; "
                 "give the space those that the search gets"
             )
-        self._stand_ins = stand_ins
+        self._draft_layers = draft_layers
         self._folder = folder or cache_folder()
         self._quiet = MachineLock(self._folder, model.device, workers=settings.workers)
         self._number = number
@@ -402,8 +410,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=self._space.describe(),
         )
-        objectives = "-pareto" * settings.pareto
-        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}{objectives}"
+        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
         """Search, measure the finalists on held-out prompts, and make the best one's profile.
@@ -442,8 +449,7 @@ class Search:
         Raises:
             InvalidInputError: It was made with another model, prompts or space.
         """
-        objectives = 2 if self._settings.pareto else 1
-        study = open_study(self._storage, self._name, self._context, objectives=objectives)
+        study = open_study(self._storage, self._name, self._context)
         self._observer.study_opened(study.study_name, progress_of(study))
         return study
 
@@ -458,8 +464,7 @@ class Search:
             tools.predictor,
             self._measurer(tools),
             self._prompts.measured,
-            self._settings.sampler,
-            self._settings.pareto,
+            self._settings.sampler_name,
         )
         callbacks = [self._report]
         if self._number == 0:
@@ -490,7 +495,7 @@ class Search:
             self._space,
             self._settings,
             study,
-            stand_ins=self._stand_ins,
+            draft_layers=self._draft_layers,
             folder=self._folder,
             quiet=self._quiet,
             observer=self._observer,
@@ -501,22 +506,17 @@ class Search:
         # A resumed study, or another worker, must not draw the same random numbers again.
         drawn = len(study.get_trials(deepcopy=False)) + self._number * self._settings.trials
         seed = None if self._settings.seed is None else (self._settings.seed + drawn) % SEEDS
-        space = self._space
-        exits = tuple(one.start for one in space.stand_ins)
-        choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
-        context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs, space.stand_ins)
-        return NoRepeats(
-            make_sampler(
-                self._settings.sampler,
-                choices=choices,
-                costs=costs,
-                max_draft_length=space.max_draft_length,
-                seed=seed,
-            ),
-            choices,
-            seed=seed,
-        )
+        return NoRepeats(self._inner_sampler(tools, seed), self._space, seed=seed)
+
+    def _inner_sampler(self, tools: Prepared, seed: int | None) -> BaseSampler:
+        sampler = self._settings.sampler
+        if isinstance(sampler, str):
+            context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
+            costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs)
+            return make_sampler(sampler, self._space, costs, seed=seed)
+        if self._number:  # or this worker would draw what the first one draws
+            sampler.reseed_rng()
+        return sampler
 
     def _measurer(self, tools: Prepared) -> Measurer:
         return Measurer(
@@ -542,25 +542,21 @@ class Search:
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
-        measurer, candidate = self._measurer(self._prepared), self._space.candidate(trial.params)
+        measurer = self._measurer(self._prepared)
         with self._quiet.exclusive():
-            measured = measurer.measurements(
-                trial.number, candidate, policy_of(trial), self._prompts.held_out, "held-out"
-            )
+            measured = measurer.measurements(trial.number, config_of(trial), self._prompts.held_out, "held-out")
             return Finalist(trial, summarize(list(measured)), "held-out")
 
     def _profile(self, best: Finalist) -> DraftProfile:
         assert self._prepared is not None
-        candidate = self._space.candidate(best.trial.params)
-        makers = self._prepared.makers
+        config, makers = config_of(best.trial), self._prepared.makers
         return profile_of(
             best,
-            candidate,
-            makers.assets(candidate),
+            makers.weights(config),
             self._identity,
             self._name,
             self._context,
-            training_seconds=makers.training_seconds(candidate),
+            training_seconds=makers.training_seconds(config),
         )
 
 

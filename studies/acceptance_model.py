@@ -189,19 +189,18 @@ def learned_acceptance(acceptance: Mapping[DraftConfig, float]) -> dict[int, Lea
     """What skipping each sublayer alone would do, learned from drafts that skip several.
 
     Args:
-        acceptance: Acceptance rates by draft.
+        acceptance: Acceptance rates by draft; drafts with a draft layer tell too little of sublayers and do not count.
 
     Returns:
         By the sublayer's index in the stack; only sublayers that some draft skips and another keeps. Nothing from fewer
         than ``LEAST_CANDIDATES`` drafts.
     """
-    if len(acceptance) < LEAST_CANDIDATES:
+    known = {config: rate for config, rate in acceptance.items() if config.draft_layer is None}
+    if len(known) < LEAST_CANDIDATES:
         return {}
-    sizes = sorted({config.vocabulary_size for config in acceptance})
-    layers = sorted({config.draft_layer for config in acceptance if config.draft_layer})
-    masks = np.array([config.skipped_below.mask for config in acceptance])
+    masks = np.array([config.skip_set.mask for config in known])
+    model = AcceptanceModel(known, masks.shape[1], sorted({config.vocabulary_size for config in known}))
     # A draft never agrees more than always.
-    damages = (np.maximum(damage, 0) for damage in AcceptanceModel(acceptance, masks.shape[1], sizes, layers).intervals())
-    values, highs, lows = (acceptance_of(damage).tolist() for damage in damages)
-    known = masks.any(axis=0) & ~masks.all(axis=0)
-    return {i: LearnedAcceptance(values[i], lows[i], highs[i]) for i in np.flatnonzero(known).tolist()}
+    values, highs, lows = (acceptance_of(np.maximum(damage, 0)).tolist() for damage in model.intervals())
+    tried = masks.any(axis=0) & ~masks.all(axis=0)
+    return {i: LearnedAcceptance(values[i], lows[i], highs[i]) for i in np.flatnonzero(tried).tolist()}

@@ -103,4 +103,5 @@ class DraftMaximizer:
         sublayers = 2 * self._space.num_layers
         plain, masks = self._space.options[0], np.eye(sublayers + 1, sublayers, dtype=bool)
         costs = self._costs.draft_steps(plain, masks)  # of skipping each, and nothing
-        return np.maximum(costs[-1] - costs[:-1], 1e-6)
+        saved: Floats = np.maximum(costs[-1] - costs[:-1], 1e-6)
+        return saved

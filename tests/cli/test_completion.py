@@ -11,7 +11,6 @@ from cli import completion, options
 from layerskip.checkpoints import ALIASES
 from layerskip.engine import ENGINES
 from layerskip.ready_profiles import ready_profiles
-from search.samplers.named import SAMPLERS
 from studies.storage import open_storage
 from tests.cli.conftest import COMMAND, ENVIRONMENT
 
@@ -95,7 +94,6 @@ def test_what_is_offered_is_what_there_is():
     """Written down twice, because asking would import torch."""
     assert set(completion.ALIASES) == set(ALIASES)
     assert set(options.ENGINES) == set(ENGINES)
-    assert set(options.SAMPLERS) == set(SAMPLERS)
 
 
 def test_nothing_heavy_is_imported_to_complete(tmp_path):

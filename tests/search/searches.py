@@ -34,7 +34,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # The search's own parameters; the others are settings.
-_OWN = ("study_name", "observer", "space", "stand_ins", "folder", "helpers")
+_OWN = ("study_name", "observer", "space", "draft_layers", "folder", "helpers")
 
 
 def small_search(model, storage, *, prompts=None, **named):
@@ -59,7 +59,7 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
 
 def known_costs(space=None):
     """A latency model that is the same on every machine."""
-    vocabularies = (0, *(space.vocabularies if space else ()))
+    vocabularies = (0, *(space.vocabulary_sizes if space else ()))
     near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
     return LatencyModel(near, far)
 
