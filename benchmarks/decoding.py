@@ -16,16 +16,17 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel
 from layerskip.checkpoints import cache_folder
-from search.compare import able, compare
-from search.decoding_methods import (
-    DecodingMethod,
+from search.compare import (
+    compare,
     draft_bytes,
-    layerskip_method,
     layerskip_methods,
-    named,
+    named_profiles,
     transformers_methods,
+    usable_methods,
 )
+from search.decoding_methods import DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
+from search.measure import MeasuringPlan
 from studies.comparison import Comparison, advice, described, facts, table
 from studies.figures.compared import compared
 from studies.report import render_page
@@ -33,16 +34,14 @@ from studies.report import render_page
 console = Console(highlight=False, width=170)
 
 
-def exact_lineup(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
+def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
     """Each profile, verified in passes over no more tokens than there are."""
     exact = LayerSkipModel(model.hf_model)  # not calibrated, so that it knows no cheaper width
     return [
-        DecodingMethod(
-            f"{name}, exact width",
-            layerskip_method(exact, one.drafter(exact)),
-            draft_bytes=draft_bytes(exact, one.assets),
+        layerskip_method(
+            f"{name}, exact width", exact, profile.drafter(exact), draft_bytes=draft_bytes(exact, profile.assets)
         )
-        for name, one in profiles.items()
+        for name, profile in profiles.items()
     ]
 
 
@@ -60,18 +59,16 @@ def main(
     """Compare every way to decode."""
     transformers_logging.set_verbosity_error()
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
-    profiles = named([str(path) for path in profile or []], DraftProfile.load)
+    profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)
     theirs, left_out = transformers_methods(setting.model, profiles)
     ours = layerskip_methods(setting.model, profiles, combine=False)
-    contenders, failed = able([*ours, *exact_lineup(setting.model, profiles), *theirs], setting.prompts[0])
+    usable, failed = usable_methods([*ours, *exact_methods(setting.model, profiles), *theirs], setting.prompts[0])
     entries = compare(
         setting.model,
-        contenders,
-        setting.prompts,
-        max_new_tokens=max_new_tokens,
-        repeats=repeats,
-        quiet=MachineLock(cache_folder(), setting.model.device),
-        on_prompt=lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
+        usable,
+        MeasuringPlan(setting.prompts, max_new_tokens, repeats),
+        MachineLock(cache_folder(), setting.model.device),
+        lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
     )
     machine = machine_of(setting.model)
     comparison = Comparison(

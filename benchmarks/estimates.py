@@ -28,8 +28,8 @@ from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
 from search.callbacks import SearchObserver
 from search.machine_lock import MachineLock
-from search.measure import measure_prompt, summarize, warm_up
-from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+from search.measure import MeasuringPlan, measure_drafter, summarize
+from search.prompts import built_in_prompts, split_prompts
 from search.search import Prepared, SearchPrompts, prepare
 from search.settings import SearchSettings
 from search.space import SearchSpace
@@ -74,7 +74,8 @@ class Workbench:
     model: LayerSkipModel
     space: SearchSpace
     tools: Prepared
-    prompts: tuple[EncodedPrompt, ...]
+    plan: MeasuringPlan
+    lock: MachineLock
 
 
 @contextmanager
@@ -93,6 +94,7 @@ def prepared(
     alike = replace(everyone, scored=everyone.measured)
     space = SearchSpace.of(wrapped, target_confidence=gate)
     with tempfile.TemporaryDirectory() as folder:
+        lock = MachineLock(Path(folder), wrapped.device)
         tools = prepare(
             wrapped,
             identify(wrapped, checkpoint.source).fingerprint,
@@ -101,10 +103,10 @@ def prepared(
             settings,
             optuna.create_study(),
             folder=Path(folder),
-            quiet=MachineLock(Path(folder), wrapped.device),
+            quiet=lock,
             observer=SearchObserver(),
         )
-        yield Workbench(wrapped, space, tools, alike.measured)
+        yield Workbench(wrapped, space, tools, MeasuringPlan(alike.measured, max_new_tokens), lock)
 
 
 def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftConfig]:
@@ -121,24 +123,15 @@ def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftCo
     return made
 
 
-def compare(
-    model: LayerSkipModel,
-    tools: Prepared,
-    candidate: DraftConfig,
-    prompts: Sequence[EncodedPrompt],
-    max_new_tokens: int,
-) -> Compared:
+def compare(bench: Workbench, candidate: DraftConfig) -> Compared:
     """Predict a candidate, then decode the same prompts with it."""
+    model, tools = bench.model, bench.tools
     started = device_seconds(model.device)
     prediction = tools.predictor.predict(candidate)
     estimated = device_seconds(model.device)
     drafter = tools.makers.drafter(prediction.simulated.config)
-    warm_up(model, drafter, prompts, max_new_tokens=max_new_tokens)
-    warm = device_seconds(model.device)
-    measured = [
-        measure_prompt(model, prompt, drafter, max_new_tokens=max_new_tokens, plain_first=number % 2 == 0)
-        for number, prompt in enumerate(prompts)
-    ]
+    built = device_seconds(model.device)
+    measured = list(measure_drafter(model, drafter, bench.plan, bench.lock))
     return Compared(
         candidate=str(prediction.simulated.config),
         skipped=len(candidate.skip_set),
@@ -146,7 +139,7 @@ def compare(
         predicted=prediction.simulated.speedup,
         measured=summarize(measured).speedup,
         estimate_seconds=estimated - started,
-        measurement_seconds=device_seconds(model.device) - warm,
+        measurement_seconds=device_seconds(model.device) - built,
     )
 
 
@@ -188,10 +181,7 @@ def main(
     """Compare predicted with measured speedups."""
     with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens, gate=gate) as workbench:
         wrapped = workbench.model
-        results = [
-            compare(wrapped, workbench.tools, candidate, workbench.prompts, max_new_tokens)
-            for candidate in random_candidates(workbench.space, skip_sets, seed)
-        ]
+        results = [compare(workbench, candidate) for candidate in random_candidates(workbench.space, skip_sets, seed)]
     summary = report(results)
     figures = [asdict(one) for one in results]
     write_json(json, {"machine": machine_of(wrapped), "model": model, "summary": summary, "figures": figures})

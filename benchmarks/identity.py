@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.setting import load_setting, loaded_profiles, machine_of, write_json
 from layerskip import generate
 from layerskip.errors import LosslessnessError
-from search.measure import parts_at_near_tie
+from search.measure import diverges_at_near_tie
 
 console = Console(highlight=False, width=150)
 
@@ -45,7 +45,7 @@ def main(
             same = next((at for at, (a, b) in enumerate(zip(plain, own, strict=False)) if a != b), len(plain))
             found[name]["tokens"] += same
             try:
-                found[name]["near_ties"] += parts_at_near_tie(setting.model, prompt, plain, own)
+                found[name]["near_ties"] += diverges_at_near_tie(setting.model, prompt, plain, own)
             except LosslessnessError as error:
                 found[name]["different"] += 1
                 console.print(f"{name}: {error}")

@@ -31,7 +31,9 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.engine import use_engine
 from layerskip.fingerprint import identify
 from search.builder import DraftBuilder, fit_texts
-from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.decoding_methods import PLAIN, layerskip_method
+from search.machine_lock import MachineLock
+from search.measure import MeasuringPlan, Summary, measure_methods, summarize
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 from search.reference import ReferenceRun
 from search.search import SearchPrompts
@@ -103,16 +105,11 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
     for one in found:
         if label(one.incumbent) not in drafters:
             drafters[label(one.incumbent)] = makers.drafter(one.incumbent.config)
-    measured: dict[str, list[PromptMeasurement]] = {name: [] for name in drafters}
-    for number, prompt in enumerate(prompts):
-        for name, drafter in drafters.items():
-            warm_up(task.model, drafter, [prompt], max_new_tokens=task.max_new_tokens)
-            measured[name].append(
-                measure_prompt(
-                    task.model, prompt, drafter, max_new_tokens=task.max_new_tokens, plain_first=number % 2 == 0
-                )
-            )
-    return {name: summarize(one) for name, one in measured.items()}
+    methods = [layerskip_method(name, task.model, drafter) for name, drafter in {PLAIN: None, **drafters}.items()]
+    plan = MeasuringPlan(prompts, task.max_new_tokens)
+    measured = measure_methods(task.model, methods, plan, MachineLock(folder, task.model.device))
+    _, *by_drafter = zip(*measured, strict=True)
+    return {name: summarize(measurements) for name, measurements in zip(drafters, by_drafter, strict=True)}
 
 
 def label(incumbent: Incumbent) -> str:

@@ -23,7 +23,7 @@ from cli.output import counted, describe_speedup, no_gain_note, print_json, quie
 
 if TYPE_CHECKING:
     from layerskip import DraftProfile, LayerSkipModel
-    from search.bench import Bench
+    from search.measure import Measurement, MeasuringPlan
 
 # What a search generates by default, for a profile that does not say what it was measured with.
 _DEFAULT_LENGTH = 48
@@ -50,31 +50,27 @@ def bench(
     from cli.progress import Steps
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
-    from search.bench import bench as measure
     from search.loading import wrapped
     from search.machine_lock import MachineLock
+    from search.measure import MeasuringPlan, measure_drafter
     from search.prompts import prompts_to_measure, read_prompts
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)
     own = read_prompts(prompts) if prompts else None
-    measured = loaded.measured
-    length = max_new_tokens or (measured.max_new_tokens if measured else _DEFAULT_LENGTH)
+    length = max_new_tokens or (loaded.measured.max_new_tokens if loaded.measured else _DEFAULT_LENGTH)
     checkpoint = load_for(loaded, model, device=device, dtype=dtype, engine=engine)
     layers = wrapped(checkpoint.model, engine, compiled)
     drafter = loaded.drafter(layers)
     chosen = prompts_to_measure(own, checkpoint.tokenizer, max_new_tokens=length, context_length=layers.context_length)
+    plan = MeasuringPlan(chosen, length, repeats)
+    measured: dict[str, Measurement] = {}
     with Steps("decoding", len(chosen) * repeats) as steps:
-        result = measure(
-            layers,
-            drafter,
-            chosen,
-            max_new_tokens=length,
-            repeats=repeats,
-            quiet=MachineLock(cache_folder(), layers.device),
-            on_prompt=steps.done,
-        )
-    described = _described(profile, loaded, result, repeats, length, layers)
+        measurements = measure_drafter(layers, drafter, plan, MachineLock(cache_folder(), layers.device))
+        for done, measurement in enumerate(measurements, start=1):
+            measured[measurement.prompt] = measurement
+            steps.done(done)
+    described = _described(profile, loaded, list(measured.values()), plan, layers)
     if json:
         print_json(described)
         return
@@ -82,25 +78,28 @@ def bench(
 
 
 def _described(
-    source: str, profile: DraftProfile, result: Bench, repeats: int, length: int, layers: LayerSkipModel
+    source: str,
+    profile: DraftProfile,
+    measurements: list[Measurement],
+    plan: MeasuringPlan,
+    layers: LayerSkipModel,
 ) -> dict[str, Any]:
     from layerskip.utils import device_name, library_versions
+    from search.measure import mean_accepted_length, summarize
 
-    dtype = str(layers.dtype).removeprefix("torch.")
-    drafted = sum(one.drafted for one in result.prompts)
     return {
         "profile": source,
         "model": profile.model.id,
         "device": device_name(layers.device),
-        "dtype": dtype,
+        "dtype": str(layers.dtype).removeprefix("torch."),
         "engine": layers.engine.name,
         "versions": library_versions(),
-        "repeats": repeats,
-        "max_new_tokens": length,
-        **asdict(result.summary),
-        "drafted": drafted,
-        "mean_accepted": result.mean_accepted,
-        "prompt_speedups": {one.prompt: one.speedup for one in result.prompts},
+        "repeats": plan.repeats,
+        "max_new_tokens": plan.max_new_tokens,
+        **asdict(summarize(measurements)),
+        "drafted": sum(measurement.drafted for measurement in measurements),
+        "mean_accepted": mean_accepted_length(measurements),
+        "prompt_speedups": {measurement.prompt: measurement.speedup for measurement in measurements},
         "profile_measured": profile.measured.model_dump() if profile.measured else None,
     }
 

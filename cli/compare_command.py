@@ -100,38 +100,38 @@ def _compared(
     from layerskip.checkpoints import cache_folder, resolve_device
     from layerskip.engine import check_engine
     from layerskip.utils import device_name, library_versions
-    from search.compare import able, compare
-    from search.decoding_methods import layerskip_methods, named, ready_profiles_for, transformers_methods
+    from search.compare import (
+        compare,
+        layerskip_methods,
+        named_profiles,
+        ready_profiles_for,
+        transformers_methods,
+        usable_methods,
+    )
     from search.loading import wrapped
     from search.machine_lock import MachineLock
+    from search.measure import MeasuringPlan
     from search.prompts import prompts_to_measure, read_prompts
     from studies.comparison import Comparison
 
     check_engine(engine, resolve_device(device))
     own_prompts = read_prompts(prompts) if prompts else None
-    given = named(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
+    given = named_profiles(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
     layers = wrapped(checkpoint.model, engine, compiled)
     taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    contenders = layerskip_methods(layers, taking_part, combine=combine)
+    methods = layerskip_methods(layers, taking_part, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
         theirs, left_out = transformers_methods(layers, taking_part)
-        contenders = [*contenders, *theirs]
+        methods = [*methods, *theirs]
     chosen = prompts_to_measure(
         own_prompts, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length
     )
-    able_ones, failed = able(contenders, chosen[0])
+    usable, failed = usable_methods(methods, chosen[0])
+    plan = MeasuringPlan(chosen, max_new_tokens, repeats)
     with Steps("decoding", len(chosen) * repeats) as steps:
-        entries = compare(
-            layers,
-            able_ones,
-            chosen,
-            max_new_tokens=max_new_tokens,
-            repeats=repeats,
-            quiet=MachineLock(cache_folder(), layers.device),
-            on_prompt=steps.done,
-        )
+        entries = compare(layers, usable, plan, MachineLock(cache_folder(), layers.device), steps.done)
     return Comparison(
         model=source,
         device=device_name(layers.device),

@@ -1,4 +1,4 @@
-"""What the shell completes. All of it without torch, which takes longer to import than anybody waits for a key."""
+"""Completion functions for the shell. None of them imports torch, which takes longer than anybody waits for a key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import typer
 
-# layerskip's own, which cannot be asked without importing torch.
-ALIASES = ("smollm2",)
+from layerskip.names import ALIASES
+
 DEFAULT_STORAGE = "sqlite:///layerskip.db"
 
 Completer = Callable[[str], list[str]]
@@ -29,7 +29,7 @@ def one_of(*values: str) -> Completer:
 
 def models(incomplete: str) -> list[str]:
     """Aliases, folders and .gguf files."""
-    return _beginning(ALIASES, incomplete) + _paths(incomplete, ".gguf")
+    return _beginning(tuple(ALIASES), incomplete) + _paths(incomplete, ".gguf")
 
 
 def profiles(incomplete: str) -> list[str]:

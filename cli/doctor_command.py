@@ -6,12 +6,11 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from packaging.requirements import InvalidRequirement, Requirement
 
 from cli import completion
 from cli.options import (
@@ -29,79 +28,15 @@ if TYPE_CHECKING:
     from search.break_even import BreakEven
 
 
-# The extras of people who use layerskip, and what each is for; the others are for who develops it.
-EXTRAS = {
-    "gguf": "GGUF files, among them the default model's",
-    "dashboard": "the Optuna dashboard",
-    "postgres": "studies in PostgreSQL",
-    "grpc": "studies behind a server",
-}
-
-
-@dataclass(frozen=True)
-class Package:
-    """One package that layerskip needs, or that an extra brings.
-
-    Args:
-        name: Its name.
-        needed: The versions that layerskip works with, such as ``>=2.11``.
-        installed: The version that is installed; None if none is.
-        fits: Whether that one is among them.
-        extra: The extra that brings it; None if layerskip cannot do without it.
-    """
-
-    name: str
-    needed: str
-    installed: str | None
-    fits: bool
-    extra: str | None
-
-
-def packages() -> list[Package]:
-    """The packages that layerskip needs, and those of its extras."""
-    try:
-        lines = requires("layerskip") or []
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        lines = []
-    found = (_package(line, extra) for line in lines for extra in (None, *EXTRAS))
-    return [package for package in found if package is not None]
-
-
-def python_version() -> Package:
-    """Python itself."""
-    installed = platform.python_version()
-    needed = Requirement("python>=3.11")
-    return Package("python", str(needed.specifier), installed, needed.specifier.contains(installed, True), None)
-
-
-def _package(line: str, extra: str | None) -> Package | None:
-    """A requirement, if it is one of layerskip itself (extra None) or one that the extra adds."""
-    try:
-        requirement = Requirement(line)
-    except InvalidRequirement:
-        return None
-    marker = requirement.marker
-    wanted = marker is None if extra is None else marker is not None and _brings(requirement, extra)
-    if not wanted:
-        return None
-    try:
-        installed: str | None = version(requirement.name)
-    except PackageNotFoundError:
-        installed = None
-    fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
-    return Package(requirement.name, str(requirement.specifier), installed, fits, extra)
-
-
-def _brings(requirement: Requirement, extra: str) -> bool:
-    marker = requirement.marker
-    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+# What speed and results depend on; an installed layerskip is not needed where a checkout is on the path.
+_PACKAGES = ("layerskip", "torch", "transformers", "optuna")
 
 
 def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Also measure whether speculation can pay for this model: alias, hub id, folder or .gguf file.",
+            help="Also measure whether speculation can pay for this model: alias, Hub id, folder or .gguf file.",
             show_default=False,
             autocompletion=completion.models,
         ),
@@ -113,46 +48,58 @@ def doctor(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Look at what layerskip runs on: versions, devices, folders, the database and, with a model, what can be gained.
+    """Check what layerskip runs on: versions, devices, cache, database and, with a model, what speculation can gain.
 
-    The exit status is 1 where something is missing that layerskip cannot do without.
+    The exit status is 1 if a package is missing that layerskip cannot do without.
     """
-    found = [python_version(), *packages()]
-    broken = [package for package in found if package.extra is None and not package.fits]
-    problems: list[str] = []
+    versions = _versions()
+    missing = [name for name, installed in versions.items() if installed is None and name != "layerskip"]
+    problems = [f"the package '{name}' is not installed" for name in missing]
     result: dict[str, Any] = {
-        "ok": not broken,
-        "packages": [asdict(package) for package in found],
-        "devices": _tried(_devices, [], problems),
-        "dtype": _tried(lambda: _dtype_advice(device, dtype), {}, problems),
-        "cache": _tried(_cache, {}, problems),
-        "storage": _tried(lambda: _storage(storage), {}, problems),
+        "ok": not missing,
+        "versions": versions,
+        "devices": _attempt(_devices, [], problems),
+        "dtype": _attempt(lambda: _dtype_advice(device, dtype), {}, problems),
+        "cache": _attempt(_cache, {}, problems),
+        "storage": _attempt(lambda: _storage(storage), {}, problems),
         "problems": list(dict.fromkeys(problems)),
         "model": None,
     }
     for problem in result["problems"]:
         stderr.print(f"layerskip: {problem}")
     if not json:
-        _report(found, result)
-    if model is not None and not broken:
-        payoff = _measured(model, device, dtype, engine)
-        result["model"] = {"model": model, **asdict(payoff), "can_pay": payoff.can_pay, "verdict": verdict(payoff)}
+        _report(result)
+    if model is not None and not missing:
+        break_even = _measured(model, device, dtype, engine)
+        shown = {"model": model, **asdict(break_even), "can_pay": break_even.can_pay, "verdict": verdict(break_even)}
+        result["model"] = shown
         if not json:
-            _report_payoff(payoff)
-    elif not json and not broken:
+            _report_break_even(break_even)
+    elif not json and not missing:
         stdout.print("model       'layerskip doctor MODEL' measures whether speculation can pay for it here")
     if json:
         print_json(result)
-    raise typer.Exit(FAILED if broken else DONE)
+    raise typer.Exit(FAILED if missing else DONE)
 
 
-def _tried(look: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:
-    """What is found; where it cannot be looked at, for instance because a package is missing, that is a problem."""
+def _attempt(check: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:
+    """The result of a check; one that fails, for instance because of a broken package, adds to the problems."""
     try:
-        return look()
-    except Exception as error:  # a doctor does not fall ill of what is wrong
+        return check()
+    except Exception as error:  # report a failing check, never raise
         problems.append((str(error).strip().splitlines() or [type(error).__name__])[0])
         return otherwise
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -171,12 +118,12 @@ def _dtype_advice(device: str, dtype: str) -> dict[str, Any]:
 
 def _advice(device_type: str, dtype: str) -> str:
     if dtype == "float32" and device_type == "cuda":
-        return "the text is plain decoding's token for token; bfloat16 is about twice as fast"
+        return "output is identical to plain decoding; bfloat16 is about twice as fast"
     if dtype == "float32":
-        return "the text is plain decoding's token for token"
-    ties = "tokens that are as good as tied may come out differently, with or without a draft"
+        return "output is identical to plain decoding"
+    ties = "near-ties may be resolved differently, with or without a draft"
     if device_type == "cpu":
-        return f"{ties}; many processors verify k tokens in k times the time, so that nothing is gained: try float32"
+        return f"{ties}; on many processors verifying k tokens takes k times as long, so nothing is gained: try float32"
     return ties
 
 
@@ -199,13 +146,13 @@ def _storage(url: str) -> dict[str, Any]:
     from studies.study import list_studies
 
     quiet_libraries()
+    found: dict[str, Any] = {"url": redacted(url), "reachable": True}
     try:
         if not is_there(url):
-            return {"url": redacted(url), "reachable": True, "studies": 0, "state": "not there yet; a search makes it"}
-        studies = len(list_studies(open_existing_storage(url)))
+            return found | {"studies": 0, "state": "does not exist yet; a search creates it"}
+        return found | {"studies": len(list_studies(open_existing_storage(url))), "state": "reachable"}
     except LayerSkipError as error:
-        return {"url": redacted(url), "reachable": False, "studies": None, "state": str(error)}
-    return {"url": redacted(url), "reachable": True, "studies": studies, "state": "reachable"}
+        return found | {"reachable": False, "studies": None, "state": str(error)}
 
 
 def _measured(model: str, device: str, dtype: str, engine: str) -> BreakEven:
@@ -218,64 +165,45 @@ def _measured(model: str, device: str, dtype: str, engine: str) -> BreakEven:
     quiet_libraries()
     check_engine(engine, resolve_device(device))
     layers = wrapped(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
-    stderr.print(f"measuring what {model} costs here, which takes a minute or so", style="dim")
+    stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
     with MachineLock(cache_folder(), layers.device).exclusive():
         return measure_break_even(layers)
 
 
-def _report(found: list[Package], result: dict[str, Any]) -> None:
-    needed = [package for package in found if package.extra is None]
-    stdout.print("needed      " + ", ".join(_versioned(package) for package in needed))
-    for extra, purpose in EXTRAS.items():
-        brought = [package for package in found if package.extra == extra]
-        if all(package.fits for package in brought):
-            state = ", ".join(_versioned(package) for package in brought)
-        else:
-            lacking = ", ".join(_versioned(package) for package in brought if not package.fits)
-            state = f"{lacking}; for {purpose}: pip install 'layerskip[{extra}]'"
-        stdout.print(f"{extra:<11} {state}")
+def _report(result: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {installed or 'missing'}" for name, installed in result["versions"].items())
+    stdout.print(f"versions    {versions}")
     for device in result["devices"]:
         stdout.print(f"device      {device['name']}: {device['description']}")
     if result["dtype"]:
         stdout.print("dtype       {dtype} on {device}: {advice}".format(**result["dtype"]))
     if cache := result["cache"]:
         used, free = (cache[name] / 2**30 for name in ("bytes", "free_bytes"))
-        state = f"{used:.1f} GiB, {free:.1f} GiB free"
-        closed = "" if cache["writable"] else "; not writable: set LAYERSKIP_CACHE to a folder that is"
-        stdout.print(f"cache       {cache['folder']}: {state}{closed}")
+        advice = "" if cache["writable"] else "; not writable: set LAYERSKIP_CACHE to a folder that is"
+        stdout.print(f"cache       {cache['folder']}: {used:.1f} GiB, {free:.1f} GiB free{advice}")
     if database := result["storage"]:
         stdout.print("studies     {url}: {state}".format(**database))
 
 
-def _versioned(package: Package) -> str:
-    if package.installed is None:
-        return f"{package.name} is missing ({package.needed} needed)"
-    return f"{package.name} {package.installed}" + ("" if package.fits else f" does not fit {package.needed}")
-
-
-def _report_payoff(payoff: BreakEven) -> None:
-    costs = " · ".join(f"{tokens}: {cost:.2f}" for tokens, cost in payoff.verification.items())
-    stdout.print(f"step        {payoff.step_seconds * 1000:.1f} ms, {1 / payoff.step_seconds:.1f} tokens/s")
-    stdout.print(f"v(k)        verifying k tokens, in such steps: {costs}")
-    for draft in payoff.drafts:
-        even = "never breaks even" if draft.break_even is None else f"breaks even at {draft.break_even:.0%} accepted"
-        even += "" if draft.break_even is None else f", {draft.length} a draft"
+def _report_break_even(result: BreakEven) -> None:
+    costs = " · ".join(f"{tokens}: {cost:.2f}" for tokens, cost in result.verification.items())
+    stdout.print(f"step        {result.step_seconds * 1000:.1f} ms, {1 / result.step_seconds:.1f} tokens/s")
+    stdout.print(f"v(k)        cost of verifying k tokens, in plain steps: {costs}")
+    for draft in result.drafts:
+        point = "never breaks even"
+        if draft.break_even is not None:
+            point = f"breaks even at {draft.break_even:.0%} accepted, {counted(draft.length, 'token')} a draft"
         rates = ", ".join(f"{rate:.0%}: {value:.2f}×" for rate, value in draft.speedups.items())
-        stdout.print(f"draft       {draft.draft}: {draft.cost:.2f} of a step, {even} ({rates})")
-    stdout.print(verdict(payoff))
+        stdout.print(f"draft       {draft.draft}: {draft.cost:.2f} of a step, {point} ({rates})")
+    stdout.print(verdict(result))
 
 
-def verdict(payoff: BreakEven) -> str:
+def verdict(result: BreakEven) -> str:
     """Whether speculation can pay, in a sentence."""
-    best = payoff.best
+    best = result.best
     if best is None:
-        return (
-            "Speculation cannot pay for this model here: no draft of these kinds is faster even if it is always right."
-        )
-    rate = f"at least {best.break_even:.0%} of the time, {counted(best.length, 'token')} a draft"
-    if not payoff.can_pay:
-        return f"Speculation will hardly pay for this model here: a draft ({best.draft}) would have to be right {rate}."
-    return (
-        f"Speculation can pay for this model here if a draft ({best.draft}) is right {rate}; only a search tells "
-        "whether one is."
-    )
+        return "Speculation cannot pay for this model here: no such draft is faster, even if every token is accepted."
+    rate = f"at least {best.break_even:.0%} of its tokens are accepted, at {counted(best.length, 'token')} a draft"
+    if not result.can_pay:
+        return f"Speculation will hardly pay for this model here: a draft ({best.draft}) pays only if {rate}."
+    return f"Speculation can pay for this model here if {rate} (draft: {best.draft}); only a search can tell."

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from cli import completion
-from cli.options import DTYPES, DebugOption, DeviceOption, JsonOption, ModelOption, ProfileArgument
+from cli.options import DebugOption, DeviceOption, JsonOption, ModelOption, ProfileArgument
 from cli.output import counted, print_json, quiet_libraries, stderr, stdout
+from layerskip.names import DTYPES
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
         str,
         typer.Option(
             help="float32, bfloat16 or float16; auto keeps the model's own, and takes float32 for GGUF files.",
-            autocompletion=completion.one_of(*DTYPES),
+            autocompletion=completion.one_of("auto", *DTYPES),
         ),
     ] = "auto",
     json: JsonOption = False,

@@ -8,12 +8,9 @@ from typing import Annotated
 import typer
 
 from cli import completion
+from layerskip.names import DEVICES, DTYPES, ENGINES
 
 DEFAULT_STORAGE = completion.DEFAULT_STORAGE
-# For the shell to complete; who takes them knows them itself, and is too slow to ask at every key.
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINES = ("eager", "cuda-graphs")
 
 _debugging = False
 
@@ -40,14 +37,15 @@ StorageOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", autocompletion=completion.one_of(*DEVICES)
+        help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.",
+        autocompletion=completion.one_of("auto", *DEVICES),
     ),
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(
         help="float32, bfloat16 or float16; auto takes bfloat16 on CUDA, float32 elsewhere.",
-        autocompletion=completion.one_of(*DTYPES),
+        autocompletion=completion.one_of("auto", *DTYPES),
     ),
 ]
 EngineOption = Annotated[

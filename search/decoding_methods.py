@@ -1,12 +1,10 @@
-"""Decoding methods to measure: layerskip's with each profile's draft, and those of transformers."""
+"""A decoding method: something that continues a prompt greedily, by layerskip or by transformers."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,28 +12,25 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from layerskip.drafting.drafter import Drafter
-from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
-from layerskip.drafting.weights import DraftWeights
-from layerskip.errors import LayerSkipError
-from layerskip.fingerprint import identify
 from layerskip.generation import generate
 from layerskip.model import LayerSkipModel
-from layerskip.profile import DraftProfile
-from layerskip.ready_profiles import find_profile, ready_profiles
 from layerskip.utils import PhaseClock
+
+# layerskip's plain decoding, which all other methods are compared with.
+PLAIN = "plain decoding"
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding one prompt came to.
+    """The tokens that a method generated for one prompt, and what it took.
 
     Args:
         tokens: The new token ids.
         target_passes: Passes of the target model, the prompt's among them.
         drafted: Places in the text that tokens were proposed for.
-        accepted: Proposed tokens that stood.
+        accepted: Proposed tokens that were accepted.
         draft_seconds: Time spent proposing.
-        step_seconds: Time spent in the target model's passes behind the prompt; None where it was not taken.
+        step_seconds: Time spent in the target model's passes after the prompt's; None where it was not taken.
     """
 
     tokens: tuple[int, ...]
@@ -46,27 +41,47 @@ class Decoded:
     step_seconds: float | None
 
 
+Decode = Callable[[Sequence[int], int], Decoded]
+
+
 @dataclass(frozen=True)
 class DecodingMethod:
-    """Somebody who decodes.
+    """A way to decode greedily.
 
     Args:
         name: What it is called.
         decode: Continues a prompt by a number of tokens at most.
         draft_bytes: Memory that its draft takes beside the model.
         training_seconds: How long its draft was trained, if that is known.
-        foreign: Whether the code is another's, which may refuse this model.
+        compiles: Whether it captures or compiles passes for each length of text, which is not to be timed.
+        third_party: Whether it is another library's code, which may refuse this model.
     """
 
     name: str
-    decode: Callable[[Sequence[int], int], Decoded] = field(repr=False)
+    decode: Decode = field(repr=False)
     draft_bytes: int = 0
     training_seconds: float | None = None
-    foreign: bool = False
+    compiles: bool = False
+    third_party: bool = False
 
 
-def layerskip_method(model: LayerSkipModel, drafter: Drafter | None) -> Callable[[Sequence[int], int], Decoded]:
-    """layerskip's decoding, with a drafter; None decodes plainly."""
+def layerskip_method(
+    name: str,
+    model: LayerSkipModel,
+    drafter: Drafter | None,
+    *,
+    draft_bytes: int = 0,
+    training_seconds: float | None = None,
+) -> DecodingMethod:
+    """layerskip's decoding.
+
+    Args:
+        name: What it is called.
+        model: The model.
+        drafter: Drafts for it; None decodes plainly.
+        draft_bytes: As in :class:`DecodingMethod`.
+        training_seconds: Likewise.
+    """
 
     def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
         generation = generate(model, prompt, drafter=drafter, max_new_tokens=max_new_tokens)
@@ -80,19 +95,21 @@ def layerskip_method(model: LayerSkipModel, drafter: Drafter | None) -> Callable
             step_seconds=stats.verification_seconds,
         )
 
-    return decode
+    return DecodingMethod(name, decode, draft_bytes, training_seconds, compiles=model.engine.captures)
 
 
-def transformers_method(model: LayerSkipModel, **options: Any) -> Callable[[Sequence[int], int], Decoded]:
+def transformers_method(name: str, model: LayerSkipModel, *, draft_bytes: int = 0, **options: Any) -> DecodingMethod:
     """``generate`` of transformers.
 
     Args:
+        name: What it is called.
         model: The model.
+        draft_bytes: As in :class:`DecodingMethod`.
         options: Of ``generate``, such as ``assistant_model`` or ``prompt_lookup_num_tokens``.
     """
     hf_model: Any = model.hf_model
     eos = sorted(model.eos_token_ids)
-    # Greedy and nothing else, whatever the checkpoint recommends: that is what all are compared on.
+    # Greedy, whatever the checkpoint recommends: that is what all methods are compared on.
     greedy = GenerationConfig(do_sample=False, eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
 
     def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
@@ -115,12 +132,13 @@ def transformers_method(model: LayerSkipModel, **options: Any) -> Callable[[Sequ
             step_seconds=None,
         )
 
-    return decode
+    compiles = options.get("cache_implementation") == "static"
+    return DecodingMethod(name, decode, draft_bytes, compiles=compiles, third_party=True)
 
 
 @dataclass
 class _Tally:
-    """What transformers did, counted while it does it."""
+    """Counts and times what transformers does."""
 
     clock: PhaseClock
     target_passes: int = 0
@@ -130,7 +148,7 @@ class _Tally:
 
 @contextmanager
 def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Let ``generate`` take its defaults from other settings than the model's."""
+    """Replace the model's defaults for ``generate`` inside the block."""
     before = model.generation_config
     model.generation_config = settings
     try:
@@ -158,7 +176,7 @@ def _passes_counted(model: PreTrainedModel, tally: _Tally) -> Iterator[None]:
 
 @contextmanager
 def _candidates_counted(model: Any, tally: _Tally) -> Iterator[None]:
-    """Count and time what an assisted mode proposes, and count what of it stands."""
+    """Count and time the tokens that an assisted mode proposes, and count those that are accepted."""
     original = model._get_candidate_generator
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -183,125 +201,3 @@ def _candidates_counted(model: Any, tally: _Tally) -> Iterator[None]:
         yield
     finally:
         del model._get_candidate_generator
-
-
-PLAIN, COPIES = "plain decoding", "n-grams alone"
-# The published setting of prompt lookup.
-_LOOKUP_TOKENS = 10
-
-
-def layerskip_methods(
-    model: LayerSkipModel, profiles: Mapping[str, DraftProfile], *, combine: bool
-) -> list[DecodingMethod]:
-    """layerskip's ways: plainly, by copying from the text, and with each profile's draft.
-
-    Args:
-        model: The model.
-        profiles: By the name that each shall have.
-        combine: Whether each profile also takes part with copies as a first try, where it has none of its own.
-
-    Raises:
-        InvalidProfileError: A profile is for another model.
-    """
-    taking_part = [
-        DecodingMethod(PLAIN, layerskip_method(model, None)),
-        DecodingMethod(COPIES, layerskip_method(model, PromptLookupDrafter())),
-    ]
-    for name, profile in profiles.items():
-        drafts = {name: profile.drafter(model)}
-        if combine and profile.ngrams is None:
-            drafts[f"{name} + n-grams"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
-        taking_part += [
-            DecodingMethod(
-                called,
-                layerskip_method(model, drafter),
-                draft_bytes=draft_bytes(model, profile.assets),
-                training_seconds=profile.provenance.training_seconds,
-            )
-            for called, drafter in drafts.items()
-        ]
-    return taking_part
-
-
-def transformers_methods(
-    model: LayerSkipModel, profiles: Mapping[str, DraftProfile]
-) -> tuple[list[DecodingMethod], dict[str, str]]:
-    """transformers' ways: plainly, prompt lookup, self-speculation by an early exit, and each profile as an assistant.
-
-    Args:
-        model: The model.
-        profiles: By the name that each shall have.
-
-    Returns:
-        Who takes part, and why others cannot, by name.
-    """
-    exit_layer = max(model.num_layers // 2, 1)
-    ways = {
-        "transformers plain": transformers_method(model),
-        "transformers prompt lookup": transformers_method(model, prompt_lookup_num_tokens=_LOOKUP_TOKENS),
-        f"transformers early exit {exit_layer}": transformers_method(model, assistant_early_exit=exit_layer),
-    }
-    if model.device.type == "cuda":
-        ways["transformers static, compiled"] = transformers_method(model, cache_implementation="static")
-    sizes: dict[str, int] = {}
-    left_out: dict[str, str] = {}
-    for name, profile in profiles.items():
-        called = f"transformers assistant ({name})"
-        try:
-            assistant = profile.as_assistant(model.hf_model)
-        except LayerSkipError as error:
-            left_out[called] = str(error)
-        else:
-            ways[called] = transformers_method(model, assistant_model=assistant)
-            sizes[called] = draft_bytes(model, replace(profile.assets, token_ids=None))
-    contenders = [DecodingMethod(name, way, draft_bytes=sizes.get(name, 0), foreign=True) for name, way in ways.items()]
-    return contenders, left_out
-
-
-def draft_bytes(model: LayerSkipModel, assets: DraftWeights) -> int:
-    """Memory of what a draft keeps beside the model: its tensors, and the head's rows for its draft vocabulary.
-
-    Args:
-        model: The model, whose dtype the tensors are brought to.
-        assets: What the draft needs.
-    """
-    if not assets:
-        return 0
-    like = torch.empty(0, dtype=model.dtype)
-    rows = 0 if assets.token_ids is None else len(assets.token_ids) * model.config.hidden_size * like.element_size()
-    return len(assets.to(like).to_bytes()) + rows
-
-
-def named(sources: Sequence[str], load: Callable[[str], DraftProfile]) -> dict[str, DraftProfile]:
-    """Profiles by the stems of their files, or as they are written where two have the same stem.
-
-    Args:
-        sources: Where they come from; one that is named twice counts once.
-        load: Loads one.
-    """
-    different = list(dict.fromkeys(sources))
-    taken = Counter([PLAIN, COPIES, *map(_stem, different)])
-    return {_stem(source) if taken[_stem(source)] == 1 else source: load(source) for source in different}
-
-
-def _stem(source: str) -> str:
-    path = Path(source)
-    return path.stem if path.suffix == ".json" else path.name
-
-
-def ready_profiles_for(
-    model: LayerSkipModel, given: Iterable[DraftProfile], *, device: str, dtype: str
-) -> dict[str, DraftProfile]:
-    """Ready profiles of a model, by name, except those that were given anyway.
-
-    Args:
-        model: The model.
-        given: What takes part already.
-        device: As in :func:`layerskip.ready_profiles.find_profile`.
-        dtype: Likewise.
-    """
-    mine = identify(model).fingerprint
-    names = sorted({entry.name for entry in ready_profiles() if entry.fingerprint == mine})
-    found = {name: DraftProfile.load(find_profile(name, device=device, dtype=dtype)) for name in names}
-    known = list(given)
-    return {f"ready {name}": profile for name, profile in found.items() if profile not in known}

@@ -1,4 +1,4 @@
-"""Turns on one machine: estimates run side by side, who measures has the machine for itself."""
+"""Per-machine lock: predictions share the machine, a measurement has it to itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from layerskip.errors import LayerSkipError
 
 
 class MachineLock:
-    """Keeps the workers of all searches on a machine from disturbing a measurement.
+    """Keeps all processes of a machine that search or measure from disturbing a measurement.
 
-    Two locked files: whoever measures holds the door shut while it waits for those inside to finish, so that new
-    estimates cannot keep it waiting for ever. The system lifts a lock when its process ends, however it ends.
+    Two locked files: a process that measures holds the door shut while it waits for those inside to finish, so that new
+    predictions cannot keep it waiting for ever. The system lifts a lock when its process ends, however it ends.
 
     Args:
         folder: Where the files lie; all processes name the same one.
-        device: What is measured on; different devices do not disturb each other.
-        workers: Processes among which the processor's threads are shared while nobody measures.
+        device: The device that is measured; different devices do not disturb each other.
+        workers: Processes among which the processor's threads are divided while none measures.
 
     Raises:
         LayerSkipError: The folder cannot be written.
@@ -39,10 +39,11 @@ class MachineLock:
                 f"{folder}: cannot keep the search's locks: {error.strerror}; set LAYERSKIP_CACHE to a writable folder"
             ) from error
         self._workers = workers
+        self._exclusive = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Wait until nobody measures, and keep measurements waiting meanwhile."""
+        """Wait until no process measures, and keep measurements waiting inside the block."""
         with ExitStack() as inside:
             with _locked(self._door, fcntl.LOCK_SH):
                 inside.enter_context(_locked(self._room, fcntl.LOCK_SH))
@@ -51,9 +52,16 @@ class MachineLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Wait until nobody estimates or measures, and keep everybody waiting meanwhile."""
-        with _locked(self._door, fcntl.LOCK_EX), _locked(self._room, fcntl.LOCK_EX):
+        """Wait until no process predicts or measures, and keep all waiting inside the block; blocks may be nested."""
+        if self._exclusive:
             yield
+            return
+        with _locked(self._door, fcntl.LOCK_EX), _locked(self._room, fcntl.LOCK_EX):
+            self._exclusive = True
+            try:
+                yield
+            finally:
+                self._exclusive = False
 
 
 @contextmanager

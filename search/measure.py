@@ -1,63 +1,134 @@
-"""Measuring a candidate: the same prompts decoded plainly and self-speculatively, in turn."""
+"""Time decoding methods: every prompt by every method, interleaved and repeated, with the machine to themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from scipy.stats import wilcoxon
 
 from layerskip.drafting.drafter import Drafter
 from layerskip.errors import LosslessnessError
-from layerskip.generation import Generation, generate
 from layerskip.model import LayerSkipModel
 from layerskip.utils import device_seconds
+from search.decoding_methods import PLAIN, Decoded, DecodingMethod, layerskip_method
+from search.machine_lock import MachineLock
 from search.prompts import EncodedPrompt
 from studies.statistics import speedup_of_all, speedup_of_prompt
 
-# In float32 two passes of different width differ by rounding; logits closer than this are as good as equal.
+# Enough that every kernel and buffer has been used once.
+WARM_UP_TOKENS = 8
+
+# In float32 two passes of different width differ by rounding; logits closer than this are a near-tie.
 _FLOAT32_TIE = 1e-3
 # In shorter types rounding alone moves a logit by a few units in its last place.
 _TIE_ROUNDINGS = 4
 
-# A candidate is given up when it would do as badly by chance less often than this.
+# Significance level below which a draft is taken to be slower than the best one.
 _HOPELESS = 0.1
 
 
 @dataclass(frozen=True)
-class PromptMeasurement:
-    """One prompt, decoded both ways.
+class MeasuringPlan:
+    """What is decoded to measure a method.
+
+    Args:
+        prompts: At least one, in this order.
+        max_new_tokens: Most tokens generated for each prompt.
+        repeats: How often each method decodes each prompt.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    max_new_tokens: int
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """One prompt decoded once by one method, and the seconds that it took, prefill included."""
+
+    decoded: Decoded
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One prompt decoded by one method, and in turn by plain decoding.
+
+    Greedy decoding generates the same tokens in each repeat; only the seconds differ, of which the median counts.
 
     Args:
         prompt: The prompt's id.
-        plain_seconds: Time of plain decoding, prefill included.
-        draft_seconds: Time of self-speculative decoding, prefill included.
-        tokens: Tokens of plain decoding.
-        draft_tokens: Tokens of self-speculative decoding; differs from ``tokens`` only behind a near-tie.
-        drafted: Tokens proposed.
-        accepted: Proposed tokens that stood.
-        near_tie: Whether the outputs part where the target model's best tokens are as good as tied.
+        plain: Runs of plain decoding, one for each repeat.
+        draft: Runs of the method, one for each repeat.
+        near_tie: Whether the outputs diverge at a near-tie of the target model's top two tokens.
+        error: The outputs diverge anywhere else; None if they do not.
     """
 
     prompt: str
-    plain_seconds: float
-    draft_seconds: float
-    tokens: int
-    draft_tokens: int
-    drafted: int
-    accepted: int
-    near_tie: bool
+    plain: tuple[TimedRun, ...]
+    draft: tuple[TimedRun, ...]
+    near_tie: bool = False
+    error: LosslessnessError | None = None
+
+    @property
+    def plain_seconds(self) -> float:
+        """Median time of plain decoding."""
+        return statistics.median(run.seconds for run in self.plain)
+
+    @property
+    def draft_seconds(self) -> float:
+        """Median time of the method."""
+        return statistics.median(run.seconds for run in self.draft)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of plain decoding."""
+        return len(self.plain[0].decoded.tokens)
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens of the method; differs from ``tokens`` only where the outputs diverge."""
+        return len(self.draft[0].decoded.tokens)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens proposed in one run."""
+        return self.draft[0].decoded.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Accepted tokens of one run."""
+        return self.draft[0].decoded.accepted
+
+    @property
+    def rounds(self) -> int:
+        """Verified drafts of one run: passes of the target model without the prompt's."""
+        return self.draft[0].decoded.target_passes - 1
 
     @property
     def speedup(self) -> float:
-        """Plain seconds ÷ self-speculative seconds, each for one token."""
+        """Plain seconds ÷ the method's seconds, each for one token."""
         return speedup_of_prompt(self)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Measurements of several prompts, taken together."""
+    """Measurements of one draft on several prompts, taken together.
+
+    Args:
+        speedup: Of all prompts' total times.
+        speedup_low: Lower end of its 95 % interval over prompts.
+        speedup_high: Upper end.
+        acceptance_rate: α, accepted ÷ drafted tokens; None if nothing was drafted.
+        plain_tokens_per_second: Of plain decoding.
+        draft_tokens_per_second: Of self-speculative decoding.
+        prompts: Number of prompts.
+        near_ties: Number of prompts whose outputs diverge at a near-tie.
+    """
 
     speedup: float
     speedup_low: float
@@ -69,78 +140,107 @@ class Summary:
     near_ties: int
 
 
-def warm_up(model: LayerSkipModel, drafter: Drafter, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> None:
-    """Decode prompts both ways where an engine captures or compiles passes: that is no part of what is measured.
+def measure_methods(
+    model: LayerSkipModel, methods: Sequence[DecodingMethod], plan: MeasuringPlan, lock: MachineLock
+) -> Iterator[Sequence[Measurement]]:
+    """Decode every prompt by every method, prompt by prompt; the methods take turns in who goes first.
+
+    Nothing is decoded ahead of what was asked for, so that a caller can stop early.
 
     Args:
-        model: The model.
-        drafter: The candidate's drafter.
-        prompts: What will be measured. The longest goes first, so that caches grow at once.
-        max_new_tokens: Most tokens for each.
+        model: The target model, which tells near-ties.
+        methods: All to measure; the first is plain decoding.
+        plan: What to decode, and how often.
+        lock: Held while a prompt is decoded, and free between prompts unless the caller holds it.
+
+    Yields:
+        After each prompt the measurement of each method on it, with those repeats that are done.
     """
-    if not model.engine.captures:
-        return
-    for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
-        for one in (drafter, None):
-            generate(model, prompt.tokens, drafter=one, max_new_tokens=max_new_tokens)
+    with lock.exclusive():
+        _warm_up(methods, plan)
+    measured: dict[str, list[Measurement]] = {}
+    for repeat, (number, prompt) in product(range(plan.repeats), enumerate(plan.prompts)):
+        with lock.exclusive():
+            runs = _in_turn(model, methods, prompt, plan.max_new_tokens, first=repeat + number)
+        if prompt.id in measured:
+            measured[prompt.id] = [
+                replace(earlier, plain=(*earlier.plain, runs[0]), draft=(*earlier.draft, run))
+                for earlier, run in zip(measured[prompt.id], runs, strict=True)
+            ]
+        else:
+            measured[prompt.id] = [_measurement(model, prompt, runs[0], run) for run in runs]
+        yield measured[prompt.id]
 
 
-def measure_prompt(
-    model: LayerSkipModel, prompt: EncodedPrompt, drafter: Drafter, *, max_new_tokens: int, plain_first: bool
-) -> PromptMeasurement:
-    """Decode one prompt greedily both ways and time each.
+def measure_drafter(
+    model: LayerSkipModel, drafter: Drafter, plan: MeasuringPlan, lock: MachineLock
+) -> Iterator[Measurement]:
+    """Measure self-speculative decoding with a drafter, as :func:`measure_methods` does.
 
-    Args:
-        model: The model.
-        prompt: What to continue.
-        drafter: The candidate's drafter.
-        max_new_tokens: Most tokens to generate.
-        plain_first: Which of the two comes first; alternate it, so that a drifting clock favours neither.
+    Yields:
+        After each prompt its measurement, with those repeats that are done.
 
     Raises:
-        LosslessnessError: The outputs differ, and not at a near-tie.
+        LosslessnessError: The draft changed the output, and not at a near-tie.
     """
-    drafters = {"plain": None, "draft": drafter}
-    seconds: dict[str, float] = {}
-    made: dict[str, Generation] = {}
-    for side in ("plain", "draft") if plain_first else ("draft", "plain"):
-        started = device_seconds(model.device)
-        made[side] = generate(model, prompt.tokens, drafter=drafters[side], max_new_tokens=max_new_tokens)
-        seconds[side] = device_seconds(model.device) - started
-    plain, draft = made["plain"], made["draft"]
-    return PromptMeasurement(
-        prompt=prompt.id,
-        plain_seconds=seconds["plain"],
-        draft_seconds=seconds["draft"],
-        tokens=len(plain.tokens),
-        draft_tokens=len(draft.tokens),
-        drafted=draft.stats.drafted,
-        accepted=draft.stats.accepted,
-        near_tie=parts_at_near_tie(model, prompt, plain.tokens, draft.tokens),
-    )
+    methods = [layerskip_method(PLAIN, model, None), layerskip_method("draft", model, drafter)]
+    for _, measurement in measure_methods(model, methods, plan, lock):
+        if measurement.error is not None:
+            raise measurement.error
+        yield measurement
 
 
-def hopeless(speedups: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Whether a candidate is slower than the best one, by Wilcoxon's signed-rank test on the prompts that both did.
+def _in_turn(
+    model: LayerSkipModel, methods: Sequence[DecodingMethod], prompt: EncodedPrompt, max_new_tokens: int, *, first: int
+) -> list[TimedRun]:
+    """Decode a prompt by each method, beginning with the ``first``-th; the runs are in the methods' own order."""
+    order = [(first + turn) % len(methods) for turn in range(len(methods))]
+    runs = {at: timed(model, methods[at], prompt, max_new_tokens) for at in order}
+    return [runs[at] for at in range(len(methods))]
+
+
+def timed(model: LayerSkipModel, method: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:
+    """Decode a prompt once, and take the time."""
+    started = device_seconds(model.device)
+    decoded = method.decode(prompt.tokens, max_new_tokens)
+    return TimedRun(decoded, device_seconds(model.device) - started)
+
+
+def _warm_up(methods: Sequence[DecodingMethod], plan: MeasuringPlan) -> None:
+    """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown."""
+    for method in methods:
+        method.decode(plan.prompts[0].tokens, min(plan.max_new_tokens, WARM_UP_TOKENS))
+    # The longest prompt goes first, so that caches grow at once.
+    for prompt in sorted(plan.prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
+        for method in methods:
+            if method.compiles:
+                method.decode(prompt.tokens, plan.max_new_tokens)
+
+
+def _measurement(model: LayerSkipModel, prompt: EncodedPrompt, plain: TimedRun, draft: TimedRun) -> Measurement:
+    try:
+        near_tie = diverges_at_near_tie(model, prompt, plain.decoded.tokens, draft.decoded.tokens)
+    except LosslessnessError as error:
+        return Measurement(prompt.id, (plain,), (draft,), error=error)
+    return Measurement(prompt.id, (plain,), (draft,), near_tie=near_tie)
+
+
+def diverges_at_near_tie(
+    model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[int], draft: Sequence[int]
+) -> bool:
+    """Whether two outputs diverge where the target model's best logit and those of both tokens are a near-tie.
 
     Args:
-        speedups: The candidate's, by the id of the prompt.
-        best: The best candidate's.
-    """
-    differences = [speedup - best[prompt] for prompt, speedup in speedups.items() if prompt in best]
-    if not any(differences) or sum(differences) > 0:
-        return False
-    return float(wilcoxon(differences, alternative="less", zero_method="zsplit").pvalue) < _HOPELESS
-
-
-def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Sequence[int], draft: Sequence[int]) -> bool:
-    """Whether two outputs part, and do so where the target model gives both tokens as good as the same, best logit.
+        model: The target model.
+        prompt: What both continue.
+        plain: Tokens of plain decoding.
+        draft: Tokens of the other method.
 
     Returns:
         False if the outputs are equal.
 
     Raises:
-        LosslessnessError: The outputs part anywhere else.
+        LosslessnessError: The outputs diverge anywhere else.
     """
     if list(plain) == list(draft):
         return False
@@ -155,13 +255,26 @@ def parts_at_near_tie(model: LayerSkipModel, prompt: EncodedPrompt, plain: Seque
         if best - float(logits[[plain[at], draft[at]]].min()) <= tie:
             return True
     raise LosslessnessError(
-        f"prompt {prompt.id}: self-speculative decoding left plain decoding at token {at if at is not None else 'end'} "
-        "and not at a near-tie; this is a bug in layerskip, please report it"
+        f"prompt {prompt.id}: self-speculative decoding diverges from plain decoding at token "
+        f"{at if at is not None else 'end'} and not at a near-tie; this is a bug in layerskip, please report it"
     )
 
 
-def summarize(measurements: Sequence[PromptMeasurement]) -> Summary:
-    """Take the measurements of one candidate together.
+def hopeless(speedups: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether a draft is slower than the best one, by Wilcoxon's signed-rank test on the prompts that both decoded.
+
+    Args:
+        speedups: The draft's, by the id of the prompt.
+        best: The best draft's.
+    """
+    differences = [speedup - best[prompt] for prompt, speedup in speedups.items() if prompt in best]
+    if not any(differences) or sum(differences) > 0:
+        return False
+    return float(wilcoxon(differences, alternative="less", zero_method="zsplit").pvalue) < _HOPELESS
+
+
+def summarize(measurements: Sequence[Measurement]) -> Summary:
+    """Take the measurements of one draft together, at least one.
 
     The speedup and its interval are those of :func:`studies.statistics.speedup_of_all`.
     """
@@ -177,3 +290,9 @@ def summarize(measurements: Sequence[PromptMeasurement]) -> Summary:
         prompts=len(measurements),
         near_ties=sum(m.near_tie for m in measurements),
     )
+
+
+def mean_accepted_length(measurements: Sequence[Measurement]) -> float | None:
+    """Accepted tokens a round; a round yields one more. None if there was no round."""
+    rounds = sum(m.rounds for m in measurements)
+    return sum(m.accepted for m in measurements) / rounds if rounds else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.errors import InvalidInputError
-from search.measure import PromptMeasurement, hopeless, summarize
-from search.measurer import Measurer
+from search.machine_lock import MachineLock
+from search.measure import Measurement, hopeless, summarize
 from search.predict import Prediction, SpeedupPredictor
 from search.prompts import EncodedPrompt
 from search.space import SearchSpace
@@ -48,6 +48,9 @@ _SECONDS_BY_TEXT_KEY = "predicted_seconds"
 _PREDICTED = (_DRAFT_KEY, CONFIG_KEY, ACCEPTANCE_KEY, PREDICTED_KEY, COMPLETE_KEY, _SECONDS_BY_TEXT_KEY)
 
 
+Measure = Callable[[int, DraftConfig, Sequence[EncodedPrompt]], Iterator[Measurement]]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What Optuna calls for each trial: the speedup, predicted or measured, of what it chose.
@@ -55,14 +58,16 @@ class Objective:
     Args:
         space: The search space.
         predictor: Predicts speedups.
-        measurer: Measures speedups.
+        measure: Decodes prompts with a trial's draft configuration, and records what it measures.
+        lock: Gives measurements the machine to themselves.
         prompts: What measured candidates decode.
         sampler: Name of the sampler that proposes what was not enqueued, for the record.
     """
 
     space: SearchSpace
     predictor: SpeedupPredictor
-    measurer: Measurer
+    measure: Measure
+    lock: MachineLock
     prompts: Sequence[EncodedPrompt]
     sampler: str
 
@@ -89,7 +94,7 @@ class Objective:
             _note(trial, {key: known.user_attrs[key] for key in (*_PREDICTED, BASIS_KEY)})
             trial.set_user_attr("answered_from", known.number)
             return speedup_of(known)
-        with self.measurer.quiet.shared():
+        with self.lock.shared():
             prediction = self.predictor.predict(candidate, to_beat=_best_predicted(now))
         _note(trial, _described(prediction) | {BASIS_KEY: "predicted"})
         return prediction.simulated.speedup
@@ -97,12 +102,12 @@ class Objective:
     def _measured(self, trial: optuna.Trial, predicted: FrozenTrial) -> float:
         _note(trial, {key: predicted.user_attrs[key] for key in _PREDICTED} | {BASIS_KEY: "measured"})
         started = time.perf_counter()
-        with self.measurer.quiet.exclusive():
+        with self.lock.exclusive():
             summary = summarize(self._decode(trial, config_of(predicted)))
         _note(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
         return summary.speedup
 
-    def _decode(self, trial: optuna.Trial, config: DraftConfig) -> list[PromptMeasurement]:
+    def _decode(self, trial: optuna.Trial, config: DraftConfig) -> list[Measurement]:
         """Decode prompts in random order until all are done or there is no hope.
 
         A hopeless trial keeps the speedup of the prompts that it did.
@@ -110,8 +115,8 @@ class Objective:
         prompts = list(self.prompts)
         random.Random(trial.number).shuffle(prompts)
         best = _best_measured(trial.study)
-        measured: list[PromptMeasurement] = []
-        for measurement in self.measurer.measurements(trial.number, config, prompts, "search"):
+        measured: list[Measurement] = []
+        for measurement in self.measure(trial.number, config, prompts):
             measured.append(measurement)
             speedups = {m.prompt: m.speedup for m in measured}
             if len(measured) < len(prompts) and hopeless(speedups, best):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,12 @@ from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.drafting.stopping import FixedLength
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
-from layerskip.generation import generate
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
-from layerskip.skip_set import SkipSet
 from layerskip.utils import device_name, library_versions
 from search.acceptance import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
@@ -36,8 +33,7 @@ from search.callbacks import Progress, SearchObserver
 from search.draft_layers import TrainedDraftLayer
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import Summary, summarize
-from search.measurer import Measurer
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
@@ -62,7 +58,7 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
-from studies.records import records_of
+from studies.records import MeasurementRecord, records_of
 from studies.study import LATENCY_KEY, StudyContext, open_study
 
 
@@ -180,10 +176,6 @@ def profile_of(
     return profile.with_assets(assets)
 
 
-# Enough that every kernel and buffer has been used once.
-_WARM_UP_TOKENS = 8
-
-
 @dataclass(frozen=True)
 class SearchPrompts:
     """Who decodes what.
@@ -254,7 +246,6 @@ def prepare(
     """
     length = settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
-        _warm_up(model, prompts.measured[0])
         run = ReferenceRun(model, folder, fingerprint)
         observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), draft_layers)
@@ -263,12 +254,6 @@ def prepare(
     latency = _latency(model, space, study, quiet, observer)
     predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
-
-
-def _warm_up(model: LayerSkipModel, prompt: EncodedPrompt) -> None:
-    nothing_skipped = LayerSkipDrafter(model, SkipSet(model.num_layers), FixedLength())
-    for drafter in (None, nothing_skipped):
-        generate(model, prompt.tokens, drafter=drafter, max_new_tokens=_WARM_UP_TOKENS)
 
 
 def _latency(
@@ -462,7 +447,8 @@ class Search:
         objective = Objective(
             self._space,
             tools.predictor,
-            self._measurer(tools),
+            partial(self._measure, prompt_set="search"),
+            self._quiet,
             self._prompts.measured,
             self._settings.sampler_name,
         )
@@ -518,16 +504,24 @@ class Search:
             sampler.reseed_rng()
         return sampler
 
-    def _measurer(self, tools: Prepared) -> Measurer:
-        return Measurer(
-            self._model,
-            tools.makers,
-            records_of(self._storage),
-            self._name,
-            max_new_tokens=self._settings.max_new_tokens,
-            quiet=self._quiet,
-            observer=self._observer,
-        )
+    def _measure(
+        self,
+        trial: int,
+        config: DraftConfig,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        prompt_set: PromptSet,
+    ) -> Iterator[Measurement]:
+        """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
+        assert self._prepared is not None
+        self._observer.measurement_begins(trial)
+        drafter = self._prepared.makers.drafter(config)
+        plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
+        records = records_of(self._storage)
+        for number, measured in enumerate(measure_drafter(self._model, drafter, plan, self._quiet), start=1):
+            records.add(_record(measured, self._name, trial, prompt_set))
+            self._observer.prompt_measured(number, len(prompts))
+            yield measured
 
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
@@ -542,10 +536,8 @@ class Search:
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
-        measurer = self._measurer(self._prepared)
-        with self._quiet.exclusive():
-            measured = measurer.measurements(trial.number, config_of(trial), self._prompts.held_out, "held-out")
-            return Finalist(trial, summarize(list(measured)), "held-out")
+        measured = self._measure(trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out")
+        return Finalist(trial, summarize(list(measured)), "held-out")
 
     def _profile(self, best: Finalist) -> DraftProfile:
         assert self._prepared is not None
@@ -568,6 +560,22 @@ def progress_of(study: HasTrials) -> Progress:
         measured=len(measured_trials(study)),
         best=speedup_of(best[0]) if best else None,
         basis=basis_of(best[0]) if best else "predicted",
+    )
+
+
+def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
+    return MeasurementRecord(
+        study=study,
+        trial=trial,
+        prompt=measured.prompt,
+        prompt_set=prompt_set,
+        plain_seconds=measured.plain_seconds,
+        draft_seconds=measured.draft_seconds,
+        tokens=measured.tokens,
+        draft_tokens=measured.draft_tokens,
+        drafted=measured.drafted,
+        accepted=measured.accepted,
+        near_tie=measured.near_tie,
     )
 
 

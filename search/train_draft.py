@@ -51,7 +51,7 @@ from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import PromptMeasurement, Summary, measure_prompt, summarize, warm_up
+from search.measure import MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun, ReferenceText
 from search.replay import RoundCosts, SimulatedSpeedup, replay
@@ -566,8 +566,7 @@ class Tuning:
         self._observer.policy_chosen(best.config, best.speedup)
         profile = profile.model_copy(update=policy_fields(best.config))
         profile = profile.with_assets(assets)
-        with quiet.exclusive():
-            summary = self._measured(profile)
+        summary = self._measured(profile, quiet)
         measured = measured_part(
             summary,
             "held-out",
@@ -587,16 +586,14 @@ class Tuning:
         ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 
-    def _measured(self, profile: DraftProfile) -> Summary:
-        limit = self._settings.max_new_tokens
+    def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
-        warm_up(self._model, drafter, self._measuring, max_new_tokens=limit)
-        done: list[PromptMeasurement] = []
-        for number, prompt in enumerate(self._measuring, start=1):
-            plain_first = number % 2 == 1
-            done.append(measure_prompt(self._model, prompt, drafter, max_new_tokens=limit, plain_first=plain_first))
-            self._observer.prompt_measured(number, len(self._measuring))
-        return summarize(done)
+        plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
+        measurements = []
+        for measurement in measure_drafter(self._model, drafter, plan, lock):
+            measurements.append(measurement)
+            self._observer.prompt_measured(len(measurements), len(self._measuring))
+        return summarize(measurements)
 
 
 def _draft(model: LayerSkipModel, settings: TuningSettings, exit_after: int) -> TunedDraft:

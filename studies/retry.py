@@ -8,7 +8,6 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ _MYSQL_AWAY = (1040, 1053, 2002, 2003, 2006, 2013, 2055)
 _patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_SECONDS)
 # When, on the monotonic clock, patience with the operation that is under way ends; None between operations.
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
-_ended: ContextVar[Event | None] = ContextVar("ended", default=None)
 _log = logging.getLogger("layerskip.studies")
 
 
@@ -43,11 +41,6 @@ def retry_timeout(seconds: float | None = None) -> AbstractContextManager[None]:
         seconds: None for as long as now. Either way, what Ctrl-C leaves of it is forgotten at the end of the block.
     """
     return _set(_patience, _patience.get() if seconds is None else seconds)
-
-
-def retry_until(ended: Event) -> AbstractContextManager[None]:
-    """Wait for no server any more, in this thread, as soon as another one has set an event."""
-    return _set(_ended, ended)
 
 
 @contextmanager
@@ -126,8 +119,7 @@ def _retry(operation: Callable[[], T], is_disconnect: Callable[[BaseException], 
     deadline = monotonic() + _patience.get() if around is None else around
 
     def is_over(_: RetryCallState) -> bool:
-        ended = _ended.get()
-        return monotonic() >= deadline or (ended is not None and ended.is_set())
+        return monotonic() >= deadline
 
     def say_once(state: RetryCallState) -> None:
         if state.attempt_number == 1 and awaited is not None:

@@ -1,4 +1,4 @@
-"""Opening what studies live in: a database, or a server that passes on to one."""
+"""Open the database that studies live in."""
 
 from __future__ import annotations
 
@@ -12,39 +12,44 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 
 from layerskip.errors import MissingDependencyError
 from studies.database import DatabaseStorage, sqlite_file
-from studies.proxy import SCHEME, open_proxy
-from studies.reconnecting_storage import ReconnectingStorage
 from studies.records import create_tables
 from studies.storage_errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
 
-__all__ = ["StorageError", "is_there", "open_database", "open_existing_storage", "open_storage", "redacted"]
+__all__ = ["StorageError", "is_there", "open_existing_storage", "open_storage", "redacted"]
 
 # Several workers that make the tables of a new database at once trip over each other, each a time or two.
 _TRIES_TO_MAKE_TABLES = 5
 
 
-def open_storage(url: str, *, heartbeat_seconds: int = 10) -> ReconnectingStorage:
+def open_storage(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:
     """Open an Optuna storage URL, making the database's file and tables if need be.
 
     A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits. A
     database server that goes away later is waited for.
 
     Args:
-        url: Such as ``sqlite:///layerskip.db``, ``postgresql+psycopg://user@host/name``, or ``grpc://host:port`` for
-            what ``layerskip studies serve`` serves there.
+        url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg://user@host/name``.
         heartbeat_seconds: How often a running trial says that it lives. One that has been silent three times as long
-            is taken for dead and tried once more. A server knows its own.
+            is taken for dead and tried once more.
 
     Raises:
         StorageError: The URL is malformed, or the database cannot be opened.
         MissingDependencyError: The driver for this kind of storage is not installed.
     """
-    if _parsed(url).drivername == SCHEME:
-        return open_proxy(_parsed(url))
-    return open_database(url, heartbeat_seconds=heartbeat_seconds)
+    parsed = _parsed(url)
+    try:
+        return _open(url, heartbeat_seconds)
+    except ImportError as error:
+        driver = parsed.get_driver_name()
+        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
+        raise MissingDependencyError(
+            f"storage '{redacted(url)}': the database driver is not installed; install '{driver}'{extra}"
+        ) from error
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise storage_error(url, error) from error
 
 
-def open_existing_storage(url: str) -> ReconnectingStorage:
+def open_existing_storage(url: str) -> DatabaseStorage:
     """Like :func:`open_storage`, but do not make a SQLite file that is not there.
 
     Raises:
@@ -63,27 +68,6 @@ def is_there(url: str) -> bool:
     """
     file = sqlite_file(_parsed(url))
     return not file or Path(file).exists()
-
-
-def open_database(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:
-    """Like :func:`open_storage`, for a database alone.
-
-    Raises:
-        StorageError: Also if the URL is that of a server that passes on to a database.
-    """
-    parsed = _parsed(url)
-    if parsed.drivername == SCHEME:
-        raise StorageError(f"storage '{redacted(url)}': is a server itself; expected the URL of a database")
-    try:
-        return _open(url, heartbeat_seconds)
-    except ImportError as error:
-        driver = parsed.get_driver_name()
-        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
-        raise MissingDependencyError(
-            f"storage '{redacted(url)}': the database driver is not installed; install '{driver}'{extra}"
-        ) from error
-    except (SQLAlchemyError, StorageInternalError) as error:
-        raise storage_error(url, error) from error
 
 
 def _open(url: str, heartbeat_seconds: int) -> DatabaseStorage:

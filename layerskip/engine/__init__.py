@@ -5,10 +5,9 @@ from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highe
 from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.selection import ENGINES, check_engine, use_engine
+from layerskip.engine.selection import check_engine, use_engine
 
 __all__ = [
-    "ENGINES",
     "DraftStep",
     "EagerEngine",
     "Engine",

@@ -11,11 +11,10 @@ from layerskip.costs import calibrate
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
 from layerskip.errors import InvalidInputError
+from layerskip.names import ENGINES
 
 if TYPE_CHECKING:
     from layerskip.model import LayerSkipModel
-
-ENGINES = (EagerEngine.name, GraphEngine.name)
 
 
 def check_engine(name: str, device: torch.device) -> None:

@@ -32,7 +32,15 @@ def test_every_way_stands_in_the_table_and_the_last_line_says_what_to_use(compar
     lines = done.out.splitlines()
     assert lines[3].startswith("prompts   3 of at most 12 tokens, each 2 times")  # the repeated one counts once
     begins = [line.strip() for line in lines]
-    ways = ["plain decoding", "n-grams alone", "profile", "profile + n-grams", "other", "other + n-grams", *THEIRS]
+    ways = [
+        "plain decoding",
+        "prompt lookup",
+        "profile",
+        "profile + prompt lookup",
+        "other",
+        "other + prompt lookup",
+        *THEIRS,
+    ]
     for way in [*ways, "transformers assistant (profile)", "transformers assistant (other)"]:
         assert any(line.startswith(f"{way} ") and line.endswith("same") for line in begins), way
     assert lines[-2] == "report    compared.html"
@@ -44,7 +52,7 @@ def test_one_object_has_all_the_figures(compare, profile):
     done = compare("--profile", profile, "--json", "--no-transformers")
     assert (done.status, done.err) == (0, "")
     result = done.object
-    assert [one["name"] for one in result["entries"]] == ["plain decoding", "n-grams alone", "profile"]
+    assert [one["name"] for one in result["entries"]] == ["plain decoding", "prompt lookup", "profile"]
     assert (result["prompts"], result["repeats"], result["max_new_tokens"]) == (3, 2, 12)
     assert (result["dtype"], result["engine"], result["left_out"], result["report"]) == ("float32", "eager", {}, None)
     for one in result["entries"]:
@@ -56,7 +64,7 @@ def test_one_object_has_all_the_figures(compare, profile):
     assert (plain["speedup"], plain["acceptance_rate"]) == (1, None)
     assert 0 <= drafted["acceptance_rate"] <= 1
     assert drafted["draft_cost"] > 0
-    assert result["best"] in [None, "n-grams alone", "profile"]
+    assert result["best"] in [None, "prompt lookup", "profile"]
     assert result["advice"].startswith("Use " if result["best"] else "Decode plainly here")
 
 

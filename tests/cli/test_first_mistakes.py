@@ -34,7 +34,7 @@ def test_a_misspelled_alias_is_told_the_right_one(layerskip):
     done = layerskip("search", "smollm")
     assert done.status == 1
     assert done.err.splitlines()[-1] == (
-        "layerskip: model 'smollm': not an alias (smollm2), not a local file or folder, and not to be had from the hub "
+        "layerskip: model 'smollm': not an alias (smollm2), not a local file or folder, and not found on the Hub "
         "(HF_HUB_OFFLINE is set); did you mean 'smollm2'?"
     )
 
@@ -202,8 +202,8 @@ def test_without_a_network_a_hub_id_fails_at_once_and_says_why(online):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(
-        "layerskip: model 'someone/some-model': not an alias (smollm2), not a local file or folder, and not to be had "
-        f"from the hub: {NOWHERE} cannot be reached ("
+        "layerskip: model 'someone/some-model': not an alias (smollm2), not a local file or folder, and not found "
+        f"on the Hub: {NOWHERE} cannot be reached ("
     )
     assert last.endswith("): is there a network?")
     assert "Retrying" not in done.stderr
@@ -230,5 +230,5 @@ def test_a_hub_that_knows_no_such_model_says_so(online):
         server.server_close()
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    assert "not to be had from the hub: someone/some-model is not a local folder and is not a valid model" in last
+    assert "not found on the Hub: someone/some-model is not a local folder and is not a valid model" in last
     assert "is there a network" not in last

@@ -1,17 +1,12 @@
 """``layerskip profile``."""
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from layerskip import DraftProfile, FixedLength, SkipSet
-from layerskip.errors import InvalidInputError
-from tests.cli.conftest import ENVIRONMENT
+from layerskip import DraftProfile
 from tests.hub import FakeHub
 
 
@@ -123,40 +118,6 @@ def test_push_asks_for_the_model_s_name_where_the_profile_has_only_a_folder(laye
     assert hub.requests == []
 
 
-def test_diff_of_a_profile_and_its_copy_says_that_they_are_the_same(layerskip, make_profile):
-    pair = make_profile(1.25), make_profile(1.25, name="copy.json")
-    done = layerskip("profile", "diff", *pair)
-    assert (done.status, done.out, done.err) == (0, "the same model, draft and measured figures\n", "")
-    assert layerskip("profile", "diff", *pair, "--json").object == {
-        "a": pair[0],
-        "b": pair[1],
-        "same": True,
-        "differences": [],
-    }
-
-
-def test_diff_says_what_differs_one_thing_a_line(layerskip, make_profile):
-    a, b = make_profile(1.25), make_profile(0.8, name="other.json")
-    other = DraftProfile.load(b)
-    skip_set, draft_exit = SkipSet(4, attention=(1, 3)), FixedLength(1)
-    other.model_copy(update={"skip_set": skip_set, "draft_exit": draft_exit}).save(b)
-    done = layerskip("profile", "diff", a, b)
-    assert (done.status, done.err) == (0, "")
-    lines = [re.sub(" +", " ", line) for line in done.out.splitlines()]
-    assert lines[:2] == [f"A: {a}", f"B: {b}"]
-    assert "skipped attn 1 · mlp 2 → attn 1,3 · only in A: mlp 2 · only in B: attn 3" in lines
-    assert "draft 3 tokens → 1 token" in lines
-    assert "measured.speedup 1.25 → 0.8 · the 95 % intervals lie apart" in lines
-    result = layerskip("profile", "diff", a, b, "--json").object
-    assert result["same"] is False
-    assert {one["what"] for one in result["differences"]} >= {"skipped", "draft", "measured.speedup"}
-
-
-def test_diff_says_that_one_was_never_measured(layerskip, make_profile):
-    done = layerskip("profile", "diff", make_profile(None), make_profile(1.25, name="other.json"))
-    assert re.search(r"^measured +none → 1\.25$", done.out, re.M)
-
-
 @pytest.fixture
 def ready(monkeypatch, tmp_path, profile):
     """The profile is a ready one, by the name of tiny."""
@@ -191,23 +152,3 @@ def test_a_ready_profile_is_applied_by_its_name(layerskip, ready, profile):
     )
     assert by_name["token_ids"] == by_file["token_ids"]
     assert by_name["speculative"] is True
-
-
-def test_a_search_s_profile_is_put_among_the_ready_ones_by_a_command(ready, profile, capsys):
-    from cli.ready import add
-
-    add("other", Path(profile), "cuda")
-    assert capsys.readouterr().out == "other-cuda-float32.json: 1.25× on a processor, float32\n"
-    with pytest.raises(InvalidInputError, match="device type 'tpu' is unknown"):
-        add("other", Path(profile), "tpu")
-
-
-def test_what_that_command_cannot_do_is_one_line():
-    for arguments, status, line in (
-        (["x", "missing.json"], 1, "missing.json: cannot read the draft profile: No such file or directory"),
-        (["x", "missing.json", "tpu"], 2, "device type 'tpu' is unknown; expected cpu or cuda"),
-        ([], 2, "Missing argument 'name'. (see --help)"),
-    ):
-        command = [sys.executable, "-m", "cli.ready", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=60)
-        assert (done.returncode, done.stdout, done.stderr) == (status, "", f"layerskip: {line}\n")

@@ -180,60 +180,7 @@ def test_a_port_in_use_is_wrong_usage(layerskip, searched):
     assert done.error.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
 
 
-@contextmanager
-def served(*arguments):
-    """``layerskip studies serve`` in a process of its own, and its port."""
-    port = free_port()
-    command = [COMMAND, "studies", "serve", "--port", str(port), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
-        try:
-            assert process.stderr.readline() == f"studies on grpc://127.0.0.1:{port}; Ctrl-C ends it\n"
-            yield process, port
-        finally:
-            process.kill()
-
-
-@pytest.mark.slow
-def test_served_studies_look_like_those_of_the_database_and_ctrl_c_ends_the_server(layerskip, searched):
-    pytest.importorskip("grpc")
-    with served("--json") as (process, port):
-        url = f"grpc://127.0.0.1:{port}"
-        assert json.loads(process.stdout.readline()) == {"url": url}
-        for command in (["studies", "list"], ["studies", "show", "s"]):
-            there, here = layerskip(*command, "--storage", url), layerskip(*command)
-            assert (there.status, there.out) == (0, here.out)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "layerskip: interrupted\n")
-
-
-@pytest.mark.slow
-def test_a_search_through_a_server_goes_on_with_the_databases_study(layerskip, wrapped, searched):
-    pytest.importorskip("grpc")
-    prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
-    with served() as (_, port):
-        storage = open_storage(f"grpc://127.0.0.1:{port}")
-        settings = SearchSettings(trials=4, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-        result = Search(wrapped, identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
-        assert result.trials == 4
-        assert result.profile.measured.prompt_set == "held-out"
-    shown = layerskip("studies", "show", "s", "--json").object
-    assert (shown["trials"]["complete"], shown["measurements"]) == (4, 1 + 1)  # the finalist of each search
-
-
-def test_serving_on_a_port_in_use_is_wrong_usage(layerskip, searched):
-    pytest.importorskip("grpc")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = layerskip("studies", "serve", "--port", port)
-    assert done.status == 2
-    assert done.error.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
-
-
-@pytest.mark.parametrize(
-    "command", [["studies", "list"], ["studies", "show", "s"], ["studies", "serve"], ["dashboard"]], ids=" ".join
-)
+@pytest.mark.parametrize("command", [["studies", "list"], ["studies", "show", "s"], ["dashboard"]], ids=" ".join)
 def test_the_password_of_a_real_server_is_never_printed(layerskip, postgresql, command):
     right = postgresql.url("postgres", password="s3cr3t")
     for url in (right, right.replace("/postgres", "/missing"), right.replace("127.0.0.1", "no-such-host.invalid")):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip import LayerSkipModel, generate, load_checkpoint
-from layerskip.checkpoints import ALIASES, cache_folder, resolve_device, resolve_dtype
+from layerskip.checkpoints import cache_folder, resolve_device, resolve_dtype
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.fingerprint import fingerprint
+from layerskip.names import ALIASES
 from tests.models import tiny_llama, tiny_tokenizer
 
 
@@ -91,7 +92,7 @@ def test_a_misspelled_alias_is_told_the_right_one():
 def test_an_unknown_hub_id_says_that_there_is_no_network():
     message = error_of("somebody/some-model")
     assert message.startswith("model 'somebody/some-model': ")
-    assert "not to be had from the hub (HF_HUB_OFFLINE is set)" in message
+    assert "not found on the Hub (HF_HUB_OFFLINE is set)" in message
 
 
 @pytest.mark.parametrize("source", ["./missing", "/missing/model", "~/missing-model"])
@@ -169,7 +170,7 @@ def change_weights(folder, change):
 def test_a_weight_that_is_missing_is_named_and_not_made_up(own_folder):
     change_weights(own_folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     message = error_of(own_folder)
-    assert message == f"model '{own_folder}': its files lack model.layers.1.mlp.up_proj.weight; get them again"
+    assert message == f"model '{own_folder}': its files lack model.layers.1.mlp.up_proj.weight; download them again"
 
 
 def test_of_several_missing_weights_one_is_named(own_folder):
@@ -179,7 +180,7 @@ def test_of_several_missing_weights_one_is_named(own_folder):
 
 def test_a_weight_of_another_shape_is_named(own_folder):
     change_weights(own_folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)}))
-    assert "model.norm.weight in its files is not of the shape" in error_of(own_folder)
+    assert "model.norm.weight in its files does not have the shape" in error_of(own_folder)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -276,7 +277,7 @@ def test_without_its_package_and_without_a_hub_the_alias_is_a_clear_error(tmp_pa
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("layerskip.errors.CheckpointError: model 'smollm2': ")
-    assert last.endswith("not to be had from the hub (HF_HUB_OFFLINE is set)")
+    assert last.endswith("not found on the Hub (HF_HUB_OFFLINE is set)")
     assert "not an alias" not in last
 
 

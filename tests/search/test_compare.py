@@ -1,4 +1,4 @@
-"""Comparing ways to decode: the figures of each, who cannot take part, and whose output is another."""
+"""Comparing decoding methods: the figures of each, which cannot take part, and whose output is another."""
 
 from dataclasses import replace
 
@@ -6,10 +6,10 @@ import pytest
 
 from layerskip import FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.drafter import LayerSkipDrafter
-from search.compare import able, compare
+from search.compare import compare, usable_methods
 from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
-from search.interleaving import timed
 from search.machine_lock import MachineLock
+from search.measure import MeasuringPlan, timed
 from studies.comparison import Comparison
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import encoded_prompt
@@ -22,46 +22,41 @@ def model():
     return LayerSkipModel(tiny_llama())
 
 
-def lineup(model):
+def methods(model):
     whole = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     return [
-        DecodingMethod("plain", layerskip_method(model, None)),
-        DecodingMethod("whole", layerskip_method(model, whole), draft_bytes=7, training_seconds=3.0),
-        DecodingMethod("theirs", transformers_method(model), foreign=True),
+        layerskip_method("plain", model, None),
+        layerskip_method("whole", model, whole, draft_bytes=7, training_seconds=3.0),
+        transformers_method("theirs", model),
     ]
 
 
 @pytest.fixture
 def run(model, tmp_path):
-    def measure(contenders=None, **options):
-        rest = {
-            "max_new_tokens": 9,
-            "repeats": 3,
-            "quiet": MachineLock(tmp_path, model.device),
-            "on_prompt": int,
-        } | options
-        return compare(model, contenders or lineup(model), PROMPTS, **rest)
+    def measure(some=None, *, repeats=3, on_prompt=int):
+        plan, lock = MeasuringPlan(PROMPTS, 9, repeats), MachineLock(tmp_path, model.device)
+        return compare(model, some or methods(model), plan, lock, on_prompt)
 
     return measure
 
 
 @pytest.fixture
 def taking(monkeypatch):
-    """Let each run take as long as is said: by contender and by how often it has decoded."""
+    """Let each run take as long as is said: by method and by how often it has decoded."""
 
     def take(seconds):
         calls = {}
 
-        def said(model, contender, *rest):
-            number = calls[contender.name] = calls.get(contender.name, -1) + 1
-            return replace(timed(model, contender, *rest), seconds=seconds(contender.name, number))
+        def said(model, method, *rest):
+            number = calls[method.name] = calls.get(method.name, -1) + 1
+            return replace(timed(model, method, *rest), seconds=seconds(method.name, number))
 
-        monkeypatch.setattr("search.interleaving.timed", said)
+        monkeypatch.setattr("search.measure.timed", said)
 
     return take
 
 
-def test_each_has_its_figures_in_the_order_of_the_lineup(run):
+def test_each_has_its_figures_in_the_order_of_the_methods(run):
     plain, whole, theirs = run()
     assert [plain.name, whole.name, theirs.name] == ["plain", "whole", "theirs"]
     assert (plain.speedup.value, plain.speedup.low, plain.speedup.high) == (1, 1, 1)
@@ -90,13 +85,15 @@ def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medi
     assert (whole.speedup.value, whole.speedup.low, whole.speedup.high) == (2, 2, 2)
 
 
-def test_whoever_says_something_else_is_marked_and_never_recommended(run, taking, model):
+def test_a_method_with_another_output_is_marked_and_never_recommended(run, taking, model):
+    plain = layerskip_method("plain", model, None)
+
     def shifted(prompt, most):
-        decoded = layerskip_method(model, None)(prompt, most)
+        decoded = plain.decode(prompt, most)
         return replace(decoded, tokens=tuple((token + 1) % model.vocab_size for token in decoded.tokens))
 
     taking(lambda name, number: 1.0 if name == "plain" else 0.5)
-    entries = run([DecodingMethod("plain", layerskip_method(model, None)), DecodingMethod("wrong", shifted)])
+    entries = run([plain, DecodingMethod("wrong", shifted)])
     assert [one.different for one in entries] == [0, 3]
     assert entries[1].speedup.low == 2
     assert not entries[1].pays
@@ -109,14 +106,14 @@ def test_every_prompt_is_counted_when_all_have_decoded_it(run):
     assert counted == [1, 2, 3, 4, 5, 6]
 
 
-def test_everybody_begins_equally_often(run, monkeypatch):
+def test_each_method_goes_first_equally_often(run, monkeypatch):
     names = []
 
-    def noted(model, contender, *rest):
-        names.append(contender.name)
-        return timed(model, contender, *rest)
+    def noted(model, method, *rest):
+        names.append(method.name)
+        return timed(model, method, *rest)
 
-    monkeypatch.setattr("search.interleaving.timed", noted)
+    monkeypatch.setattr("search.measure.timed", noted)
     run(repeats=3)
     assert sorted(names[::3]) == sorted(["plain", "whole", "theirs"] * 3)
     assert all(len(set(names[turn : turn + 3])) == 3 for turn in range(0, 27, 3))
@@ -127,11 +124,11 @@ def failing(prompt, most):
 
 
 def test_anothers_code_that_fails_is_left_out_with_its_reason(model):
-    broken = DecodingMethod("broken", failing, foreign=True)
-    contenders = lineup(model)
-    assert able([*contenders, broken], PROMPTS[0]) == (contenders, {"broken": "TypeError: no such cache"})
+    broken = DecodingMethod("broken", failing, third_party=True)
+    some = methods(model)
+    assert usable_methods([*some, broken], PROMPTS[0]) == (some, {"broken": "TypeError: no such cache"})
 
 
 def test_an_error_of_layerskips_own_is_one(model):
     with pytest.raises(TypeError, match="no such cache"):
-        able([DecodingMethod("broken", failing)], PROMPTS[0])
+        usable_methods([DecodingMethod("broken", failing)], PROMPTS[0])

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison, and under which name."""
+"""The methods that take part in a comparison, and their names."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidProfileError
 from layerskip.ready_profiles import add_profile
-from search.decoding_methods import draft_bytes, layerskip_methods, named, ready_profiles_for, transformers_methods
+from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
 from search.train_draft import early_exit
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
@@ -29,20 +29,20 @@ def profile(model):
     return profile_for(model.hf_model)
 
 
-def names(contenders):
-    return [contender.name for contender in contenders]
+def names(methods):
+    return [method.name for method in methods]
 
 
-def test_layerskips_ways_are_plain_decoding_copies_and_the_profiles(model, profile):
-    contenders = layerskip_methods(model, {"mine": profile}, combine=False)
-    assert names(contenders) == ["plain decoding", "n-grams alone", "mine"]
-    assert not any(contender.foreign for contender in contenders)
+def test_layerskips_methods_are_plain_decoding_prompt_lookup_and_the_profiles(model, profile):
+    methods = layerskip_methods(model, {"mine": profile}, combine=False)
+    assert names(methods) == ["plain decoding", "prompt lookup", "mine"]
+    assert not any(method.third_party for method in methods)
 
 
-def test_a_profile_is_combined_with_copies_unless_it_has_some_of_its_own(model, profile):
+def test_a_profile_is_combined_with_prompt_lookup_unless_it_has_its_own(model, profile):
     copying = profile.model_copy(update={"ngrams": PromptLookup()})
-    contenders = layerskip_methods(model, {"mine": profile, "copying": copying}, combine=True)
-    assert names(contenders)[2:] == ["mine", "mine + n-grams", "copying"]
+    methods = layerskip_methods(model, {"mine": profile, "copying": copying}, combine=True)
+    assert names(methods)[2:] == ["mine", "mine + prompt lookup", "copying"]
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,22 @@ def trained(model):
 
 def test_all_of_them_decode_alike(model, profile, trained):
     profiles = {"mine": profile, "trained": trained}
-    contenders = layerskip_methods(model, profiles, combine=True)
-    contenders += transformers_methods(model, profiles)[0]
-    assert len({contender.decode([1, 2, 3, 1, 2], 10).tokens for contender in contenders}) == 1
+    methods = layerskip_methods(model, profiles, combine=True)
+    methods += transformers_methods(model, profiles)[0]
+    assert len({method.decode([1, 2, 3, 1, 2], 10).tokens for method in methods}) == 1
 
 
 def test_transformers_modes_take_each_profile_as_an_assistant_that_can_be_one(model, profile, trained):
     unable = profile_for(model.hf_model, EVERY_ATTENTION)
-    contenders, left_out = transformers_methods(model, {"mine": profile, "unable": unable, "trained": trained})
-    assert names(contenders) == [
+    methods, left_out = transformers_methods(model, {"mine": profile, "unable": unable, "trained": trained})
+    assert names(methods) == [
         "transformers plain",
         "transformers prompt lookup",
         "transformers early exit 2",
         "transformers assistant (mine)",
         "transformers assistant (trained)",
     ]
-    assert all(contender.foreign for contender in contenders)
+    assert all(method.third_party for method in methods)
     assert list(left_out) == ["transformers assistant (unable)"]
     assert "leaves out every attention" in left_out["transformers assistant (unable)"]
 
@@ -81,8 +81,8 @@ def test_a_profile_for_another_model_is_refused(profile):
 
 def test_how_long_a_draft_was_trained_comes_from_its_profile(model, profile):
     trained = profile.provenance.model_copy(update={"training_seconds": 180.0})
-    contenders = layerskip_methods(model, {"mine": profile.model_copy(update={"provenance": trained})}, combine=True)
-    assert [contender.training_seconds for contender in contenders] == [None, None, 180.0, 180.0]
+    methods = layerskip_methods(model, {"mine": profile.model_copy(update={"provenance": trained})}, combine=True)
+    assert [method.training_seconds for method in methods] == [None, None, 180.0, 180.0]
 
 
 def test_the_memory_of_a_draft_is_that_of_its_tensors_and_of_its_rows_of_the_head(model):
@@ -102,15 +102,14 @@ def test_the_memory_of_a_draft_is_that_of_its_tensors_and_of_its_rows_of_the_hea
         (["a/tuned.json", "b/tuned.json", "c.json"], ["a/tuned.json", "b/tuned.json", "c"]),
         (["a.json", "a.json"], ["a"]),
         (["smollm2", "makers/qwen2.5", "folder/"], ["smollm2", "qwen2.5", "folder"]),
-        (["n-grams alone.json", "plain decoding"], ["n-grams alone.json", "plain decoding"]),
+        (["prompt lookup.json", "plain decoding"], ["prompt lookup.json", "plain decoding"]),
     ],
 )
 def test_profiles_are_called_by_their_files_stems_where_these_differ(sources, expected):
-    assert list(named(sources, lambda source: source)) == expected
+    assert list(named_profiles(sources, lambda source: source)) == expected
 
 
 def test_ready_profiles_of_the_model_take_part_once(model, profile, folder, tmp_path):
-
     for name, of in (("tiny", model), ("other", LayerSkipModel(tiny_llama(seed=1)))):
         measured = profile_for(of.hf_model).model_copy(update={"measured": MEASURED})
         measured.save(tmp_path / f"{name}.json")

@@ -1,4 +1,4 @@
-"""Ways to decode: each says the same, and what it did is counted alike."""
+"""Decoding methods: all generate the same, and their work is counted alike."""
 
 import pytest
 from transformers import GenerationConfig
@@ -28,46 +28,46 @@ def everything_kept(model):
     return profile_for(model.hf_model, SkipSet(LAYERS)).as_assistant(model.hf_model)
 
 
-WAYS = {
-    "own": lambda model: layerskip_method(model, None),
-    "own, drafting": lambda model: layerskip_method(
-        model, LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+METHODS = {
+    "own": lambda name, model: layerskip_method(name, model, None),
+    "own, drafting": lambda name, model: layerskip_method(
+        name, model, LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
     ),
     "plain": transformers_method,
-    "prompt lookup": lambda model: transformers_method(model, prompt_lookup_num_tokens=4),
-    "early exit": lambda model: transformers_method(model, assistant_early_exit=2),
-    "assistant": lambda model: transformers_method(model, assistant_model=everything_kept(model)),
+    "prompt lookup": lambda name, model: transformers_method(name, model, prompt_lookup_num_tokens=4),
+    "early exit": lambda name, model: transformers_method(name, model, assistant_early_exit=2),
+    "assistant": lambda name, model: transformers_method(name, model, assistant_model=everything_kept(model)),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_says_what_plain_greedy_decoding_says(model, expected, way):
-    decoded = WAYS[way](model)(PROMPT, LENGTH)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_generates_what_plain_greedy_decoding_generates(model, expected, method):
+    decoded = METHODS[method](method, model).decode(PROMPT, LENGTH)
     assert decoded.tokens == expected
     assert 1 <= decoded.target_passes <= LENGTH
     assert 0 <= decoded.accepted <= decoded.drafted
     assert decoded.draft_seconds >= 0
 
 
-@pytest.mark.parametrize("way", ["own", "plain"])
-def test_decoding_plainly_takes_a_pass_for_each_token_and_drafts_nothing(model, way):
-    decoded = WAYS[way](model)(PROMPT, LENGTH)
+@pytest.mark.parametrize("method", ["own", "plain"])
+def test_decoding_plainly_takes_a_pass_for_each_token_and_drafts_nothing(model, method):
+    decoded = METHODS[method](method, model).decode(PROMPT, LENGTH)
     assert (decoded.target_passes, decoded.drafted, decoded.accepted) == (LENGTH, 0, 0)
 
 
-@pytest.mark.parametrize("way", ["early exit", "assistant"])
-def test_passes_that_draft_are_not_counted_as_the_full_models(model, way):
+@pytest.mark.parametrize("method", ["early exit", "assistant"])
+def test_passes_that_draft_are_not_counted_as_the_target_models(model, method):
     whole = []
     model.hf_model.model.layers[LAYERS - 1].register_forward_pre_hook(lambda *_: whole.append(1))
-    decoded = WAYS[way](model)(PROMPT, LENGTH)
+    decoded = METHODS[method](method, model).decode(PROMPT, LENGTH)
     assert decoded.drafted > 0
     assert decoded.target_passes == LENGTH - decoded.accepted
-    if way == "early exit":  # the only passes that reach the last layer are the target model's
+    if method == "early exit":  # the only passes that reach the last layer are the target model's
         assert decoded.target_passes == len(whole)
 
 
 def test_an_assistant_that_is_the_model_itself_is_never_wrong(model):
-    decoded = WAYS["assistant"](model)(PROMPT, LENGTH)
+    decoded = METHODS["assistant"]("assistant", model).decode(PROMPT, LENGTH)
     assert decoded.accepted == decoded.drafted
     assert decoded.target_passes < LENGTH / 2
 
@@ -75,15 +75,15 @@ def test_an_assistant_that_is_the_model_itself_is_never_wrong(model):
 def test_what_a_checkpoint_recommends_for_generating_is_no_part_of_the_comparison(model, expected):
     recommended = GenerationConfig(do_sample=True, repetition_penalty=5.0, no_repeat_ngram_size=1)
     model.hf_model.generation_config = recommended
-    assert transformers_method(model)(PROMPT, LENGTH).tokens == expected
+    assert transformers_method("theirs", model).decode(PROMPT, LENGTH).tokens == expected
     assert model.hf_model.generation_config is recommended
 
 
 def test_both_end_where_the_checkpoints_end_token_comes(model, expected):
     model.hf_model.generation_config.eos_token_id = expected[4]
     end = expected.index(expected[4]) + 1
-    assert layerskip_method(model, None)(PROMPT, LENGTH).tokens == expected[:end]
-    assert transformers_method(model)(PROMPT, LENGTH).tokens == expected[:end]
+    assert layerskip_method("own", model, None).decode(PROMPT, LENGTH).tokens == expected[:end]
+    assert transformers_method("theirs", model).decode(PROMPT, LENGTH).tokens == expected[:end]
 
 
 def test_a_model_is_left_as_it_was_even_where_transformers_fails(model):
@@ -93,7 +93,7 @@ def test_a_model_is_left_as_it_was_even_where_transformers_fails(model):
     before = model.hf_model.generation_config
     model.hf_model.model.layers[0].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of luck"):
-        transformers_method(model, assistant_early_exit=2)(PROMPT, LENGTH)
+        transformers_method("theirs", model, assistant_early_exit=2).decode(PROMPT, LENGTH)
     assert model.hf_model.generation_config is before
     assert model.config.num_hidden_layers == LAYERS
     assert "_get_candidate_generator" not in vars(model.hf_model)

@@ -1,5 +1,6 @@
 """Turns: real processes that estimate side by side, and measure alone."""
 
+import fcntl
 import multiprocessing
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_measurement_waits_for_running_estimates_and_new_ones_wait_for_it(work
     measuring.end()
     assert new.says() == "in"
     new.end()
+
+
+def test_who_has_the_machine_keeps_it_when_asking_again(workers, tmp_path):
+    lock = MachineLock(tmp_path, CPU)
+    with lock.exclusive():
+        with lock.exclusive():
+            pass
+        workers[0].begin(ESTIMATE)
+        assert workers[0].waits()
+    assert workers[0].says() == "in"
+    with pytest.raises(BlockingIOError), lock._room.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_turn_of_a_killed_process_is_over(workers):

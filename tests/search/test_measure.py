@@ -1,6 +1,7 @@
-"""Measuring: equal outputs, what is excused as a near-tie, and the figures."""
+"""Measuring: interleaving, equal outputs, what is excused as a near-tie, and the figures."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,28 +11,63 @@ from hypothesis import strategies as st
 from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.errors import LosslessnessError
-from search.measure import PromptMeasurement, measure_prompt, parts_at_near_tie, summarize
+from search.decoding_methods import Decoded
+from search.machine_lock import MachineLock
+from search.measure import (
+    Measurement,
+    MeasuringPlan,
+    TimedRun,
+    diverges_at_near_tie,
+    mean_accepted_length,
+    measure_drafter,
+    summarize,
+    timed,
+)
 from tests.models import LAYERS, VOCABULARY, tiny_llama
 from tests.search.searches import encoded_prompt, ratio, widths_disagree
 from tests.strategies import draft_exits, skip_sets, tokens
 
 PROMPT = encoded_prompt("p", [3, 1, 4, 1, 5])
+PROMPTS = [encoded_prompt("a", [3, 1, 4]), encoded_prompt("b", [1, 5, 9, 2]), encoded_prompt("c", [6])]
 
 
-class CountingDrafter(LayerSkipDrafter):
-    """Notes how many forward passes the model has made when a generation with it starts."""
+@pytest.fixture(scope="module")
+def lock(tmp_path_factory):
+    return MachineLock(tmp_path_factory.mktemp("lock"), torch.device("cpu"))
 
-    def __init__(self, model):
-        self.passes = 0
-        model.hf_model.model.norm.register_forward_hook(self._count)
-        super().__init__(model, SkipSet(model.num_layers), FixedLength(2))
 
-    def _count(self, *_):
-        self.passes += 1
+@pytest.fixture
+def model():
+    return LayerSkipModel(tiny_llama())
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
-        self.passes_before = self.passes - 1  # the prompt's own
+
+@pytest.fixture
+def run(model, lock):
+    """Measures a drafter; gives what was measured after each prompt."""
+
+    def measure(drafter=None, prompts=PROMPTS, *, max_new_tokens=12, repeats=3):
+        drafter = drafter or LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        return list(measure_drafter(model, drafter, MeasuringPlan(prompts, max_new_tokens, repeats), lock))
+
+    return measure
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """Let every run be changed before it counts."""
+
+    def change(changing):
+        def changed_run(model, method, *rest):
+            return changing(method.name, timed(model, method, *rest))
+
+        monkeypatch.setattr("search.measure.timed", changed_run)
+
+    return change
+
+
+def measure_one(model, drafter, lock, *, prompt=PROMPT, max_new_tokens):
+    [measured] = measure_drafter(model, drafter, MeasuringPlan([prompt], max_new_tokens), lock)
+    return measured
 
 
 def with_head_row(new, like, scale=1.0, **settings):
@@ -46,11 +82,11 @@ def greedy(model, prompt=PROMPT, count=6):
     return generate(model, prompt.tokens, max_new_tokens=count).tokens
 
 
-@given(prompt=tokens(12), skip_set=skip_sets(), draft_exit=draft_exits(), count=st.integers(1, 8), first=st.booleans())
+@given(prompt=tokens(12), skip_set=skip_sets(), draft_exit=draft_exits(), count=st.integers(1, 8))
 @settings(max_examples=30)
-def test_any_candidate_is_measured_on_the_same_tokens(gemma2, prompt, skip_set, draft_exit, count, first):
+def test_any_candidate_is_measured_on_the_same_tokens(gemma2, lock, prompt, skip_set, draft_exit, count):
     drafter = LayerSkipDrafter(gemma2, skip_set, draft_exit)
-    measured = measure_prompt(gemma2, encoded_prompt("p", prompt), drafter, max_new_tokens=count, plain_first=first)
+    measured = measure_one(gemma2, drafter, lock, prompt=encoded_prompt("p", prompt), max_new_tokens=count)
     assert measured.prompt == "p"
     assert measured.tokens == measured.draft_tokens == count
     assert not measured.near_tie
@@ -60,30 +96,83 @@ def test_any_candidate_is_measured_on_the_same_tokens(gemma2, prompt, skip_set, 
     assert measured.draft_seconds > 0
 
 
-@pytest.mark.parametrize("plain_first", [True, False])
-def test_the_order_of_plain_and_self_speculative_decoding_can_be_chosen(plain_first):
-    model = LayerSkipModel(tiny_llama())
-    drafter = CountingDrafter(model)
-    measure_prompt(model, PROMPT, drafter, max_new_tokens=4, plain_first=plain_first)
-    assert drafter.passes > drafter.passes_before
-    assert drafter.passes_before == (4 if plain_first else 0)
+@pytest.fixture
+def calls(monkeypatch):
+    """The runs so far, as (prompt, method)."""
+    calls = []
+
+    def noted(model, method, prompt, *rest):
+        calls.append((prompt.id, method.name))
+        return timed(model, method, prompt, *rest)
+
+    monkeypatch.setattr("search.measure.timed", noted)
+    return calls
 
 
-def test_a_text_that_ends_early_is_measured_to_its_end():
+def test_every_prompt_is_decoded_both_ways_as_often_as_asked_and_in_turn(run, calls):
+    assert [measured.prompt for measured in run(repeats=2)] == ["a", "b", "c"] * 2
+    assert [prompt for prompt, _ in calls[::2]] == [prompt for prompt, _ in calls[1::2]] == ["a", "b", "c"] * 2
+    both = {"plain decoding", "draft"}
+    assert all({one, other} == both for (_, one), (_, other) in zip(calls[::2], calls[1::2], strict=True))
+    assert all({first for prompt, first in calls[::2] if prompt == one} == both for one in "abc")
+
+
+def test_plain_decoding_and_the_draft_take_turns_in_who_goes_first(run, calls):
+    run(repeats=1)
+    assert [method for _, method in calls[::2]] == ["plain decoding", "draft", "plain decoding"]
+
+
+def test_nothing_is_decoded_ahead_of_what_was_asked_for(model, lock, calls):
+    drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+    next(measure_drafter(model, drafter, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
+    assert calls == [("a", "plain decoding"), ("a", "draft")]
+
+
+def test_a_prompt_counts_with_the_median_of_its_repeats(run, changed):
+    seconds = iter([1.0, 9.0, 2.0])
+    changed(lambda name, one: replace(one, seconds=next(seconds) if name == "draft" else 4.0))
+    after_each = run(prompts=PROMPTS[:1])
+    assert [len(measured.plain) for measured in after_each] == [len(measured.draft) for measured in after_each]
+    assert [(m.plain_seconds, m.draft_seconds) for m in after_each] == [(4.0, 1.0), (4.0, 5.0), (4.0, 2.0)]
+    assert summarize(after_each[-1:]).speedup == 2.0
+
+
+def test_accepted_tokens_are_counted_by_the_round(run, model):
+    drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    measured = run(drafter, repeats=1)
+    stats = [generate(model, prompt.tokens, drafter=drafter, max_new_tokens=12).stats for prompt in PROMPTS]
+    assert mean_accepted_length(measured) == sum(s.accepted for s in stats) / sum(s.rounds for s in stats)
+    assert summarize(measured).acceptance_rate == 1
+
+
+def test_one_token_takes_no_round(run):
+    assert mean_accepted_length(run(max_new_tokens=1)) is None
+
+
+def test_a_draft_that_changes_the_text_is_an_error(run, changed, model):
+    def other(name, one):
+        tokens = tuple((token + 1) % model.vocab_size for token in one.decoded.tokens)
+        return replace(one, decoded=replace(one.decoded, tokens=tokens)) if name == "draft" else one
+
+    changed(other)
+    with pytest.raises(LosslessnessError):
+        run(repeats=1)
+
+
+def test_a_text_that_ends_early_is_measured_to_its_end(lock):
     hf_model = tiny_llama()
     model = LayerSkipModel(hf_model)
     hf_model.generation_config.eos_token_id = greedy(model)[2]
     ended = greedy(model, count=20)
     drafter = LayerSkipDrafter(model, SkipSet(LAYERS, attention=(1,)), FixedLength(4))
-    measured = measure_prompt(model, PROMPT, drafter, max_new_tokens=20, plain_first=True)
+    measured = measure_one(model, drafter, lock, max_new_tokens=20)
     assert measured.tokens == measured.draft_tokens == len(ended) <= 3
 
 
-def test_a_model_whose_wide_passes_differ_is_found_out():
-    model = LayerSkipModel(tiny_llama())
+def test_a_model_whose_wide_passes_differ_is_found_out(model, lock):
     drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     with widths_disagree(model), pytest.raises(LosslessnessError) as caught:
-        measure_prompt(model, PROMPT, drafter, max_new_tokens=8, plain_first=True)
+        measure_one(model, drafter, lock, max_new_tokens=8)
     assert str(caught.value).startswith("prompt p: ")
     assert "bug" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -91,35 +180,35 @@ def test_a_model_whose_wide_passes_differ_is_found_out():
 
 @given(text=tokens(6))
 @settings(max_examples=20)
-def test_equal_outputs_do_not_part(llama, text):
-    assert parts_at_near_tie(llama, PROMPT, text, list(text)) is False
+def test_equal_outputs_do_not_diverge(llama, text):
+    assert diverges_at_near_tie(llama, PROMPT, text, list(text)) is False
 
 
-def test_outputs_that_part_where_two_best_tokens_tie_part_at_a_near_tie():
+def test_outputs_that_diverge_where_two_best_tokens_tie_diverge_at_a_near_tie():
     best = greedy(LayerSkipModel(tiny_llama()))
     twin = next(token for token in range(VOCABULARY) if token not in best)
     for at in range(len(best)):
         model = with_head_row(twin, best[at])
         plain = [*best[:at], best[at], 1, 2]
-        draft = [*best[:at], twin, 2, 1]  # behind the parting, each goes its own way
-        assert parts_at_near_tie(model, PROMPT, plain, draft) is True
-        assert parts_at_near_tie(model, PROMPT, draft, plain) is True
+        draft = [*best[:at], twin, 2, 1]  # after diverging, each goes its own way
+        assert diverges_at_near_tie(model, PROMPT, plain, draft) is True
+        assert diverges_at_near_tie(model, PROMPT, draft, plain) is True
 
 
-def test_outputs_that_part_anywhere_else_are_a_bug():
+def test_outputs_that_diverge_anywhere_else_are_a_bug():
     model = LayerSkipModel(tiny_llama())
     best = greedy(model)
     for at in range(len(best)):
         wrong = [*best[:at], (best[at] + 1) % VOCABULARY, *best[at + 1 :]]
-        with pytest.raises(LosslessnessError, match=f"left plain decoding at token {at} "):
-            parts_at_near_tie(model, PROMPT, best, wrong)
+        with pytest.raises(LosslessnessError, match=f"diverges from plain decoding at token {at} "):
+            diverges_at_near_tie(model, PROMPT, best, wrong)
 
 
 def test_an_output_that_is_the_beginning_of_the_other_is_a_bug(llama):
     best = greedy(llama)
     for plain, draft in [(best, best[:3]), (best[:3], best), (best, []), ([], best)]:
         with pytest.raises(LosslessnessError, match=r"prompt p: .* at token end "):
-            parts_at_near_tie(llama, PROMPT, plain, draft)
+            diverges_at_near_tie(llama, PROMPT, plain, draft)
 
 
 def others(best):
@@ -133,17 +222,17 @@ def test_two_tokens_that_tie_below_the_best_are_no_excuse():
     model = with_head_row(other, one)
     assert greedy(model, count=1) == [best]
     with pytest.raises(LosslessnessError):
-        parts_at_near_tie(model, PROMPT, [one], [other])
+        diverges_at_near_tie(model, PROMPT, [one], [other])
 
 
 def test_a_tie_with_the_best_token_is_no_excuse_for_a_third_one():
     [best] = greedy(LayerSkipModel(tiny_llama()), count=1)
     twin, third = others(best)
     model = with_head_row(twin, best)
-    assert parts_at_near_tie(model, PROMPT, [best], [twin])
+    assert diverges_at_near_tie(model, PROMPT, [best], [twin])
     for excused in (best, twin):
         with pytest.raises(LosslessnessError):
-            parts_at_near_tie(model, PROMPT, [excused], [third])
+            diverges_at_near_tie(model, PROMPT, [excused], [third])
 
 
 @pytest.mark.parametrize(("dtype", "excused"), [(torch.bfloat16, True), (torch.float32, False)])
@@ -154,10 +243,18 @@ def test_what_counts_as_a_tie_depends_on_how_far_the_type_rounds(dtype, excused)
     model = with_head_row(second, best, scale=0.99)
     model.hf_model.to(dtype)
     if excused:
-        assert parts_at_near_tie(model, PROMPT, [best], [second])
+        assert diverges_at_near_tie(model, PROMPT, [best], [second])
     else:
         with pytest.raises(LosslessnessError):
-            parts_at_near_tie(model, PROMPT, [best], [second])
+            diverges_at_near_tie(model, PROMPT, [best], [second])
+
+
+def measurement(prompt, plain_seconds, draft_seconds, tokens, draft_tokens, drafted, accepted, near_tie):
+    plain, draft = (
+        TimedRun(Decoded((0,) * count, count, drafted, accepted, 0.0, None), seconds)
+        for count, seconds in ((tokens, plain_seconds), (draft_tokens, draft_seconds))
+    )
+    return Measurement(prompt, (plain,), (draft,), near_tie)
 
 
 def measurements(**fixed):
@@ -172,7 +269,7 @@ def measurements(**fixed):
         "accepted": st.integers(0, 20),
         "near_tie": st.booleans(),
     }
-    return st.lists(st.builds(PromptMeasurement, **fields | fixed), min_size=1, max_size=12)
+    return st.lists(st.builds(measurement, **fields | fixed), min_size=1, max_size=12)
 
 
 @given(measurements())
@@ -224,15 +321,13 @@ def test_where_nothing_was_drafted_there_is_no_acceptance_rate(measured):
 @given(st.floats(0.1, 10), measurements(tokens=st.just(10), draft_tokens=st.just(10)))
 @settings(max_examples=30)
 def test_prompts_that_agree_leave_an_interval_of_no_width(speedup, measured):
-    agreeing = [
-        PromptMeasurement("p", speedup * m.draft_seconds, m.draft_seconds, 10, 10, 1, 1, False) for m in measured
-    ]
+    agreeing = [measurement("p", speedup * m.draft_seconds, m.draft_seconds, 10, 10, 1, 1, False) for m in measured]
     summary = summarize(agreeing)
     for value in (summary.speedup, summary.speedup_low, summary.speedup_high):
         assert math.isclose(value, speedup, rel_tol=1e-9)
 
 
 def test_prompts_that_disagree_leave_an_interval_of_some_width():
-    measured = [PromptMeasurement("p", seconds, 1.0, 10, 10, 1, 1, False) for seconds in (1.0, 2.0, 3.0)]
+    measured = [measurement("p", seconds, 1.0, 10, 10, 1, 1, False) for seconds in (1.0, 2.0, 3.0)]
     summary = summarize(measured)
     assert summary.speedup_low < summary.speedup < summary.speedup_high

@@ -1,4 +1,4 @@
-"""Real searches whose studies live in PostgreSQL or behind a server, one after another and at once."""
+"""Real searches whose studies live in PostgreSQL."""
 
 import threading
 
@@ -7,35 +7,24 @@ import pytest
 from studies.storage import open_storage
 from studies.study import describe_study
 from tests.search.searches import random_prompts, records, small_search
-from tests.studies.serving import served
 
-pytest.importorskip("grpc")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=["postgresql", "postgresql behind a server"])
-def url(request, postgresql_url):
-    if request.param == "postgresql":
-        yield postgresql_url
-        return
-    with served(postgresql_url) as server:
-        yield server.url
-
-
-def test_a_search_is_kept_and_gone_on_with(llama, url):
-    first = small_search(llama, open_storage(url), study_name="s").run()
-    kept = {record.id for record in records(open_storage(url), "s")}
-    second = small_search(llama, open_storage(url), study_name="s", trials=5).run()
+def test_a_search_is_kept_and_can_be_resumed(llama, postgresql_url):
+    first = small_search(llama, open_storage(postgresql_url), study_name="s").run()
+    kept = {record.id for record in records(open_storage(postgresql_url), "s")}
+    second = small_search(llama, open_storage(postgresql_url), study_name="s", trials=5).run()
     assert (first.trials, second.trials) == (3, 5)
-    assert kept < {record.id for record in records(open_storage(url), "s")}
+    assert kept < {record.id for record in records(open_storage(postgresql_url), "s")}
     assert second.profile.measured.prompt_set == "held-out"
-    described = describe_study(open_storage(url), "s", 2)
+    described = describe_study(open_storage(postgresql_url), "s", 2)
     assert described["trials"]["complete"] == 5
-    assert described["measurements"] == len(records(open_storage(url), "s"))
+    assert described["measurements"] == len(records(open_storage(postgresql_url), "s"))
 
 
-def test_a_search_waits_for_a_server_that_is_restarted(llama, postgresql, url):
-    storage = open_storage(url)
+def test_a_search_waits_for_a_server_that_is_restarted(llama, postgresql, postgresql_url):
+    storage = open_storage(postgresql_url)
     search = small_search(llama, storage, study_name="s", trials=5)
     postgresql.stop()
     back = threading.Timer(2, postgresql.start)

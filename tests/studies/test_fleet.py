@@ -10,16 +10,13 @@ import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-from studies import rpc
 from studies.optimizing import optimize
 from studies.records import add_measurement, measurements_of
 from studies.retry import PATIENCE_SECONDS, retry_timeout
 from studies.storage import open_storage
 from studies.storage_errors import StorageError
-from tests.studies.serving import served
 from tests.studies.worker import fleet, measurement
 
-grpc = pytest.importorskip("grpc")
 pytestmark = pytest.mark.timeout(120)
 AWAY_SECONDS = 3
 
@@ -30,18 +27,10 @@ def workers():
         yield workers
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "postgresql behind a server"])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def shared(request, database):
     """The URL of a storage that several processes can use."""
-    if request.param == "sqlite":
-        yield database
-        return
-    url = request.getfixturevalue("postgresql_url")
-    if request.param == "postgresql":
-        yield url
-        return
-    with served(url) as server:
-        yield server.url
+    return database if request.param == "sqlite" else request.getfixturevalue("postgresql_url")
 
 
 def trials_of(url):
@@ -116,32 +105,6 @@ def test_workers_wait_for_a_restarted_postgresql_and_lose_nothing(postgresql, po
     assert_nothing_lost(url, workers, 30)
 
 
-@pytest.mark.slow
-def test_workers_behind_a_server_wait_for_a_restarted_postgresql_and_lose_nothing(postgresql, postgresql_url, workers):
-    with served(postgresql_url) as server:
-        for _ in range(2):
-            workers.start(server.url, 15, seconds=0.2)
-        workers.wait_for("finished", 6)
-        postgresql.stop()
-        time.sleep(AWAY_SECONDS)
-        postgresql.start()
-        workers.wait()
-        assert_nothing_lost(server.url, workers, 30)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_workers_wait_for_a_restarted_server_and_lose_nothing(database, workers, how):
-    with served(database) as server:
-        for _ in range(2):
-            workers.start(server.url, 15, seconds=0.2)
-        workers.wait_for("finished", 6)
-        server.end(how)
-        server.start()
-        workers.wait()
-        assert_nothing_lost(server.url, workers, 30)
-
-
 def assert_nothing_lost(url, workers, count):
     """Every trial that a worker finished is there with its measurement, once.
 
@@ -175,36 +138,6 @@ def test_a_server_that_stays_away_is_an_error_in_one_line_and_then_the_storage_c
         postgresql.start()
     add_measurement(storage, measurement("s", study.ask().number, 1.0))
     assert (len(study.trials), len(measurements_of(storage, "s"))) == (1, 1)
-
-
-@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_served_storage_that_stays_away_is_an_error_in_one_line_and_then_can_be_used_again(database, caplog):
-    with served(database) as server:
-        storage = open_storage(server.url)
-        study = optuna.create_study(study_name="s", storage=storage)
-        server.end(signal.SIGINT)
-        with retry_timeout(0.5):
-            for operation in (study.ask, lambda: add_measurement(storage, measurement("s", 0, 1.0))):
-                caplog.clear()
-                with pytest.raises(StorageError, match=r"^storage '.*': nothing answers there; start it with .*$"):
-                    operation()
-                assert f"storage '{server.url}' does not answer; waiting for at most" in caplog.text
-        server.start()
-        add_measurement(storage, measurement("s", study.ask().number, 1.0))
-        assert (len(study.trials), len(measurements_of(storage, "s"))) == (1, 1)
-
-
-def test_ctrl_c_ends_a_server_that_waits_for_its_database(postgresql, postgresql_url):
-    """Well within the patience of two minutes that the server has, or this test times out."""
-    with served(postgresql_url) as server:
-        storage = open_storage(server.url)
-        postgresql.stop()
-        try:
-            with pytest.raises(grpc.RpcError):
-                storage.call(rpc.RECORDS, "s", timeout=1)  # goes on there after it was given up here
-            server.end(signal.SIGINT)
-        finally:
-            postgresql.start()
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")

@@ -1,6 +1,7 @@
 """A password in a storage URL appears in no error, no log, no traceback, no table and no profile."""
 
 import logging
+import socket
 import traceback
 
 import optuna
@@ -14,10 +15,14 @@ from studies.retry import retry_timeout
 from studies.storage import open_storage
 from studies.study import describe_study, list_studies
 from tests.postgres import PASSWORD
-from tests.studies.serving import free_port
 from tests.studies.worker import measurement
 
 DRIVERS = ["psycopg", "psycopg2"]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def unseen(caught, capture):
@@ -55,7 +60,6 @@ def address(postgresql, postgresql_url):
         "postgresql+{driver}://me:{password}@{address}?unheard_of=1",
         "postgresql+{driver}://{address}?user=me&password={password}-wrong",
         "postgresql+{driver}://me:{password}@{address}?sslmode=require",
-        "grpc://me:{password}@127.0.0.1:{free}",
     ],
 )
 def test_a_database_that_cannot_be_opened_is_named_without_its_password(url, driver, address, every_log):

@@ -1,10 +1,7 @@
 """Opening a study's database, and what is said when that fails."""
 
-import socket
 import sqlite3
-import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import optuna
@@ -12,10 +9,9 @@ import pytest
 import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.storages._grpc.server import make_server
 
 from layerskip.errors import LayerSkipError, MissingDependencyError
-from studies.storage import StorageError, open_database, open_existing_storage, open_storage, redacted
+from studies.storage import StorageError, open_existing_storage, open_storage, redacted
 
 OPENERS = [open_storage, open_existing_storage]
 PASSWORD = "s3cr3t-pw"
@@ -123,52 +119,6 @@ def test_a_file_that_is_no_database_is_said_to_be_none_and_left_alone(opener, tm
     file.write_text("shopping list\n" * 100)
     assert error_of(opener, f"sqlite:///{file}") == f"storage 'sqlite:///{file}': file is not a database"
     assert file.read_text() == "shopping list\n" * 100
-
-
-def test_the_url_of_a_server_is_no_database():
-    assert error_of(open_database, "grpc://localhost:13000") == (
-        "storage 'grpc://localhost:13000': is a server itself; expected the URL of a database"
-    )
-
-
-@pytest.mark.parametrize("more", ["/studies", "?x=1", "me:{}@", ":port"])
-def test_the_url_of_a_server_has_a_host_and_a_port_alone(more):
-    url = f"grpc://{more.format(PASSWORD)}host:1" if "@" in more else f"grpc://host{more}"
-    assert "expected" in error_of(open_storage, url)
-
-
-def test_a_server_that_does_not_answer_is_an_error_in_one_line():
-    pytest.importorskip("grpc")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    message = error_of(open_storage, f"grpc://127.0.0.1:{port}")
-    assert message == (
-        f"storage 'grpc://127.0.0.1:{port}': nothing answers there; start it with 'layerskip studies serve'"
-    )
-
-
-def test_optunas_own_proxy_server_is_said_to_be_the_wrong_one(storage):
-    pytest.importorskip("grpc")
-    with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
-        server = make_server(storage, "127.0.0.1", port, pool)
-        server.start()
-        try:
-            message = error_of(open_storage, f"grpc://127.0.0.1:{port}")
-        finally:
-            server.stop(None).wait()
-    assert "use 'layerskip studies serve'" in message
-
-
-@pytest.mark.parametrize("missing", ["grpc", "google.protobuf"])
-def test_a_server_without_grpc_installed_says_what_to_install(monkeypatch, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(MissingDependencyError) as caught:
-        open_storage("grpc://localhost:13000")
-    assert str(caught.value) == (
-        "a served storage needs the packages 'grpcio' and 'protobuf'; pip install 'layerskip[grpc]'"
-    )
 
 
 @pytest.mark.parametrize(

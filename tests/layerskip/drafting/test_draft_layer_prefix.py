@@ -14,9 +14,8 @@ from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import identify
 from layerskip.hub import card_of
 from layerskip.profile import Provenance
-from layerskip.profile_diff import differences
 from layerskip.training.trainable_draft import _Forgetful
-from search.decoding_methods import draft_bytes, transformers_methods
+from search.compare import draft_bytes, transformers_methods
 from tests.models import LAYERS, random_heads, random_layers, random_prefix, tiny_llama, transformers_greedy
 
 TOP = 2 * LAYERS
@@ -91,17 +90,6 @@ def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
     expected = generate(llama, [1, 2, 3], drafter=at_once, max_new_tokens=20, eos_token_ids=[])
     assert ours.tokens == transformers_greedy(llama.hf_model, [1, 2, 3], 20)
     assert (ours.tokens, ours.stats.accepted) == (expected.tokens, expected.stats.accepted)
-
-
-def test_the_layer_is_among_what_two_profiles_differ_in(llama):
-    one, without, other = (
-        profile_for(llama).with_assets(assets_of(llama, layers=layers))
-        for layers in ({TOP: random_prefix(llama)}, {}, {TOP: random_prefix(llama, seed=1)})
-    )
-    [found] = differences(one, without)
-    assert (found.what, found.a, found.b) == ("layers", ["behind all"], [])
-    [found] = differences(one, other)
-    assert found.notes == ("other weights in behind all",)
 
 
 def test_its_memory_counts(llama):

@@ -215,8 +215,7 @@ def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, scale, wid
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 
-@pytest.mark.parametrize("settings_", [PLAIN, WARPED], ids=["temperature 1", "temperature, top-k and top-p"])
-@pytest.mark.parametrize("widths", [(), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize(("widths", "settings_"), [((), PLAIN), ((3, 1, 2), WARPED)], ids=str)
 def test_samples_follow_the_full_model(tiny_vocabulary, widths, settings_):  # noqa: F811
     like = tiny_vocabulary.num_layers - 1
     start = 2 * tiny_vocabulary.num_layers
