@@ -27,11 +27,11 @@ def quick_model():
 def slow_model(folder):
     """A model with which looking at a candidate never ends; tells so by a file named after the process."""
 
-    def estimate(*arguments, **named):
+    def predict(*arguments, **named):
         (Path(folder) / str(os.getpid())).touch()
         time.sleep(3600)
 
-    SpeedupPredictor.estimate = estimate
+    SpeedupPredictor.predict = predict
     return quick_model()
 
 

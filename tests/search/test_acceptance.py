@@ -62,7 +62,7 @@ def check(model, stack, text, trace):
             assert trace.agrees[position] == (proposed == int(text.choices[position]))
 
 
-@given(drawn=texts, skip_set=skip_sets(), vocabulary=vocabularies, bridges=st.none() | st.integers(0, 99))
+@given(drawn=texts, skip_set=skip_sets(), vocabulary=vocabularies, bridged=st.none() | st.integers(0, 99))
 @settings(max_examples=30)
 def test_a_trace_says_at_every_position_what_a_real_draft_step_says_there(tiny, drawn, skip_set, vocabulary, bridged):
     stand_ins = {} if bridged is None else bridges(skip_set, bridged)

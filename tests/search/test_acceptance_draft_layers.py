@@ -68,7 +68,7 @@ def check(model, drafter, text, trace):
     start=st.integers(1, TOP - 1),
     below=st.lists(st.booleans(), min_size=TOP, max_size=TOP),
     like=st.integers(0, LAYERS - 1),
-    bridges=st.booleans(),
+    bridged=st.booleans(),
     vocabulary=st.none() | st.sets(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20).map(sorted),
 )
 @settings(max_examples=30)

@@ -81,7 +81,7 @@ def test_parts_add_up(step, one, other, vocabulary):
     assert math.isclose(nothing, step.fixed + step.head[vocabulary])
 
 
-@given(skip_set=skip_sets(), context=st.integers(1, 100), bridges=st.booleans(), small=st.booleans())
+@given(skip_set=skip_sets(), context=st.integers(1, 100), bridged=st.booleans(), small=st.booleans())
 @settings(max_examples=40)
 def test_a_draft_costs_what_it_is_made_of(llama, skip_set, context, bridged, small):
     stand_ins = {skip_set.mask.index(True): blank_bridge(llama)} if bridged else {}

@@ -186,7 +186,7 @@ def test_a_named_study_does_not_go_on_with_other_stand_ins(llama, storage):
 def test_a_space_that_names_other_stand_ins_than_were_given_is_refused(llama, storage):
     [one] = trained_draft_layers({"": layer_profile(llama)}, llama)
     space = SearchSpace(LAYERS, draft_layers=(one.ref,))
-    with pytest.raises(InvalidInputError, match=r"^space: names 1 trained stand-ins, and 0 others were given"):
+    with pytest.raises(InvalidInputError, match=r"^space: names 1 draft layers, and 0 others were given"):
         small_search(llama, storage, space=space)
 
 
@@ -204,8 +204,8 @@ def test_the_report_shows_what_a_stand_in_leaves_out_and_learns_nothing_of_subla
     view = view_study(storage, result.study)
     first = next(one for one in view.tried if one.source == "trained draft layer 1 of 1")
     assert first.config.draft_layer
-    assert first.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
-    assert "trained bridge after layer 2" in first.draft
+    assert first.config.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
+    assert "trained bridge after layer 2" in first.config.details
     assert any(not one.config.draft_layer for one in view.tried)
     assert len(completed(load_study(storage, result.study))) == 6
     assert best_trials(load_study(storage, result.study), 1)[0].params["draft_layer"] == 1
