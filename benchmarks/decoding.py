@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile, LayerSkipModel
 from layerskip.checkpoints import cache_folder
+from layerskip.engine import EagerEngine
 from search.compare import (
     compare,
     draft_bytes,
@@ -36,10 +37,10 @@ console = Console(highlight=False, width=170)
 
 def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
     """Each profile, verified in passes over no more tokens than there are."""
-    exact = LayerSkipModel(model.hf_model)  # not calibrated, so that it knows no cheaper width
+    exact = EagerEngine(model)  # without costs, so that it knows no cheaper width
     return [
         layerskip_method(
-            f"{name}, exact width", exact, profile.drafter(exact), draft_bytes=draft_bytes(exact, profile.assets)
+            f"{name}, exact width", exact, profile.drafter(model), draft_bytes=draft_bytes(model, profile.assets)
         )
         for name, profile in profiles.items()
     ]
@@ -61,7 +62,7 @@ def main(
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)
     theirs, left_out = transformers_methods(setting.model, profiles)
-    ours = layerskip_methods(setting.model, profiles, combine=False)
+    ours = layerskip_methods(setting.engine, profiles, combine=False)
     usable, failed = usable_methods([*ours, *exact_methods(setting.model, profiles), *theirs], setting.prompts[0])
     entries = compare(
         setting.model,
@@ -75,7 +76,7 @@ def main(
         model=model,
         device=machine["device"],
         dtype=machine["dtype"],
-        engine=setting.model.engine.name,
+        engine=setting.engine.name,
         versions=machine["versions"],
         repeats=repeats,
         max_new_tokens=max_new_tokens,

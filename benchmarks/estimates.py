@@ -23,10 +23,10 @@ from scipy.stats import spearmanr
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.config import DraftConfig
-from layerskip.engine import use_engine
+from layerskip.engine import Engine, make_engine
 from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
-from search.callbacks import SearchObserver
+from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_drafter, summarize
 from search.prompts import built_in_prompts, split_prompts
@@ -71,7 +71,7 @@ class Compared:
 class Workbench:
     """A model with all that predicting and measuring need, on the same prompts."""
 
-    model: LayerSkipModel
+    engine: Engine
     space: SearchSpace
     tools: Prepared
     plan: MeasuringPlan
@@ -85,7 +85,7 @@ def prepared(
     """Load a model and prepare a search of it, whose scored prompts are those that are measured."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
-    use_engine(wrapped, engine)
+    runner = make_engine(wrapped, engine)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
@@ -96,7 +96,7 @@ def prepared(
     with tempfile.TemporaryDirectory() as folder:
         lock = MachineLock(Path(folder), wrapped.device)
         tools = prepare(
-            wrapped,
+            runner,
             identify(wrapped, checkpoint.source).fingerprint,
             alike,
             space,
@@ -104,9 +104,9 @@ def prepared(
             optuna.create_study(),
             folder=Path(folder),
             quiet=lock,
-            observer=SearchObserver(),
+            on_event=ignore,
         )
-        yield Workbench(wrapped, space, tools, MeasuringPlan(alike.measured, max_new_tokens), lock)
+        yield Workbench(runner, space, tools, MeasuringPlan(alike.measured, max_new_tokens), lock)
 
 
 def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftConfig]:
@@ -125,13 +125,13 @@ def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftCo
 
 def compare(bench: Workbench, candidate: DraftConfig) -> Compared:
     """Predict a candidate, then decode the same prompts with it."""
-    model, tools = bench.model, bench.tools
+    model, tools = bench.engine.model, bench.tools
     started = device_seconds(model.device)
     prediction = tools.predictor.predict(candidate)
     estimated = device_seconds(model.device)
     drafter = tools.makers.drafter(prediction.simulated.config)
     built = device_seconds(model.device)
-    measured = list(measure_drafter(model, drafter, bench.plan, bench.lock))
+    measured = list(measure_drafter(bench.engine, drafter, bench.plan, bench.lock))
     return Compared(
         candidate=str(prediction.simulated.config),
         skipped=len(candidate.skip_set),
@@ -180,7 +180,7 @@ def main(
 ) -> None:
     """Compare predicted with measured speedups."""
     with prepared(model, device, dtype, engine, prompts=prompts, max_new_tokens=max_new_tokens, gate=gate) as workbench:
-        wrapped = workbench.model
+        wrapped = workbench.engine.model
         results = [compare(workbench, candidate) for candidate in random_candidates(workbench.space, skip_sets, seed)]
     summary = report(results)
     figures = [asdict(one) for one in results]

@@ -39,9 +39,11 @@ def main(
     for prompt in prompts:
         if min(one["tokens"] for one in found.values()) >= tokens:
             break
-        plain = generate(setting.model, prompt.tokens, max_new_tokens=max_new_tokens).tokens
+        plain = generate(setting.model, prompt.tokens, engine=setting.engine, max_new_tokens=max_new_tokens).tokens
         for name, drafter in drafters.items():
-            own = generate(setting.model, prompt.tokens, drafter=drafter, max_new_tokens=max_new_tokens).tokens
+            own = generate(
+                setting.model, prompt.tokens, engine=setting.engine, drafter=drafter, max_new_tokens=max_new_tokens
+            ).tokens
             same = next((at for at, (a, b) in enumerate(zip(plain, own, strict=False)) if a != b), len(plain))
             found[name]["tokens"] += same
             try:

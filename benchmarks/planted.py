@@ -22,10 +22,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import optuna
 import torch
@@ -38,9 +39,10 @@ from benchmarks.redundant_model import Planted, flat_latency, random_texts, redu
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.config import DraftConfig
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.callbacks import SearchObserver
+from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
@@ -49,6 +51,7 @@ from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY
 
 console = Console(highlight=False, width=150)
@@ -58,10 +61,19 @@ _MAX_NEW_TOKENS = 24
 _SAME = 1e-9
 
 
+class _NoHeartbeats:
+    def beating(self, study: str, trial: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stale_trials(self, study: optuna.Study) -> list[int]:
+        return []
+
+
 class _InMemory(InMemoryStorage):
-    """Keeps no measurements, for none are made; a database would take most of the time here."""
+    """Stores neither measurements, for none are made, nor heartbeats: a database would take most of the time here."""
 
     records = object()
+    heartbeats = _NoHeartbeats()
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,10 @@ class PlantedProblem:
     def search(self, sampler: str, *, warm: bool, trials: int, seed: int) -> list[float]:
         """Predicted speedups in the order in which a search came upon them; 0 for candidates that it gave up."""
         search = Search(
-            self.model,
+            EagerEngine(self.model),
             self._identity,
             self._prompts,
-            _InMemory(),
+            cast(ReconnectingStorage, _InMemory()),
             self._settings(trials=trials, sampler=sampler, seed=seed),
             space=self.space,
             folder=self._folder,
@@ -140,7 +152,7 @@ class PlantedProblem:
         self._give_costs(study)
         settings = self._settings()
         return prepare(
-            self.model,
+            EagerEngine(self.model),
             self._identity.fingerprint,
             SearchPrompts.of(self._prompts, settings),
             self.space,
@@ -148,7 +160,7 @@ class PlantedProblem:
             study,
             folder=self._folder,
             quiet=MachineLock(self._folder, self.model.device),
-            observer=SearchObserver(),
+            on_event=ignore,
         )
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:

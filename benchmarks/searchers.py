@@ -28,7 +28,7 @@ from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, load_checkpoint
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.drafter import Drafter
-from layerskip.engine import use_engine
+from layerskip.engine import make_engine
 from layerskip.fingerprint import identify
 from search.builder import DraftBuilder, fit_texts
 from search.decoding_methods import PLAIN, layerskip_method
@@ -105,7 +105,7 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
     for one in found:
         if label(one.incumbent) not in drafters:
             drafters[label(one.incumbent)] = makers.drafter(one.incumbent.config)
-    methods = [layerskip_method(name, task.model, drafter) for name, drafter in {PLAIN: None, **drafters}.items()]
+    methods = [layerskip_method(name, task.engine, drafter) for name, drafter in {PLAIN: None, **drafters}.items()]
     plan = MeasuringPlan(prompts, task.max_new_tokens)
     measured = measure_methods(task.model, methods, plan, MachineLock(folder, task.model.device))
     _, *by_drafter = zip(*measured, strict=True)
@@ -145,13 +145,12 @@ def main(
     """Let all searchers search for the same time, one after the other, and judge what they found."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
-    use_engine(wrapped, engine)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=100, context_length=wrapped.context_length
     )
     everyone = SearchPrompts.of(split, SearchSettings(max_new_tokens=max_new_tokens))
     fingerprint = identify(wrapped, checkpoint.source).fingerprint
-    task = Task(wrapped, fingerprint, everyone, max_new_tokens, seconds, seed)
+    task = Task(make_engine(wrapped, engine), fingerprint, everyone, max_new_tokens, seconds, seed)
     found: list[Found] = []
     for name in only or SEARCHERS:
         incumbents = searched(name, task, folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
-from layerskip.costs import calibrate
+from layerskip.engine import Engine, make_engine
 from layerskip.ready_profiles import load_profile
 from layerskip.utils import device_name, library_versions
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
@@ -18,22 +18,26 @@ from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 
 @dataclass(frozen=True)
 class Setting:
-    """A loaded model, held-out prompts to decode with it, and those that drafts are chosen on."""
+    """A loaded model's engine, held-out prompts to decode with it, and those that drafts are chosen on."""
 
-    model: LayerSkipModel
+    engine: Engine
     prompts: tuple[EncodedPrompt, ...]
     search: tuple[EncodedPrompt, ...]
+
+    @property
+    def model(self) -> LayerSkipModel:
+        """The model."""
+        return self.engine.model
 
 
 def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int) -> Setting:
     """Load a model, measure what its passes cost, and take some of the built-in held-out prompts."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
-    calibrate(wrapped)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
-    return Setting(wrapped, split.held_out[:prompts], split.search)
+    return Setting(make_engine(wrapped), split.held_out[:prompts], split.search)
 
 
 def loaded_profiles(paths: Sequence[Path], model: str, *, device: str, dtype: str) -> dict[str, DraftProfile]:

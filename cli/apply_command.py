@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -16,8 +16,10 @@ from cli.options import (
     JsonOption,
     ModelOption,
     ProfileArgument,
+    print_json,
+    quiet_libraries,
+    stderr,
 )
-from cli.output import print_json, quiet_libraries, stderr
 
 if TYPE_CHECKING:
     from layerskip import Sampling

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -18,11 +18,18 @@ from cli.options import (
     ModelOption,
     ProfileArgument,
     RepeatsOption,
+    counted,
+    describe_speedup,
+    no_gain_note,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import counted, describe_speedup, no_gain_note, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
-    from layerskip import DraftProfile, LayerSkipModel
+    from layerskip import DraftProfile
+    from layerskip.engine import Engine
     from search.measure import Measurement, MeasuringPlan
 
 # What a search generates by default, for a profile that does not say what it was measured with.
@@ -50,27 +57,29 @@ def bench(
     from cli.progress import Steps
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
-    from search.loading import wrapped
+    from layerskip.tokenizer import read_prompts
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafter
-    from search.prompts import prompts_to_measure, read_prompts
+    from search.prompts import prompts_to_measure
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)
     own = read_prompts(prompts) if prompts else None
     length = max_new_tokens or (loaded.measured.max_new_tokens if loaded.measured else _DEFAULT_LENGTH)
     checkpoint = load_for(loaded, model, device=device, dtype=dtype, engine=engine)
-    layers = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    layers = runner.model
     drafter = loaded.drafter(layers)
     chosen = prompts_to_measure(own, checkpoint.tokenizer, max_new_tokens=length, context_length=layers.context_length)
     plan = MeasuringPlan(chosen, length, repeats)
     measured: dict[str, Measurement] = {}
     with Steps("decoding", len(chosen) * repeats) as steps:
-        measurements = measure_drafter(layers, drafter, plan, MachineLock(cache_folder(), layers.device))
+        measurements = measure_drafter(runner, drafter, plan, MachineLock(cache_folder(), layers.device))
         for done, measurement in enumerate(measurements, start=1):
             measured[measurement.prompt] = measurement
             steps.done(done)
-    described = _described(profile, loaded, list(measured.values()), plan, layers)
+    described = _described(profile, loaded, list(measured.values()), plan, runner)
     if json:
         print_json(described)
         return
@@ -82,17 +91,18 @@ def _described(
     profile: DraftProfile,
     measurements: list[Measurement],
     plan: MeasuringPlan,
-    layers: LayerSkipModel,
+    engine: Engine,
 ) -> dict[str, Any]:
     from layerskip.utils import device_name, library_versions
     from search.measure import mean_accepted_length, summarize
 
+    layers = engine.model
     return {
         "profile": source,
         "model": profile.model.id,
         "device": device_name(layers.device),
         "dtype": str(layers.dtype).removeprefix("torch."),
-        "engine": layers.engine.name,
+        "engine": engine.name,
         "versions": library_versions(),
         "repeats": plan.repeats,
         "max_new_tokens": plan.max_new_tokens,

@@ -13,8 +13,13 @@ from typing import Any
 
 from rich.style import Style
 
+from cli.common import (
+    counted,
+    print_json,
+    stderr,
+    stdout,
+)
 from cli.decoding import Decoder, described, in_one_line
-from cli.output import counted, print_json, stderr, stdout
 from layerskip import Chat
 from layerskip.chat import Answer
 from layerskip.errors import InvalidInputError

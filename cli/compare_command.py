@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -18,8 +18,13 @@ from cli.options import (
     MeasuredPromptsOption,
     ModelArgument,
     RepeatsOption,
+    check_writable,
+    print_json,
+    print_untruncated,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import check_writable, print_json, print_untruncated, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from studies.comparison import Comparison
@@ -99,6 +104,7 @@ def _compared(
     from layerskip import load_checkpoint, load_profile
     from layerskip.checkpoints import cache_folder, resolve_device
     from layerskip.engine import check_engine
+    from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, library_versions
     from search.compare import (
         compare,
@@ -108,19 +114,20 @@ def _compared(
         transformers_methods,
         usable_methods,
     )
-    from search.loading import wrapped
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
-    from search.prompts import prompts_to_measure, read_prompts
+    from search.prompts import prompts_to_measure
     from studies.comparison import Comparison
 
     check_engine(engine, resolve_device(device))
     own_prompts = read_prompts(prompts) if prompts else None
     given = named_profiles(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
-    layers = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    layers = runner.model
     taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    methods = layerskip_methods(layers, taking_part, combine=combine)
+    methods = layerskip_methods(runner, taking_part, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
         theirs, left_out = transformers_methods(layers, taking_part)
@@ -136,7 +143,7 @@ def _compared(
         model=source,
         device=device_name(layers.device),
         dtype=str(layers.dtype).removeprefix("torch."),
-        engine=layers.engine.name,
+        engine=runner.name,
         versions=library_versions(),
         repeats=repeats,
         max_new_tokens=max_new_tokens,

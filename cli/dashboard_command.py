@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption
-from cli.output import print_json, stderr
+from cli.common import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, print_json, stderr
+
+# What a search writes by default.
+_USUAL_PROFILE = Path("draft_profile.json")
 
 
 def dashboard(
@@ -19,7 +21,7 @@ def dashboard(
         list[Path] | None,
         typer.Option(
             help="A draft profile to attach to its study; repeatable.",
-            show_default="draft_profile.json, if it is there",
+            show_default="draft_profile.json, if it exists",
         ),
     ] = None,
     artifacts: Annotated[
@@ -28,7 +30,7 @@ def dashboard(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Serve the Optuna dashboard on a storage until Ctrl-C, with figures and notes attached to its studies."""
+    """Serve the Optuna dashboard until Ctrl-C, with figures and notes attached to the studies."""
     from layerskip.checkpoints import cache_folder
     from studies.dashboard import serve
     from studies.storage import open_existing_storage
@@ -37,7 +39,7 @@ def dashboard(
     def announce(url: str) -> None:
         if json:
             print_json({"url": url})
-        stderr.print(f"dashboard on {url}; Ctrl-C ends it")
+        stderr.print(f"dashboard on {url}; Ctrl-C stops it")
 
     database = open_existing_storage(storage)
     serve(
@@ -45,18 +47,17 @@ def dashboard(
         host=host,
         port=port,
         artifacts=artifacts or cache_folder() / "artifacts",
-        profiles=profile or _found(studies_of_ours(database)),
+        profiles=profile or _usual_profile(studies_of_ours(database)),
         when_ready=announce,
     )
 
 
-def _found(studies: list[str]) -> list[Path]:
-    """What a search leaves in the working folder, if one of these studies left it."""
+def _usual_profile(studies: list[str]) -> list[Path]:
+    """The profile in the working folder, if one of these studies found it."""
+    from layerskip import DraftProfile
     from layerskip.errors import InvalidProfileError
-    from layerskip.profile import DraftProfile
 
-    left = Path("draft_profile.json")
     try:
-        return [left] * (DraftProfile.load(left).provenance.study in studies)
+        return [_USUAL_PROFILE] * (DraftProfile.load(_USUAL_PROFILE).provenance.study in studies)
     except InvalidProfileError:
         return []

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cli.output import counted
+from cli.common import (
+    counted,
+)
 from layerskip import Chat, DraftProfile, LayerSkipModel, Sampling, StopStrings, generate, load_checkpoint
 from layerskip.checkpoints import Checkpoint, resolve_device
-from layerskip.engine import EagerEngine, check_engine, compile_sublayers, use_engine
+from layerskip.engine import EagerEngine, Engine, check_engine, compile_sublayers, make_engine
 from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.generation import Generation
-from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_raw
-from search.prompts import Prompt, read_prompts
+from layerskip.tokenizer import Prompt, StreamingDetokenizer, TextSegment, encode_raw, read_prompts
 
 # Enough that every kernel and buffer has been used once.
 _WARM_UP_TOKENS = 8
@@ -108,8 +109,9 @@ class Decoder:
         if compiled:
             compile_sublayers(self._model)
         self._drafter = profile.drafter(self._model)
-        if speculative or engine != EagerEngine.name:  # plain eager decoding needs no calibration
-            use_engine(self._model, engine)
+        self._engine: Engine = EagerEngine(self._model)
+        if speculative or engine != EagerEngine.name:  # plain eager decoding needs no costs
+            self._engine = make_engine(self._model, engine)
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(checkpoint.tokenizer, stop) if stop else None
@@ -143,6 +145,7 @@ class Decoder:
         return Chat(
             self._model,
             self._tokenizer,
+            engine=self._engine,
             drafter=self._drafter if self.speculative else None,
             sampling=self._sampling,
             max_new_tokens=self._max_new_tokens,
@@ -156,8 +159,8 @@ class Decoder:
     def warm_up(self, ids: list[int]) -> None:
         """Decode a few tokens both ways, because the first passes of a process are slow."""
         for drafter in (self._drafter, None):
-            length = self._max_new_tokens if self._model.engine.captures else _WARM_UP_TOKENS
-            generate(self._model, ids, drafter=drafter, max_new_tokens=length)
+            length = self._max_new_tokens if self._engine.captures else _WARM_UP_TOKENS
+            generate(self._model, ids, engine=self._engine, drafter=drafter, max_new_tokens=length)
 
     def decode(self, ids: list[int], *, streaming: bool) -> dict[str, Any]:
         """Decode one prompt; with ``streaming``, print its text as it comes."""
@@ -170,6 +173,7 @@ class Decoder:
         generation = generate(
             self._model,
             ids,
+            engine=self._engine,
             drafter=self._drafter if self.speculative else None,
             sampling=self._sampling,
             max_new_tokens=self._max_new_tokens,
@@ -188,7 +192,12 @@ class Decoder:
         ``same_text`` is None where texts are sampled: each is another draw, so that only the speeds can be compared.
         """
         plain = generate(
-            self._model, ids, sampling=self._sampling, max_new_tokens=self._max_new_tokens, stop=self._stop
+            self._model,
+            ids,
+            engine=self._engine,
+            sampling=self._sampling,
+            max_new_tokens=self._max_new_tokens,
+            stop=self._stop,
         )
         return {
             "plain_tokens_per_second": plain.stats.tokens_per_second,

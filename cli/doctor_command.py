@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     DEFAULT_STORAGE,
+    DONE,
+    FAILED,
     DebugOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
     JsonOption,
     StorageOption,
+    counted,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
 )
-from cli.output import DONE, FAILED, counted, print_json, quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
     from search.break_even import BreakEven
@@ -159,15 +165,15 @@ def _measured(model: str, device: str, dtype: str, engine: str) -> BreakEven:
     from layerskip.checkpoints import cache_folder, load_checkpoint, resolve_device
     from layerskip.engine import check_engine
     from search.break_even import measure_break_even
-    from search.loading import wrapped
+    from search.loading import engine_of
     from search.machine_lock import MachineLock
 
     quiet_libraries()
     check_engine(engine, resolve_device(device))
-    layers = wrapped(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
+    runner = engine_of(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
     stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
-    with MachineLock(cache_folder(), layers.device).exclusive():
-        return measure_break_even(layers)
+    with MachineLock(cache_folder(), runner.model.device).exclusive():
+        return measure_break_even(runner)
 
 
 def _report(result: dict[str, Any]) -> None:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import completion
-from cli.options import DebugOption, DeviceOption, JsonOption, ModelOption, ProfileArgument
-from cli.output import counted, print_json, quiet_libraries, stderr, stdout
+from cli.common import (
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    ProfileArgument,
+    counted,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
+)
 from layerskip.names import DTYPES
+
+if TYPE_CHECKING:
+    from layerskip.export import Export
 
 
 def export(
     profile: ProfileArgument,
     to: Annotated[
-        Path, typer.Option(help="Folder to write; missing, empty, or an earlier export.", show_default=False)
+        Path, typer.Option(help="Folder to write: missing, empty, or an earlier export.", show_default=False)
     ],
     model: ModelOption = None,
     without_bridges: Annotated[
         bool,
-        typer.Option("--without-bridges", help="Leave the profile's bridges out, which lowers the acceptance rate."),
+        typer.Option("--without-bridges", help="Leave out the profile's bridges, which lowers the acceptance rate."),
     ] = False,
     device: DeviceOption = "cpu",
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, bfloat16 or float16; auto keeps the model's own, and takes float32 for GGUF files.",
+            help="float32, bfloat16 or float16; auto keeps the model's own, and is float32 for GGUF files.",
             autocompletion=completion.one_of("auto", *DTYPES),
         ),
     ] = "auto",
@@ -52,34 +66,26 @@ def export(
     if loaded.tensors is not None and loaded.tensors.bridges:
         stderr.print("the profile's acceptance rate was measured with its bridges; without them it will be lower")
     if loaded.tensors is not None and loaded.tensors.vocabulary:
-        stderr.print(
-            "the draft scores the whole vocabulary, as engines need it; the profile's draft vocabulary is left out"
-        )
-    done = export_draft(
-        LayerSkipModel(checkpoint.model), checkpoint.tokenizer, loaded, to, without_bridges=without_bridges
-    )
+        stderr.print("the profile's draft vocabulary is left out: engines need a draft that scores all tokens")
+    layers = LayerSkipModel(checkpoint.model)
+    exported = export_draft(layers, checkpoint.tokenizer, loaded, to, without_bridges=without_bridges)
     if json:
-        print_json(
-            {
-                "folder": str(to),
-                "layers": list(done.layers),
-                "trained": done.trained,
-                "zeroed": done.zeroed,
-                "parameters": done.parameters,
-                "full_parameters": done.full_parameters,
-                "difference": done.difference,
-            }
-        )
-        return
-    half = f", {counted(done.zeroed, 'sublayer')} in them zeroed" * bool(done.zeroed)
-    trained = f", and {done.trained} trained" * bool(done.trained)
-    stdout.print(f"draft     {to}")
-    stdout.print(f"layers    {len(done.layers)} of {loaded.skip_set.num_layers}{half}{trained}")
+        print_json(asdict(exported) | {"folder": str(to)})
+    else:
+        _report(exported, to, loaded.skip_set.num_layers)
+
+
+def _report(exported: Export, folder: Path, num_layers: int) -> None:
+    zeroed = f", {counted(exported.zeroed, 'sublayer')} of them zeroed" * bool(exported.zeroed)
+    trained = f", and {exported.trained} trained" * bool(exported.trained)
+    stdout.print(f"draft     {folder}")
+    stdout.print(f"layers    {len(exported.layers)} of {num_layers}{zeroed}{trained}")
     stdout.print(
-        f"weights   {done.parameters / 1e6:.1f} of {done.full_parameters / 1e6:.1f} million, "
-        f"{done.parameters / done.full_parameters:.0%}"
+        f"weights   {exported.parameters / 1e6:.1f} of {exported.full_parameters / 1e6:.1f} million, "
+        f"{exported.parameters / exported.full_parameters:.0%}"
     )
     stdout.print(
-        f"checked   loaded with stock transformers: logits differ from the draft's by at most {done.difference:.1g}"
+        f"checked   loaded with stock transformers: its logits differ from the draft's by at most "
+        f"{exported.difference:.1g}"
     )
-    stdout.print(f"use       {to / 'README.md'} has the commands for vLLM, llama.cpp and transformers")
+    stdout.print(f"use       {folder / 'README.md'} has the commands for vLLM, llama.cpp and transformers")

@@ -24,8 +24,14 @@ from cli import (
     studies_command,
     tune_command,
 )
-from cli.options import debugging
-from cli.output import DONE, FAILED, INTERRUPTED, WRONG_USAGE, escape_unencodable
+from cli.common import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
+    debugging,
+    escape_unencodable,
+)
 
 app = typer.Typer(
     name="layerskip",

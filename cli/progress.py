@@ -9,14 +9,26 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.output import counted, stderr
+from cli.common import (
+    counted,
+    stderr,
+)
 from layerskip.utils import duration
-from search.callbacks import Progress, SearchObserver
+from search.callbacks import (
+    Event,
+    FinalistMeasured,
+    PhaseStarted,
+    Progress,
+    PromptMeasured,
+    ReferenceReady,
+    StudyOpened,
+    TrialFinished,
+)
 from search.objective import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
 
 
-class SearchProgress(SearchObserver):
+class SearchProgress:
     """A progress bar on stderr: candidates seen, measured, the best so far, the time left.
 
     A line is printed for every candidate that is better than all before, and for every one that is measured.
@@ -51,39 +63,42 @@ class SearchProgress(SearchObserver):
         if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
             self._bar.stop()
 
-    def study_opened(self, name: str, progress: Progress) -> None:
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case StudyOpened():
+                self._open(event.name, event.progress)
+            case PhaseStarted("reference"):
+                self._say(f"reference run over {counted(event.total, 'prompt')}, to hold drafts against")
+            case ReferenceReady():
+                if event.found:
+                    self._say(f"{counted(event.found, 'text')} of an earlier reference run used again")
+            case PhaseStarted("costs"):
+                self._say("measuring what the parts of a step cost here")
+            case PhaseStarted("trials"):
+                self._began = time.monotonic()
+            case PromptMeasured():
+                prompts = f": {event.done}/{event.total} prompts" * (event.done > 0)
+                self._measuring = "" if event.done == event.total else f"decoding trial {event.trial}{prompts}"
+                self._show()
+            case TrialFinished():
+                self._progress, self._measuring = event.progress, ""
+                if event.trial.state == TrialState.COMPLETE:
+                    self._tell_of(event.trial)
+                self._show(event.progress.seen)
+            case PhaseStarted("finalists"):
+                self._timeout = None  # limits the search alone
+                self._start("finalists", event.total, 0)
+            case FinalistMeasured():
+                self._say(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}×")
+                self._show(event.number)
+
+    def _open(self, name: str, progress: Progress) -> None:
         self._say(
             f"study {name}: {progress.seen} of {counted(self._trials, 'candidate')} seen, {progress.measured} measured"
         )
         self._progress, self._highest = progress, progress.best or 0.0
         self._start("candidates", self._trials, progress.seen)
-
-    def reference_begins(self, prompts: int) -> None:
-        self._say(f"reference run over {counted(prompts, 'prompt')}, to hold drafts against")
-
-    def reference_ready(self, found: int) -> None:
-        if found:
-            self._say(f"{counted(found, 'text')} of an earlier reference run used again")
-
-    def costs_begin(self) -> None:
-        self._say("measuring what the parts of a step cost here")
-
-    def trials_begin(self) -> None:
-        self._began = time.monotonic()
-
-    def measurement_begins(self, trial: int) -> None:
-        self._measuring = f"decoding trial {trial}"
-        self._show()
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        self._measuring = "" if number == total else f"{self._measuring.partition(':')[0]}: {number}/{total} prompts"
-        self._show()
-
-    def trial_finished(self, progress: Progress, trial: FrozenTrial) -> None:
-        self._progress, self._measuring = progress, ""
-        if trial.state == TrialState.COMPLETE:
-            self._tell_of(trial)
-        self._show(progress.seen)
 
     def _tell_of(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)
@@ -98,14 +113,6 @@ class SearchProgress(SearchObserver):
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
             f"draft {trial.user_attrs['draft']}  [{source}]"
         )
-
-    def finalists_chosen(self, count: int) -> None:
-        self._timeout = None  # limits the search alone
-        self._start("finalists", count, 0)
-
-    def finalist_measured(self, number: int, trial: FrozenTrial, speedup: float) -> None:
-        self._say(f"trial {trial.number} on held-out prompts: {speedup:.3f}×")
-        self._show(number)
 
     def _say(self, line: str) -> None:
         self._bar.console.print(line, markup=False)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import completion
-from cli.options import (
+from cli.common import (
     DEFAULT_STORAGE,
+    INTERRUPTED,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -20,9 +21,6 @@ from cli.options import (
     JsonOption,
     ModelArgument,
     StorageOption,
-)
-from cli.output import (
-    INTERRUPTED,
     check_writable,
     counted,
     describe_speedup,
@@ -114,9 +112,10 @@ def search(
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine
     from layerskip.fingerprint import identify
+    from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
-    from search.loading import load_model, load_profiles, wrapped
-    from search.prompts import built_in_prompts, read_prompts, split_prompts
+    from search.loading import engine_of, load_engine, load_profiles
+    from search.prompts import built_in_prompts, split_prompts
     from search.search import Search
     from search.settings import SearchSettings
     from search.space import SearchSpace
@@ -144,13 +143,13 @@ def search(
     database = open_storage(storage)
     stderr.print(f"loading {model}")
     checkpoint = load_checkpoint(model, device=places[0], dtype=dtype)
-    first = wrapped(checkpoint.model, engine, compiled)
+    first = engine_of(checkpoint.model, engine, compiled)
     split = split_prompts(
-        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.context_length
+        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.model.context_length
     )
-    draft_layers = trained_draft_layers(profiles, first)
+    draft_layers = trained_draft_layers(profiles, first.model)
     space = SearchSpace.of(
-        first,
+        first.model,
         bridges=bridges,
         vocabularies=draft_vocabulary,
         target_confidence=gate,
@@ -158,11 +157,11 @@ def search(
         prompt_lookup=ngrams,
         draft_layers=[layer.ref for layer in draft_layers],
     )
-    identity = identify(first, checkpoint.source)
+    identity = identify(first.model, checkpoint.source)
 
     def helpers(name: str) -> Workers:
         ends = None if timeout is None else time.monotonic() + timeout
-        loads = [partial(load_model, model, place, dtype, engine, compiled) for place in places[1:]]
+        loads = [partial(load_engine, model, place, dtype, engine, compiled) for place in places[1:]]
         work = [
             Work(load, identity, split, storage, settings, space, name, ends=ends, load_profiles=tuned)
             for load in loads
@@ -179,7 +178,7 @@ def search(
             space=space,
             draft_layers=draft_layers,
             study_name=study,
-            observer=progress,
+            on_event=progress,
             helpers=helpers,
         ).run()
     if result.profile is not None:

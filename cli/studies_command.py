@@ -7,20 +7,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, StudyArgument
-from cli.output import counted, print_json, print_untruncated, stdout
+from cli.common import (
+    DEFAULT_STORAGE,
+    DebugOption,
+    JsonOption,
+    StorageOption,
+    StudyArgument,
+    counted,
+    print_json,
+    print_untruncated,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _STATES = {"complete": "completed", "waiting": "queued", "fail": "failed or interrupted"}
 
-app = typer.Typer(help="Look at the studies of a storage.", no_args_is_help=True)
+app = typer.Typer(help="List and show studies.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the studies of a storage."""
+    """List the studies in a database."""
     from rich.table import Table
 
     from studies.storage import open_existing_storage
@@ -48,10 +57,10 @@ def show(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a study's best candidates, by the speedup that was measured, or else predicted, on the search's prompts.
+    """Show a study's best candidates by their speedup on the search prompts: measured, or else predicted.
 
-    Predictions are ranked as far as they proved right where candidates were measured. What finalists measured on
-    held-out prompts stands beside it.
+    Predictions are corrected by what measured candidates showed. The finalists' speedups on held-out prompts are in a
+    column of their own.
     """
     from studies.storage import open_existing_storage
     from studies.study import describe_study
@@ -65,7 +74,7 @@ def show(
     if context:
         stdout.print(f"model     {context['model']} ({context['dtype']} on {context['device']})")
         stdout.print(
-            f"prompts   {context['prompts_per_trial']} a measurement, "
+            f"prompts   {context['prompts_per_trial']} per measurement, "
             f"at most {counted(context['max_new_tokens'], 'token')} each"
         )
     counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
@@ -78,8 +87,13 @@ def _table(trials: list[dict[str, Any]]) -> Table:
 
     table = Table("trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft", box=None)
     for trial in trials:
-        agreement = "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}"
-        final = "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×"
-        what = (str(trial["skip_set"]), str(trial["draft"]))
-        table.add_row(str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"], final, agreement, *what)
+        table.add_row(
+            str(trial["number"]),
+            f"{trial['speedup']:.3f}×",
+            trial["basis"],
+            "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×",
+            "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}",
+            str(trial["skip_set"]),
+            str(trial["draft"]),
+        )
     return table

@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import CompileOption, DebugOption, DeviceOption, DtypeOption, EngineOption, JsonOption
-from cli.output import INTERRUPTED, describe_speedup, no_gain_note, print_json, quiet_libraries, stderr, stdout
+from cli.common import (
+    INTERRUPTED,
+    CompileOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    describe_speedup,
+    no_gain_note,
+    print_json,
+    quiet_libraries,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from search.train_draft import Tuned
@@ -96,14 +109,14 @@ def tune(
     try:
         with TuningProgress() as progress:
             tuned = Tuning(
-                given.model,
+                given.engine,
                 given.tokenizer,
                 given.identity,
                 given.split,
                 given.settings,
                 given=prompts is not None,
                 folder=given.folder,
-                observer=progress,
+                on_event=progress,
             ).run()
     except KeyboardInterrupt:
         stderr.print("texts and training are kept, and no profile was written; the same command goes on")

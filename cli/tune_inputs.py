@@ -10,19 +10,30 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from cli.output import (
+from cli.common import (
     check_writable,
     stderr,
 )
-from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
+from layerskip import DraftProfile, load_checkpoint
 from layerskip.checkpoints import cache_folder
-from layerskip.drafting.config import DraftConfig
+from layerskip.engine import Engine
 from layerskip.fingerprint import ModelIdentity, identify
-from layerskip.training import Agreement, EvalResult, Trained
+from layerskip.tokenizer import read_prompts
+from layerskip.training import Agreement, EvalResult
 from layerskip.utils import duration
-from search.loading import wrapped
-from search.prompts import PromptSplit, built_in_prompts, read_prompts, split_prompts
-from search.train_draft import TuningObserver, TuningSettings, exit_of
+from search.callbacks import (
+    Evaluated,
+    Event,
+    PhaseStarted,
+    PolicyChosen,
+    PromptMeasured,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
+)
+from search.loading import engine_of
+from search.prompts import PromptSplit, built_in_prompts, split_prompts
+from search.train_draft import TuningSettings, exit_of
 
 if TYPE_CHECKING:
     pass
@@ -32,7 +43,7 @@ if TYPE_CHECKING:
 class TuneInputs:
     """What was named on the command line."""
 
-    model: LayerSkipModel
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     identity: ModelIdentity
     split: PromptSplit
@@ -76,7 +87,8 @@ def opened(
     name = profile.model.id if profile else source
     stderr.print(f"loading {name}")
     checkpoint = load_checkpoint(name, device=device, dtype=dtype)
-    model = wrapped(checkpoint.model, engine, compiled)
+    runner = engine_of(checkpoint.model, engine, compiled)
+    model = runner.model
     if profile is not None:
         profile.check(model)
     split = split_prompts(
@@ -85,7 +97,7 @@ def opened(
         max_new_tokens=max(settings.max_new_tokens, settings.answer_tokens if prompts else 0),
         context_length=model.context_length,
     )
-    return TuneInputs(model, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
+    return TuneInputs(runner, checkpoint.tokenizer, identify(model, checkpoint.source), split, settings, cache_folder())
 
 
 def _vocabulary(profile: DraftProfile) -> int | None:
@@ -101,7 +113,7 @@ def in_percent(agreement: Agreement) -> str:
     return f"{shares} % (best {' / '.join(map(str, agreement.top))}{', by head' * bool(agreement.later)})"
 
 
-class TuningProgress(TuningObserver):
+class TuningProgress:
     """A progress bar on stderr, and a line for every look at the held-out texts."""
 
     def __init__(self) -> None:
@@ -118,39 +130,43 @@ class TuningProgress(TuningObserver):
         if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
             self._bar.stop()
 
-    def texts_begin(self, positions: int) -> None:
-        self._say("the model writes texts to learn from; those that it wrote earlier are used again")
-        self._start("positions", positions)
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case PhaseStarted("texts"):
+                self._say("the model writes texts to learn from; those that it wrote earlier are used again")
+                self._start("positions", event.total)
+            case TextsWritten():
+                self._show(event.positions, f"{event.positions}")
+            case TrainingStarted():
+                self._say(
+                    f"training on {event.positions} positions, drafts of {event.vocabulary} tokens; held-out agreement:"
+                )
+                self._start("training", 1)
+            case Evaluated():
+                self._evaluated(event.result, event.ideal)
+            case TrainingEnded():
+                progress = event.trained.looks[-1].progress
+                if progress < 1 and not event.trained.interrupted:
+                    self._say(
+                        f"training ends at {100 * progress:.0f} %: the last looks gained nothing; "
+                        "the best state is kept"
+                    )
+            case PhaseStarted("costs"):
+                self._say("measuring what the parts of a step cost here")
+            case PolicyChosen():
+                self._say(f"predicted {event.predicted:.3f}× with draft {event.config.details}")
+                self._start("prompts", 1)
+            case PromptMeasured():
+                self._show(event.done / event.total, f"{event.done}/{event.total}")
 
-    def text_written(self, positions: int) -> None:
-        self._show(positions, f"{positions}")
-
-    def training_begins(self, positions: int, vocabulary: int) -> None:
-        self._say(f"training on {positions} positions, drafts of {vocabulary} tokens; held-out agreement:")
-        self._start("training", 1)
-
-    def looked(self, look: EvalResult, ideal: float) -> None:
+    def _evaluated(self, look: EvalResult, ideal: float) -> None:
         left = "" if look.seconds_left is None else f", {duration(look.seconds_left)} left"
         self._say(
             f"{100 * look.progress:3.0f} %  {in_percent(look.agreement)}, loss {look.agreement.loss:.3f}, "
             f"ideal speedup {ideal:.2f}×{left}"
         )
         self._show(look.progress, f"{100 * look.agreement.top[1]:.1f} %{left}")
-
-    def training_ended(self, trained: Trained) -> None:
-        progress = trained.looks[-1].progress
-        if progress < 1 and not trained.interrupted:
-            self._say(f"training ends at {100 * progress:.0f} %: the last looks gained nothing; the best state is kept")
-
-    def costs_begin(self) -> None:
-        self._say("measuring what the parts of a step cost here")
-
-    def policy_chosen(self, config: DraftConfig, predicted: float) -> None:
-        self._say(f"predicted {predicted:.3f}× with draft {config.details}")
-        self._start("prompts", 1)
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        self._show(number / total, f"{number}/{total}")
 
     def _say(self, line: str) -> None:
         self._bar.console.print(line, markup=False)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from layerskip.drafting.stopping import AdaptiveThreshold as AdaptiveThreshold
     from layerskip.drafting.stopping import ConfidenceThreshold as ConfidenceThreshold
     from layerskip.drafting.stopping import FixedLength as FixedLength
+    from layerskip.engine.selection import make_engine as make_engine
     from layerskip.errors import LayerSkipError as LayerSkipError
     from layerskip.export import export_draft as export_draft
     from layerskip.generation import generate as generate
@@ -52,6 +53,7 @@ _MODULES = {
     "generate": "generation",
     "load_checkpoint": "checkpoints",
     "load_profile": "ready_profiles",
+    "make_engine": "engine.selection",
     "speculate": "transformers_integration",
     "stream": "generation",
     "stream_rounds": "generation",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.drafting.drafter import Drafter
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.generation import Generation, Round, stream_rounds
 from layerskip.generators import Drained
@@ -42,6 +43,7 @@ class Chat:
     Args:
         model: The model.
         tokenizer: Its tokenizer, with a chat template.
+        engine: Runs the model's passes; None is a plain eager one.
         drafter: Proposes tokens to verify; None decodes plainly.
         sampling: How to choose tokens; None is greedy. A seed is used anew for each answer.
         max_new_tokens: Most tokens of one answer.
@@ -55,6 +57,7 @@ class Chat:
         model: LayerSkipModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        engine: Engine | None = None,
         drafter: Drafter | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 256,
@@ -63,6 +66,7 @@ class Chat:
             raise InvalidInputError("chat: the model's tokenizer has no chat template, so there are no turns to take")
         self._model = model
         self._tokenizer = tokenizer
+        self._engine = engine or EagerEngine(model)  # one for all answers: caches belong to their engine
         self._drafter = drafter
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
@@ -99,6 +103,7 @@ class Chat:
         rounds = stream_rounds(
             self._model,
             ids,
+            engine=self._engine,
             drafter=self._drafter,
             sampling=self._sampling,
             max_new_tokens=self._max_new_tokens,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.generators import Drained
 from layerskip.model import LayerSkipModel
@@ -93,6 +94,7 @@ def generate(
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
     *,
+    engine: Engine | None = None,
     drafter: Drafter | None = None,
     sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
@@ -105,6 +107,7 @@ def generate(
     Args:
         model: The model.
         prompt: Token ids, ``[n]`` or ``[1, n]``.
+        engine: Runs the model's passes, such as :func:`layerskip.make_engine` makes one; None is a plain eager one.
         drafter: Proposes tokens to verify, such as ``profile.drafter(model)``; None decodes plainly.
         sampling: How to choose tokens, such as a :class:`layerskip.Sampling`; None is greedy.
         max_new_tokens: Most tokens to generate, at least 1.
@@ -117,12 +120,14 @@ def generate(
 
     Raises:
         InvalidInputError: The prompt is empty, a batch, longer than the model's context or has an id outside the
-            vocabulary; ``max_new_tokens`` is below 1; or the drafter is none, such as a profile itself.
+            vocabulary; ``max_new_tokens`` is below 1; the drafter is none, such as a profile itself; or the engine is
+            another model's.
     """
     tokens = Drained(
         stream(
             model,
             prompt,
+            engine=engine,
             drafter=drafter,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
@@ -140,6 +145,7 @@ def stream(
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
     *,
+    engine: Engine | None = None,
     drafter: Drafter | None = None,
     sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
@@ -151,6 +157,7 @@ def stream(
         stream_rounds(
             model,
             prompt,
+            engine=engine,
             drafter=drafter,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
@@ -168,6 +175,7 @@ def stream_rounds(
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
     *,
+    engine: Engine | None = None,
     drafter: Drafter | None = None,
     sampling: SamplingRule | None = None,
     max_new_tokens: int = 128,
@@ -187,7 +195,7 @@ def stream_rounds(
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter = _checked(drafter)
-    engine = model.engine
+    engine = _engine_of(model, engine)
     memory = memory or PrefixCache()
     cache = memory.begin(engine, ids.tolist(), ending.limit)
     clock = PhaseClock(model.device)
@@ -196,7 +204,7 @@ def stream_rounds(
     with clock.phase("prefill"):
         behind = engine.prefill(ids[cache.length :], cache)
         newest = sampler.draw(behind.logits[0]).tokens  # [1]
-        drafter.start(ids, behind.states)
+        drafter.start(engine, ids, behind.states)
         tokens, reason = ending.cut([], newest.tolist())
     memory.append(tokens)
     yield Round(list(tokens), accepted=0)
@@ -228,6 +236,14 @@ def stream_rounds(
     stats.draft_seconds = clock.seconds("draft")
     stats.verification_seconds = clock.seconds("verification")
     return Generation(tokens, reason, stats)
+
+
+def _engine_of(model: LayerSkipModel, engine: Engine | None) -> Engine:
+    if engine is None:
+        return EagerEngine(model)
+    if engine.model is not model:
+        raise InvalidInputError("engine: runs the passes of another model; make one of this: make_engine(model, name)")
+    return engine
 
 
 def _checked(drafter: Drafter | None) -> Drafter:

@@ -19,8 +19,6 @@ from layerskip.attention_masks import (
     teacher_mask,
     tree_mask,
 )
-from layerskip.engine.base import Engine
-from layerskip.engine.eager import EagerEngine
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.families import family_of, setting
 from layerskip.kv_cache import KVCache
@@ -110,7 +108,6 @@ class LayerSkipModel:
             evaluation mode; also a PEFT model around one, whose active adapters then belong to it.
 
     Attributes:
-        engine: How its passes run; eager unless you set another.
         compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
 
     Raises:
@@ -135,7 +132,6 @@ class LayerSkipModel:
         self._embedding_multiplier = setting(model.config, self.family.embedding_multiplier)
         self._logits_divisor = setting(model.config, self.family.logits_divisor)
         self.sublayers = sublayers_of(decoder.layers, self.family, model.config)
-        self.engine: Engine = EagerEngine(self)
         self.compiled = False
         self.target_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
         attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]

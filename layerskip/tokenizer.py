@@ -1,17 +1,99 @@
-"""Text as it comes, token by token, and which of it was drafted."""
+"""Prompts to token ids, and generated tokens to text: encoding, stop strings, streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.errors import InvalidInputError
 
-# Behind the longest stop string, tokens enough that a multi-byte character cut in two is whole again.
+# Tokens to decode beyond the longest stop string, so that a multi-byte character cut in two is whole again.
 _MARGIN = 8
+# What tokenizers decode to in place of a character whose last bytes are still to come.
+_UNFINISHED = "�"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: a text or the messages of a chat.
+
+    Args:
+        content: A text, which becomes a user turn if the model has a chat template; or the messages of a chat, as
+            (role, content) pairs.
+    """
+
+    content: str | tuple[tuple[str, str], ...]
+
+    @property
+    def id(self) -> str:
+        """The first 12 hexadecimal digits of the content's checksum."""
+        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()[:12]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids up to where the model's answer begins.
+
+        Raises:
+            InvalidInputError: The prompt is a chat and the tokenizer has no template, or the template refuses it.
+        """
+        if isinstance(self.content, str):
+            return encode_prompt(tokenizer, self.content)
+        return encode_chat(tokenizer, [{"role": role, "content": content} for role, content in self.content])
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read prompts from a file: one a line, or with the suffix ``.jsonl`` one JSON object a line.
+
+    A JSON object has a ``prompt`` (a text) or ``messages`` (a list of objects with ``role`` and ``content``). Blank
+    lines are skipped.
+
+    Raises:
+        InvalidInputError: The file cannot be read, has no prompt, or a line is not a prompt. The message names the file
+            and the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path}: not a text file; expected one prompt per line") from error
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot read the prompts: {error.strerror}") from error
+    # Not splitlines(): it also splits at characters that a prompt may contain.
+    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
+    filled = ((number, line) for number, line in lines if line)
+    prompts = list(_from_jsonl(path, filled)) if path.suffix == ".jsonl" else [Prompt(line) for _, line in filled]
+    if not prompts:
+        raise InvalidInputError(f"{path}: has no prompt; expected one per line")
+    return prompts
+
+
+def _from_jsonl(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Prompt]:
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidInputError(f"{where}: not JSON: {error.msg}") from error
+        match entry:
+            case {"prompt": str(text)} if text.strip():
+                yield Prompt(text)
+            case {"messages": [_, *_] as messages}:
+                yield Prompt(tuple(_message(where, message) for message in messages))
+            case _:
+                raise InvalidInputError(
+                    f"{where}: expected an object with a 'prompt' (a text) or 'messages' (a list of role and content)"
+                )
+
+
+def _message(where: str, message: Any) -> tuple[str, str]:
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            return role, content
+    raise InvalidInputError(f"{where}: each of 'messages' needs a 'role' and a 'content', both texts")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -22,25 +104,26 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text as it is.
+    """Token ids of a text as it is, without the chat template.
 
     Raises:
-        InvalidInputError: It is no text.
+        InvalidInputError: The text is not valid Unicode.
     """
     _check_text(text)
     return list(tokenizer(text).input_ids)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ready for the model's answer.
+    """Token ids of a conversation up to where the model's answer begins.
 
     Raises:
-        InvalidInputError: The tokenizer has no chat template, the template refuses the messages, or one is no text.
+        InvalidInputError: The tokenizer has no chat template, the template refuses the messages, or one of them is not
+            valid Unicode.
     """
     for message in messages:
         _check_text(message["content"])
     if not tokenizer.chat_template:
-        raise InvalidInputError("messages: the model's tokenizer has no chat template; give plain prompts")
+        raise InvalidInputError("messages: the model's tokenizer has no chat template; use plain prompts")
     try:
         ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # templates are programs of their own and raise what they like
@@ -49,19 +132,19 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
 
 def _check_text(text: str) -> None:
-    """Python takes bytes of a command line or of stdin that are not UTF-8 for lone surrogates; tokenizers do not."""
+    """Refuse lone surrogates, as which Python reads bytes of a command line or of stdin that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"prompt: character {error.start + 1} is no text in UTF-8") from error
+        raise InvalidInputError(f"prompt: character {error.start + 1} is not valid UTF-8") from error
 
 
 class StopStrings:
-    """A stop rule for decoding: the text is over when it holds one of some strings.
+    """A stop criterion for decoding: the text ends with the token that completes one of the strings.
 
     Args:
-        tokenizer: Turns token ids into text.
-        strings: The strings; none of them empty.
+        tokenizer: The model's tokenizer.
+        strings: The stop strings; none of them empty.
 
     Raises:
         InvalidInputError: There is no string, or one is empty.
@@ -76,22 +159,18 @@ class StopStrings:
         self._tail = max(len(s.encode()) for s in strings) + _MARGIN
 
     def __call__(self, tokens: Sequence[int]) -> bool:
-        """Whether the text of these tokens holds a stop string near its end."""
+        """Whether the text of these tokens has a stop string near its end."""
         text = self._tokenizer.decode(list(tokens[-self._tail :]))
         return any(string in text for string in self._strings)
 
 
-# What decoding puts in place of a character whose last bytes are still to come.
-_UNFINISHED = "�"
-
-
 @dataclass(frozen=True)
 class TextSegment:
-    """A part of a text, of whole characters.
+    """A piece of generated text, in whole characters.
 
     Args:
-        text: The part, never empty.
-        drafted: Whether all of its tokens were drafted, and accepted.
+        text: The piece, never empty.
+        drafted: Whether all of its tokens were drafted and accepted.
     """
 
     text: str
@@ -99,25 +178,25 @@ class TextSegment:
 
 
 class StreamingDetokenizer:
-    """Turns tokens into text as they come. Characters that span tokens come whole; special tokens have no text.
+    """Decode tokens to text one by one. Characters that span tokens come whole; special tokens have no text.
 
     Args:
-        tokenizer: Turns token ids into text.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        # The last piece's tokens go before the new ones: some tokenizers write a token alone without its space.
+        # The last segment's tokens are decoded with the new ones: some tokenizers drop a leading space.
         self._before: list[int] = []
         self._new: list[int] = []
         self._drafted = True
 
     def put(self, token: int, drafted: bool) -> list[TextSegment]:
-        """Take the next token; the text that is whole with it, if any.
+        """Add the next token, and return the text that it completes, if any.
 
         Args:
             token: Its id.
-            drafted: Whether it was drafted, and accepted.
+            drafted: Whether it was drafted and accepted.
         """
         self._new.append(token)
         self._drafted &= drafted
@@ -125,7 +204,7 @@ class StreamingDetokenizer:
         return [] if not text or text.endswith(_UNFINISHED) else self._taken(text)
 
     def end(self) -> list[TextSegment]:
-        """What is left when no token follows: a character without its last bytes, or nothing."""
+        """Return the rest after the last token: a character without its last bytes, or nothing."""
         text = self._text()
         return self._taken(text) if text else []
 

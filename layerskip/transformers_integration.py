@@ -41,9 +41,9 @@ _DRAFTERS_KEPT = 4
 
 @dataclass
 class _Wrapped:
-    """A wrapper, the state that the model was wrapped in, and the drafters made for it, the newest last."""
+    """The engine of a model's wrapper, the state that the model was wrapped in, and its drafters, the newest last."""
 
-    wrapper: LayerSkipModel
+    engine: EagerEngine
     state: object
     drafters: list[tuple[DraftProfile, Drafter]] = field(default_factory=list)
 
@@ -52,8 +52,8 @@ _WRAPPED: weakref.WeakKeyDictionary[PreTrainedModel, _Wrapped] = weakref.WeakKey
 _LOCK = threading.RLock()
 
 
-def cached_wrapper(model: PreTrainedModel) -> LayerSkipModel:
-    """The model's wrapper: the same for every call, until the model is moved, changed or dropped.
+def cached_engine(model: PreTrainedModel) -> EagerEngine:
+    """The engine of the model's wrapper: the same for every call, until the model is moved, changed or dropped.
 
     It does not keep the model alive; keep the model for as long as you use it.
 
@@ -61,7 +61,7 @@ def cached_wrapper(model: PreTrainedModel) -> LayerSkipModel:
         UnsupportedModelError: The model cannot be taken apart.
         InvalidInputError: The model is in training mode.
     """
-    return _wrapped(model).wrapper
+    return _wrapped(model).engine
 
 
 def cached_drafter(profile: DraftProfile, model: PreTrainedModel) -> Drafter:
@@ -74,7 +74,7 @@ def cached_drafter(profile: DraftProfile, model: PreTrainedModel) -> Drafter:
         wrapped = _wrapped(model)
         kept = next((entry for entry in wrapped.drafters if entry[0] == profile), None)
         if kept is None:
-            kept = profile, profile.drafter(wrapped.wrapper)
+            kept = profile, profile.drafter(wrapped.engine.model)
         wrapped.drafters = [*(entry for entry in wrapped.drafters if entry is not kept), kept][-_DRAFTERS_KEPT:]
         return copy.copy(kept[1])  # its own state, for generations at the same time
 
@@ -86,15 +86,10 @@ def _wrapped(model: PreTrainedModel) -> _Wrapped:
     with _LOCK:
         wrapped = _WRAPPED.get(model)
         if wrapped is None or wrapped.state != state:
-            wrapped = _WRAPPED[model] = _Wrapped(_wrap(model), state)
+            # By a proxy: a value that held its key would keep it.
+            wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
+            wrapped = _WRAPPED[model] = _Wrapped(EagerEngine(wrapper), state)
         return wrapped
-
-
-def _wrap(model: PreTrainedModel) -> LayerSkipModel:
-    wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
-    # Its own engine would make a cycle with it, and the model's memory would wait for the garbage collector.
-    wrapper.engine = EagerEngine(cast(LayerSkipModel, weakref.proxy(wrapper)))
-    return wrapper
 
 
 def _state(model: PreTrainedModel) -> object:
@@ -165,12 +160,12 @@ class Speculation:
     streamer: BaseStreamer | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def prepare(self, model: PreTrainedModel) -> LayerSkipModel:
+    def prepare(self, model: PreTrainedModel) -> EagerEngine:
         """Do now what the first generation with a model would do: check the profile, and make the draft.
 
         Returns:
-            The wrapper that generations with this model go through, such as for :func:`layerskip.costs.calibrate`. It
-            does not keep the model alive.
+            The engine that runs generations with this model, such as to give it its costs. It does not keep the model
+            alive.
 
         Raises:
             InvalidProfileError: The profile is for another model.
@@ -178,7 +173,7 @@ class Speculation:
             InvalidInputError: The model is in training mode.
         """
         cached_drafter(self.profile, model)
-        return cached_wrapper(model)
+        return cached_engine(model)
 
     def __call__(
         self,
@@ -212,7 +207,8 @@ class Speculation:
         """
         _check_settings(generation_config)
         check_generating(model)
-        drafter, wrapper = cached_drafter(self.profile, model), cached_wrapper(model)
+        drafter, engine = cached_drafter(self.profile, model), cached_engine(model)
+        wrapper = engine.model
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
         transcript = GenerationHistory(
@@ -230,6 +226,7 @@ class Speculation:
         generation = generate(
             wrapper,
             input_ids,
+            engine=engine,
             drafter=drafter,
             sampling=sampling,
             max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),

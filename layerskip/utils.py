@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import platform
 import secrets
@@ -16,6 +18,11 @@ from pathlib import Path
 import torch
 
 from layerskip.errors import LayerSkipError
+
+
+def digest(value: object) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON; what JSON has not is taken as a text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, text: str) -> None:

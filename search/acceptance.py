@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
-from search.reference import CHUNK, ReferenceText, likeliest
+from layerskip.target_texts import TargetText, likeliest
+from search.reference import CHUNK
 
 # Texts of the first look at a candidate; a hopeless one gets no second.
 _FIRST_LOOK = 4
@@ -75,7 +76,7 @@ class AcceptanceTracer:
         memory: Bytes of texts that stay in the device's memory.
     """
 
-    def __init__(self, model: LayerSkipModel, texts: Sequence[ReferenceText], *, memory: int = _MEMORY) -> None:
+    def __init__(self, model: LayerSkipModel, texts: Sequence[TargetText], *, memory: int = _MEMORY) -> None:
         self._model = model
         self._parts = [texts[:_FIRST_LOOK]]
         rest = texts[_FIRST_LOOK:]
@@ -89,7 +90,7 @@ class AcceptanceTracer:
             yield self._batch(number).traces(self._model, stack)
 
     @property
-    def texts(self) -> list[ReferenceText]:
+    def texts(self) -> list[TargetText]:
         """The texts, in the order in which they are looked at."""
         return list(chain.from_iterable(self._parts))
 
@@ -146,7 +147,7 @@ class _Batch:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: LayerSkipModel, texts: Sequence[ReferenceText]) -> None:
+    def __init__(self, model: LayerSkipModel, texts: Sequence[TargetText]) -> None:
         self._texts = texts
         asked = [torch.arange(text.prompt_length, len(text.tokens) - 1) for text in texts]
         width = max(1, *map(len, asked))  # modules refuse passes over nothing

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layerskip.costs import speedup
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from search.latency import LatencyModel, measure_latency
 from search.space import SearchSpace
 
@@ -83,15 +83,15 @@ class BreakEven:
         return self.best is not None and (self.best.break_even or 0.0) < _HOPELESS_RATE
 
 
-def measure_break_even(model: LayerSkipModel) -> BreakEven:
+def measure_break_even(engine: Engine) -> BreakEven:
     """Measure what the parts of a step cost, which takes up to a minute or so, and work out the rest.
 
     Args:
-        model: The model where it would decode, with an engine that knows what passes cost.
+        engine: Runs the passes of the model where it would decode, and knows what they cost.
     """
-    space = SearchSpace.of(model)
-    latency = measure_latency(model, space)
-    choice = model.engine.costs
+    space = SearchSpace.of(engine.model)
+    latency = measure_latency(engine, space)
+    choice = engine.costs
     plain = latency.verification(1, 0.0, _CONTEXT, choice)
     widths = range(1, space.max_draft_length + 2)
     verification = {width: latency.verification(width, 0.0, _CONTEXT, choice) / plain for width in widths}

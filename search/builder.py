@@ -20,15 +20,16 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack, Step
+from layerskip.target_texts import TargetText
 from search.draft_layers import TrainedDraftLayer
 from search.prompts import EncodedPrompt
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 
 # Positions of hidden states that bridges are fitted to, over all texts.
 _FIT_POSITIONS = 2048
 
 
-def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[ReferenceText]:
+def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[TargetText]:
     """The texts that drafts learn from, with hidden states at positions all over them."""
     return run.texts(prompts, max_new_tokens=max_new_tokens, states=max(_FIT_POSITIONS // len(prompts), 1))
 
@@ -43,7 +44,7 @@ class DraftBuilder:
     """
 
     def __init__(
-        self, model: LayerSkipModel, texts: Sequence[ReferenceText], draft_layers: Sequence[TrainedDraftLayer] = ()
+        self, model: LayerSkipModel, texts: Sequence[TargetText], draft_layers: Sequence[TrainedDraftLayer] = ()
     ) -> None:
         states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
         self._model = model

@@ -1,22 +1,26 @@
-"""Being told how a search goes."""
+"""Progress callbacks: events of a search and of training a draft, passed to one function as they happen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from optuna.trial import FrozenTrial
 
+from layerskip.drafting.config import DraftConfig
+from layerskip.training import EvalResult, Trained
 from studies.ranking import Basis
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands.
+    """How far a search is.
 
     Args:
         seen: Candidates looked at.
         measured: Candidates decoded for real.
-        best: The best speedup so far; None if nothing has a value.
+        best: The best speedup so far; None without any.
         basis: Whether it was measured or predicted.
     """
 
@@ -26,35 +30,123 @@ class Progress:
     basis: Basis
 
 
-class SearchObserver:
-    """Told how a search goes. Does nothing; override what you want to know."""
+@dataclass(frozen=True)
+class StudyOpened:
+    """The study was created, or opened with what an earlier search did."""
 
-    def study_opened(self, name: str, progress: Progress) -> None:
-        """The study is open, and so far has come an earlier search."""
+    name: str
+    progress: Progress
 
-    def reference_begins(self, prompts: int) -> None:
-        """So many prompts are needed as the target model continues them, to hold drafts against."""
 
-    def reference_ready(self, found: int) -> None:
-        """They are there; ``found`` of them had been decoded in an earlier search."""
+Phase = Literal["reference", "costs", "trials", "finalists", "texts"]
 
-    def costs_begin(self) -> None:
-        """What the parts of a step cost will be measured."""
 
-    def trials_begin(self) -> None:
-        """All is prepared."""
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase begins.
 
-    def measurement_begins(self, trial: int) -> None:
-        """A candidate, or a finalist, will be decoded for real."""
+    Args:
+        phase: ``reference`` decodes the reference prompts, ``costs`` measures the parts of a step, ``texts`` lets the
+            target model write texts to train on.
+        total: Prompts of the reference, finalists, or positions of the texts.
+    """
 
-    def prompt_measured(self, number: int, total: int) -> None:
-        """It has decoded ``number`` of ``total`` prompts."""
+    phase: Phase
+    total: int = 0
 
-    def trial_finished(self, progress: Progress, trial: FrozenTrial) -> None:
-        """A trial ended."""
 
-    def finalists_chosen(self, count: int) -> None:
-        """The search is over, and so many candidates will be measured on held-out prompts."""
+@dataclass(frozen=True)
+class ReferenceReady:
+    """All reference texts are there; so many were found in the cache."""
 
-    def finalist_measured(self, number: int, trial: FrozenTrial, speedup: float) -> None:
-        """A finalist, the ``number``-th, was measured."""
+    found: int
+
+
+@dataclass(frozen=True)
+class TextsWritten:
+    """The texts to train on have so many positions by now."""
+
+    positions: int
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """A draft that scores so many tokens will be trained on so many positions."""
+
+    positions: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A draft in training was evaluated on held-out texts; its ideal speedup needs verification to cost one step."""
+
+    result: EvalResult
+    ideal: float
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """Training reached its end, or gained no more on held-out texts, or was interrupted."""
+
+    trained: Trained
+
+
+@dataclass(frozen=True)
+class PolicyChosen:
+    """Simulation chose the policy of a trained draft."""
+
+    config: DraftConfig
+    predicted: float
+
+
+@dataclass(frozen=True)
+class PromptMeasured:
+    """A draft has decoded so many prompts; 0 before the first.
+
+    Args:
+        done: Prompts decoded.
+        total: Prompts that it decodes unless it is stopped early.
+        trial: Number of the trial that it comes from; None for a trained draft.
+    """
+
+    done: int
+    total: int
+    trial: int | None = None
+
+
+@dataclass(frozen=True)
+class TrialFinished:
+    """A trial ended."""
+
+    trial: FrozenTrial
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class FinalistMeasured:
+    """A finalist was measured on held-out prompts, the ``number``-th."""
+
+    number: int
+    trial: FrozenTrial
+    speedup: float
+
+
+Event = (
+    StudyOpened
+    | PhaseStarted
+    | ReferenceReady
+    | TextsWritten
+    | TrainingStarted
+    | Evaluated
+    | TrainingEnded
+    | PolicyChosen
+    | PromptMeasured
+    | TrialFinished
+    | FinalistMeasured
+)
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Do nothing about an event."""

@@ -12,6 +12,7 @@ import torch
 
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError
 from layerskip.fingerprint import identify
 from layerskip.model import LayerSkipModel
@@ -29,27 +30,26 @@ LOOKUP = "prompt lookup"
 _LOOKUP_TOKENS = 10
 
 
-def layerskip_methods(
-    model: LayerSkipModel, profiles: Mapping[str, DraftProfile], *, combine: bool
-) -> list[DecodingMethod]:
+def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, combine: bool) -> list[DecodingMethod]:
     """layerskip's methods: plain decoding, which is the first, prompt lookup, and each profile's draft.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         profiles: By the name that each method shall have.
         combine: Whether each profile without prompt lookup of its own also takes part with it.
 
     Raises:
         InvalidProfileError: A profile is for another model.
     """
-    methods = [layerskip_method(PLAIN, model, None), layerskip_method(LOOKUP, model, PromptLookupDrafter())]
+    model = engine.model
+    methods = [layerskip_method(PLAIN, engine, None), layerskip_method(LOOKUP, engine, PromptLookupDrafter())]
     for name, profile in profiles.items():
         drafters = {name: profile.drafter(model)}
         if combine and profile.ngrams is None:
             drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
         size, training_seconds = draft_bytes(model, profile.assets), profile.provenance.training_seconds
         methods += [
-            layerskip_method(title, model, drafter, draft_bytes=size, training_seconds=training_seconds)
+            layerskip_method(title, engine, drafter, draft_bytes=size, training_seconds=training_seconds)
             for title, drafter in drafters.items()
         ]
     return methods

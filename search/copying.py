@@ -11,7 +11,7 @@ import numpy as np
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.prompt_lookup import NGramIndex, PromptLookup
-from search.reference import ReferenceText
+from layerskip.target_texts import TargetText
 
 if TYPE_CHECKING:
     from search.replay import SimulatedSpeedup
@@ -35,7 +35,7 @@ class Copies:
     stand: np.ndarray
 
     @classmethod
-    def of(cls, text: ReferenceText, ngrams: PromptLookup) -> Copies:
+    def of(cls, text: TargetText, ngrams: PromptLookup) -> Copies:
         """What n-grams would have proposed along a text."""
         tokens, index = text.tokens.tolist(), NGramIndex(ngrams)
         index.extend(tokens[: text.prompt_length])
@@ -59,7 +59,7 @@ def settings_of_ngrams() -> list[PromptLookup]:
     return [PromptLookup(shortest=shortest, length=length) for shortest in _SHORTEST for length in _LENGTHS]
 
 
-def copies_along(texts: Sequence[ReferenceText]) -> dict[PromptLookup, list[Copies]]:
+def copies_along(texts: Sequence[TargetText]) -> dict[PromptLookup, list[Copies]]:
     """What each of the n-grams that replay tries would copy along each text."""
     return {ngrams: [Copies.of(text, ngrams) for text in texts] for ngrams in settings_of_ngrams()}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from layerskip.drafting.drafter import Drafter
+from layerskip.engine import Engine
 from layerskip.generation import generate
 from layerskip.model import LayerSkipModel
 from layerskip.utils import PhaseClock
@@ -67,7 +68,7 @@ class DecodingMethod:
 
 def layerskip_method(
     name: str,
-    model: LayerSkipModel,
+    engine: Engine,
     drafter: Drafter | None,
     *,
     draft_bytes: int = 0,
@@ -77,14 +78,14 @@ def layerskip_method(
 
     Args:
         name: What it is called.
-        model: The model.
+        engine: Runs the passes of the model.
         drafter: Drafts for it; None decodes plainly.
         draft_bytes: As in :class:`DecodingMethod`.
         training_seconds: Likewise.
     """
 
     def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
-        generation = generate(model, prompt, drafter=drafter, max_new_tokens=max_new_tokens)
+        generation = generate(engine.model, prompt, engine=engine, drafter=drafter, max_new_tokens=max_new_tokens)
         stats = generation.stats
         return Decoded(
             tuple(generation.tokens),
@@ -95,7 +96,7 @@ def layerskip_method(
             step_seconds=stats.verification_seconds,
         )
 
-    return DecodingMethod(name, decode, draft_bytes, training_seconds, compiles=model.engine.captures)
+    return DecodingMethod(name, decode, draft_bytes, training_seconds, compiles=engine.captures)
 
 
 def transformers_method(name: str, model: LayerSkipModel, *, draft_bytes: int = 0, **options: Any) -> DecodingMethod:

@@ -23,17 +23,17 @@ from layerskip.drafting.heads import DraftHeads
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import Scored
+from layerskip.engine import Engine, Scored
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Sampling, Verdict
 from layerskip.sublayers import DraftLayerStep, Stack
+from layerskip.target_texts import TargetText
 from layerskip.token_tree import Branches, branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
 from search.latency import LatencyModel
-from search.reference import ReferenceText
 from search.replay import SimulatedSpeedup
 from search.space import SearchSpace
 
@@ -66,7 +66,7 @@ class HeadTrace:
 
 @torch.inference_mode()
 def trace_heads(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: ReferenceText, prefix: DraftLayerStep | None = None
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: TargetText, prefix: DraftLayerStep | None = None
 ) -> HeadTrace:
     """The trace of heads along a text: one pass of the target model over it.
 
@@ -205,7 +205,7 @@ class HeadCosts:
     def of(
         cls,
         latency: LatencyModel,
-        model: LayerSkipModel,
+        engine: Engine,
         heads: DraftHeads,
         draft: DraftSeconds,
         traces: Sequence[HeadTrace],
@@ -215,28 +215,29 @@ class HeadCosts:
 
         Args:
             latency: What passes of the target model cost.
-            model: The model, whose engine chooses how to verify.
+            engine: Chooses how to verify.
             heads: The heads.
             draft: As in the class.
             traces: One for each text.
             most: Tokens in the largest draft.
         """
-        choice = model.engine.costs
+        choice = engine.costs
         contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
         verification = [[latency.verification(k + 1, 0.0, at, choice) for k in range(most + 1)] for at in contexts]
         return cls(draft, [latency.prefill(trace.prompt_length) for trace in traces], verification, heads.at_once)
 
 
 @torch.inference_mode()
-def measure_drafts(model: LayerSkipModel, assets: DraftWeights) -> DraftSeconds:
+def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     """Seconds of drafting with heads; medians, interleaved.
 
     Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         assets: The heads, and the draft vocabulary.
     """
+    model = engine.model
     text = torch.zeros(_CONTEXT, dtype=torch.long, device=model.device)
     newest, states = text[:1], model.embed(text)[0]
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
@@ -248,7 +249,7 @@ def measure_drafts(model: LayerSkipModel, assets: DraftWeights) -> DraftSeconds:
         ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
     }
     for drafter in drafters.values():
-        drafter.start(text, states)
+        drafter.start(engine, text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}
     for repeat in range(_REPEATS + 1):
         for (length, ways), measured in seconds.items():

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from layerskip.costs import exact_widths
 from layerskip.drafting.bridges import Bridge, blank_bridge
-from layerskip.engine import PassCosts
+from layerskip.engine import Engine, PassCosts
+from layerskip.engine.cost_measurement import exact_widths
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack
@@ -143,23 +143,23 @@ def _verification(passes: PassCosts, needed: int, shared: float, choice: PassCos
 
 
 @torch.inference_mode()
-def measure_latency(model: LayerSkipModel, space: SearchSpace) -> LatencyModel:
+def measure_latency(engine: Engine, space: SearchSpace) -> LatencyModel:
     """Measure a model's parts where it lies, interleaved, as medians.
 
     Args:
-        model: The model; its engine runs the steps.
+        engine: Runs the passes of the model.
         space: What candidates may be made of.
     """
-    room = model.context_length - max(_widths(model, space))
+    room = engine.model.context_length - max(_widths(engine, space))
     contexts = [max(min(context, room), 1) for context in _CONTEXTS]
-    near, far = (_behind(model, space, context) for context in contexts)
+    near, far = (_behind(engine, space, context) for context in contexts)
     return LatencyModel(near, far)
 
 
-def _behind(model: LayerSkipModel, space: SearchSpace, context: int) -> CostsBehind:
+def _behind(engine: Engine, space: SearchSpace, context: int) -> CostsBehind:
     """All of it interleaved: a machine that is slower for a while is slower for every part."""
-    widths, stacks = _widths(model, space), _sample_stacks(model, space)
-    engine = model.engine
+    model = engine.model
+    widths, stacks = _widths(engine, space), _sample_stacks(model, space)
     cache = engine.new_cache(context + max(widths))
     tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
     prefill = []
@@ -201,10 +201,10 @@ def _step_costs(num_layers: int, space: SearchSpace, medians: Mapping[str, float
     )
 
 
-def _widths(model: LayerSkipModel, space: SearchSpace) -> list[int]:
+def _widths(engine: Engine, space: SearchSpace) -> list[int]:
     """The widths at which drafts of any length would be verified."""
     needed = range(1, space.most_drafted + 2)
-    choice = model.engine.costs
+    choice = engine.costs
     return sorted({1, *(needed if choice is None else map(choice.cheapest_width, needed))})
 
 

@@ -1,4 +1,4 @@
-"""Loading the model that a search is about, and profiles, in this process or in a worker's."""
+"""Loading the model that a search is about, with its engine, and profiles, in this process or in a worker's."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from layerskip.checkpoints import load_checkpoint
-from layerskip.engine import compile_sublayers, use_engine
+from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
 
 
-def load_model(source: str, device: str, dtype: str, engine: str, compiled: bool) -> LayerSkipModel:
-    """A model by where it comes from, as :func:`wrapped` makes it."""
-    return wrapped(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
+    """The engine of a model by where that comes from, as :func:`engine_of` makes it."""
+    return engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
 
 
-def wrapped(hf_model: PreTrainedModel, engine: str, compiled: bool) -> LayerSkipModel:
-    """A loaded model, with an engine by its name, its sublayers compiled if asked."""
+def engine_of(hf_model: PreTrainedModel, engine: str, compiled: bool) -> Engine:
+    """An engine, by its name, for a loaded model, whose sublayers are compiled if asked."""
     model = LayerSkipModel(hf_model)
     if compiled:
         compile_sublayers(model)
-    use_engine(model, engine)
-    return model
+    return make_engine(model, engine)
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import wilcoxon
 
 from layerskip.drafting.drafter import Drafter
+from layerskip.engine import Engine
 from layerskip.errors import LosslessnessError
 from layerskip.model import LayerSkipModel
 from layerskip.utils import device_seconds
@@ -172,9 +173,7 @@ def measure_methods(
         yield measured[prompt.id]
 
 
-def measure_drafter(
-    model: LayerSkipModel, drafter: Drafter, plan: MeasuringPlan, lock: MachineLock
-) -> Iterator[Measurement]:
+def measure_drafter(engine: Engine, drafter: Drafter, plan: MeasuringPlan, lock: MachineLock) -> Iterator[Measurement]:
     """Measure self-speculative decoding with a drafter, as :func:`measure_methods` does.
 
     Yields:
@@ -183,8 +182,8 @@ def measure_drafter(
     Raises:
         LosslessnessError: The draft changed the output, and not at a near-tie.
     """
-    methods = [layerskip_method(PLAIN, model, None), layerskip_method("draft", model, drafter)]
-    for _, measurement in measure_methods(model, methods, plan, lock):
+    methods = [layerskip_method(PLAIN, engine, None), layerskip_method("draft", engine, drafter)]
+    for _, measurement in measure_methods(engine.model, methods, plan, lock):
         if measurement.error is not None:
             raise measurement.error
         yield measurement

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from layerskip.drafting.config import DraftConfig
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
 from search.builder import DraftBuilder
@@ -56,7 +56,7 @@ class SpeedupPredictor:
     """Predicts speedups.
 
     Args:
-        model: The model; verification chooses its width by its engine's costs.
+        engine: Runs verification, whose width it chooses by its costs.
         space: The search space, with the policies to simulate.
         builder: Builds drafts.
         tracer: Traces drafts.
@@ -66,7 +66,7 @@ class SpeedupPredictor:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         space: SearchSpace,
         builder: DraftBuilder,
         tracer: AcceptanceTracer,
@@ -74,7 +74,7 @@ class SpeedupPredictor:
         *,
         max_new_tokens: int,
     ) -> None:
-        self._model = model
+        self._engine = engine
         self._builder = builder
         self._tracer = tracer
         self._latency = latency
@@ -95,7 +95,7 @@ class SpeedupPredictor:
         parts = self._tracer.traces(stack)
         while True:
             traces += next(parts)
-            costs = RoundCosts.of(self._latency, stack, self._model, traces, self._space.most_drafted)
+            costs = RoundCosts.of(self._latency, stack, self._engine, traces, self._space.most_drafted)
             policies = [*chains, *branching_policies(config, traces, self._space)]
             simulated = replay(traces, policies, costs, limit=self._limit)
             if self._copies:

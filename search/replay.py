@@ -13,7 +13,7 @@ import numpy as np
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold
-from layerskip.model import LayerSkipModel
+from layerskip.engine import Engine
 from layerskip.sublayers import Stack
 from search.acceptance import LAST_RANK, Trace
 from search.copying import Copies
@@ -37,20 +37,18 @@ class RoundCosts:
     trees: np.ndarray
 
     @classmethod
-    def of(
-        cls, latency: LatencyModel, stack: Stack, model: LayerSkipModel, traces: Sequence[Trace], most: int
-    ) -> RoundCosts:
+    def of(cls, latency: LatencyModel, stack: Stack, engine: Engine, traces: Sequence[Trace], most: int) -> RoundCosts:
         """The costs of a draft.
 
         Args:
             latency: What the parts cost.
             stack: The draft's.
-            model: The target model, whose engine chooses how to verify.
+            engine: Chooses how to verify.
             traces: One for each text.
             most: Tokens in the largest draft of any policy.
         """
-        choice = model.engine.costs
-        share = stack.shared / len(model.sublayers) if model.engine.resumes else 0.0
+        choice = engine.costs
+        share = stack.shared / len(engine.model.sublayers) if engine.resumes else 0.0
         contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
 
         def verification(share: float) -> np.ndarray:

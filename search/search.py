@@ -14,14 +14,13 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -29,7 +28,17 @@ from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
 from layerskip.utils import device_name, library_versions
 from search.acceptance import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
-from search.callbacks import Progress, SearchObserver
+from search.callbacks import (
+    FinalistMeasured,
+    OnEvent,
+    PhaseStarted,
+    Progress,
+    PromptMeasured,
+    ReferenceReady,
+    StudyOpened,
+    TrialFinished,
+    ignore,
+)
 from search.draft_layers import TrainedDraftLayer
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
@@ -43,7 +52,6 @@ from search.samplers import NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
-from studies.optimizing import optimize
 from studies.ranking import (
     HasTrials,
     Snapshot,
@@ -58,8 +66,10 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
-from studies.records import MeasurementRecord, records_of
+from studies.records import MeasurementRecord
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.trial_loop import run_trials
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class Prepared:
 
 
 def prepare(
-    model: LayerSkipModel,
+    engine: Engine,
     fingerprint: str,
     prompts: SearchPrompts,
     space: SearchSpace,
@@ -225,12 +235,12 @@ def prepare(
     draft_layers: Sequence[TrainedDraftLayer] = (),
     folder: Path,
     quiet: MachineLock,
-    observer: SearchObserver,
+    on_event: OnEvent,
 ) -> Prepared:
     """Make the reference run and measure the parts of a step, or take those that an earlier search made.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         fingerprint: Of its weights.
         prompts: Who decodes what.
         space: What candidates are made of.
@@ -239,32 +249,32 @@ def prepare(
         draft_layers: Trained draft layers that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         LayerSkipError: The reference run cannot be kept.
     """
-    length = settings.max_new_tokens
+    model, length = engine.model, settings.max_new_tokens
     with quiet.shared():  # another worker may be measuring
         run = ReferenceRun(model, folder, fingerprint)
-        observer.reference_begins(len(prompts.scored) + len(prompts.fitted))
+        on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
         makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), draft_layers)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
-        observer.reference_ready(run.found)
-    latency = _latency(model, space, study, quiet, observer)
-    predictor = SpeedupPredictor(model, space, makers, estimator, latency, max_new_tokens=length)
+        on_event(ReferenceReady(run.found))
+    latency = _latency(engine, space, study, quiet, on_event)
+    predictor = SpeedupPredictor(engine, space, makers, estimator, latency, max_new_tokens=length)
     return Prepared(makers, estimator, latency, predictor)
 
 
 def _latency(
-    model: LayerSkipModel, space: SearchSpace, study: optuna.Study, quiet: MachineLock, observer: SearchObserver
+    engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
 ) -> LatencyModel:
     try:
         return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
     except (KeyError, ValidationError):  # the study is new, or kept another form
-        observer.costs_begin()
+        on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(model, space)
+        latency = measure_latency(engine, space)
     study.set_user_attr(LATENCY_KEY, latency.as_json())
     return latency
 
@@ -326,7 +336,7 @@ class Search:
     """Finds a draft for a model, and goes on where an earlier search of the same study stopped.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         identity: Its identity.
         prompts: What to decode.
         storage: Where the study lives.
@@ -335,7 +345,7 @@ class Search:
         draft_layers: The trained draft layers that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
-        observer: Told how it goes.
+        on_event: Called with what happens.
         folder: Where reference runs are kept; None is :func:`layerskip.checkpoints.cache_folder`.
         ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
         number: Of this worker, where several work on one study; 0 plans what is measured.
@@ -348,16 +358,16 @@ class Search:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         identity: ModelIdentity,
         prompts: PromptSplit,
-        storage: BaseStorage,
+        storage: ReconnectingStorage,
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
         draft_layers: Sequence[TrainedDraftLayer] = (),
         study_name: str | None = None,
-        observer: SearchObserver | None = None,
+        on_event: OnEvent = ignore,
         folder: Path | None = None,
         ends: float | None = None,
         number: int = 0,
@@ -365,11 +375,12 @@ class Search:
     ) -> None:
         if study_name is not None and not study_name.strip():
             raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-        self._model = model
+        model = engine.model
+        self._engine = engine
         self._identity = identity
         self._storage = storage
         self._settings = settings
-        self._observer = observer or SearchObserver()
+        self._on_event = on_event
         self._prompts = SearchPrompts.of(prompts, settings)
         refs = tuple(layer.ref for layer in draft_layers)
         self._space = space or SearchSpace(model.num_layers, draft_layers=refs)
@@ -389,7 +400,7 @@ class Search:
             model=identity.id,
             fingerprint=identity.fingerprint,
             dtype=_dtype_name(model),
-            device=_device_name(model),
+            device=_device_name(engine),
             prompts=prompts.fingerprint,
             max_new_tokens=settings.max_new_tokens,
             prompts_per_trial=len(self._prompts.measured),
@@ -412,10 +423,10 @@ class Search:
         try:
             self.explore(study)
             chosen = finalists(study, self._settings.finalists)
-            self._observer.finalists_chosen(len(chosen))
+            self._on_event(PhaseStarted("finalists", len(chosen)))
             for trial in chosen:
                 decided.append(self._measure_finalist(trial))
-                self._observer.finalist_measured(len(decided), trial, decided[-1].summary.speedup)
+                self._on_event(FinalistMeasured(len(decided), trial, decided[-1].summary.speedup))
         except KeyboardInterrupt:
             interrupted = True
         so_far = max(fully_measured_trials(study), key=speedup_of, default=None)
@@ -435,7 +446,7 @@ class Search:
             InvalidInputError: It was made with another model, prompts or space.
         """
         study = open_study(self._storage, self._name, self._context)
-        self._observer.study_opened(study.study_name, progress_of(study))
+        self._on_event(StudyOpened(study.study_name, progress_of(study)))
         return study
 
     def explore(self, study: optuna.Study) -> None:
@@ -452,10 +463,10 @@ class Search:
             self._prompts.measured,
             self._settings.sampler_name,
         )
-        callbacks = [self._report]
+        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:
             earlier = [trial.number for trial in measured_trials(study)]
-            alone = SingleSublayerAcceptance(self._model, tools.estimator)
+            alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
             starts = WarmStartPlan(
                 warm_starts(self._space, alone, tools.estimator, tools.latency),
                 alone,
@@ -465,17 +476,23 @@ class Search:
             )
             starts(study)
             measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
-            callbacks = [starts, measuring, *callbacks]
-        self._observer.trials_begin()
+            callbacks = [starts, measuring]
+        self._on_event(PhaseStarted("trials"))
         with self._helpers(study.study_name):
-            optimize(study, objective, timeout=self._timeout(), callbacks=callbacks)
+            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=self._timeout()):
+                for callback in callbacks:
+                    callback(study, trial)
+                progress = progress_of(Snapshot(study))
+                self._on_event(TrialFinished(trial, progress))
+                if progress.seen >= self._settings.trials:
+                    break
 
     def _timeout(self) -> float | None:
         return self._settings.timeout if self._ends is None else max(self._ends - time.monotonic(), _MOMENT)
 
     def _prepare(self, study: optuna.Study) -> Prepared:
         self._prepared = prepare(
-            self._model,
+            self._engine,
             self._identity.fingerprint,
             self._prompts,
             self._space,
@@ -484,7 +501,7 @@ class Search:
             draft_layers=self._draft_layers,
             folder=self._folder,
             quiet=self._quiet,
-            observer=self._observer,
+            on_event=self._on_event,
         )
         return self._prepared
 
@@ -498,7 +515,7 @@ class Search:
         sampler = self._settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.latency, tools.makers, context, self._model.engine.costs)
+            costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs)
             return make_sampler(sampler, self._space, costs, seed=seed)
         if self._number:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
@@ -514,25 +531,19 @@ class Search:
     ) -> Iterator[Measurement]:
         """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
         assert self._prepared is not None
-        self._observer.measurement_begins(trial)
+        self._on_event(PromptMeasured(0, len(prompts), trial))
         drafter = self._prepared.makers.drafter(config)
         plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
-        records = records_of(self._storage)
-        for number, measured in enumerate(measure_drafter(self._model, drafter, plan, self._quiet), start=1):
+        records = self._storage.records
+        for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
             records.add(_record(measured, self._name, trial, prompt_set))
-            self._observer.prompt_measured(number, len(prompts))
+            self._on_event(PromptMeasured(number, len(prompts), trial))
             yield measured
 
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
         return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
-
-    def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        progress = progress_of(Snapshot(study))
-        self._observer.trial_finished(progress, trial)
-        if progress.seen >= self._settings.trials:
-            study.stop()
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
@@ -579,11 +590,11 @@ def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet
     )
 
 
-def _device_name(model: LayerSkipModel) -> str:
+def _device_name(engine: Engine) -> str:
     """The device, and how passes run there if it is not the usual way."""
-    ways = [device_name(model.device)]
-    ways += [model.engine.name] * (model.engine.name != EagerEngine.name)
-    ways += ["compiled"] * model.compiled
+    ways = [device_name(engine.model.device)]
+    ways += [engine.name] * (engine.name != EagerEngine.name)
+    ways += ["compiled"] * engine.model.compiled
     return ", ".join(ways)
 
 

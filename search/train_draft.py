@@ -18,12 +18,14 @@ from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
+from layerskip.target_texts import TargetText
 from layerskip.training import (
     Agreement,
     DataSettings,
@@ -32,11 +34,11 @@ from layerskip.training import (
     Loss,
     PromptSource,
     SelfWrittenPrompts,
-    Shards,
     TrainableDraft,
     Trained,
     TrainingSettings,
-    TuningData,
+    TrainingTexts,
+    TrainingTextWriter,
     train,
     trainable_bridge,
     trainable_heads,
@@ -47,13 +49,24 @@ from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_
 from layerskip.utils import cache_write_errors, device_name, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
+from search.callbacks import (
+    Evaluated,
+    OnEvent,
+    PhaseStarted,
+    PolicyChosen,
+    PromptMeasured,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
+    ignore,
+)
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
-from search.reference import ReferenceRun, ReferenceText
+from search.reference import ReferenceRun
 from search.replay import RoundCosts, SimulatedSpeedup, replay
 from search.search import measured_part, policy_fields
 from search.space import SearchSpace
@@ -71,6 +84,7 @@ class ReplayGround:
     """What policies are replayed on.
 
     Args:
+        engine: Runs the passes of the model.
         texts: What the target model wrote.
         space: The policies to try.
         latency: What parts of the stack cost.
@@ -78,7 +92,8 @@ class ReplayGround:
         limit: Most new tokens of a generation.
     """
 
-    texts: Sequence[ReferenceText]
+    engine: Engine
+    texts: Sequence[TargetText]
     space: SearchSpace
     latency: LatencyModel
     costs: DraftSeconds | None
@@ -100,7 +115,7 @@ class TunedDraft(Protocol):
     @property
     def skip_set(self) -> SkipSet: ...
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         """What to train, as it is before."""
 
     def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
@@ -112,7 +127,7 @@ class TunedDraft(Protocol):
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         """
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
@@ -145,7 +160,7 @@ class AboveExit:
     def skip_set(self) -> SkipSet:
         return early_exit(self._model.num_layers, self._start // 2)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         if self._kind == "layer":
             # The top one knows best what the head expects.
             top = self._model.num_layers - 1
@@ -153,9 +168,9 @@ class AboveExit:
         before: list[Tensor] = []
         after: list[Tensor] = []
         share = max(shards.positions // _BRIDGE_POSITIONS, 1)
-        for text in shards.learned(shards.paths):
-            before.append(text.before[text.asked][::share])
-            after.append(text.after[text.asked][::share])
+        for text in shards.learned():
+            before.append(text.states[0, text.asked][::share])
+            after.append(text.states[1, text.asked][::share])
         below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
         return trainable_bridge(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
 
@@ -166,7 +181,7 @@ class AboveExit:
         costs = [cost * length for length in range(1, LONGEST + 1)]
         return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         return None
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
@@ -174,7 +189,7 @@ class AboveExit:
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = RoundCosts.of(ground.latency, stack, self._model, traces, space.most_drafted)
+        rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
         config = config_of(self, assets)
         policies = [*space.policies(config), *branching_policies(config, traces, space)]
         best = replay(traces, policies, rounds, limit=limit)
@@ -206,7 +221,7 @@ class TunedHeads:
     def skip_set(self) -> SkipSet:
         return SkipSet(self._model.num_layers)
 
-    def learner(self, shards: Shards) -> TrainableDraft:
+    def learner(self, shards: TrainingTexts) -> TrainableDraft:
         size = int(self._model.config.hidden_size)
         if self._kind == "hydra++":
             heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
@@ -220,8 +235,8 @@ class TunedHeads:
         costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
-    def costs(self, assets: DraftWeights) -> DraftSeconds | None:
-        return measure_drafts(self._model, assets)
+    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
+        return measure_drafts(engine, assets)
 
     def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         heads = assets.heads
@@ -231,7 +246,7 @@ class TunedHeads:
         prefix = assets.prefix(self._model)
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, self._model, heads, ground.costs, traces, space.most_drafted)
+        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
         policies = list(head_policies(config_of(self, assets), traces, heads.count, space))
         best = replay_heads(traces, policies, rounds, limit=limit)
         if not space.prompt_lookup:
@@ -287,7 +302,7 @@ def exit_of(skip_set: SkipSet) -> int:
 
 
 @torch.inference_mode()
-def trace_of(model: LayerSkipModel, stack: Stack, text: ReferenceText) -> Trace:
+def trace_of(model: LayerSkipModel, stack: Stack, text: TargetText) -> Trace:
     """What a draft with an early exit would propose along a text: one pass over it, because it sees nothing but itself.
 
     Args:
@@ -404,39 +419,11 @@ class Tuned:
     interrupted: bool
 
 
-class TuningObserver:
-    """Told how tuning goes. Does nothing; override what you want to know."""
-
-    def texts_begin(self, positions: int) -> None:
-        """The model will write until there are so many positions to draft at; what was written earlier counts."""
-
-    def text_written(self, positions: int) -> None:
-        """There are so many."""
-
-    def training_begins(self, positions: int, vocabulary: int) -> None:
-        """There are texts, and the draft scores so many tokens."""
-
-    def looked(self, look: EvalResult, ideal: float) -> None:
-        """Held-out texts were looked at; with this agreement the speedup would be ``ideal`` at best."""
-
-    def training_ended(self, trained: Trained) -> None:
-        """It came to its end, or held-out texts gained no more, or Ctrl-C ended it."""
-
-    def costs_begin(self) -> None:
-        """What the parts of a step cost will be measured."""
-
-    def policy_chosen(self, config: DraftConfig, predicted: float) -> None:
-        """Simulation chose the policy of ``config``."""
-
-    def prompt_measured(self, number: int, total: int) -> None:
-        """``number`` of ``total`` held-out prompts were decoded both ways."""
-
-
 class Tuning:
     """Makes a profile of a trained draft.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         tokenizer: Its tokenizer.
         identity: What it is.
         split: Prompts: ``search`` for choosing the draft exit, ``held_out`` for the figures.
@@ -444,7 +431,7 @@ class Tuning:
             prompts that the model writes itself.
         settings: What to train and how.
         folder: Where texts, trainings and references are kept.
-        observer: Told how it goes.
+        on_event: Called with what happens.
 
     Raises:
         InvalidInputError: The model cannot write prompts of its own, or the exit is not inside it.
@@ -452,7 +439,7 @@ class Tuning:
 
     def __init__(
         self,
-        model: LayerSkipModel,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         identity: ModelIdentity,
         split: PromptSplit,
@@ -460,13 +447,14 @@ class Tuning:
         *,
         given: bool,
         folder: Path,
-        observer: TuningObserver,
+        on_event: OnEvent = ignore,
     ) -> None:
-        self._model = model
+        model = engine.model
+        self._engine, self._model = engine, model
         self._identity = identity
         self._settings = settings
         self._folder = folder
-        self._observer = observer
+        self._on_event = on_event
         # Texts to train heads with are those that are kept for a stand-in above the usual exit.
         exit_after = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
         self._draft = _draft(model, settings, exit_after)
@@ -485,7 +473,7 @@ class Tuning:
             temperature=_AGAIN_TEMPERATURE if given else 0.0,
             seed=settings.seed,
         )
-        self._data = TuningData(model, source, data_settings, folder, identity.fingerprint)
+        self._data = TrainingTextWriter(model, source, data_settings, folder, identity.fingerprint)
 
     def run(self) -> Tuned:
         """Write, train, choose and measure.
@@ -493,18 +481,18 @@ class Tuning:
         Raises:
             LayerSkipError: Something cannot be kept on disk, or the draft changed the output.
         """
-        self._observer.texts_begin(self._settings.positions)
-        shards = self._data.collect(self._settings.positions, self._observer.text_written)
+        self._on_event(PhaseStarted("texts", self._settings.positions))
+        shards = self._data.collect(self._settings.positions, lambda positions: self._on_event(TextsWritten(positions)))
         ids = self._vocabulary(shards)
-        self._observer.training_begins(shards.positions, self._model.vocab_size if ids is None else len(ids))
+        self._on_event(TrainingStarted(shards.positions, self._model.vocab_size if ids is None else len(ids)))
         learner = self._draft.learner(shards)
         ideal = self._draft.ideal(learner, ids)
 
         def observe(look: EvalResult) -> None:
-            self._observer.looked(look, ideal(look.agreement))
+            self._on_event(Evaluated(look, ideal(look.agreement)))
 
         trained = self._trained(learner, shards, ids, observe)
-        self._observer.training_ended(trained)
+        self._on_event(TrainingEnded(trained))
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
@@ -520,23 +508,23 @@ class Tuning:
             trained.interrupted,
         )
 
-    def _vocabulary(self, shards: Shards) -> Tensor | None:
+    def _vocabulary(self, shards: TrainingTexts) -> Tensor | None:
         size = self._settings.vocabulary
         if size is None:
             size = _VOCABULARY if self._model.vocab_size >= 2 * _VOCABULARY else 0
         return vocabulary_of(self._model, shards, size) if 0 < size < self._model.vocab_size else None
 
     def _trained(
-        self, learner: TrainableDraft, shards: Shards, ids: Tensor | None, observe: Callable[[EvalResult], None]
+        self, learner: TrainableDraft, shards: TrainingTexts, ids: Tensor | None, observe: Callable[[EvalResult], None]
     ) -> Trained:
-        with cache_write_errors(self._data.folder, "the training"):
+        with cache_write_errors(shards.store.folder, "the training"):
             trained = train(
                 self._model,
                 learner,
                 shards,
                 self._settings.training,
                 token_ids=ids,
-                folder=self._data.folder,
+                folder=shards.store.folder,
                 observe=observe,
             )
         # In two bytes a number: half the file, and what a draft is off by changes no output.
@@ -563,7 +551,7 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
-        self._observer.policy_chosen(best.config, best.speedup)
+        self._on_event(PolicyChosen(best.config, best.speedup))
         profile = profile.model_copy(update=policy_fields(best.config))
         profile = profile.with_assets(assets)
         summary = self._measured(profile, quiet)
@@ -576,23 +564,22 @@ class Tuning:
         )
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
-    def _best_policy(
-        self, assets: DraftWeights, texts: Sequence[ReferenceText], quiet: MachineLock
-    ) -> SimulatedSpeedup:
+    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
-        self._observer.costs_begin()
+        self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._model, space), self._draft.costs(assets)
-        ground = ReplayGround(texts, space, latency, costs, limit=self._settings.max_new_tokens)
+            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, assets)
+        ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 
     def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
         plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
-        measurements = []
-        for measurement in measure_drafter(self._model, drafter, plan, lock):
+        measurements: list[Measurement] = []
+        self._on_event(PromptMeasured(0, len(plan.prompts)))
+        for measurement in measure_drafter(self._engine, drafter, plan, lock):
             measurements.append(measurement)
-            self._observer.prompt_measured(len(measurements), len(self._measuring))
+            self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)
 
 

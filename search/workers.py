@@ -16,9 +16,9 @@ from types import FrameType, TracebackType
 import optuna
 import torch
 
+from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError, out_of_memory
 from layerskip.fingerprint import ModelIdentity
-from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from search.draft_layers import trained_draft_layers
 from search.prompts import PromptSplit
@@ -34,7 +34,7 @@ class Work:
     """What a worker needs to join a search; it can be sent to another process.
 
     Args:
-        load: Loads the model.
+        load: Loads the model, and makes its engine.
         identity: The model's identity.
         prompts: What to decode.
         storage: URL of the storage that the study lives in.
@@ -46,7 +46,7 @@ class Work:
         load_profiles: Loads the profiles whose draft layers the space names, by where they come from.
     """
 
-    load: Callable[[], LayerSkipModel]
+    load: Callable[[], Engine]
     identity: ModelIdentity
     prompts: PromptSplit
     storage: str
@@ -150,15 +150,15 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
     torch.set_num_threads(threads)  # a part of what the device is called
     optuna.logging.set_verbosity(verbosity)
     try:
-        model = work.load()
+        engine = work.load()
         search = Search(
-            model,
+            engine,
             work.identity,
             work.prompts,
             open_storage(work.storage),
             work.settings,
             space=work.space,
-            draft_layers=trained_draft_layers(work.load_profiles(), model),
+            draft_layers=trained_draft_layers(work.load_profiles(), engine.model),
             study_name=work.study,
             folder=work.folder,
             ends=work.ends,

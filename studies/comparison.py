@@ -1,33 +1,17 @@
-"""What several ways to decode came to on one machine, and which of them to use there."""
+"""A comparison of decoding methods on one machine: their figures, and which method to use there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
-from studies.statistics import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, DecodedBothWays, Speedup, speedup_of_prompt
-
-
-class PromptTimes(DecodedBothWays, Protocol):
-    """One prompt, decoded plainly and in another way."""
-
-    @property
-    def prompt(self) -> str:
-        """The prompt's id."""
-
-    @property
-    def drafted(self) -> int:
-        """Tokens proposed."""
-
-    @property
-    def accepted(self) -> int:
-        """Proposed tokens that stood."""
+from studies.statistics import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, PromptTimes, Speedup, speedup_of_prompt
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to decode.
+    """The figures of one decoding method.
 
     Args:
         name: What it is called.
@@ -35,7 +19,7 @@ class Entry:
         lowest: The slowest repeat's.
         highest: The fastest repeat's.
         speedup: Against layerskip's plain decoding; the interval is over prompts.
-        prompts: Each prompt, with the medians of its repeats.
+        prompts: The times of each prompt, medians over its repeats.
         acceptance_rate: α, accepted ÷ drafted; None if nothing was drafted.
         tokens_per_pass: τ, new tokens ÷ passes of the target model, the prompt's among them.
         draft_cost: c, the time to draft one token, in plain steps; None if nothing was drafted.
@@ -43,8 +27,8 @@ class Entry:
         draft_bytes: Memory that its draft takes beside the model.
         peak_bytes: Most device memory in use while it decoded, above what the models take; None except on CUDA.
         training_seconds: How long its draft was trained, if that is known.
-        near_ties: Prompts whose output parts from plain decoding's where two best tokens are as good as tied.
-        different: Prompts whose output parts from it anywhere else.
+        near_ties: Prompts whose output diverges from plain decoding's at a near-tie of the top two tokens.
+        different: Prompts whose output diverges from it anywhere else.
     """
 
     name: str
@@ -65,24 +49,24 @@ class Entry:
 
     @property
     def pays(self) -> bool:
-        """Whether it was shown to be faster than plain decoding, and to say the same; few prompts show nothing."""
+        """Whether it was shown to be faster than plain decoding with the same output; few prompts show nothing."""
         return len(self.prompts) >= FEWEST_PROMPTS and self.speedup.low > 1 and not self.different
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several ways to decode the same prompts with one model, in one run.
+    """Decoding methods measured on the same prompts with one model, in one run.
 
     Args:
         model: Where the model comes from.
         device: What it ran on.
         dtype: Its floating-point type.
-        engine: How layerskip's passes ran.
-        versions: Of what it ran with, by name.
-        repeats: How often each prompt was decoded in each way.
-        max_new_tokens: Most tokens for each.
-        entries: All that took part; layerskip's plain decoding is the first.
-        left_out: Why others could not take part, by name.
+        engine: The engine of layerskip's passes.
+        versions: Versions of the libraries, by name.
+        repeats: How often each method decoded each prompt.
+        max_new_tokens: Most tokens for each prompt.
+        entries: The figures of all methods; layerskip's plain decoding is the first.
+        left_out: Why other methods could not take part, by name.
     """
 
     model: str
@@ -97,8 +81,8 @@ class Comparison:
 
     @property
     def best(self) -> Entry | None:
-        """The fastest of those that were shown to be faster than plain decoding; None if none was."""
-        return max((one for one in self.entries if one.pays), key=lambda one: one.speedup.value, default=None)
+        """The fastest method that was shown to be faster than plain decoding; None if none was."""
+        return max((e for e in self.entries if e.pays), key=lambda entry: entry.speedup.value, default=None)
 
     @property
     def prompts(self) -> int:
@@ -107,15 +91,15 @@ class Comparison:
 
 
 def advice(comparison: Comparison) -> str:
-    """What to use on that machine, in one sentence."""
+    """Which method to use on that machine, in one sentence."""
     best = comparison.best
     if best is not None:
         return f"Use {best.name} here: it decodes {best.speedup} as fast as plain decoding."
-    return f"Decode plainly here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
+    return f"Use plain decoding here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """What one wants to know of a comparison beside its figures, as (name, value)."""
+    """The conditions of a comparison, as (name, value)."""
     times = f"{comparison.repeats} times" if comparison.repeats > 1 else "once"
     return [
         ("model", comparison.model),
@@ -126,21 +110,21 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def described(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as plain values, for JSON."""
+    """A comparison as values for JSON."""
     best = comparison.best
-    alone = ("model", "device", "dtype", "engine", "prompts", "repeats", "max_new_tokens")
+    names = ("model", "device", "dtype", "engine", "prompts", "repeats", "max_new_tokens")
     return {
-        **{name: getattr(comparison, name) for name in alone},
+        **{name: getattr(comparison, name) for name in names},
         "versions": dict(comparison.versions),
-        "entries": [_described(one) for one in comparison.entries],
+        "entries": [_described(entry) for entry in comparison.entries],
         "left_out": dict(comparison.left_out),
         "best": None if best is None else best.name,
         "advice": advice(comparison),
     }
 
 
-def _described(one: Entry) -> dict[str, Any]:
-    values = {field.name: getattr(one, field.name) for field in fields(one)}
+def _described(entry: Entry) -> dict[str, Any]:
+    values = {field.name: getattr(entry, field.name) for field in fields(entry)}
     prompts, speedup = values.pop("prompts"), values.pop("speedup")
     return {
         **values,
@@ -148,11 +132,11 @@ def _described(one: Entry) -> dict[str, Any]:
         "speedup_low": speedup.low,
         "speedup_high": speedup.high,
         "prompt_speedups": {prompt.prompt: speedup_of_prompt(prompt) for prompt in prompts},
-        "pays": one.pays,
+        "pays": entry.pays,
     }
 
 
-# What the columns of the table say.
+# The columns of the table, and what they mean.
 COLUMNS: Mapping[str, str] = {
     "tokens/s": "median over the repeats, prefill included",
     "range": "slowest and fastest repeat",
@@ -161,40 +145,36 @@ COLUMNS: Mapping[str, str] = {
     "α": "accepted ÷ drafted tokens",
     "τ": "new tokens for each pass of the target model",
     "c": "time to draft a token, in plain steps",
-    "drafting": "part of the time that goes into it",
-    "memory": "what the draft keeps beside the model",
+    "drafting": "share of the time spent drafting",
+    "memory": "that the draft takes beside the model",
     "peak": "most device memory in use beside the models",
-    "training": "time that the draft was trained",
-    "output": "whether it is that of plain decoding",
+    "training": "time spent training the draft",
+    "output": "compared with plain decoding's",
 }
 
 
 def table(comparison: Comparison) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """All figures, as text: the names of the columns, and a row of cells for each entry.
-
-    A column in which nobody has anything to say is left out.
-    """
-    rows = [_cells(one) for one in comparison.entries]
-    said = [name for name in COLUMNS if any(row[name] for row in rows)]
-    names = [one.name for one in comparison.entries]
-    return ("", *said), [(name, *(row[column] for column in said)) for name, row in zip(names, rows, strict=True)]
+    """All figures, as text: the names of the columns, and a row of cells for each entry; empty columns are left out."""
+    rows = [{"": entry.name} | _cells(entry) for entry in comparison.entries]
+    columns = ("", *(column for column in COLUMNS if any(row[column] for row in rows)))
+    return columns, [[row[column] for column in columns] for row in rows]
 
 
-def _cells(one: Entry) -> dict[str, str]:
-    has_interval = one.speedup.low < one.speedup.high
+def _cells(entry: Entry) -> dict[str, str]:
+    has_interval = entry.speedup.low < entry.speedup.high
     return {
-        "tokens/s": f"{one.tokens_per_second:.1f}",
-        "range": f"{one.lowest:.1f} to {one.highest:.1f}" if one.lowest < one.highest else "",
-        "speedup": f"{one.speedup.value:.2f}×",
-        "95 %": f"{one.speedup.low:.2f} to {one.speedup.high:.2f}" if has_interval else "",
-        "α": "" if one.acceptance_rate is None else f"{one.acceptance_rate:.0%}",
-        "τ": f"{one.tokens_per_pass:.2f}",
-        "c": "" if one.draft_cost is None else f"{one.draft_cost:.2f}",
-        "drafting": f"{one.draft_share:.0%}" if one.draft_cost is not None else "",
-        "memory": _megabytes(one.draft_bytes) if one.draft_bytes else "",
-        "peak": "" if one.peak_bytes is None else _megabytes(one.peak_bytes),
-        "training": "" if one.training_seconds is None else _duration(one.training_seconds),
-        "output": _output(one),
+        "tokens/s": f"{entry.tokens_per_second:.1f}",
+        "range": f"{entry.lowest:.1f} to {entry.highest:.1f}" if entry.lowest < entry.highest else "",
+        "speedup": f"{entry.speedup.value:.2f}×",
+        "95 %": f"{entry.speedup.low:.2f} to {entry.speedup.high:.2f}" if has_interval else "",
+        "α": "" if entry.acceptance_rate is None else f"{entry.acceptance_rate:.0%}",
+        "τ": f"{entry.tokens_per_pass:.2f}",
+        "c": "" if entry.draft_cost is None else f"{entry.draft_cost:.2f}",
+        "drafting": f"{entry.draft_share:.0%}" if entry.draft_cost is not None else "",
+        "memory": _megabytes(entry.draft_bytes) if entry.draft_bytes else "",
+        "peak": "" if entry.peak_bytes is None else _megabytes(entry.peak_bytes),
+        "training": "" if entry.training_seconds is None else _duration(entry.training_seconds),
+        "output": _output(entry),
     }
 
 
@@ -206,7 +186,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
-def _output(one: Entry) -> str:
-    parts = [f"{one.different} differ"] * (one.different > 0)
-    parts += [f"{one.near_ties} at near-ties"] * (one.near_ties > 0)
+def _output(entry: Entry) -> str:
+    parts = [f"{entry.different} differ"] * (entry.different > 0)
+    parts += [f"{entry.near_ties} at near-ties"] * (entry.near_ties > 0)
     return ", ".join(parts) or "same"

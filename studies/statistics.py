@@ -1,4 +1,4 @@
-"""The speedup of several measurements taken together, with its interval."""
+"""Speedups of measured prompts: of each, and of all together with an interval."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import numpy as np
 from scipy.stats import bootstrap
 
 
-class DecodedBothWays(Protocol):
-    """One prompt's times, such as a :class:`studies.records.MeasurementRecord`."""
+class PromptTimes(Protocol):
+    """One prompt decoded by plain decoding and another method, such as a :class:`studies.records.MeasurementRecord`."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's id."""
 
     @property
     def plain_seconds(self) -> float:
@@ -19,7 +23,7 @@ class DecodedBothWays(Protocol):
 
     @property
     def draft_seconds(self) -> float:
-        """Of self-speculative decoding."""
+        """Of the other method."""
 
     @property
     def tokens(self) -> int:
@@ -27,7 +31,15 @@ class DecodedBothWays(Protocol):
 
     @property
     def draft_tokens(self) -> int:
-        """Of self-speculative decoding."""
+        """Of the other method."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens proposed."""
+
+    @property
+    def accepted(self) -> int:
+        """Proposed tokens that were accepted."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Speedup:
         return f"{self.value:.2f}× (95 %: {self.low:.2f} to {self.high:.2f})"
 
 
-# Of speedups that show nothing, in the same words wherever they are told.
+# What is said of speedups that show no gain.
 NOTHING_FASTER = "nothing was shown to be faster"
 # By chance alone all of n prompts lie above 1× with a probability of 2^-n, and the interval with them.
 FEWEST_PROMPTS = 6
@@ -50,25 +62,22 @@ FEW_PROMPTS = f"fewer than {FEWEST_PROMPTS} prompts are not enough to show that 
 CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
 
 
-def speedup_of_prompt(one: DecodedBothWays) -> float:
-    """Plain seconds ÷ self-speculative seconds, each for one token."""
-    return (one.plain_seconds / one.tokens) / (one.draft_seconds / one.draft_tokens)
+def speedup_of_prompt(times: PromptTimes) -> float:
+    """Plain seconds ÷ the other method's seconds, each for one token."""
+    return (times.plain_seconds / times.tokens) / (times.draft_seconds / times.draft_tokens)
 
 
-def speedup_of_all(measurements: Sequence[DecodedBothWays]) -> Speedup:
+def speedup_of_all(measurements: Sequence[PromptTimes]) -> Speedup:
     """The speedup of all prompts' total times.
 
-    Its 95 % interval comes from resampling prompts (percentile bootstrap with a fixed seed); with a single measurement
-    it is that one's speedup alone.
+    Its 95 % interval comes from resampling prompts (percentile bootstrap with a fixed seed); with a single prompt it
+    has no width.
 
     Args:
         measurements: At least one.
     """
-    plain_seconds = np.array([one.plain_seconds for one in measurements])
-    draft_seconds = np.array([one.draft_seconds for one in measurements])
-    tokens = np.array([one.tokens for one in measurements])
-    draft_tokens = np.array([one.draft_tokens for one in measurements])
-    data = (plain_seconds, draft_seconds, tokens, draft_tokens)
+    times = [(m.plain_seconds, m.draft_seconds, m.tokens, m.draft_tokens) for m in measurements]
+    data = tuple(np.array(times).T)
     value = low = high = float(_ratio(*data))
     if len(measurements) > 1:
         interval = bootstrap(data, _ratio, paired=True, method="percentile", rng=np.random.default_rng(0))

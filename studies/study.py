@@ -27,8 +27,9 @@ from studies.ranking import (
     seen_trials,
     speedup_of,
 )
-from studies.records import MeasurementRecord, measurements_of
+from studies.records import MeasurementRecord
 from studies.statistics import Speedup, speedup_of_all
+from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.
@@ -82,9 +83,7 @@ class StudyContext:
         ]
 
 
-def open_study(
-    storage: optuna.storages.BaseStorage, name: str, context: StudyContext, *, objectives: int = 1
-) -> optuna.Study:
+def open_study(storage: ReconnectingStorage, name: str, context: StudyContext, *, objectives: int = 1) -> optuna.Study:
     """Create a study that maximizes, or go on with the one of that name.
 
     Args:
@@ -103,7 +102,7 @@ def open_study(
     return study
 
 
-def _open(storage: optuna.storages.BaseStorage, name: str, context: StudyContext, objectives: int) -> optuna.Study:
+def _open(storage: ReconnectingStorage, name: str, context: StudyContext, objectives: int) -> optuna.Study:
     directions = [StudyDirection.MAXIMIZE] * objectives
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     if len(study.directions) != objectives:
@@ -177,22 +176,22 @@ class StudySummary:
     basis: Standing | None
 
 
-def list_studies(storage: optuna.storages.BaseStorage) -> list[StudySummary]:
+def list_studies(storage: ReconnectingStorage) -> list[StudySummary]:
     """All studies of a storage, by name."""
     return sorted((_summary(storage, study) for study in _studies(storage)), key=lambda summary: summary.name)
 
 
-def studies_of_ours(storage: optuna.storages.BaseStorage) -> list[str]:
+def studies_of_ours(storage: ReconnectingStorage) -> list[str]:
     """Names of the studies that this version of layerskip made."""
     ours = [study for study in _studies(storage) if study.user_attrs.get(_CONTEXT_KEY, {}).get("format") == _FORMAT]
     return sorted(study.study_name for study in ours)
 
 
-def _studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
+def _studies(storage: ReconnectingStorage) -> list[optuna.Study]:
     return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage=storage)]
 
 
-def _summary(storage: optuna.storages.BaseStorage, study: optuna.Study) -> StudySummary:
+def _summary(storage: ReconnectingStorage, study: optuna.Study) -> StudySummary:
     speedup, basis = _best_figure(storage, study) if _maximizes(study) else (None, None)
     return StudySummary(
         name=study.study_name,
@@ -205,18 +204,16 @@ def _summary(storage: optuna.storages.BaseStorage, study: optuna.Study) -> Study
     )
 
 
-def _best_figure(
-    storage: optuna.storages.BaseStorage, study: optuna.Study
-) -> tuple[float, Standing] | tuple[None, None]:
+def _best_figure(storage: ReconnectingStorage, study: optuna.Study) -> tuple[float, Standing] | tuple[None, None]:
     """The speedup that a report would tell of a study, and what it rests on."""
-    finals = held_out_speedups(study, measurements_of(storage, study.study_name))
+    finals = held_out_speedups(study, storage.records.of(study.study_name))
     if finals:
         return max(final.value for final in finals.values()), "held-out"
     best = best_trials(study, 1)
     return (speedup_of(best[0]), basis_of(best[0])) if best else (None, None)
 
 
-def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
+def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
     """An existing study.
 
     Raises:
@@ -229,7 +226,7 @@ def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
         raise InvalidInputError(f"study '{name}': no such study in this storage; studies there: {names}") from error
 
 
-def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -> dict[str, Any]:
+def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[str, Any]:
     """What there is to say about a study, as plain values.
 
     Args:
@@ -244,7 +241,7 @@ def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -
     context = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(context):
         raise InvalidInputError(f"study '{name}': {_NEWER}")
-    records = measurements_of(storage, name)
+    records = storage.records.of(name)
     held_out = held_out_speedups(study, records)
 
     def described(trial: FrozenTrial) -> dict[str, Any]:

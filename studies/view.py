@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from layerskip.drafting.config import DraftConfig
@@ -28,9 +27,10 @@ from studies.ranking import (
     pareto_front,
     speedup_of,
 )
-from studies.records import MeasurementRecord, measurements_of
+from studies.records import MeasurementRecord
 from studies.statistics import Speedup
 from studies.step_costs import RelativeParts, read_parts
+from studies.storage import ReconnectingStorage
 from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
 _KINDS = ("attn", "mlp")
@@ -137,7 +137,7 @@ class StudyView:
         return [one for one in self.measurements if (one.trial, one.prompt_set) == (number, prompt_set)]
 
 
-def view_study(storage: BaseStorage, name: str) -> StudyView:
+def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     """Read a study.
 
     Args:
@@ -150,7 +150,7 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
     study = load_study(storage, name)
     context = context_of(study)
     now = Snapshot(study)
-    records = measurements_of(storage, name)
+    records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
     finals, costs = held_out_speedups(now, records), _draft_costs(now)
     tried = {trial.number: _tried(trial, finals, costs) for trial in completed_trials(now)}

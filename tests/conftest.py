@@ -1,6 +1,7 @@
 """What every test shares: no network, tiny random models, the default model, and the rules for marked tests."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test needs the network
 
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is false"))
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts this process and those that it starts, even if it was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 from layerskip import LayerSkipModel, generate
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.engine import Engine
 from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt
 from search.search import SearchPrompts
@@ -20,7 +21,7 @@ class Task:
     """What is searched, and until when.
 
     Args:
-        model: The model.
+        engine: Runs the passes of the model.
         fingerprint: Of its weights.
         prompts: Who may decode what; held-out prompts are for the judge alone.
         max_new_tokens: Tokens for each of the judge's prompts.
@@ -28,12 +29,17 @@ class Task:
         seed: Of everything that is drawn.
     """
 
-    model: LayerSkipModel
+    engine: Engine
     fingerprint: str
     prompts: SearchPrompts
     max_new_tokens: int
     seconds: float
     seed: int
+
+    @property
+    def model(self) -> LayerSkipModel:
+        """The model."""
+        return self.engine.model
 
 
 @dataclass(frozen=True)
@@ -87,5 +93,8 @@ def decode_seconds_per_token(
     tokens = 0
     started = device_seconds(task.model.device)
     for prompt in prompts:
-        tokens += len(generate(task.model, prompt.tokens, drafter=drafter, max_new_tokens=max_new_tokens).tokens)
+        generation = generate(
+            task.model, prompt.tokens, engine=task.engine, drafter=drafter, max_new_tokens=max_new_tokens
+        )
+        tokens += len(generation.tokens)
     return (device_seconds(task.model.device) - started) / tokens

@@ -24,7 +24,7 @@ _LENGTHS = range(1, 9)
 def knapspec(task: Task) -> Iterator[Incumbent]:
     """Attention and MLP sublayers at their measured costs; the cosine similarity stands in for the acceptance rate."""
     watch, model = Stopwatch(task), task.model
-    latency = measure_latency(model, SearchSpace(model.num_layers))
+    latency = measure_latency(task.engine, SearchSpace(model.num_layers))
     step = latency.short.step
     costs = [step.attention, step.mlp] * model.num_layers
     with tempfile.TemporaryDirectory() as folder:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial
 
 from benchmarks.rivals.contest import Incumbent, Searcher, Task
 from layerskip import LayerSkipModel
 from layerskip.fingerprint import identify
-from search.callbacks import Progress, SearchObserver
+from search.callbacks import Event, TrialFinished
 from search.prompts import PromptSplit
 from search.search import Search
 from search.settings import SearchSettings
@@ -31,7 +30,7 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
         log = _Log(space_of(task.model))
         with tempfile.TemporaryDirectory() as folder:
             run = Search(
-                task.model,
+                task.engine,
                 identify(task.model, "benchmark"),
                 PromptSplit((*task.prompts.scored, *task.prompts.fitted), task.prompts.held_out),
                 open_storage(f"sqlite:///{folder}/studies.db"),
@@ -43,7 +42,7 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
                     seed=task.seed,
                 ),
                 space=log.space,
-                observer=log,
+                on_event=log,
                 folder=Path(folder),
                 ends=time.monotonic() + task.seconds,
             )
@@ -54,7 +53,7 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
     return search
 
 
-class _Log(SearchObserver):
+class _Log:
     """Notes what the search would have answered after each trial."""
 
     def __init__(self, space: SearchSpace) -> None:
@@ -63,8 +62,8 @@ class _Log(SearchObserver):
         self.study: optuna.Study | None = None
         self.incumbents: list[Incumbent] = []
 
-    def trial_finished(self, progress: Progress, trial: FrozenTrial) -> None:
-        if self.study is None or progress.best is None:
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, TrialFinished) or self.study is None or event.progress.best is None:
             return
         [best] = best_trials(self.study, 1)
         now = Incumbent(time.perf_counter() - self._began, config_of(best))

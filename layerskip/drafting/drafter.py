@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import DraftStep, Scored, SharedPrefix, highest_probability
+from layerskip.engine import DraftStep, Engine, Scored, SharedPrefix, highest_probability
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
@@ -62,10 +62,11 @@ class RoundResult:
 class Drafter(Protocol):
     """Proposes how the text might go on. One drafter serves one generation at a time."""
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         """Begin a generation, and forget what earlier generations taught.
 
         Args:
+            engine: Runs the passes of this generation.
             prompt: ``[n]``, token ids.
             states: ``[m, hidden_size]``, the target model's last hidden states of the prompt's last ``m`` tokens, those
                 that were run (all of them unless an earlier text is gone on with), in memory that later passes leave
@@ -90,7 +91,7 @@ class Drafter(Protocol):
 class NoDrafter:
     """Proposes nothing: plain decoding."""
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         pass
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
@@ -121,7 +122,7 @@ class BaseDrafter:
         self._gate = gate
         self._widths = widths_of(branches)
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         """As :meth:`Drafter.start`."""
         self._exit = self._draft_exit.new_state()
         self._unsure = False
@@ -199,7 +200,6 @@ class LayerSkipDrafter(BaseDrafter):
             raise InvalidInputError(
                 "branches: only draft heads go on behind several tokens of a place; give one number for each place"
             )
-        self._model = model
         self._stack = model.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
 
     @classmethod
@@ -225,15 +225,16 @@ class LayerSkipDrafter(BaseDrafter):
             branches=branches,
         )
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
-        super().start(prompt, states)
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
+        super().start(engine, prompt, states)
+        self._engine = engine
         self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         prefixes: list[Tensor] = []
 
         def step(tokens: Tensor) -> DraftStep:
-            made = self._model.engine.draft_step(tokens, cache, self._stack)
+            made = self._engine.draft_step(tokens, cache, self._stack)
             if made.prefix is not None:
                 prefixes.append(made.prefix)
             return made

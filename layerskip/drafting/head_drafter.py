@@ -12,7 +12,7 @@ from layerskip.drafting.drafter import BaseDrafter, RoundResult
 from layerskip.drafting.heads import DraftHeads, MedusaHeads, check_heads
 from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import DraftStep
+from layerskip.engine import DraftStep, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
@@ -176,8 +176,8 @@ class HeadDrafter(BaseDrafter):
             branches=branches,
         )
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
-        super().start(prompt, states)
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
+        super().start(engine, prompt, states)
         self._text = text_state(self._model, self._prefix)  # anew, so that copies of a drafter share nothing
         self._text.add(states)
 

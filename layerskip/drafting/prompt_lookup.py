@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerskip.drafting.drafter import Drafter, RoundResult
-from layerskip.engine import DraftStep
+from layerskip.engine import DraftStep, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
@@ -98,7 +98,7 @@ class PromptLookupDrafter:
     def __init__(self, ngrams: PromptLookup | None = None) -> None:
         self._ngrams = ngrams or PromptLookup()
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         self._index = NGramIndex(self._ngrams)
         self._index.extend(prompt.tolist())
         self._knows_newest = False
@@ -144,9 +144,9 @@ class FallbackDrafter:
         """Both copied too, so that the copy serves a generation of its own."""
         return FallbackDrafter(copy.copy(self._first), copy.copy(self._second))
 
-    def start(self, prompt: Tensor, states: Tensor) -> None:
-        self._first.start(prompt, states)
-        self._second.start(prompt, states)
+    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
+        self._first.start(engine, prompt, states)
+        self._second.start(engine, prompt, states)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         draft = self._first.propose(newest, cache, limit, sampler)

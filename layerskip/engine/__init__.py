@@ -1,11 +1,12 @@
 """How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
 
-from layerskip.costs import PassCosts, calibrate, load_costs, measure_costs
+from layerskip.costs import PassCosts
 from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highest_probability
 from layerskip.engine.compilation import compile_sublayers
+from layerskip.engine.cost_measurement import load_costs, measure_costs
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.selection import check_engine, use_engine
+from layerskip.engine.selection import check_engine, make_engine
 
 __all__ = [
     "DraftStep",
@@ -15,11 +16,10 @@ __all__ = [
     "PassCosts",
     "Scored",
     "SharedPrefix",
-    "calibrate",
     "check_engine",
     "compile_sublayers",
     "highest_probability",
     "load_costs",
+    "make_engine",
     "measure_costs",
-    "use_engine",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerskip.costs import PassCosts
 from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
 from layerskip.token_tree import TokenTree
 
@@ -82,6 +83,7 @@ class Engine(Protocol):
 
     Attributes:
         name: What it is called.
+        model: The model whose passes it runs.
         captures: Whether the first decoding takes longer than later ones, because passes are captured or compiled in
             it.
         resumes: Whether verification can start behind what drafting already computed.
@@ -90,6 +92,7 @@ class Engine(Protocol):
     """
 
     name: str
+    model: LayerSkipModel
     resumes: bool
     costs: PassCosts | None
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerskip.model import LayerSkipModel
 from layerskip.sublayers import AttentionSublayer, attend, feed_forward
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
 
 
 def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -26,7 +24,7 @@ def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] =
     compiled by itself, because transformers' attention knows its layer's number.
 
     Args:
-        model: The model. Choose its engine afterwards: what passes cost is another thing now.
+        model: The model. Make its engine afterwards, because passes cost something else now.
         backend: As in ``torch.compile``.
     """
     torch._dynamo.config.allow_unspec_int_on_nn_module = True

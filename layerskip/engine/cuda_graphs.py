@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from layerskip.engine.base import DraftStep, Scored, SharedPrefix
 from layerskip.engine.eager import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
 from layerskip.token_tree import MOST_LEAVES, TokenTree, ancestors_on, numbers_on
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
 
 
 class GraphCache(KVCache):
@@ -194,11 +192,6 @@ class CudaGraphCapture:
         return replay
 
 
-def call_directly(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-    """Capture nothing: run the pass anew each time. What the tests without a CUDA device use."""
-    return run
-
-
 class GraphEngine:
     """Runs draft steps and verifications as captured graphs, and prompts, whose lengths all differ, eagerly.
 
@@ -230,7 +223,7 @@ class GraphEngine:
         if (capture is None and {device.type for device in devices} != {"cuda"}) or len(devices) > 1:
             raise InvalidInputError(f"engine '{self.name}': {self.needs}; use the eager engine")
         self.costs: PassCosts | None = None
-        self._model = model
+        self.model = model
         self._smallest_bucket = smallest_bucket
         self._eager = EagerEngine(model)
         self._capture = capture or CudaGraphCapture(model.device)
@@ -250,7 +243,7 @@ class GraphEngine:
             self._drafts.clear()
             self._verifications.clear()
             self._trees.clear()
-            self._cache = GraphCache(self._model.num_layers, needed)
+            self._cache = GraphCache(self.model.num_layers, needed)
         self._cache.rollback(0)
         self._cache.uses += 1
         return self._cache
@@ -320,7 +313,7 @@ class GraphEngine:
         return steps
 
     def _capture_draft(self, stack: Stack, bucket: int, cache: GraphCache) -> CapturedDraft:
-        model = self._model
+        model = self.model
         token, position = self._buffers(1, cache)
 
         def run() -> DraftStep:
@@ -335,7 +328,7 @@ class GraphEngine:
         return CapturedDraft(token, position, self._capture(run))
 
     def _capture_verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification:
-        model = self._model
+        model = self.model
         tokens, positions = self._buffers(width, cache)
 
         def run() -> Scored:
@@ -347,7 +340,7 @@ class GraphEngine:
         return CapturedVerification(tokens, positions, self._capture(run))
 
     def _capture_tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree:
-        model = self._model
+        model = self.model
         tokens, slots = self._buffers(width, cache)
         positions, ancestors = slots.clone(), torch.eye(width, dtype=torch.bool, device=model.device)
 
@@ -361,7 +354,7 @@ class GraphEngine:
 
     def _buffers(self, width: int, cache: GraphCache) -> tuple[Tensor, Tensor]:
         """Tokens and positions of a pass, ``[width]`` each."""
-        device = self._model.device
+        device = self.model.device
         tokens = torch.zeros(width, dtype=torch.long, device=device)
         # Behind the text, where a trial run before the capture does no harm.
         return tokens, torch.arange(cache.length, cache.length + width, device=device)

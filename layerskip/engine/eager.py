@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,11 +9,9 @@ from torch.nn import functional
 from layerskip.costs import PassCosts
 from layerskip.engine.base import DraftStep, Scored, SharedPrefix
 from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
 from layerskip.sublayers import PassContext, Stack
 from layerskip.token_tree import MOST_LEAVES, TokenTree
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
 
 
 class EagerEngine:
@@ -29,32 +25,32 @@ class EagerEngine:
     resumes = True
 
     def __init__(self, model: LayerSkipModel) -> None:
-        self._model = model
+        self.model = model
         self.costs: PassCosts | None = None
 
     @property
     def captures(self) -> bool:
-        return self._model.compiled
+        return self.model.compiled
 
     def new_cache(self, capacity: int) -> KVCache:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
-        return self._model.new_cache(capacity + MOST_LEAVES + padding)
+        return self.model.new_cache(capacity + MOST_LEAVES + padding)
 
     def has_room(self, cache: KVCache, capacity: int) -> bool:
         return True  # its caches grow
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
-        x = self._model.forward(tokens, cache)
-        return Scored(self._model.logits(x[:, -1:]), x[0])
+        x = self.model.forward(tokens, cache)
+        return Scored(self.model.logits(x[:, -1:]), x[0])
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         with cache.recompute_last(len(tokens) - 1):
-            context = self._model.pass_context(len(tokens), cache)
-            shared = stack.run(self._model.embed(tokens), context, stop=stack.shared)
+            context = self.model.pass_context(len(tokens), cache)
+            shared = stack.run(self.model.embed(tokens), context, stop=stack.shared)
             x = stack.run(shared, context, start=stack.shared)[:, -1:]
         cache.advance(1)
         prefix = shared[:, -1:] if stack.shared else None
-        return DraftStep.of(self._model.logits(x, stack)[0], stack.token_ids, prefix)
+        return DraftStep.of(self.model.logits(x, stack)[0], stack.token_ids, prefix)
 
     def verify(
         self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
@@ -65,9 +61,9 @@ class EagerEngine:
         if shared is not None and tree.is_chain and self._resuming_pays(width, shared):
             x, start = self._resume(tokens, cache, shared), shared.depth
         else:
-            x, start = self._model.embed(tokens), 0
+            x, start = self.model.embed(tokens), 0
         x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
-        x = self._model.target_stack.run(x, self._context(tree, width, cache), start=start)
+        x = self.model.target_stack.run(x, self._context(tree, width, cache), start=start)
         cache.advance(needed)
         scored = self._scored(x)
         return Scored(scored.logits[:needed], scored.states[:needed])
@@ -75,21 +71,21 @@ class EagerEngine:
     def _context(self, tree: TokenTree, width: int, cache: KVCache) -> PassContext:
         # What a chain sees is simpler, and faster where no mask is needed.
         if tree.is_chain:
-            return self._model.pass_context(width, cache)
-        return self._model.tree_context(tree.padded(width), cache)
+            return self.model.pass_context(width, cache)
+        return self.model.tree_context(tree.padded(width), cache)
 
     def _scored(self, x: Tensor) -> Scored:
-        return Scored(self._model.logits(x), x[0])
+        return Scored(self.model.logits(x), x[0])
 
     def _resuming_pays(self, width: int, shared: SharedPrefix) -> bool:
-        share = shared.depth / len(self._model.sublayers)
+        share = shared.depth / len(self.model.sublayers)
         return self.costs is not None and self.costs.saved_by_resuming(width, share) > 0
 
     def _resume(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix) -> Tensor:
         """Hidden states of all tokens before sublayer ``shared.depth``: the last one alone has to be computed."""
         behind = cache.length
         cache.advance(len(tokens) - 1)
-        context = self._model.pass_context(1, cache)
-        last = self._model.target_stack.run(self._model.embed(tokens[-1:]), context, stop=shared.depth)
+        context = self.model.pass_context(1, cache)
+        last = self.model.target_stack.run(self.model.embed(tokens[-1:]), context, stop=shared.depth)
         cache.rollback(behind)
         return torch.cat([shared.states, last], dim=1)

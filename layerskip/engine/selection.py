@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
 
 import torch
 
-from layerskip.costs import calibrate
+from layerskip.engine.base import Engine
+from layerskip.engine.cost_measurement import load_costs
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
 from layerskip.errors import InvalidInputError
+from layerskip.model import LayerSkipModel
 from layerskip.names import ENGINES
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
 
 
 def check_engine(name: str, device: torch.device) -> None:
@@ -35,8 +33,8 @@ def check_engine(name: str, device: torch.device) -> None:
         raise InvalidInputError(f"engine '{name}': {GraphEngine.needs}; use the {EagerEngine.name} engine")
 
 
-def use_engine(model: LayerSkipModel, name: str) -> None:
-    """Let a model run its passes by an engine, calibrated to this machine.
+def make_engine(model: LayerSkipModel, name: str = EagerEngine.name) -> Engine:
+    """An engine for a model, with what its passes cost on this machine: measured now, or read from the cache.
 
     Args:
         model: The model.
@@ -46,5 +44,6 @@ def use_engine(model: LayerSkipModel, name: str) -> None:
         InvalidInputError: There is no such engine, or the model does not lie on one CUDA device.
     """
     check_engine(name, model.device)
-    model.engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
-    calibrate(model)
+    engine: Engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
+    engine.costs = load_costs(engine)
+    return engine

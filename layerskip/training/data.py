@@ -1,9 +1,8 @@
-"""The draft vocabulary of a trained draft: the tokens that the target model says in the texts it learns from."""
+"""Texts to train drafts on: prompts, the target model's answers with its hidden states, and the draft vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,61 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.errors import InvalidInputError, LayerSkipError
 from layerskip.model import LayerSkipModel
-from layerskip.utils import cache_write_errors, library_versions, write_bytes_atomically
-
-
-@torch.inference_mode()
-def batch_generate(
-    model: LayerSkipModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0
-) -> list[list[int]]:
-    """The target model's continuations of several prompts, decoded side by side by transformers.
-
-    Args:
-        model: The model.
-        prompts: Token ids.
-        max_new_tokens: Most new tokens for each.
-        temperature: 0 is greedy; above, tokens are sampled with torch's own random state.
-
-    Returns:
-        The new tokens of each; an end-of-sequence token is the last of them.
-    """
-    longest = max(map(len, prompts))
-    eos = sorted(model.eos_token_ids)
-    padding = eos[0] if eos else 0
-    rows = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings = GenerationConfig(
-        **(sampled if temperature else {"do_sample": False}),
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos or None,
-        pad_token_id=padding,
-    )
-    out: Tensor = model.hf_model.generate(  # type: ignore[operator]
-        torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(seen, device=model.device),
-        generation_config=settings,
-    )
-    return [_until_end(row[longest:], model.eos_token_ids) for row in out.tolist()]
-
-
-def _until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[:end]
-
+from layerskip.target_texts import TargetText, TextStore, batch_generate, likeliest
+from layerskip.utils import digest
 
 _LONGEST_PROMPT = 64
 _SHORTEST_PROMPT = 4
@@ -73,19 +28,8 @@ _SHORTEST_PROMPT = 4
 _WORDS = "the-words-of-the-user"
 
 
-class PromptSource(Protocol):
-    """Gives prompts in portions, the same ones each time."""
-
-    def portion(self, number: int, size: int) -> list[list[int]]:
-        """Token ids of the ``number``-th ``size`` prompts; fewer, or none, where there are no more."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with whatever changes the prompts."""
-
-
 class GivenPrompts:
-    """Prompts from a list, in an order of their own each time around.
+    """Prompts from a list, in another order each time around.
 
     Args:
         prompts: Token ids.
@@ -99,6 +43,7 @@ class GivenPrompts:
         self._seed = seed
 
     def portion(self, number: int, size: int) -> list[list[int]]:
+        """Token ids of the ``number``-th ``size`` prompts; fewer, or none, where there are no more."""
         total = len(self._prompts) * self._rounds
         return [self._at(place) for place in range(number * size, min((number + 1) * size, total))]
 
@@ -109,11 +54,12 @@ class GivenPrompts:
 
     @property
     def fingerprint(self) -> str:
-        return _digest([self._prompts, self._rounds, self._seed])
+        """Changes with whatever changes the prompts."""
+        return digest([self._prompts, self._rounds, self._seed])
 
 
 class SelfWrittenPrompts:
-    """Prompts that an instruction model writes itself, behind the part of its chat template that comes before them.
+    """Prompts that an instruction model writes itself, after the part of its chat template that precedes them.
 
     Source: Magpie (Xu et al., arXiv 2406.08464).
 
@@ -137,47 +83,45 @@ class SelfWrittenPrompts:
             raise InvalidInputError("the model has no end-of-sequence token to end its own prompts; give --prompts")
         message = [{"role": "user", "content": _WORDS}]
         shown = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        before, words, behind = shown.partition(_WORDS)
+        before, words, after = shown.partition(_WORDS)
         if not words:
             raise InvalidInputError("the model's chat template does not show what the user says; give --prompts")
-        self._before, self._behind = (
-            list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, behind)
+        self._before, self._after = (
+            list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after)
         )
         self._model = model
         self._seed = seed
         self._temperature = temperature
 
     def portion(self, number: int, size: int) -> list[list[int]]:
-        with seeded(f"{self._seed} prompts {number}", self._model.device):
+        """Token ids of the ``number``-th ``size`` prompts, the same ones each time; unusable ones are left out."""
+        with _seeded(f"{self._seed} prompts {number}", self._model.device):
             written = batch_generate(self._model, [self._before] * size, _LONGEST_PROMPT, temperature=self._temperature)
         ended = [words[:-1] for words in written if words[-1] in self._model.eos_token_ids]
-        return [[*self._before, *words, *self._behind] for words in ended if len(words) >= _SHORTEST_PROMPT]
+        return [[*self._before, *words, *self._after] for words in ended if len(words) >= _SHORTEST_PROMPT]
 
     @property
     def fingerprint(self) -> str:
-        return _digest([self._before, self._behind, self._seed, self._temperature])
+        """Changes with whatever changes the prompts."""
+        return digest([self._before, self._after, self._seed, self._temperature])
+
+
+PromptSource = GivenPrompts | SelfWrittenPrompts
 
 
 @contextmanager
-def seeded(name: str, device: torch.device) -> Iterator[None]:
-    """Let torch draw what belongs to a name meanwhile, and go on as before behind it."""
+def _seeded(name: str, device: torch.device) -> Iterator[None]:
+    """Seed torch's random state by a name inside the block, and restore it after."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:15], 16))
         yield
 
 
-def _digest(what: object) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-# Of so many prompts one is held out, by what it says, so that the same prompt is never on both sides.
+# One prompt in so many is held out, by its content, so that the same prompt is never on both sides.
 _HELD_OUT_OF = 16
-# Where nothing is asked, nothing was chosen.
-NOT_ASKED = -1
 # Room that is left on the disk for others, as a share of what the texts need.
 _SPARE = 1.1
-_WHAT = "the texts to learn from"
 
 
 @dataclass(frozen=True)
@@ -185,10 +129,10 @@ class DataSettings:
     """What to write and to keep.
 
     Args:
-        exit: Layers of the model below what is stood in for, from 1 to ``num_layers - 1``.
+        exit: Layers of the model below the draft layer or bridge, from 1 to ``num_layers - 1``.
         max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the target model's likeliest tokens; above, answers are sampled.
-        side_by_side: Texts written at a time, which make up one shard.
+        temperature: 0 takes the target model's most probable tokens; above, answers are sampled.
+        batch_size: Texts decoded in a batch, which make up one shard.
         seed: Decides what is sampled.
 
     Raises:
@@ -198,59 +142,73 @@ class DataSettings:
     exit: int
     max_new_tokens: int = 128
     temperature: float = 0.0
-    side_by_side: int = 64
+    batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("exit", "max_new_tokens", "side_by_side"):
+        for name in ("exit", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.temperature < float("inf"):
             raise InvalidInputError(f"temperature: expected a number from 0 on, got {self.temperature}")
 
 
-@dataclass(frozen=True, eq=False)
-class TuningText:
-    """One text of ``n + 1`` tokens, of which ``n`` went through the target model.
+@dataclass(frozen=True)
+class TrainingTexts:
+    """Texts on disk to train on, in shards.
+
+    The states of each text of ``n`` tokens, ``[2, n - 1, hidden_size]`` in bfloat16, are those before the first
+    sublayer above the exit and those after the last sublayer; no pass has read the last token.
 
     Args:
-        tokens: ``[n]``, the prompt and the answer but for its last token.
-        before: ``[n, hidden_size]``, hidden states before the first sublayer that is stood in for.
-        after: ``[n, hidden_size]``, hidden states after the target model's last sublayer.
-        choices: ``[n]``, the target model's likeliest token behind each position of the answer and behind the prompt's
-            last; ``NOT_ASKED`` elsewhere.
+        store: Where they are.
+        shards: Their names there.
+        positions: Positions at which a draft is asked, in all of them.
     """
 
-    tokens: Tensor
-    before: Tensor
-    after: Tensor
-    choices: Tensor
+    store: TextStore
+    shards: Sequence[str]
+    positions: int
 
-    @property
-    def asked(self) -> Tensor:
-        """``[n]``, where a draft would be asked for the next token."""
-        return self.choices != NOT_ASKED
+    def learned(self, shards: Sequence[str] | None = None) -> Iterator[TargetText]:
+        """The texts of some shards, or of all, to learn from; their tensors are read from disk when they are used."""
+        texts = self._texts(self.shards if shards is None else shards)
+        return (text for text in texts if _prompt_number(text) not in self._held_out)
 
-    def copied(self) -> TuningText:
-        """The same in memory of its own, so that it does not hold on to its shard."""
-        return TuningText(self.tokens.clone(), self.before.clone(), self.after.clone(), self.choices.clone())
+    def held_out(self, most: int) -> list[TargetText]:
+        """Texts to test with, of about ``most`` positions together."""
+        chosen: list[TargetText] = []
+        found = 0
+        for text in self._texts(self.shards):
+            if _prompt_number(text) in self._held_out and found < most:
+                chosen.append(text)
+                found += len(text.choices)
+        return chosen
 
-    @property
-    def prompt(self) -> int:
-        """A number that depends on the prompt alone."""
-        tokens = self.tokens[~self.asked].tolist()
-        return int(hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:15], 16)
+    def _texts(self, shards: Sequence[str]) -> Iterator[TargetText]:
+        return (text for name in shards for text in self.store.read(name))
+
+    @cached_property
+    def _held_out(self) -> frozenset[int]:
+        """The prompts whose texts nothing may be learned from: one of several at least, however few there are."""
+        prompts = {_prompt_number(text) for text in self._texts(self.shards)}
+        return frozenset(prompt for prompt in prompts if prompt % _HELD_OUT_OF == 0) or frozenset([min(prompts)])
 
 
-class TuningData:
-    """Texts on disk. What is there already is used again, also by a run that wants more of them.
+def _prompt_number(text: TargetText) -> int:
+    """A number that depends on the prompt alone."""
+    return int(digest(text.tokens[: text.prompt_length].tolist()), 16)
+
+
+class TrainingTextWriter:
+    """Lets the target model write texts to train on; what is on disk already is used again.
 
     Args:
         model: The target model.
         prompts: What to ask it.
         settings: What to write and to keep.
-        folder: Where texts of all models are kept.
-        fingerprint: Of the model's weights, as in :class:`layerskip.fingerprint.ModelIdentity`.
+        cache: Where texts of all models are kept.
+        fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
 
     Raises:
         InvalidInputError: The exit is not inside the model.
@@ -258,139 +216,113 @@ class TuningData:
     """
 
     def __init__(
-        self, model: LayerSkipModel, prompts: PromptSource, settings: DataSettings, folder: Path, fingerprint: str
+        self, model: LayerSkipModel, prompts: PromptSource, settings: DataSettings, cache: Path, fingerprint: str
     ) -> None:
         if settings.exit >= model.num_layers:
             raise InvalidInputError(
-                f"exit: expected 1 to {model.num_layers - 1}, layers of the model to keep below what is stood in for, "
-                f"got {settings.exit}"
+                f"exit: expected 1 to {model.num_layers - 1}, layers of the model to keep, got {settings.exit}"
             )
         self._model = model
         self._prompts = prompts
         self._settings = settings
-        what = [fingerprint, str(model.dtype), asdict(settings), prompts.fingerprint, library_versions()]
-        self.folder = folder / f"tuning-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
-        with cache_write_errors(self.folder, _WHAT):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._store = TextStore(model, fingerprint, cache, "training", asdict(settings), prompts.fingerprint)
 
-    def collect(self, positions: int, observe: Callable[[int], None] = lambda positions: None) -> Shards:
-        """Write texts until there are so many positions at which a draft would be asked, or no more prompts.
+    def collect(self, positions: int, observe: Callable[[int], None] = lambda positions: None) -> TrainingTexts:
+        """Write texts until there are so many positions at which a draft is asked, or no more prompts.
 
         Args:
             positions: How many are wanted.
-            observe: Told how many there are, after each shard.
+            observe: Called with the number so far, after each shard.
 
         Returns:
-            The shards, as many as it takes.
+            As many shards as it takes.
 
         Raises:
             InvalidInputError: There are no prompts.
             LayerSkipError: The disk has no room.
         """
         self._check_room(positions)
-        paths: list[Path] = []
+        shards: list[str] = []
         found = 0
         while found < positions:
-            path = self.folder / f"{len(paths):05}.safetensors"
-            count = _asked_positions(path)
-            if count is None:
-                portion = self._prompts.portion(len(paths), self._settings.side_by_side)
-                if not portion:
-                    break
-                texts = self._write(portion, len(paths))
-                count = sum(int(text.asked.sum()) for text in texts)
-                with cache_write_errors(path, _WHAT):
-                    write_bytes_atomically(path, _to_bytes(texts, count))
-            paths.append(path)
+            count = sum(len(text.choices) for text in self._shard(len(shards)))
+            if not count:
+                break
+            shards.append(_name(len(shards)))
             found += count
             observe(found)
         if not found:
             raise InvalidInputError("prompts: the model had nothing to say to any of them; give others")
-        return Shards(paths, found)
+        return TrainingTexts(self._store, shards, found)
 
-    def _write(self, prompts: Sequence[Sequence[int]], number: int) -> list[TuningText]:
-        """Let the target model answer, and keep its hidden states on the way."""
-        with (
-            seeded(f"{self._settings.seed} answers {number}", self._model.device),
-            _recording(self._model, self._settings.exit) as recorded,
-        ):
-            answers = batch_generate(
-                self._model, prompts, self._settings.max_new_tokens, temperature=self._settings.temperature
-            )
-        before, after = (torch.cat(part, dim=1) for part in (recorded.before, recorded.after))  # [b, columns, hidden]
-        choices = torch.stack(recorded.choices, dim=1).cpu()  # [b, steps]
-        longest = max(map(len, prompts))
-        return [
-            _text(prompt, answer, before[row].cpu(), after[row].cpu(), choices[row], longest)
-            for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        ]
+    def _shard(self, number: int) -> list[TargetText]:
+        """The texts of a shard, written now if they are not on disk; none where there are no more prompts."""
+        texts = self._store.find(_name(number))
+        if texts is not None:
+            return texts
+        prompts = self._prompts.portion(number, self._settings.batch_size)
+        if not prompts:
+            return []
+        with _seeded(f"{self._settings.seed} answers {number}", self._model.device):
+            texts = _answered(self._model, prompts, self._settings)
+        self._store.write(_name(number), texts)
+        return texts
 
     def _check_room(self, positions: int) -> None:
-        # Both ends, in two bytes a number; prompts and padding are about as long as answers at most.
+        # Both boundaries, in two bytes a number; prompts and padding are about as long as answers at most.
         needed = int(_SPARE * 2 * positions * 2 * 2 * self._model.config.hidden_size)
-        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        free = shutil.disk_usage(self.folder).free
+        there = sum(path.stat().st_size for path in self._store.folder.glob("*.safetensors"))
+        free = shutil.disk_usage(self._store.folder).free
         if needed - there > free:
             raise LayerSkipError(
-                f"{self.folder}: {positions} positions take up to {(needed - there) / 2**30:.1f} GiB, but "
+                f"{self._store.folder}: {positions} positions take up to {(needed - there) / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB are free; lower --positions, or set LAYERSKIP_CACHE to another folder"
             )
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Texts on disk.
+def _name(shard: int) -> str:
+    return f"{shard:05}"
 
-    Args:
-        paths: The shards.
-        positions: Positions at which a draft would be asked, in all of them.
+
+def _answered(model: LayerSkipModel, prompts: Sequence[Sequence[int]], settings: DataSettings) -> list[TargetText]:
+    """Let the target model answer some prompts, and keep its hidden states on the way.
+
+    Texts of a training are many, so that a pass over each afterwards, as for the search's reference, would take two
+    thirds as long again on a CPU.
     """
-
-    paths: Sequence[Path]
-    positions: int
-
-    def texts(self, path: Path) -> list[TuningText]:
-        """The texts of one shard; their tensors are read from disk when they are used."""
-        tensors = load_file(path)
-        lengths = tensors["lengths"].tolist()
-        parts = (tensors[name].split(lengths) for name in ("tokens", "before", "after", "choices"))
-        return [TuningText(*row) for row in zip(*parts, strict=True)]
-
-    def learned(self, paths: Sequence[Path]) -> Iterator[TuningText]:
-        """The texts of some shards to learn from."""
-        return (text for path in paths for text in self.texts(path) if text.prompt not in self._kept_out)
-
-    def held_out(self, most: int) -> list[TuningText]:
-        """Texts to test with, of about ``most`` positions together."""
-        chosen: list[TuningText] = []
-        found = 0
-        for path in self.paths:
-            for text in self.texts(path):
-                if text.prompt in self._kept_out and found < most:
-                    chosen.append(text.copied())
-                    found += int(text.asked.sum())
-        return chosen
-
-    @cached_property
-    def _kept_out(self) -> frozenset[int]:
-        """The prompts whose texts nothing may be learned from: one of several at least, however few there are."""
-        prompts = {text.prompt for path in self.paths for text in self.texts(path)}
-        return frozenset(prompt for prompt in prompts if prompt % _HELD_OUT_OF == 0) or frozenset([min(prompts)])
+    with _recording(model, settings.exit) as passes:
+        answers = batch_generate(model, prompts, settings.max_new_tokens, temperature=settings.temperature)
+    states = torch.stack([torch.cat(part, dim=1).cpu() for part in (passes.before, passes.after)], dim=1)
+    best = [torch.stack(part, dim=1).cpu() for part in zip(*passes.best, strict=True)]  # [b, steps] each
+    longest = max(map(len, prompts))
+    texts = []
+    for prompt, answer, row, choices, confidence in zip(prompts, answers, states, *best, strict=True):
+        first, steps = longest - len(prompt), slice(1, len(answer))  # rows are padded on the left
+        texts.append(
+            TargetText(
+                tokens=torch.tensor([*prompt, *answer], dtype=torch.int),
+                prompt_length=len(prompt),
+                choices=choices[steps],
+                confidence=confidence[steps],
+                states=row[:, first : longest + len(answer) - 1],
+            )
+        )
+    return texts
 
 
 @dataclass
-class _Recorded:
-    """What passes went by: for each, ``[b, n, hidden_size]`` and the last position's choice, ``[b]``."""
+class _Passes:
+    """What the passes of a batch left: for each pass ``[b, n, hidden_size]`` states, and its last position's best."""
 
     before: list[Tensor]
     after: list[Tensor]
-    choices: list[Tensor]
+    best: list[tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def _recording(model: LayerSkipModel, exit_layer: int) -> Iterator[_Recorded]:
-    """Keep what goes by in the target model's passes meanwhile, in bfloat16."""
-    recorded = _Recorded([], [], [])
+def _recording(model: LayerSkipModel, exit_layer: int) -> Iterator[_Passes]:
+    """Keep the states of the target model's passes inside the block, in bfloat16, and what it chose."""
+    passes = _Passes([], [], [])
     decoder: Any = model.hf_model.base_model
 
     def keep(states: list[Tensor]) -> Callable[..., None]:
@@ -399,63 +331,37 @@ def _recording(model: LayerSkipModel, exit_layer: int) -> Iterator[_Recorded]:
 
         return hook
 
-    def choose(module: Any, args: tuple[Any, ...], logits: Tensor) -> None:
-        recorded.choices.append(logits[:, -1].argmax(-1))
+    def choose(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        passes.best.append(likeliest(output.logits[:, -1].float()))
 
     with ExitStack() as hooks:
         for handle in (
-            decoder.layers[exit_layer].register_forward_pre_hook(keep(recorded.before), with_kwargs=True),
-            decoder.norm.register_forward_pre_hook(keep(recorded.after), with_kwargs=True),
-            model.hf_model.get_output_embeddings().register_forward_hook(choose),
+            decoder.layers[exit_layer].register_forward_pre_hook(keep(passes.before), with_kwargs=True),
+            decoder.norm.register_forward_pre_hook(keep(passes.after), with_kwargs=True),
+            model.hf_model.register_forward_hook(choose),
         ):
             hooks.callback(handle.remove)
-        yield recorded
-
-
-def _text(
-    prompt: Sequence[int], answer: Sequence[int], before: Tensor, after: Tensor, choices: Tensor, longest: int
-) -> TuningText:
-    """One row of a batch that was padded on the left to ``longest`` tokens before the answers."""
-    tokens = [*prompt, *answer[:-1]]
-    columns = slice(longest - len(prompt), longest - len(prompt) + len(tokens))
-    asked = choices.new_full((len(tokens),), NOT_ASKED)
-    asked[len(prompt) - 1 :] = choices[: len(answer)]
-    return TuningText(torch.tensor(tokens), before[columns], after[columns], asked)
-
-
-def _to_bytes(texts: Sequence[TuningText], asked: int) -> bytes:
-    parts = {name: torch.cat([getattr(text, name) for text in texts]) for name in ("before", "after")}
-    ids = {name: torch.cat([getattr(text, name) for text in texts]).int() for name in ("tokens", "choices")}
-    lengths = {"lengths": torch.tensor([len(text.tokens) for text in texts]), "asked": torch.tensor(asked)}
-    return save({name: tensor.contiguous() for name, tensor in (parts | ids | lengths).items()})
-
-
-def _asked_positions(path: Path) -> int | None:
-    """How many positions a shard has; None if it is not there or not whole."""
-    try:
-        return int(load_file(path)["asked"])
-    except (OSError, SafetensorError, KeyError):
-        return None
+        yield passes
 
 
 # Positions whose probabilities are summed up; of all others only the choice counts.
 _POSITIONS = 4096
 
 
-def vocabulary_of(model: LayerSkipModel, shards: Shards, size: int) -> Tensor:
+def vocabulary_of(model: LayerSkipModel, texts: TrainingTexts, size: int) -> Tensor:
     """The ids of a draft vocabulary, ascending, ``[size]``.
 
     Args:
         model: The target model.
-        shards: What it wrote; held-out texts do not count.
+        texts: What it wrote; held-out texts do not count.
         size: Tokens wanted, at most ``vocab_size``.
     """
     counts = torch.zeros(model.vocab_size)
     states: list[Tensor] = []
-    share = max(shards.positions // _POSITIONS, 1)
-    for text in shards.learned(shards.paths):
-        counts += text.choices[text.asked].bincount(minlength=model.vocab_size)
-        states.append(text.after[text.asked][::share])
+    share = max(texts.positions // _POSITIONS, 1)
+    for text in texts.learned():
+        counts += text.choices.bincount(minlength=model.vocab_size)
+        states.append(text.states[1, text.asked][::share])
     some = torch.cat(states)[:_POSITIONS].to(model.device, model.dtype)
     frequencies = emission_frequencies(model, some).cpu() + counts
     return draft_vocabulary(frequencies, model.eos_token_ids, size)

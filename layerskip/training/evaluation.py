@@ -15,7 +15,7 @@ from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.heads import DraftHeads
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack, Step
-from layerskip.training.data import TuningText
+from layerskip.target_texts import TargetText
 from layerskip.training.trainable_draft import DraftOutput, TrainableDraft
 
 Loss = Literal["kl", "ce", "both"]
@@ -90,7 +90,7 @@ class Scorer:
         self._columns[ids] = torch.arange(len(ids))
         self._chunk = max(_SCORES // len(ids), 1)
 
-    def learn_from(self, learner: TrainableDraft, texts: Sequence[TuningText]) -> float:
+    def learn_from(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> float:
         """Add the gradient of the mean loss over all asked positions to the learner's parameters; return that loss."""
         guesses = [guess for guess in self._guesses(learner, texts) if len(guess.states)]
         # Chunk by chunk through the head, so that the scores of one chunk are in memory at a time.
@@ -106,7 +106,7 @@ class Scorer:
         return total
 
     @torch.no_grad()
-    def agreement(self, learner: TrainableDraft, batches: Sequence[Sequence[TuningText]]) -> Agreement:
+    def agreement(self, learner: TrainableDraft, batches: Sequence[Sequence[TargetText]]) -> Agreement:
         """How a learner does on some batches of texts."""
         counts: list[_Count] = []
         for texts in batches:
@@ -131,7 +131,7 @@ class Scorer:
             for k in RANKS:
                 count.within[k] += int((known & (rank < k)).sum())
 
-    def _guesses(self, learner: TrainableDraft, texts: Sequence[TuningText]) -> list[DraftOutput]:
+    def _guesses(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> list[DraftOutput]:
         with self._precision():
             return learner.guesses(texts)
 

@@ -20,7 +20,8 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
-from layerskip.training.data import Shards, TuningText
+from layerskip.target_texts import TargetText
+from layerskip.training.data import TrainingTexts
 from layerskip.training.evaluation import LOSSES, Agreement, Loss, Scorer, frozen
 from layerskip.training.trainable_draft import TrainableDraft
 from layerskip.utils import write_bytes_atomically
@@ -202,7 +203,7 @@ class Trained:
 def train(
     model: LayerSkipModel,
     learner: TrainableDraft,
-    shards: Shards,
+    texts: TrainingTexts,
     settings: TrainingSettings,
     *,
     token_ids: Tensor | None = None,
@@ -214,7 +215,7 @@ def train(
     Args:
         model: The target model.
         learner: What to train; what it stands for ends at the top of the stack.
-        shards: What the target model wrote.
+        texts: What the target model wrote.
         settings: How to train.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         folder: Where the training is kept, so that the same call goes on where an earlier one stopped; None keeps
@@ -230,7 +231,7 @@ def train(
             f"stand-in: ends before sublayer {learner.stop}; only one that reaches the top can be trained"
         )
     with frozen(model):
-        training = _Training(model, learner, shards, settings, token_ids, folder, observe)
+        training = _Training(model, learner, texts, settings, token_ids, folder, observe)
         interrupted = False
         try:
             training.run()
@@ -248,24 +249,24 @@ class _Training:
         self,
         model: LayerSkipModel,
         learner: TrainableDraft,
-        shards: Shards,
+        texts: TrainingTexts,
         settings: TrainingSettings,
         token_ids: Tensor | None,
         folder: Path | None,
         observe: Callable[[EvalResult], None],
     ) -> None:
         self._learner = learner
-        self._shards = shards
+        self._texts = texts
         self._settings = settings
         self._observe = observe
         self._scorer = Scorer(model, model.stack_of(SkipSet(model.num_layers), token_ids=token_ids), settings.loss)
-        self._held_out = _batches(shards.held_out(_HELD_OUT_POSITIONS), settings.batch_positions)
+        self._held_out = _batches(texts.held_out(_HELD_OUT_POSITIONS), settings.batch_positions)
         rate = settings.learning_rate or _RATE * math.sqrt(_RATE_SIZE / model.config.hidden_size)
         self._rate = rate
         self._optimizer = torch.optim.AdamW(
             learner.parameters.values(), lr=rate, betas=_BETAS, weight_decay=settings.weight_decay
         )
-        learned = sum(int(text.asked.sum()) for text in shards.learned(shards.paths))
+        learned = sum(len(text.choices) for text in texts.learned())
         if not learned:
             raise InvalidInputError("prompts: there are too few different ones to learn from; give more")
         self._all_positions = settings.epochs * learned
@@ -286,7 +287,7 @@ class _Training:
         run = [self._learner.start, self._learner.stop, shapes]
         # Rounded: the last places of a sum depend on the number of threads.
         first = [f"{value.detach().double().abs().sum():.5e}" for value in self._learner.parameters.values()]
-        texts = [[path.name for path in self._shards.paths], self._shards.positions]
+        texts = [self._texts.shards, self._texts.positions]
         what = json.dumps([asdict(self._settings), ids, run, first, texts])
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -311,13 +312,12 @@ class _Training:
             parameter.data.copy_(self.state.best[name])
         return self._scorer.agreement(self._learner, self._held_out)
 
-    def _rest_of_epoch(self) -> Iterator[list[TuningText]]:
+    def _rest_of_epoch(self) -> Iterator[list[TargetText]]:
         """The batches of the epoch that it is in, behind those that were done."""
         chance = random.Random(f"{self._settings.seed} {self.state.epoch}")
-        paths = chance.sample(list(self._shards.paths), len(self._shards.paths))
         done = self.state.batch
-        for path in paths:
-            texts = list(self._shards.learned([path]))
+        for shard in chance.sample(self._texts.shards, len(self._texts.shards)):
+            texts = list(self._texts.learned([shard]))
             chance.shuffle(texts)
             for batch in _batches(texts, self._settings.batch_positions):
                 if done:
@@ -325,7 +325,7 @@ class _Training:
                     continue
                 yield batch
 
-    def _step(self, batch: Sequence[TuningText]) -> None:
+    def _step(self, batch: Sequence[TargetText]) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * _schedule(self._progress())
         self._optimizer.zero_grad()
@@ -333,7 +333,7 @@ class _Training:
         torch.nn.utils.clip_grad_norm_(self._learner.parameters.values(), _LARGEST_GRADIENT)
         self._optimizer.step()
         self.state.batch += 1
-        self.state.positions += sum(int(text.asked.sum()) for text in batch)
+        self.state.positions += sum(len(text.choices) for text in batch)
 
     def _progress(self) -> float:
         """By the texts or by the time, whichever ends first."""
@@ -364,14 +364,14 @@ def _schedule(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
-def _batches(texts: Sequence[TuningText], positions: int) -> list[list[TuningText]]:
+def _batches(texts: Sequence[TargetText], positions: int) -> list[list[TargetText]]:
     """Texts in order, in batches of about so many asked positions."""
-    batches: list[list[TuningText]] = []
+    batches: list[list[TargetText]] = []
     room = 0
     for text in texts:
         if room <= 0:
             batches.append([])
             room = positions
         batches[-1].append(text)
-        room -= int(text.asked.sum())
+        room -= len(text.choices)
     return batches

@@ -16,7 +16,7 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Step
-from layerskip.training.data import TuningText
+from layerskip.target_texts import TargetText
 
 # How much less each head's loss counts than that of the one before (Medusa, arXiv 2401.10774, section 2.2.1).
 _HEAD_WEIGHT = 0.8
@@ -56,7 +56,7 @@ class TrainableDraft:
 
     start: int
     stop: int
-    guesses: Callable[[Sequence[TuningText]], list[DraftOutput]]
+    guesses: Callable[[Sequence[TargetText]], list[DraftOutput]]
     parameters: Mapping[str, nn.Parameter]
     assets: Callable[[Mapping[str, Tensor]], DraftWeights]
 
@@ -106,13 +106,13 @@ def trainable_heads(
     parameters = {name: nn.Parameter(value.to(model.device).float().clone()) for name, value in heads.tensors().items()}
     learned = heads_of(parameters)
     assert learned is not None
-    states_of: Callable[[Sequence[TuningText]], list[Tensor]] = _last_states
+    states_of: Callable[[Sequence[TargetText]], list[Tensor]] = _last_states
     if prefix is not None:
         layer = prefix.to(torch.empty(0, device=model.device)).module(model, slot=0)
         parameters |= {f"{_PREFIX}{name}": weight for name, weight in layer.named_parameters()}
         states_of = _states_through(model, draft_layer_step(model, layer, prefix.like))
 
-    def guesses(texts: Sequence[TuningText]) -> list[DraftOutput]:
+    def guesses(texts: Sequence[TargetText]) -> list[DraftOutput]:
         states = states_of(texts)
         return [_guesses_at(model, learned, place, texts, states) for place in range(learned.count)]
 
@@ -128,23 +128,23 @@ def _prefix_from(values: Mapping[str, Tensor], like: DraftLayerWeights) -> dict[
     return {like.start: DraftLayerWeights(like.start, like.stop, like.like, weights)}
 
 
-def _last_states(texts: Sequence[TuningText]) -> list[Tensor]:
-    """Of each text, ``[n, hidden_size]``: the target model's."""
-    return [text.after for text in texts]
+def _last_states(texts: Sequence[TargetText]) -> list[Tensor]:
+    """Of each text, ``[n - 1, hidden_size]``: the target model's."""
+    return [text.states[1] for text in texts]
 
 
-def _states_through(model: LayerSkipModel, layer: Step) -> Callable[[Sequence[TuningText]], list[Tensor]]:
+def _states_through(model: LayerSkipModel, layer: Step) -> Callable[[Sequence[TargetText]], list[Tensor]]:
     """As :func:`_last_states`, but what a layer makes of them."""
 
-    def states(texts: Sequence[TuningText]) -> list[Tensor]:
-        through = _through(model, layer, [text.after for text in texts])  # [b, longest, hidden_size]
-        return [row[: len(text.tokens)] for row, text in zip(through, texts, strict=True)]
+    def states(texts: Sequence[TargetText]) -> list[Tensor]:
+        through = _through(model, layer, [text.states[1] for text in texts])  # [b, longest, hidden_size]
+        return [row[: len(text.tokens) - 1] for row, text in zip(through, texts, strict=True)]
 
     return states
 
 
 def _guesses_at(
-    model: LayerSkipModel, heads: DraftHeads, place: int, texts: Sequence[TuningText], states: Sequence[Tensor]
+    model: LayerSkipModel, heads: DraftHeads, place: int, texts: Sequence[TargetText], states: Sequence[Tensor]
 ) -> DraftOutput:
     """What a head says where the text goes on for long enough, and is as it was up to the head's place.
 
@@ -153,19 +153,18 @@ def _guesses_at(
         heads: The heads.
         place: Which of them.
         texts: The texts.
-        states: Of each, ``[n, hidden_size]``, what the heads read.
+        states: Of each, ``[n - 1, hidden_size]``, what the heads read.
     """
     ahead = place + 1
     sources, known, targets, choices = [], [], [], []
     for text, read in zip(texts, states, strict=True):
-        first = int((~text.asked).sum())  # all positions from there on are asked
-        behind = text.tokens[first + 1 :]
-        if len(behind) < ahead:
+        after = text.states[1, text.asked]
+        if len(after) < ahead:
             continue
-        sources.append(read[first:-ahead])
-        known.append(behind.unfold(0, ahead, 1))  # [p, ahead]
-        targets.append(text.after[first + ahead :])
-        choices.append(text.choices[first + ahead :])
+        sources.append(read[text.prompt_length - 1 : -ahead])
+        known.append(text.tokens[text.asked].unfold(0, ahead, 1))  # [p, ahead]
+        targets.append(after[place:])
+        choices.append(text.choices[place:])
     if not sources:
         nothing = torch.empty(0, int(model.config.hidden_size), device=model.device)
         return DraftOutput(nothing, nothing, torch.empty(0, dtype=torch.long))
@@ -173,18 +172,18 @@ def _guesses_at(
     with torch.no_grad():
         embedded = model.embed(tokens.flatten())[0].float().unflatten(0, tokens.shape)
     said = heads.at(place, torch.cat(sources).to(model.device).float(), embedded)
-    return DraftOutput(said, torch.cat(targets).to(model.device), torch.cat(choices).long(), _HEAD_WEIGHT**ahead)
+    return DraftOutput(said, torch.cat(targets).to(model.device), torch.cat(choices), _HEAD_WEIGHT**ahead)
 
 
-def _guesses_above(model: LayerSkipModel, step: Step) -> Callable[[Sequence[TuningText]], list[DraftOutput]]:
+def _guesses_above(model: LayerSkipModel, step: Step) -> Callable[[Sequence[TargetText]], list[DraftOutput]]:
     """Those of a draft that has one step above what the target model computes too."""
 
-    def guesses(texts: Sequence[TuningText]) -> list[DraftOutput]:
-        states = _through(model, step, [text.before for text in texts])  # [b, longest, hidden_size]
-        asked = torch.stack([functional.pad(text.asked, (0, states.shape[1] - len(text.tokens))) for text in texts])
-        after = torch.cat([text.after[text.asked] for text in texts])
-        choices = torch.cat([text.choices[text.asked] for text in texts]).long()
-        return [DraftOutput(states[asked.to(model.device)], after.to(model.device), choices)]
+    def guesses(texts: Sequence[TargetText]) -> list[DraftOutput]:
+        through = _through(model, step, [text.states[0] for text in texts])  # [b, longest, hidden_size]
+        states = torch.cat([row[text.asked] for row, text in zip(through, texts, strict=True)])
+        after = torch.cat([text.states[1, text.asked] for text in texts])
+        choices = torch.cat([text.choices for text in texts])
+        return [DraftOutput(states, after.to(model.device), choices)]
 
     return guesses
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from studies.comparison import PromptTimes
 from studies.figures.picture import break_even, figure
-from studies.statistics import speedup_of_all, speedup_of_prompt
+from studies.statistics import PromptTimes, speedup_of_all, speedup_of_prompt
 
 
 @dataclass(frozen=True)

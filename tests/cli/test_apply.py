@@ -156,7 +156,7 @@ def test_a_prompt_that_is_no_text_is_wrong_usage(apply, profile, stdin):
     stdin("caf\udce9")  # as Python reads a byte that is not UTF-8 in the C locale, and on a command line
     for arguments in ([], ["caf\udce9"], ["--raw", "caf\udce9"]):
         done = apply(profile, *arguments)
-        assert (done.status, done.error) == (2, "prompt: character 4 is no text in UTF-8")
+        assert (done.status, done.error) == (2, "prompt: character 4 is not valid UTF-8")
 
 
 def test_stdin_that_is_no_text_is_wrong_usage(apply, profile, monkeypatch):
@@ -273,7 +273,7 @@ def test_a_terminal_instead_of_a_prompt_is_wrong_usage(apply, profile, monkeypat
     assert done.error.startswith("no prompt; ")
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("missing.txt", "No such file"), ("empty.txt", "holds no prompt")])
+@pytest.mark.parametrize(("name", "wrong"), [("missing.txt", "No such file"), ("empty.txt", "has no prompt")])
 def test_a_bad_file_of_prompts_is_wrong_usage_and_named(apply, profile, tmp_path, name, wrong):
     (tmp_path / "empty.txt").write_text("")
     done = apply(profile, "--prompts", tmp_path / name)

@@ -216,6 +216,7 @@ def test_quit_ends_a_chat(terminal):
     assert chat.end() == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(endless, terminal):
     chat = terminal(source=endless, count=500_000)
     for message in ("one", "two"):
@@ -229,6 +230,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(endless, terminal):
     assert chat.end() == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_typing_throws_the_line_away_and_keeps_the_chat(terminal, answers):
     chat = terminal()
     chat.see("> ")

@@ -19,7 +19,7 @@ from tests.cli.conftest import save_model
 def test_export_writes_a_checkpoint_that_transformers_loads(layerskip, profile, elsewhere):
     done = layerskip("export", profile, "--to", "draft")
     assert (done.status, done.err) == (0, "")
-    assert "layers    4 of 4, 2 sublayers in them zeroed" in done.out
+    assert "layers    4 of 4, 2 sublayers of them zeroed" in done.out
     assert "loaded with stock transformers" in done.out
     assert AutoModelForCausalLM.from_pretrained(elsewhere / "draft").config.num_hidden_layers == 4
 

@@ -84,7 +84,7 @@ def test_what_the_terminal_has_no_characters_for_is_escaped(locale, profile):
 def test_one_object_stays_one_where_the_terminal_has_no_characters_for_it(tmp_path):
     name = tmp_path / "größer.json"
     code = (
-        "import sys; from cli.output import escape_unencodable, print_json; "
+        "import sys; from cli.common import escape_unencodable, print_json; "
         "escape_unencodable(); print_json({'a': sys.argv[1]})"
     )
     done = subprocess.run(

@@ -315,6 +315,7 @@ def wait_for(process, beginning):
     raise AssertionError(f"never said '{beginning}': {lines}")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, options, model_folder):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

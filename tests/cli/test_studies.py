@@ -13,6 +13,7 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
@@ -29,7 +30,9 @@ def searched(wrapped, elsewhere):
     """A study of two candidates and no measurement in the default storage."""
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    return Search(wrapped, identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s").run()
+    return Search(
+        EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s"
+    ).run()
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
@@ -69,7 +72,7 @@ def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(la
     done = layerskip("studies", "show", "s")
     assert (done.status, done.err) == (0, "")
     assert "model     makers/tiny (float32 on " in done.out
-    assert "prompts   1 a measurement, at most 4 tokens each" in done.out
+    assert "prompts   1 per measurement, at most 4 tokens each" in done.out
     [header] = [line for line in done.out.splitlines() if "basis" in line]
     assert header.split() == ["trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft"]
     for trial in (first, last):
@@ -141,12 +144,13 @@ def dashboard_process():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
         try:
-            assert process.stderr.readline() == f"dashboard on http://127.0.0.1:{port}/; Ctrl-C ends it\n"
+            assert process.stderr.readline() == f"dashboard on http://127.0.0.1:{port}/; Ctrl-C stops it\n"
             yield process, port
         finally:
             process.kill()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_dashboard_says_where_it_is_serves_the_study_and_ends_with_ctrl_c(searched):
     with dashboard_process() as (process, port):
         readable, *_ = select.select([process.stdout], [], [], 20)
@@ -163,6 +167,7 @@ def test_the_dashboard_says_where_it_is_serves_the_study_and_ends_with_ctrl_c(se
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_dashboard_in_the_middle_of_a_request_too(searched):
     with dashboard_process() as (process, port), socket.create_connection(("127.0.0.1", port)) as request:
         request.sendall(b"POST /api/studies HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")

@@ -8,6 +8,7 @@ import pytest
 from layerskip import DraftProfile, SkipSet, generate
 from layerskip.drafting.weights import DraftWeights
 from layerskip.training import Agreement, EvalResult, Trained
+from search.callbacks import Evaluated, PhaseStarted, TrainingEnded
 from tests.models import transformers_greedy
 
 QUICK = ("--positions", 300, "--epochs", 2, "--max-new-tokens", 8, "--device", "cpu")
@@ -124,15 +125,24 @@ def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
     assert "attn 1 · mlp 2, which is no early exit" in outcome.error
 
 
-def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def press_ctrl_c(patched, when):
+    """Press Ctrl-C at the events for which ``when`` holds, once they are shown."""
     from cli.tune_inputs import TuningProgress
 
-    def press(self):
-        raise KeyboardInterrupt
+    show = TuningProgress.__call__
 
+    def press(self, event):
+        show(self, event)
+        if when(event):
+            raise KeyboardInterrupt
+
+    patched.setattr(TuningProgress, "__call__", press)
+
+
+def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 6, "--out", "m.json", *QUICK)
     with monkeypatch.context() as patched:
-        patched.setattr(TuningProgress, "costs_begin", press)
+        press_ctrl_c(patched, lambda event: event == PhaseStarted("costs"))
         stopped = layerskip(*arguments)
     assert (stopped.status, stopped.out) == (130, "")
     assert "texts and training are kept, and no profile was written; the same command goes on" in stopped.err
@@ -154,23 +164,15 @@ def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said
 
     agreement = Agreement(positions=100, loss=1.0, coverage=1.0, top={1: 0.5})
     trained = Trained(DraftWeights(), agreement, [EvalResult(progress, 1.0, agreement, best=False)], interrupted)
-    TuningProgress().training_ended(trained)
+    TuningProgress()(TrainingEnded(trained))
     assert capsys.readouterr().err == said
 
 
 def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
-    from cli.tune_inputs import TuningProgress
-
-    looked = TuningProgress.looked
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)
 
-    def press_at_the_second(self, look, ideal):
-        looked(self, look, ideal)
-        if look.progress > 0:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(TuningProgress, "looked", press_at_the_second)
+        press_ctrl_c(patched, lambda event: isinstance(event, Evaluated) and event.result.progress > 0)
         stopped = layerskip(*arguments)
     assert stopped.status == 130
     assert "nothing was measured" in stopped.out

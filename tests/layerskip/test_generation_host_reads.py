@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerskip import ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.engine import GraphEngine
-from layerskip.engine.cuda_graphs import call_directly
+from layerskip.engine import EagerEngine, GraphEngine
+from tests.capture import call_directly
 from tests.models import FAMILIES, LAYERS, random_layers
 
 SKIPPED = SkipSet(LAYERS, (2,), (1,))
@@ -61,22 +61,24 @@ class _Transfers(TorchFunctionMode):
 
 
 @pytest.fixture(scope="module", params=["eager", "captured"])
-def model(request, llama):
-    if request.param == "eager":
-        return llama
-    captured = LayerSkipModel(llama.hf_model)
-    captured.engine = GraphEngine(captured, call_directly)
-    return captured
+def engine(request, llama):
+    return EagerEngine(llama) if request.param == "eager" else GraphEngine(llama, call_directly)
 
 
-def reads_in_rounds(model, draft_exit, sampling, skip_set=SKIPPED, **settings):
+def reads_in_rounds(engine, draft_exit, sampling, skip_set=SKIPPED, **settings):
     """Reads of all rounds of a generation, and what it counted."""
-    drafter = LayerSkipDrafter(model, skip_set, draft_exit, **settings)
+    drafter = LayerSkipDrafter(engine.model, skip_set, draft_exit, **settings)
     counts, last = [], None
     for length in (24, 1, 24):  # what is made once for each shape of a draft; then one token, from the prompt alone
         with HostReads() as reads:
             last = generate(
-                model, [1, 2, 3], drafter=drafter, sampling=sampling, max_new_tokens=length, eos_token_ids=[]
+                engine.model,
+                [1, 2, 3],
+                engine=engine,
+                drafter=drafter,
+                sampling=sampling,
+                max_new_tokens=length,
+                eos_token_ids=[],
             )
         counts.append(reads.count)
     assert last.stats.rounds > 2
@@ -86,28 +88,28 @@ def reads_in_rounds(model, draft_exit, sampling, skip_set=SKIPPED, **settings):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=20, top_p=0.9, seed=1)], ids=["greedy", "random"])
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(2, 60)], ids=["whole vocabulary", "draft vocabulary"])
 class TestReads:
-    def test_a_round_of_fixed_length_reads_once(self, model, sampling, vocabulary):
-        reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary)
+    def test_a_round_of_fixed_length_reads_once(self, engine, sampling, vocabulary):
+        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary)
         assert reads == stats.rounds
 
-    def test_branches_add_none(self, model, sampling, vocabulary):
-        reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary, branches=(3, 2))
+    def test_branches_add_none(self, engine, sampling, vocabulary):
+        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary, branches=(3, 2))
         assert reads == stats.rounds
 
-    def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, model, sampling, vocabulary):
-        reads, stats = reads_in_rounds(model, ConfidenceThreshold(0.3), sampling, token_ids=vocabulary)
+    def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, engine, sampling, vocabulary):
+        reads, stats = reads_in_rounds(engine, ConfidenceThreshold(0.3), sampling, token_ids=vocabulary)
         assert reads == stats.rounds + stats.drafted
 
-    def test_a_layer_of_the_drafts_own_adds_none(self, model, sampling, vocabulary):
-        stand_ins = {2: random_layers(model, {2: 2 * LAYERS})[2].build(model, 0)}
+    def test_a_layer_of_the_drafts_own_adds_none(self, engine, sampling, vocabulary):
+        stand_ins = {2: random_layers(engine.model, {2: 2 * LAYERS})[2].build(engine.model, 0)}
         skip_set = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
         reads, stats = reads_in_rounds(
-            model, FixedLength(3), sampling, skip_set=skip_set, token_ids=vocabulary, stand_ins=stand_ins
+            engine, FixedLength(3), sampling, skip_set=skip_set, token_ids=vocabulary, stand_ins=stand_ins
         )
         assert reads == stats.rounds
 
-    def test_a_gate_reads_once_more_a_round(self, model, sampling, vocabulary):
-        reads, stats = reads_in_rounds(model, FixedLength(3), sampling, token_ids=vocabulary, gate=0.2)
+    def test_a_gate_reads_once_more_a_round(self, engine, sampling, vocabulary):
+        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary, gate=0.2)
         assert reads == 2 * stats.rounds
 
 
@@ -141,13 +143,18 @@ def test_every_way_to_read_is_counted(read, inferring):
 def test_on_a_device_a_round_waits_once(family, captured, sampling):
     """Counted by CUDA's own warnings."""
     model = LayerSkipModel(FAMILIES[family]().to("cuda"))
-    if captured:
-        model.engine = GraphEngine(model)
+    engine = GraphEngine(model) if captured else EagerEngine(model)
     drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3))
 
     def decode(length):
         return generate(
-            model, [1, 2, 3], drafter=drafter, sampling=sampling, max_new_tokens=length, eos_token_ids=[]
+            model,
+            [1, 2, 3],
+            engine=engine,
+            drafter=drafter,
+            sampling=sampling,
+            max_new_tokens=length,
+            eos_token_ids=[],
         ).stats.rounds
 
     decode(24)  # captures, and first calls

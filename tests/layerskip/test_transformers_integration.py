@@ -24,8 +24,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, speculate
-from layerskip.costs import calibrate
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import load_costs
 from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
 from layerskip.fingerprint import identify
 from tests.layerskip.test_profile import a_profile
@@ -488,26 +488,27 @@ def test_a_profile_is_checked_once_for_a_model(tmp_path, checks):
 def test_a_changed_model_is_checked_and_wrapped_anew(checks):
     model = tiny_llama()
     decode = speculate(profile_for(model))
-    wrapper = decode.prepare(model)
-    assert decode.prepare(model) is wrapper
+    engine = decode.prepare(model)
+    assert decode.prepare(model) is engine
     model.bfloat16()
-    assert decode.prepare(model) is not wrapper
+    assert decode.prepare(model) is not engine
     assert len(greedy(model, custom_generate=decode)) == LENGTH
     assert len(checks) == 2
     model.set_attn_implementation("eager")
-    assert decode.prepare(model).config._attn_implementation == "eager"
+    assert decode.prepare(model).model.config._attn_implementation == "eager"
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.raises(InvalidProfileError, match="fingerprint"):
         generate(model, custom_generate=decode)
 
 
-def test_a_prepared_wrapper_is_the_one_that_generations_use(tmp_path):
+def test_a_prepared_engine_is_the_one_that_generations_use(tmp_path):
     model = tiny_llama()
     decode = speculate(profile_for(model))
-    calibrate(decode.prepare(model), tmp_path)
+    engine = decode.prepare(model)
+    engine.costs = load_costs(engine, tmp_path)
     assert greedy(model, custom_generate=decode) == greedy(model)
-    assert decode.prepare(model).engine.costs is not None
+    assert decode.prepare(model).costs is not None
 
 
 def test_what_is_kept_does_not_keep_the_model():

@@ -13,23 +13,24 @@ import torch
 import search.search as preparation
 import search.search as study_module
 from layerskip import LayerSkipModel
+from search.callbacks import PromptMeasured, ignore
 from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from studies.storage import open_storage
 from tests.models import tiny_llama
-from tests.search.searches import Log, known_costs, small_search
+from tests.search.searches import known_costs, small_search
 
 STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 
-def search(url, folder, observer=None):
+def search(url, folder, on_event=ignore):
     """Three starts, then measurements and what the sampler proposes."""
     preparation.measure_latency = lambda model, space: known_costs(space)
     study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
     model = LayerSkipModel(tiny_llama())
-    return small_search(model, storage, study_name=STUDY, folder=Path(folder), observer=observer, **settings)
+    return small_search(model, storage, study_name=STUDY, folder=Path(folder), on_event=on_event, **settings)
 
 
 def stand_still(*_):
@@ -37,10 +38,9 @@ def stand_still(*_):
     time.sleep(3600)
 
 
-class StandStillMeasuring(Log):
-    """Stands still at the first prompt that is measured."""
-
-    def prompt_measured(self, number, total):
+def stand_still_measuring(event):
+    """Stand still at the first prompt that was measured."""
+    if isinstance(event, PromptMeasured) and event.done:
         stand_still()
 
 
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     url, folder, doing = sys.argv[1:]
     if doing == "looking":
         stand_still_looking()
-    search(url, folder, StandStillMeasuring() if doing == "measuring" else None).run()
+    search(url, folder, stand_still_measuring if doing == "measuring" else ignore).run()

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip.engine import PassCosts
+from layerskip.engine import EagerEngine, PassCosts
 from layerskip.fingerprint import identify
-from search.callbacks import SearchObserver
+from search.callbacks import PhaseStarted
 from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
 from search.settings import SearchSettings
-from studies.records import records_of
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -34,14 +33,15 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # The search's own parameters; the others are settings.
-_OWN = ("study_name", "observer", "space", "draft_layers", "folder", "helpers")
+_OWN = ("study_name", "on_event", "space", "draft_layers", "folder", "helpers")
 
 
 def small_search(model, storage, *, prompts=None, **named):
     """A search of three trials that takes a fraction of a second on a tiny model; it measures finalists alone."""
+    engine = named.pop("engine", None) or EagerEngine(model)
     own = {name: named.pop(name) for name in _OWN if name in named}
     settings = SearchSettings(**QUICK | named)
-    return Search(model, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
+    return Search(engine, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
 
 
 def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
@@ -68,7 +68,7 @@ def records(storage, study, *, prompt_set=None, trial=None):
     """What was recorded, of one prompt set or of one trial alone if asked."""
     return [
         record
-        for record in records_of(storage).of(study)
+        for record in storage.records.of(study)
         if prompt_set in (None, record.prompt_set) and trial in (None, record.trial)
     ]
 
@@ -84,64 +84,35 @@ def completed(study):
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
-class Log(SearchObserver):
-    """Keeps what a search says, as (event, what it says)."""
+def kind_of(event):
+    """The type of an event, or the phase that it begins."""
+    return event.phase if isinstance(event, PhaseStarted) else type(event)
+
+
+class Log:
+    """Keeps the events of a search."""
 
     def __init__(self):
         self.events = []
 
-    def of(self, name):
-        """What was said at each event of a name."""
-        return [said for event, *said in self.events if event == name]
+    def __call__(self, event):
+        self.events.append(event)
 
-    def study_opened(self, name, progress):
-        self.events.append(("study_opened", name, progress))
-
-    def reference_begins(self, prompts):
-        self.events.append(("reference_begins", prompts))
-
-    def reference_ready(self, found):
-        self.events.append(("reference_ready", found))
-
-    def costs_begin(self):
-        self.events.append(("costs_begin",))
-
-    def trials_begin(self):
-        self.events.append(("trials_begin",))
-
-    def measurement_begins(self, trial):
-        self.events.append(("measurement_begins", trial))
-
-    def prompt_measured(self, number, total):
-        self.events.append(("prompt_measured", number, total))
-
-    def trial_finished(self, progress, trial):
-        self.events.append(("trial_finished", progress, trial.number))
-
-    def finalists_chosen(self, count):
-        self.events.append(("finalists_chosen", count))
-
-    def finalist_measured(self, number, trial, speedup):
-        self.events.append(("finalist_measured", number, trial.number, speedup))
+    def of(self, kind):
+        """The events of a type, or those that begin a phase."""
+        return [event for event in self.events if kind_of(event) == kind]
 
 
 class CtrlC(Log):
-    """Presses Ctrl-C at the ``count``-th event of a name."""
+    """Presses Ctrl-C at the ``count``-th event of a type, or that begins a phase."""
 
-    def __init__(self, event, count=1):
+    def __init__(self, kind, count=1):
         super().__init__()
-        self._at, self._left = event, count
+        self._kind, self._count = kind, count
 
-    def __getattribute__(self, name):
-        handler = super().__getattribute__(name)
-        if name != "_at" and name == self._at:
-            return lambda *arguments: self._handle(handler, arguments)
-        return handler
-
-    def _handle(self, handler, arguments):
-        handler(*arguments)
-        self._left -= 1
-        if not self._left:
+    def __call__(self, event):
+        super().__call__(event)
+        if kind_of(event) == self._kind and len(self.of(self._kind)) == self._count:
             raise KeyboardInterrupt
 
 

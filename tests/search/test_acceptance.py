@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from layerskip import SkipSet
 from layerskip.drafting.bridges import Bridge
+from layerskip.engine import EagerEngine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.reference import record
 from tests.models import LAYERS, NEAR_TIE, VOCABULARY
@@ -41,11 +42,12 @@ def real_draft_steps(model, stack, text):
     """The draft's logits at each position at which it is asked, by a draft step behind the target model's own past."""
     found = []
     for position in range(text.prompt_length, len(text.tokens) - 1):
-        cache = model.engine.new_cache(len(text.tokens))
-        model.engine.prefill(text.tokens[:position], cache)
+        engine = EagerEngine(model)
+        cache = engine.new_cache(len(text.tokens))
+        engine.prefill(text.tokens[:position], cache)
         context = model.pass_context(1, cache)
         x = stack.run(model.embed(text.tokens[position : position + 1]), context)
-        step = model.engine.draft_step(text.tokens[position : position + 1], cache, stack)
+        step = engine.draft_step(text.tokens[position : position + 1], cache, stack)
         found.append((model.logits(x, stack)[0], step))
     return found
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layerskip import FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.drafter import LayerSkipDrafter, RoundResult
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import EagerEngine
 from layerskip.sampling import Draft, GreedySampler, Verdict
 from search.acceptance import AcceptanceTracer
 from search.reference import record
@@ -36,15 +37,16 @@ class Watched(GreedySampler):
 def proposals(model, drafter, text):
     """What decoding is proposed at each position of a text at which drafts are asked, whatever it had said before."""
     tokens = text.tokens
-    cache = model.engine.new_cache(len(tokens) + 8)
-    scored = model.engine.prefill(tokens[: text.prompt_length], cache)
-    drafter.start(tokens[: text.prompt_length], scored.states[-1])
+    engine = EagerEngine(model)
+    cache = engine.new_cache(len(tokens) + 8)
+    scored = engine.prefill(tokens[: text.prompt_length], cache)
+    drafter.start(engine, tokens[: text.prompt_length], scored.states[-1])
     sampler = Watched()
     for position in range(text.prompt_length, len(tokens) - 1):
         newest = tokens[position : position + 1]
         drafter.propose(newest, cache, 1, sampler)
         cache.rollback(position)
-        scored = model.engine.verify(newest, cache)
+        scored = engine.verify(newest, cache)
         # What was proposed is taken to have been wrong, so that every position is the newest once.
         verdict = Verdict([int(tokens[position + 1])], tokens[position + 1 : position + 2], (0,))
         drafter.observe(RoundResult(Draft.of([], newest.device), verdict, newest, scored))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from layerskip import FixedLength, SkipSet, generate
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.branching import best_comb, branching_policies, gains
-from search.reference import batch_generate, record
+from search.reference import record
 from search.space import SearchSpace
 from tests.models import LAYERS
 

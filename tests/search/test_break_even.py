@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel
 from layerskip.costs import speedup
-from layerskip.engine import use_engine
+from layerskip.engine import make_engine
 from search.break_even import (
     BreakEven,
     DraftBreakEven,
@@ -87,8 +87,7 @@ def test_typical_drafts_are_parts_of_the_model():
 
 def test_what_a_model_costs_is_measured_in_its_own_steps():
     model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
-    use_engine(model, "eager")
-    payoff = measure_break_even(model)
+    payoff = measure_break_even(make_engine(model))
     assert payoff.step_seconds > 0
     assert payoff.verification[1] == pytest.approx(1)
     assert sorted(payoff.verification) == list(range(1, 10))

@@ -10,7 +10,7 @@ from layerskip import FixedLength, SkipSet
 from layerskip.drafting.bridges import BridgeFitter
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import RoundResult
-from layerskip.engine import Scored
+from layerskip.engine import EagerEngine, Scored
 from layerskip.sampling import Draft, Verdict
 from search.builder import DraftBuilder
 from search.reference import record
@@ -45,7 +45,7 @@ def test_the_number_of_bridges_is_known_before_they_are_made(makers, skip_set):
     assert makers.as_built(config) == replace(config, bridges=fitted > 0)
 
 
-def test_what_is_estimated_is_what_is_decoded_with(makers):
+def test_what_is_estimated_is_what_is_decoded_with(llama, makers):
     config = DraftConfig(
         MIDDLE,
         bridges=True,
@@ -56,7 +56,7 @@ def test_what_is_estimated_is_what_is_decoded_with(makers):
     stack, drafter = makers.stack(config), makers.drafter(config)
     assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps] == [0, 1, 2, 6, 7]
     assert torch.equal(drafter._stack.token_ids, stack.token_ids)
-    drafter.start(torch.tensor([1]), torch.zeros(1, 8))
+    drafter.start(EagerEngine(llama), torch.tensor([1]), torch.zeros(1, 8))
     nothing, unsure = Draft.of([], torch.device("cpu")), Scored(torch.zeros(1, VOCABULARY), torch.zeros(1, 8))
     drafter.observe(RoundResult(nothing, Verdict([2], torch.tensor([2]), (0,)), torch.tensor([1]), unsure))
     assert drafter._unsure  # by the target-confidence threshold

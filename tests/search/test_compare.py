@@ -6,6 +6,7 @@ import pytest
 
 from layerskip import FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.engine import EagerEngine
 from search.compare import compare, usable_methods
 from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
 from search.machine_lock import MachineLock
@@ -25,8 +26,8 @@ def model():
 def methods(model):
     whole = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
     return [
-        layerskip_method("plain", model, None),
-        layerskip_method("whole", model, whole, draft_bytes=7, training_seconds=3.0),
+        layerskip_method("plain", EagerEngine(model), None),
+        layerskip_method("whole", EagerEngine(model), whole, draft_bytes=7, training_seconds=3.0),
         transformers_method("theirs", model),
     ]
 
@@ -86,7 +87,7 @@ def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medi
 
 
 def test_a_method_with_another_output_is_marked_and_never_recommended(run, taking, model):
-    plain = layerskip_method("plain", model, None)
+    plain = layerskip_method("plain", EagerEngine(model), None)
 
     def shifted(prompt, most):
         decoded = plain.decode(prompt, most)

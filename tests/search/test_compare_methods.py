@@ -6,6 +6,7 @@ import torch
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidProfileError
 from layerskip.ready_profiles import add_profile
 from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
@@ -34,14 +35,14 @@ def names(methods):
 
 
 def test_layerskips_methods_are_plain_decoding_prompt_lookup_and_the_profiles(model, profile):
-    methods = layerskip_methods(model, {"mine": profile}, combine=False)
+    methods = layerskip_methods(EagerEngine(model), {"mine": profile}, combine=False)
     assert names(methods) == ["plain decoding", "prompt lookup", "mine"]
     assert not any(method.third_party for method in methods)
 
 
 def test_a_profile_is_combined_with_prompt_lookup_unless_it_has_its_own(model, profile):
     copying = profile.model_copy(update={"ngrams": PromptLookup()})
-    methods = layerskip_methods(model, {"mine": profile, "copying": copying}, combine=True)
+    methods = layerskip_methods(EagerEngine(model), {"mine": profile, "copying": copying}, combine=True)
     assert names(methods)[2:] == ["mine", "mine + prompt lookup", "copying"]
 
 
@@ -53,7 +54,7 @@ def trained(model):
 
 def test_all_of_them_decode_alike(model, profile, trained):
     profiles = {"mine": profile, "trained": trained}
-    methods = layerskip_methods(model, profiles, combine=True)
+    methods = layerskip_methods(EagerEngine(model), profiles, combine=True)
     methods += transformers_methods(model, profiles)[0]
     assert len({method.decode([1, 2, 3, 1, 2], 10).tokens for method in methods}) == 1
 
@@ -76,12 +77,14 @@ def test_transformers_modes_take_each_profile_as_an_assistant_that_can_be_one(mo
 def test_a_profile_for_another_model_is_refused(profile):
     other = LayerSkipModel(tiny_llama(seed=1))
     with pytest.raises(InvalidProfileError, match="fingerprint"):
-        layerskip_methods(other, {"mine": profile}, combine=False)
+        layerskip_methods(EagerEngine(other), {"mine": profile}, combine=False)
 
 
 def test_how_long_a_draft_was_trained_comes_from_its_profile(model, profile):
     trained = profile.provenance.model_copy(update={"training_seconds": 180.0})
-    methods = layerskip_methods(model, {"mine": profile.model_copy(update={"provenance": trained})}, combine=True)
+    methods = layerskip_methods(
+        EagerEngine(model), {"mine": profile.model_copy(update={"provenance": trained})}, combine=True
+    )
     assert [method.training_seconds for method in methods] == [None, None, 180.0, 180.0]
 
 

@@ -11,8 +11,9 @@ from layerskip import FixedLength, SkipSet, generate
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter, with_prompt_lookup
+from layerskip.target_texts import batch_generate
 from search.copying import Copies, settings_of_ngrams, with_copies
-from search.reference import batch_generate, record
+from search.reference import record
 from search.replay import SimulatedSpeedup
 from tests.models import LAYERS
 

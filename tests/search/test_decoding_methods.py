@@ -5,6 +5,7 @@ from transformers import GenerationConfig
 
 from layerskip import FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.engine import EagerEngine
 from search.decoding_methods import layerskip_method, transformers_method
 from tests.layerskip.test_transformers_integration import profile_for
 from tests.models import LAYERS, tiny_llama, transformers_greedy
@@ -29,9 +30,9 @@ def everything_kept(model):
 
 
 METHODS = {
-    "own": lambda name, model: layerskip_method(name, model, None),
+    "own": lambda name, model: layerskip_method(name, EagerEngine(model), None),
     "own, drafting": lambda name, model: layerskip_method(
-        name, model, LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        name, EagerEngine(model), LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
     ),
     "plain": transformers_method,
     "prompt lookup": lambda name, model: transformers_method(name, model, prompt_lookup_num_tokens=4),
@@ -82,7 +83,7 @@ def test_what_a_checkpoint_recommends_for_generating_is_no_part_of_the_compariso
 def test_both_end_where_the_checkpoints_end_token_comes(model, expected):
     model.hf_model.generation_config.eos_token_id = expected[4]
     end = expected.index(expected[4]) + 1
-    assert layerskip_method("own", model, None).decode(PROMPT, LENGTH).tokens == expected[:end]
+    assert layerskip_method("own", EagerEngine(model), None).decode(PROMPT, LENGTH).tokens == expected[:end]
     assert transformers_method("theirs", model).decode(PROMPT, LENGTH).tokens == expected[:end]
 
 

@@ -12,7 +12,9 @@ from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import with_prompt_lookup
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import EagerEngine
 from layerskip.sublayers import DraftLayerStep
+from layerskip.target_texts import batch_generate
 from layerskip.token_tree import TokenTree, widths_of
 from search.acceptance import LAST_RANK
 from search.copying import copies_along, settings_of_ngrams
@@ -26,7 +28,7 @@ from search.head_replay import (
     replay_heads,
     trace_heads,
 )
-from search.reference import batch_generate, record
+from search.reference import record
 from search.space import SearchSpace
 from tests.models import LAYERS, random_heads, random_prefix
 from tests.strategies import bushes
@@ -185,7 +187,7 @@ def test_every_length_threshold_gate_and_shape_is_tried():
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_of_every_length_are_timed(tiny, kind):
-    seconds = measure_drafts(tiny, DraftWeights(heads=random_heads(tiny, kind, HEADS)))
+    seconds = measure_drafts(EagerEngine(tiny), DraftWeights(heads=random_heads(tiny, kind, HEADS)))
     assert seconds.base > 0
     assert len(seconds.places) == HEADS
     assert all(len(place) == len(seconds.ways) for place in seconds.places)
@@ -208,7 +210,7 @@ def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual
 
     monkeypatch.setattr(DraftLayerStep, "__call__", watched)
     layers = {2 * LAYERS: random_prefix(llama)}
-    ways = measure_drafts(llama, DraftWeights(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
+    ways = measure_drafts(EagerEngine(llama), DraftWeights(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
     first, rest = seen[: len(ways)], seen[len(ways) :]
     assert first == [(130, 0)] * len(ways)
     assert {width for width, _ in rest} == {2}

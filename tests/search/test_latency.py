@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import blank_bridge
-from layerskip.engine import PassCosts, measure_costs
+from layerskip.engine import EagerEngine, PassCosts, measure_costs
 from search.latency import CostsBehind, LatencyModel, StepCosts, measure_latency
 from search.space import SearchSpace
 from studies.step_costs import read_parts
@@ -33,7 +33,7 @@ latencies = st.builds(LatencyModel, behind(64), behind(512))
 
 @pytest.fixture(scope="module")
 def measured(llama):
-    return measure_latency(llama, SPACE)
+    return measure_latency(EagerEngine(llama), SPACE)
 
 
 def test_everything_that_a_search_can_ask_for_was_measured_and_costs_something(llama, measured):
@@ -55,13 +55,13 @@ def test_lengths_are_those_that_the_model_has_room_for(measured):
 
 
 def test_the_widths_that_the_engine_would_choose_are_measured(llama):
-    assert set(measure_latency(llama, SPACE).short.passes.sublayers) == {1, 2, 3, 4}
-    model = LayerSkipModel(tiny_llama())
-    choice = model.engine.costs = PassCosts({1: 1.0, 2: 9.0, 12: 5.0}, dict.fromkeys((1, 2, 12), 0.0))
-    latency = measure_latency(model, SPACE)
+    assert set(measure_latency(EagerEngine(llama), SPACE).short.passes.sublayers) == {1, 2, 3, 4}
+    engine = EagerEngine(LayerSkipModel(tiny_llama()))
+    choice = engine.costs = PassCosts({1: 1.0, 2: 9.0, 12: 5.0}, dict.fromkeys((1, 2, 12), 0.0))
+    latency = measure_latency(engine, SPACE)
     assert set(latency.short.passes.sublayers) == {1, 12}
-    assert model.engine.costs is choice
-    otherwise = measure_costs(model, (1, 2, 3, 4))  # as after the costs on disk were lost
+    assert engine.costs is choice
+    otherwise = measure_costs(engine, (1, 2, 3, 4))  # as after the costs on disk were lost
     assert all(latency.verification(needed, 0.5, 9, otherwise) > 0 for needed in range(1, 5))
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.engine import EagerEngine
 from layerskip.errors import LosslessnessError
 from search.decoding_methods import Decoded
 from search.machine_lock import MachineLock
@@ -47,7 +48,7 @@ def run(model, lock):
 
     def measure(drafter=None, prompts=PROMPTS, *, max_new_tokens=12, repeats=3):
         drafter = drafter or LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
-        return list(measure_drafter(model, drafter, MeasuringPlan(prompts, max_new_tokens, repeats), lock))
+        return list(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(prompts, max_new_tokens, repeats), lock))
 
     return measure
 
@@ -66,7 +67,7 @@ def changed(monkeypatch):
 
 
 def measure_one(model, drafter, lock, *, prompt=PROMPT, max_new_tokens):
-    [measured] = measure_drafter(model, drafter, MeasuringPlan([prompt], max_new_tokens), lock)
+    [measured] = measure_drafter(EagerEngine(model), drafter, MeasuringPlan([prompt], max_new_tokens), lock)
     return measured
 
 
@@ -124,7 +125,7 @@ def test_plain_decoding_and_the_draft_take_turns_in_who_goes_first(run, calls):
 
 def test_nothing_is_decoded_ahead_of_what_was_asked_for(model, lock, calls):
     drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
-    next(measure_drafter(model, drafter, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
+    next(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
     assert calls == [("a", "plain decoding"), ("a", "draft")]
 
 

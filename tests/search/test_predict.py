@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from layerskip import SkipSet
 from layerskip.drafting.config import DraftConfig
+from layerskip.engine import EagerEngine
 from search.acceptance import AcceptanceTracer, acceptance
 from search.builder import DraftBuilder
 from search.predict import SpeedupPredictor
@@ -26,7 +27,11 @@ def parts(llama):
     texts = [record(llama, prompt.tokens, [1, 2, 3, 4, 5][:LIMIT]) for prompt in random_prompts(search=14).search]
     makers = DraftBuilder(llama, texts)
     estimator = AcceptanceTracer(llama, texts)
-    return estimator, makers, SpeedupPredictor(llama, SPACE, makers, estimator, known_costs(), max_new_tokens=LIMIT)
+    return (
+        estimator,
+        makers,
+        SpeedupPredictor(EagerEngine(llama), SPACE, makers, estimator, known_costs(), max_new_tokens=LIMIT),
+    )
 
 
 @given(skip_set=skip_sets(), best=skip_sets(), ease=st.floats(0.5, 2))
@@ -41,7 +46,7 @@ def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_i
     seen = []
     for part in estimator.traces(stack):
         seen += part
-        costs = RoundCosts.of(known_costs(), stack, llama, seen, SPACE.most_drafted)
+        costs = RoundCosts.of(known_costs(), stack, EagerEngine(llama), seen, SPACE.most_drafted)
         so_far = replay(seen, SPACE.policies(candidate), costs, limit=LIMIT)
         slower = np.array(so_far.seconds) - to_beat[: len(seen)]
         error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))

@@ -12,10 +12,11 @@ from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
-from layerskip.engine import PassCosts
+from layerskip.engine import EagerEngine, PassCosts
+from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
-from search.reference import batch_generate, record
+from search.reference import record
 from search.replay import RoundCosts, SimulatedSpeedup, replay
 from search.space import SearchSpace
 from tests.models import LAYERS, tiny_llama
@@ -163,7 +164,7 @@ def predicted(model, stack, prompts, policy, limit):
     traces = [trace for part in AcceptanceTracer(model, texts).traces(stack) for trace in part]
     found = []
     for trace in traces:
-        costs = RoundCosts.of(known_costs(), stack, model, [trace], MOST)
+        costs = RoundCosts.of(known_costs(), stack, EagerEngine(model), [trace], MOST)
         drafts = _Counted(trace, policy, costs, limit)
         found.append((drafts.drafted, drafts.accepted))
     return found
@@ -223,16 +224,17 @@ def test_a_text_that_ends_by_itself_comes_out_as_in_real_decoding(length):
 
 def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
     model = LayerSkipModel(tiny_llama())
+    engine = EagerEngine(model)
     skip_set = SkipSet(LAYERS, attention=(2,), mlp=(3,))  # the first half is shared
     stack, latency = model.stack_of(skip_set), known_costs()
     traces = [Trace(np.zeros(4, int), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
-    costs = RoundCosts.of(latency, stack, model, traces, 2)
+    costs = RoundCosts.of(latency, stack, engine, traces, 2)
     for row, context in enumerate([5.5, 32.5]):
         assert costs.prefill[row] == latency.prefill(traces[row].prompt_length)
         assert costs.step[row] == latency.parts(3, 3, 0, 0, context)
         assert list(costs.verification[row]) == [latency.verification(k + 1, 0, context, None) for k in range(3)]
-    model.engine.costs = PassCosts({1: 1.0, 2: 9.0, 3: 5.0}, dict.fromkeys((1, 2, 3), 0.0))
-    chosen = RoundCosts.of(latency, stack, model, traces, 2)
+    engine.costs = PassCosts({1: 1.0, 2: 9.0, 3: 5.0}, dict.fromkeys((1, 2, 3), 0.0))
+    chosen = RoundCosts.of(latency, stack, engine, traces, 2)
     plain, *drafted = (latency.verification(n, 0, 5.5, None) for n in (1, 3, 3))
     assert chosen.verification[0, 0] == plain  # nothing was drafted, so there is nothing to resume from
     assert all(0 < found < whole for found, whole in zip(chosen.verification[0, 1:], drafted, strict=True))

@@ -16,10 +16,17 @@ import search.space as space_module
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
 from layerskip.drafting.config import DraftConfig
-from layerskip.engine import GraphEngine
-from layerskip.engine.cuda_graphs import call_directly
+from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
+from search.callbacks import (
+    FinalistMeasured,
+    PhaseStarted,
+    PromptMeasured,
+    ReferenceReady,
+    StudyOpened,
+    TrialFinished,
+)
 from search.latency import LatencyModel
 from search.measure import Summary
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
@@ -40,12 +47,14 @@ from studies.ranking import (
 )
 from studies.storage import open_storage
 from studies.study import load_study
+from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, tiny_gemma2, tiny_llama, transformers_greedy
 from tests.search.searches import (
     MODEL_ID,
     CtrlC,
     Log,
     completed,
+    kind_of,
     known_costs,
     random_prompts,
     ratio,
@@ -81,7 +90,7 @@ def finished(llama, tmp_path_factory):
     """A finished search that measured: its result, its storage, its prompts, its log and its study."""
     storage = open_storage(f"sqlite:///{tmp_path_factory.mktemp('finished')}/studies.db")
     prompts, log = random_prompts(search=4, held_out=2), Log()
-    search = small_search(llama, storage, prompts=prompts, observer=log, trials=STARTS + 8, **MEASURING)
+    search = small_search(llama, storage, prompts=prompts, on_event=log, trials=STARTS + 8, **MEASURING)
     result = search.run()
     return result, storage, prompts, log, load_study(storage, result.study)
 
@@ -267,23 +276,26 @@ def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_p
 
 def test_a_search_tells_how_it_goes(finished):
     result, _, _, log, study = finished
-    names = [event for event, *_ in log.events]
-    assert names[:5] == ["study_opened", "reference_begins", "reference_ready", "costs_begin", "trials_begin"]
-    [(name, at_start)] = log.of("study_opened")
-    assert (name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
-    told = log.of("trial_finished")
-    assert [number for _, number in told] == [trial.number for trial in completed(study)]
-    for progress, number in told:
-        so_far = [trial for trial in completed(study) if trial.number <= number]
+    kinds = [kind_of(event) for event in log.events]
+    assert kinds[:5] == [StudyOpened, "reference", ReferenceReady, "costs", "trials"]
+    [opened] = log.of(StudyOpened)
+    at_start = opened.progress
+    assert (opened.name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
+    finished_trials = log.of(TrialFinished)
+    assert [event.trial.number for event in finished_trials] == [trial.number for trial in completed(study)]
+    for event in finished_trials:
+        progress = event.progress
+        so_far = [trial for trial in completed(study) if trial.number <= event.trial.number]
         assert progress.seen == sum(basis_of(trial) == "predicted" for trial in so_far)
         assert progress.measured == len(so_far) - progress.seen
         assert progress.best in [trial.value for trial in so_far if basis_of(trial) == progress.basis]
-    assert names.index("finalists_chosen") > max(i for i, name in enumerate(names) if name == "trial_finished")
-    assert log.of("finalists_chosen") == [[2]]
-    finalists = log.of("finalist_measured")
-    assert [number for number, *_ in finalists] == [1, 2]
-    assert max(speedup for *_, speedup in finalists) == result.profile.measured.speedup
-    assert [2, 2] in log.of("prompt_measured")
+    assert kinds.index("finalists") > max(i for i, kind in enumerate(kinds) if kind == TrialFinished)
+    assert log.of("finalists") == [PhaseStarted("finalists", 2)]
+    finalists = log.of(FinalistMeasured)
+    assert [event.number for event in finalists] == [1, 2]
+    assert max(event.speedup for event in finalists) == result.profile.measured.speedup
+    best = result.profile.provenance.trial
+    assert [event.done for event in log.of(PromptMeasured) if event.trial == best][-3:] == [0, 1, 2]
 
 
 def test_a_search_that_may_not_measure_measures_finalists_alone(llama, storage):
@@ -331,7 +343,7 @@ def test_a_folder_that_cannot_be_written_ends_the_search_in_one_line(llama, stor
 def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
     with passes_counted(search._model) as passes:
-        search._observer.trials_begin = passes.clear
+        search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
         search.explore(search.open())
         return len(passes)
 
@@ -452,15 +464,15 @@ def test_going_on_makes_only_the_missing_trials(llama, database):
     first = small_search(llama, open_storage(database), trials=2).run()
     before = load_study(open_storage(database), first.study).trials
     log = Log()
-    second = small_search(llama, open_storage(database), trials=4, observer=log).run()
+    second = small_search(llama, open_storage(database), trials=4, on_event=log).run()
     after = load_study(open_storage(database), first.study).trials
     assert (second.study, second.trials) == (first.study, 4)
     assert after[:2] == before[:2]
     assert before[2].state == TrialState.WAITING  # the last of the starts
     assert after[2].params == before[2].system_attrs["fixed_params"]
-    assert [number for _, number in log.of("trial_finished")] == [2, 3]
-    [(_, at_start)] = log.of("study_opened")
-    assert (at_start.seen, at_start.best) == (2, max(trial.value for trial in before[:2]))
+    assert [event.trial.number for event in log.of(TrialFinished)] == [2, 3]
+    [opened] = log.of(StudyOpened)
+    assert (opened.progress.seen, opened.progress.best) == (2, max(trial.value for trial in before[:2]))
 
 
 @pytest.mark.parametrize("trials", [2, 1])
@@ -537,7 +549,9 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
 def test_a_model_under_another_id_may_go_on(llama, storage):
     small_search(llama, storage, trials=1, study_name="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(llama, identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s")
+    moved = Search(
+        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
+    )
     assert moved.run().trials == 2
 
 
@@ -564,7 +578,7 @@ def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, stor
 
 def test_ctrl_c_in_the_middle_of_a_measurement_keeps_the_trials_before_it_and_measures_again(llama, storage):
     settings = {"trials": STARTS + 4, "finalists": 1, **MEASURING}
-    result = small_search(llama, storage, observer=CtrlC("prompt_measured", 2), **settings).run()
+    result = small_search(llama, storage, on_event=CtrlC(PromptMeasured, 3), **settings).run()
     study = load_study(storage, result.study)
     assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 0)
     assert result.profile is None  # nothing was measured
@@ -623,23 +637,23 @@ def test_what_the_sampler_proposed_and_ctrl_c_broke_off_is_tried_again_and_calle
     assert retried.user_attrs[SOURCE_KEY] == f"interrupted trial {broken.number}"
 
 
-@pytest.mark.parametrize("event", ["reference_begins", "costs_begin", "trials_begin"])
+@pytest.mark.parametrize("event", ["reference", "costs", "trials"])
 def test_ctrl_c_before_any_trial_is_done_leaves_no_profile_and_a_study_to_go_on_with(llama, storage, event):
-    result = small_search(llama, storage, observer=CtrlC(event)).run()
+    result = small_search(llama, storage, on_event=CtrlC(event)).run()
     assert (result.interrupted, result.trials, result.profile) == (True, 0, None)
     assert small_search(llama, storage).run().trials == 3
 
 
-@pytest.mark.parametrize(("event", "done"), [("trial_finished", 1), ("finalists_chosen", 3)])
+@pytest.mark.parametrize(("event", "done"), [(TrialFinished, 1), ("finalists", 3)])
 def test_ctrl_c_between_trials_keeps_them_all(llama, storage, event, done):
-    result = small_search(llama, storage, observer=CtrlC(event)).run()
+    result = small_search(llama, storage, on_event=CtrlC(event)).run()
     assert (result.interrupted, result.trials) == (True, done)
     assert not load_study(storage, result.study).get_trials(states=(TrialState.FAIL,))
 
 
 def test_ctrl_c_behind_a_measurement_gives_the_best_profile_so_far(llama, storage):
     settings = {"trials": STARTS + 6, **MEASURING}
-    result = small_search(llama, storage, observer=CtrlC("trial_finished", STARTS + 1), **settings).run()
+    result = small_search(llama, storage, on_event=CtrlC(TrialFinished, STARTS + 1), **settings).run()
     assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 1)
     [measured] = measured_trials(load_study(storage, result.study))
     assert result.profile.measured.prompt_set == "search"
@@ -671,7 +685,7 @@ def test_ctrl_c_while_a_trial_is_stored_loses_no_trial(llama, storage, method, c
 
 
 def test_ctrl_c_among_the_finalists_gives_the_best_of_those_measured(llama, storage):
-    result = small_search(llama, storage, observer=CtrlC("finalist_measured")).run()
+    result = small_search(llama, storage, on_event=CtrlC(FinalistMeasured)).run()
     assert result.interrupted
     recorded = records(storage, result.study, prompt_set="held-out")
     assert {record.trial for record in recorded} == {result.profile.provenance.trial}
@@ -738,8 +752,8 @@ def test_the_largest_seed_can_be_gone_on_with(llama, storage):
 def test_a_study_belongs_to_an_engine(storage):
     model = LayerSkipModel(tiny_llama())
     eager = small_search(model, storage, trials=1).run()
-    model.engine = GraphEngine(model, call_directly)
-    captured = small_search(model, storage, trials=1).run()
+    engine = GraphEngine(model, call_directly)
+    captured = small_search(model, storage, engine=engine, trials=1).run()
     assert captured.study != eager.study
     assert captured.profile.measured.device == f"{eager.profile.measured.device}, cuda-graphs"
 

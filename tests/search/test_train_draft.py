@@ -6,10 +6,12 @@ import torch
 from layerskip import FixedLength, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
+from layerskip.target_texts import batch_generate
 from search.head_replay import DraftSeconds
 from search.latency import measure_latency
-from search.reference import batch_generate, record
+from search.reference import record
 from search.space import SearchSpace
 from search.train_draft import AboveExit, ReplayGround, TunedHeads, early_exit, exit_of, space_for, trace_of
 from tests.models import LAYERS, random_heads, random_layers
@@ -20,8 +22,8 @@ TOP = 2 * LAYERS
 class Followed(LayerSkipDrafter):
     """Keeps for each proposal how much of the answer was certain, and whether the proposal stood."""
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
+    def start(self, engine, prompt, states):
+        super().start(engine, prompt, states)
         self.certain, self.stood = 0, {}
 
     def observe(self, outcome):
@@ -77,8 +79,9 @@ def test_what_keeps_something_above_is_no_early_exit(skip_set):
 def best_policy(model, draft, assets, space, new):
     """On one text that goes on with these tokens, where drafting itself costs nothing."""
     space = space_for(draft, assets, space)
-    latency, costs = measure_latency(model, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
-    ground = ReplayGround([record(model, [1, 2], new)], space, latency, costs, limit=len(new))
+    engine = EagerEngine(model)
+    latency, costs = measure_latency(engine, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
+    ground = ReplayGround(engine, [record(model, [1, 2], new)], space, latency, costs, limit=len(new))
     return draft.best_policy(assets, ground).config
 
 

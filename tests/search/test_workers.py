@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 import search.search as preparation
 import search.search as study_module
 from layerskip.fingerprint import identify
+from search.callbacks import TrialFinished
 from search.draft_layers import trained_draft_layers
 from search.loading import load_profiles
 from search.objective import MEASURES_KEY, SOURCE_KEY
@@ -21,7 +22,7 @@ from studies.ranking import candidate_key, measured_trials, seen_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
-from tests.search.loaders import STARTS, broken_model, no_model, other_model, quick_model, slow_model
+from tests.search.loaders import STARTS, broken_engine, no_engine, other_engine, quick_engine, slow_engine
 from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
 from tests.trained import layer_profile
 
@@ -41,7 +42,7 @@ def search_with(database, tmp_path):
     failures = []
 
     def make(*loaders, tuned=(), **named):
-        model = quick_model()
+        model = quick_engine().model
         profiles = partial(load_profiles, tuned, "cpu", "float32")
         stand_ins = trained_draft_layers(profiles(), model)
         space = SearchSpace(LAYERS, draft_layers=tuple(one.ref for one in stand_ins))
@@ -82,8 +83,10 @@ class WaitsForOthers(Log):
         super().__init__()
         self._database = database
 
-    def trial_finished(self, progress, trial):
-        super().trial_finished(progress, trial)
+    def __call__(self, event):
+        super().__call__(event)
+        if not isinstance(event, TrialFinished):
+            return
         deadline = time.monotonic() + 120
         while len(begun(self._database)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -95,7 +98,7 @@ def begun(database):
 
 def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_other_s_way(search_with, database, capfd):
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_model, quick_model, measuring_share=0.3, observer=log)
+    search, failures = search_with(quick_engine, quick_engine, measuring_share=0.3, on_event=log)
     result = search.run()
     assert failures == []
     study = the_study(database)
@@ -103,7 +106,7 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert TRIALS <= len(looked_at) <= TRIALS + 2
     assert result.trials == len(looked_at)
     assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.WAITING, TrialState.PRUNED}
-    assert len(log.of("trial_finished")) < len(begun(database))  # the others did their part
+    assert len(log.of(TrialFinished)) < len(begun(database))  # the others did their part
     enqueued = [trial for trial in looked_at if SOURCE_KEY in trial.user_attrs]
     assert len(enqueued) == len({candidate_key(trial) for trial in enqueued}) == STARTS
     # Two workers may propose the same at the same moment; neither waits for the other.
@@ -115,19 +118,19 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
 
 def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_with, database, tmp_path):
     file = str(tmp_path / "tuned.json")
-    layer_profile(quick_model(), start=4).save(file)
+    layer_profile(quick_engine().model, start=4).save(file)
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_model, tuned=[file], trials=16, observer=log)
+    search, failures = search_with(quick_engine, tuned=[file], trials=16, on_event=log)
     result = search.run()
     assert failures == []
     assert 16 <= result.trials <= 17
     study = the_study(database)
-    assert len(log.of("trial_finished")) < len(begun(database))
+    assert len(log.of(TrialFinished)) < len(begun(database))
     assert {trial.params["draft_layer"] for trial in seen_trials(study)} == {0, 1}
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
-    search, failures = search_with(no_model, broken_model, other_model, trials=STARTS + 2)
+    search, failures = search_with(no_engine, broken_engine, other_engine, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
     (one, is_disconnect), (two, broken), (three, differs) = failures
@@ -136,6 +139,7 @@ def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
     assert differs.startswith("study 's': cannot go on, because this differs: dtype (study: float32, now: bfloat16)")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
     told = tmp_path / "looking"
     told.mkdir()
@@ -146,7 +150,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    search, failures = search_with(partial(slow_model, str(told)), partial(slow_model, str(told)))
+    search, failures = search_with(partial(slow_engine, str(told)), partial(slow_engine, str(told)))
     monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
@@ -163,7 +167,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
 
 
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
-    work = Work(partial(slow_model, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
+    work = Work(partial(slow_engine, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
     workers = Workers([work], lambda *_: pytest.fail("not its fault"))
     with workers:
         [(process, _)] = workers._running
@@ -176,7 +180,7 @@ def test_a_search_without_other_workers_starts_no_process():
         assert workers._running == []
 
 
-def test_ctrl_c_in_an_observer_ends_workers_that_are_still_loading(search_with):
-    search, failures = search_with(quick_model, observer=CtrlC("trial_finished"))
+def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
+    search, failures = search_with(quick_engine, on_event=CtrlC(TrialFinished))
     result = search.run()
     assert (result.interrupted, failures) == (True, [])

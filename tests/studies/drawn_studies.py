@@ -12,7 +12,7 @@ from layerskip import SkipSet
 from layerskip.costs import best_speedup
 from layerskip.drafting.config import DraftConfig
 from studies.ranking import best_trials
-from studies.records import MeasurementRecord, add_measurement
+from studies.records import MeasurementRecord
 from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
@@ -153,8 +153,7 @@ class StudyInTheMaking:
             plain = 2 + self.random.random()
             draft = plain / (speedup * self.random.uniform(0.85, 1.15))
             told = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
-            add_measurement(
-                self.storage,
+            self.storage.records.add(
                 MeasurementRecord(
                     study=self.name,
                     trial=trial,
@@ -163,7 +162,7 @@ class StudyInTheMaking:
                     plain_seconds=plain,
                     draft_seconds=draft,
                     **told,
-                ),
+                )
             )
 
 

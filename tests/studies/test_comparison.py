@@ -1,4 +1,4 @@
-"""What a comparison comes to: the advice, the table and the page."""
+"""A comparison: the advice, the table and the page."""
 
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ class Times:
 
 
 def entry(name, *seconds, **figures):
-    """One way to decode that takes so many seconds for three prompts each, where plain decoding takes one."""
+    """A method that takes so many seconds for three prompts each, where plain decoding takes one."""
     prompts = [Times(f"p{number}", one) for number, one in enumerate(3 * (seconds or (1.0, 1.0)))]
     rate = 10 * len(prompts) / sum(one.draft_seconds for one in prompts)
     values = {
@@ -74,20 +74,22 @@ def test_the_fastest_that_was_shown_to_be_faster_is_advised():
     ],
 )
 def test_plain_decoding_is_advised_where_nothing_was_shown_to_be_faster(others):
-    assert advice(comparison(*others)) == "Decode plainly here: nothing was shown to be faster."
+    assert advice(comparison(*others)) == "Use plain decoding here: nothing was shown to be faster."
 
 
 def test_few_prompts_show_nothing():
     few = replace(comparison(), entries=(entry("plain decoding", 1.0), entry("fast", 0.1)))
     assert few.prompts == 3
-    assert advice(few) == "Decode plainly here: fewer than 6 prompts are not enough to show that anything is faster."
+    assert (
+        advice(few) == "Use plain decoding here: fewer than 6 prompts are not enough to show that anything is faster."
+    )
 
 
 speedups = st.tuples(*[st.floats(0.1, 5)] * 3).map(sorted).map(lambda of: Speedup(of[1], of[0], of[2]))
 
 
 @given(st.lists(st.tuples(speedups, st.integers(0, 2))))
-def test_advice_is_one_sentence_and_names_nobody_who_is_not_faster_or_says_something_else(drawn):
+def test_advice_is_one_sentence_and_names_no_method_that_is_not_faster_or_has_another_output(drawn):
     entries = [
         replace(entry(f"way {number}"), speedup=speedup, different=different)
         for number, (speedup, different) in enumerate(drawn)
@@ -102,10 +104,10 @@ def test_advice_is_one_sentence_and_names_nobody_who_is_not_faster_or_says_somet
         assert said.startswith(f"Use {made.best.name} here")
     else:
         assert made.best is None
-        assert said.startswith("Decode plainly here")
+        assert said.startswith("Use plain decoding here")
 
 
-def test_columns_in_which_nobody_has_anything_to_say_are_left_out():
+def test_empty_columns_are_left_out():
     columns, rows = table(comparison(entry("fast", 0.5, 0.6, 0.5)))
     assert {"peak", "memory", "training"}.isdisjoint(columns)
     every = entry("all", 0.5, 0.6, 0.5, peak_bytes=2_500_000, draft_bytes=100_000, training_seconds=200.0)

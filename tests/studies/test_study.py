@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from layerskip.errors import InvalidInputError
-from studies.records import MeasurementRecord, add_measurement, records_of
+from studies.records import MeasurementRecord
 from studies.study import StudyContext, describe_study, list_studies, load_study, open_study
 
 CONTEXT = StudyContext(
@@ -177,7 +177,7 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
         record = MeasurementRecord(
             trial=trial, prompt="p", prompt_set=prompts, plain_seconds=plain, draft_seconds=1.0, **told
         )
-        add_measurement(storage, record)
+        storage.records.add(record)
     assert found() == [empty, ("b", "makers/model", 5, 3, 1, 1.1, "held-out")]
 
 
@@ -198,11 +198,11 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
     numbers = {"trial": 2, "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1}
     times = {"draft_seconds": 1, "near_tie": False}
     for name in ("s", "s", "other"):
-        records_of(storage).add(
+        storage.records.add(
             MeasurementRecord(**numbers, **times, study=name, prompt="p", prompt_set="search", plain_seconds=1),
         )
     for prompt, seconds in (("q", 1), ("r", 2)):
-        records_of(storage).add(
+        storage.records.add(
             MeasurementRecord(
                 **numbers, **times, study="s", prompt=prompt, prompt_set="held-out", plain_seconds=seconds
             )

@@ -13,10 +13,10 @@ from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
-from layerskip.engine.cuda_graphs import call_directly
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import identify
 from layerskip.profile import Provenance
+from tests.capture import call_directly
 from tests.models import FAMILIES, LAYERS, near_tie_or_same, random_layers, tiny_gemma2, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, tokens
 
@@ -53,13 +53,13 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, runs, like, draft_e
 class Watched(LayerSkipDrafter):
     """Follows the text, and keeps each proposal's logits with the text that it was proposed behind."""
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
+    def start(self, engine, prompt, states):
+        super().start(engine, prompt, states)
         self.text, self.seen = prompt.tolist(), []
 
     def propose(self, newest, cache, limit, sampler):
         steps = []
-        engine = self._model.engine
+        engine = self._engine
         draft_step = engine.draft_step
         engine.draft_step = lambda *arguments: steps.append(draft_step(*arguments)) or steps[-1]
         try:
@@ -113,10 +113,11 @@ def test_seeing_the_text_leaves_the_full_models_keys_and_values(tiny, runs):
     stack = drafter_with_layers(tiny, runs, FixedLength(2))._stack
     text = torch.arange(1, 10)
     with torch.inference_mode():
-        cache = tiny.engine.new_cache(16)
-        tiny.engine.prefill(text, cache)
+        engine = EagerEngine(tiny)
+        cache = engine.new_cache(16)
+        engine.prefill(text, cache)
         before = [tuple(part.clone() for part in cache.layer(layer)) for layer in range(LAYERS)]
-        tiny.engine.draft_step(torch.cat([text, text[:1]]), cache, stack)
+        engine.draft_step(torch.cat([text, text[:1]]), cache, stack)
         assert cache.length == len(text) + 1
         cache.rollback(len(text))
         for layer in range(LAYERS):
@@ -127,13 +128,18 @@ def test_seeing_the_text_leaves_the_full_models_keys_and_values(tiny, runs):
 
 def test_captured_steps_give_the_text_of_eager_ones():
     for family in FAMILIES.values():
-        eager = LayerSkipModel(family())
-        captured = LayerSkipModel(eager.hf_model)
-        captured.engine = GraphEngine(captured, call_directly, smallest_bucket=8)
+        model = LayerSkipModel(family())
+        engines = GraphEngine(model, call_directly, smallest_bucket=8), EagerEngine(model)
         for runs in RUNS:
             ours, expected = (
-                generate(m, [3, 1, 4], drafter=drafter_with_layers(m, runs, FixedLength(3)), max_new_tokens=20)
-                for m in (captured, eager)
+                generate(
+                    model,
+                    [3, 1, 4],
+                    engine=engine,
+                    drafter=drafter_with_layers(model, runs, FixedLength(3)),
+                    max_new_tokens=20,
+                )
+                for engine in engines
             )
             assert ours.tokens == expected.tokens
             assert ours.stats.accepted == expected.stats.accepted
@@ -200,14 +206,13 @@ def test_an_engine_without_stand_ins_sees_one_token_at_a_time(llama):
             widths.append(len(tokens))
             return super().draft_step(tokens, cache, stack)
 
-    model = LayerSkipModel(llama.hf_model)
-    model.engine = Counting(model)
-    generate(
-        model, [1, 2, 3], drafter=LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3)), max_new_tokens=20
-    )
+    engine = Counting(llama)
+    skipping = LayerSkipDrafter(llama, SkipSet(LAYERS, (2,)), FixedLength(3))
+    generate(llama, [1, 2, 3], engine=engine, drafter=skipping, max_new_tokens=20)
     assert set(widths) == {1}
     widths.clear()
-    generate(model, [1, 2, 3], drafter=drafter_with_layers(model, {2: TOP}, FixedLength(3)), max_new_tokens=20)
+    with_layer = drafter_with_layers(llama, {2: TOP}, FixedLength(3))
+    generate(llama, [1, 2, 3], engine=engine, drafter=with_layer, max_new_tokens=20)
     assert widths[0] == 4
     assert set(widths[1:]) <= {1, 2}
 

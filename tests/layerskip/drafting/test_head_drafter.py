@@ -27,7 +27,7 @@ from layerskip.fingerprint import identify
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.profile import Provenance
 from layerskip.token_tree import TokenTree
-from tests.layerskip.engine.test_cuda_graphs import like_a_graph
+from tests.capture import like_a_graph
 from tests.layerskip.test_generation_host_reads import HostReads
 from tests.layerskip.test_sampling_exactness import (
     DOUBT,
@@ -60,18 +60,17 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale,
 @given(tokens(16), some_kind, bushes(), st.integers(1, 20))
 @settings(max_examples=15)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, kind, widths, length):
-    captured = LayerSkipModel(tiny.hf_model)
-    captured.engine = GraphEngine(captured, like_a_graph, smallest_bucket=8)
-    drafter = HeadDrafter(captured, random_heads(captured, kind), FixedLength(3), branches=widths)
-    ours = generate(captured, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+    engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
+    drafter = HeadDrafter(tiny, random_heads(tiny, kind), FixedLength(3), branches=widths)
+    ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 
 class Watched(HeadDrafter):
     """Keeps each draft with the text that it was proposed behind."""
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
+    def start(self, engine, prompt, states):
+        super().start(engine, prompt, states)
         self.text, self.said = prompt.tolist(), []
 
     def propose(self, newest, cache, limit, sampler):
@@ -89,11 +88,10 @@ class Watched(HeadDrafter):
 def test_drafts_are_what_the_heads_say_behind_the_state_that_chose_the_newest_token(tiny, kind, captured):
     """Whichever branch the text took, and on every engine: against a pass over the text so far."""
     model = LayerSkipModel(tiny.hf_model)
-    if captured:
-        model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8) if captured else None
     heads, widths = random_heads(model, kind, 3, scale=0.05), (5, (4, 0, 2), (2, 1, 0, 0, 3))
     drafter = Watched(model, heads, FixedLength(3), branches=widths)
-    stats = generate(model, [1, 5, 7], drafter=drafter, max_new_tokens=30, eos_token_ids=[]).stats
+    stats = generate(model, [1, 5, 7], engine=engine, drafter=drafter, max_new_tokens=30, eos_token_ids=[]).stats
     assert stats.accepted
     with torch.inference_mode():
         for text, draft in drafter.said:

@@ -12,10 +12,10 @@ from layerskip.drafting.head_drafter import HeadDrafter, PrefixState, through_la
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.kv_cache import KVCache
 from layerskip.sublayers import Stack
-from tests.layerskip.engine.test_cuda_graphs import like_a_graph
+from tests.capture import like_a_graph
 from tests.layerskip.test_generation_host_reads import HostReads
 from tests.layerskip.test_prefix_cache import decoded, finished
 from tests.layerskip.test_sampling_exactness import (
@@ -84,8 +84,8 @@ def test_it_attends_to_the_text_before(llama):
 class Watched(HeadDrafter):
     """Keeps each proposal's state with the text that it was proposed behind."""
 
-    def start(self, prompt, states):
-        super().start(prompt, states)
+    def start(self, engine, prompt, states):
+        super().start(engine, prompt, states)
         self.text, self.read, self.seen = prompt.tolist(), [], len(prompt) - len(states)
 
     def propose(self, newest, cache, limit, sampler):
@@ -115,13 +115,14 @@ def assert_read_of_the_whole_text(model, drafter):
 def test_heads_read_what_the_layer_makes_of_the_whole_text(tiny, gate, captured, scale):
     """Whatever stood, was rejected, or was never drafted in the rounds before."""
     model = LayerSkipModel(tiny.hf_model)
-    if captured:
-        model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8) if captured else None
     layer = random_prefix(model, scale=scale)
     drafter = drafter_behind(model, layer, FixedLength(3), scale=scale, cls=Watched, gate=gate, branches=(40, 8, 4))
     accepted = 0
     for first in range(3):
-        stats = generate(model, [first, 5, 7], drafter=drafter, max_new_tokens=20, eos_token_ids=[]).stats
+        stats = generate(
+            model, [first, 5, 7], engine=engine, drafter=drafter, max_new_tokens=20, eos_token_ids=[]
+        ).stats
         assert drafter.seen == 0  # it saw the text from its first token on
         assert stats.accepted < stats.drafted
         if gate:
@@ -146,7 +147,7 @@ def test_of_a_text_that_goes_on_it_sees_what_is_new(llama):
     drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched, branches=(4,))
     memory, prompt = PrefixCache(), [3, 5, 7, 9]
     for turn in range(3):
-        made = decoded(llama, prompt, memory, drafter=drafter, max_new_tokens=12)
+        made = decoded(EagerEngine(llama), prompt, memory, drafter=drafter, max_new_tokens=12)
         assert (drafter.seen > 0) == (turn > 0)
         assert made.stats.reused == drafter.seen
         assert_read_of_the_whole_text(llama, drafter)
@@ -208,10 +209,9 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale,
 @given(tokens(16), scales, branches(), st.integers(1, 20))
 @settings(max_examples=12)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, scale, widths, length):
-    captured = LayerSkipModel(tiny.hf_model)
-    captured.engine = GraphEngine(captured, like_a_graph, smallest_bucket=8)
-    drafter = drafter_behind(captured, random_prefix(captured, scale=scale), FixedLength(3), branches=widths)
-    ours = generate(captured, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+    engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
+    drafter = drafter_behind(tiny, random_prefix(tiny, scale=scale), FixedLength(3), branches=widths)
+    ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
 from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.sampling import GreedySampler
 from tests.models import LAYERS
@@ -137,7 +138,7 @@ def drafted(model, draft_exit, limit=20):
     with torch.inference_mode():
         cache = model.new_cache(1)
         drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), draft_exit)
-        drafter.start(torch.tensor([7]), torch.zeros(1, 1))
+        drafter.start(EagerEngine(model), torch.tensor([7]), torch.zeros(1, 1))
         tokens = drafter.propose(torch.tensor([7]), cache, limit, GreedySampler()).tokens.tolist()
         cache.rollback(0)
         x = model.forward(torch.tensor([7, *tokens[:-1]]), cache, SkipSet(LAYERS, (1,), (2,)))
@@ -148,7 +149,7 @@ def drafted(model, draft_exit, limit=20):
 def test_a_fixed_draft_has_its_length_unless_fewer_tokens_can_be_used(tiny, length, limit):
     with torch.inference_mode():
         drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (1,)), FixedLength(length))
-        drafter.start(torch.tensor([7]), torch.zeros(1, 1))
+        drafter.start(EagerEngine(tiny), torch.tensor([7]), torch.zeros(1, 1))
         draft = drafter.propose(torch.tensor([7]), tiny.new_cache(1), limit, GreedySampler())
     assert len(draft) == min(length, limit)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, StoppingCriteriaList
 
-from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip import FixedLength, Sampling, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import DraftStep, GraphEngine
@@ -14,7 +14,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.sampling import Draft, Draw, GreedySampler, speculative_choice
 from layerskip.token_tree import MOST_LEAVES, TokenTree
-from tests.layerskip.engine.test_cuda_graphs import like_a_graph
+from tests.capture import like_a_graph
 from tests.layerskip.test_sampling_exactness import (
     DOUBT,
     PLAIN,
@@ -43,10 +43,9 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, draft_exi
 @given(tokens(16), skip_sets(), branches(), st.integers(1, 24))
 @settings(max_examples=20)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, widths, length):
-    captured = LayerSkipModel(tiny.hf_model)
-    captured.engine = GraphEngine(captured, like_a_graph, smallest_bucket=8)
-    drafter = LayerSkipDrafter(captured, skip_set, FixedLength(3), branches=widths)
-    ours = generate(captured, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+    engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
+    drafter = LayerSkipDrafter(tiny, skip_set, FixedLength(3), branches=widths)
+    ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 

@@ -8,7 +8,7 @@ import torch
 from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine, compile_sublayers
-from layerskip.engine.cuda_graphs import call_directly
+from tests.capture import call_directly
 from tests.models import EVERY_FAMILY, FAMILIES, near_tie_or_same, transformers_greedy
 
 PROMPT = [1, 2, 3]
@@ -34,9 +34,9 @@ class CountingBackend:
         return module.forward
 
 
-def decode(model, skip_set):
+def decode(model, skip_set, engine=None):
     drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
-    return generate(model, PROMPT, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=[]).tokens
+    return generate(model, PROMPT, engine=engine, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=[]).tokens
 
 
 @pytest.mark.slow
@@ -71,8 +71,7 @@ def test_compiled_sublayers_can_be_captured():
     hf_model = FAMILIES["gemma2"]()
     model = LayerSkipModel(hf_model)
     compile_sublayers(model, "eager")
-    model.engine = GraphEngine(model, call_directly)
-    ours = decode(model, SkipSet(4, (2,), (1,)))
+    ours = decode(model, SkipSet(4, (2,), (1,)), GraphEngine(model, call_directly))
     near_tie_or_same(hf_model, PROMPT, ours, transformers_greedy(hf_model, PROMPT, LENGTH))
 
 

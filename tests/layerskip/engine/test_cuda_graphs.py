@@ -1,7 +1,5 @@
 """Captured passes against eager ones; without a CUDA device something that behaves like a captured graph stands in."""
 
-from dataclasses import fields, is_dataclass, replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.engine import EagerEngine, GraphEngine, PassCosts, use_engine
-from layerskip.engine.cuda_graphs import call_directly
+from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
 from layerskip.errors import InvalidInputError
+from tests.capture import call_directly, like_a_graph
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 
@@ -20,57 +18,35 @@ WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in range(1, 13)}, dict.
 SKIPPED = SkipSet(LAYERS, (2,), (1,))
 
 
-def like_a_graph(run):
-    """What a captured graph does: it ran once before, and each replay writes its outputs where the last one did."""
-    outputs = tensors_of(run())
-
-    def replay():
-        new = run()
-        for kept, tensor in zip(outputs, tensors_of(new), strict=True):
-            kept.copy_(tensor)
-        if not is_dataclass(new):
-            return outputs[0]
-        names = [field.name for field in fields(new) if getattr(new, field.name) is not None]
-        return replace(new, **dict(zip(names, outputs, strict=True)))
-
-    return replay
-
-
-def tensors_of(outputs):
-    values = [getattr(outputs, field.name) for field in fields(outputs)] if is_dataclass(outputs) else [outputs]
-    return [value for value in values if value is not None]
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def captured(request):
-    """A model whose engine has small buckets, so that a text crosses several."""
-    model = LayerSkipModel(FAMILIES[request.param]())
-    model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
-    return model
+    """An engine with small buckets, so that a text crosses several."""
+    return GraphEngine(LayerSkipModel(FAMILIES[request.param]()), like_a_graph, smallest_bucket=8)
 
 
 @given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
 @settings(max_examples=40)
 def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft_exit, length):
     ours = generate(
-        captured,
+        captured.model,
         prompt,
-        drafter=LayerSkipDrafter(captured, skip_set, draft_exit),
+        engine=captured,
+        drafter=LayerSkipDrafter(captured.model, skip_set, draft_exit),
         max_new_tokens=length,
         eos_token_ids=[],
     )
-    expected = transformers_greedy(captured.hf_model, prompt, length, set())
-    near_tie_or_same(captured.hf_model, prompt, ours.tokens, expected)
+    expected = transformers_greedy(captured.model.hf_model, prompt, length, set())
+    near_tie_or_same(captured.model.hf_model, prompt, ours.tokens, expected)
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_greedy_output_of_every_family_is_that_of_transformers(family):
     model = LayerSkipModel(EVERY_FAMILY[family]())
-    model.engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
     for first, skip_set in enumerate((SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2)))):
         prompt = [first, 2, 3]
         drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
-        ours = generate(model, prompt, drafter=drafter, max_new_tokens=24, eos_token_ids=[])
+        ours = generate(model, prompt, engine=engine, drafter=drafter, max_new_tokens=24, eos_token_ids=[])
         near_tie_or_same(model.hf_model, prompt, ours.tokens, transformers_greedy(model.hf_model, prompt, 24))
 
 
@@ -78,9 +54,9 @@ def test_greedy_output_of_every_family_is_that_of_transformers(family):
 @settings(max_examples=40)
 def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
     """Whatever an earlier, longer text left in the cache."""
-    eager, engine = EagerEngine(captured), captured.engine
+    eager, engine = EagerEngine(captured.model), captured
     engine.costs = WIDE_IS_CHEAP if padded else None
-    stack = captured.stack_of(SKIPPED)
+    stack = captured.model.stack_of(SKIPPED)
     with torch.inference_mode():
         found, expected = [], []
         for one, logits in ((eager, expected), (engine, found)):
@@ -99,10 +75,10 @@ def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
 def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_set, vocabulary):
     """Across buckets, and with everything that was handed out still what it was when the chain is done."""
     ids = None if vocabulary is None else torch.arange(3, 3 + vocabulary)
-    stack = captured.stack_of(skip_set, token_ids=ids)
+    stack = captured.model.stack_of(skip_set, token_ids=ids)
     chains = []
     with torch.inference_mode():
-        for engine in (EagerEngine(captured), captured.engine):
+        for engine in (EagerEngine(captured.model), captured):
             cache = engine.new_cache(len(text) + length)
             engine.prefill(torch.tensor(text), cache)
             token, steps, confidences = torch.tensor(text[-1:]), [], []
@@ -151,11 +127,11 @@ class Calls(TorchDispatchMode):
 
 def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
     model, captures = LayerSkipModel(tiny_llama()), []
-    model.engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
+    engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
     drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(2))
     counts = []
     for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
-        generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=length, eos_token_ids=[])
+        generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
         counts.append(len(captures))
     assert counts[0] <= 4  # a draft step, and verifications of one to three tokens
     assert counts[0] == counts[1] == counts[2] < counts[3]
@@ -174,27 +150,28 @@ def test_the_cache_is_used_again_and_what_was_captured_with_it():
 
 def test_captured_drafts_of_old_skip_sets_are_dropped():
     model = LayerSkipModel(tiny_llama())
-    model.engine = engine = GraphEngine(model, call_directly)
+    engine = GraphEngine(model, call_directly)
     for layer in range(LAYERS):
         for other in range(1, LAYERS):
             drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (layer,), (other,)), FixedLength(2))
-            generate(model, [1, 2], drafter=drafter, max_new_tokens=6)
+            generate(model, [1, 2], engine=engine, drafter=drafter, max_new_tokens=6)
     assert len(engine._drafts) <= 8
 
 
 def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
     sampling = Sampling(temperature=0.8, seed=3)
-    eager = LayerSkipModel(captured.hf_model)
+    model = captured.model
     for length in (1, 12, 20):
         ours, expected = (
             generate(
-                m,
+                model,
                 [1, 2, 3],
-                drafter=LayerSkipDrafter(m, SKIPPED, FixedLength(3)),
+                engine=engine,
+                drafter=LayerSkipDrafter(model, SKIPPED, FixedLength(3)),
                 sampling=sampling,
                 max_new_tokens=length,
             )
-            for m in (captured, eager)
+            for engine in (captured, EagerEngine(model))
         )
         assert ours.tokens == expected.tokens
 
@@ -208,12 +185,18 @@ def test_without_a_cuda_device_graphs_are_refused():
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
     hf_model = EVERY_FAMILY[family]().to("cuda")
-    eager, captured = LayerSkipModel(hf_model), LayerSkipModel(hf_model)
-    captured.engine = GraphEngine(captured, smallest_bucket=16)
+    model = LayerSkipModel(hf_model)
+    eager, captured = EagerEngine(model), GraphEngine(model, smallest_bucket=16)
     for skip_set in (SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2))):
         ours, expected = (
-            generate(m, [1, 2, 3], drafter=LayerSkipDrafter(m, skip_set, FixedLength(3)), max_new_tokens=30)
-            for m in (captured, eager)
+            generate(
+                model,
+                [1, 2, 3],
+                engine=engine,
+                drafter=LayerSkipDrafter(model, skip_set, FixedLength(3)),
+                max_new_tokens=30,
+            )
+            for engine in (captured, eager)
         )
         near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected.tokens)
 
@@ -221,19 +204,20 @@ def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
 def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     model = LayerSkipModel(tiny_llama())
-    use_engine(model, "eager")
-    assert isinstance(model.engine, EagerEngine)
-    assert model.engine.costs is not None
+    engine = make_engine(model, "eager")
+    assert isinstance(engine, EagerEngine)
+    assert engine.model is model
+    assert engine.costs is not None
     with pytest.raises(InvalidInputError, match=r"^engine 'steam' is unknown; expected eager or cuda-graphs$"):
-        use_engine(model, "steam")
+        make_engine(model, "steam")
     with pytest.raises(InvalidInputError, match="one CUDA device"):
-        use_engine(model, "cuda-graphs")
+        make_engine(model, "cuda-graphs")
 
 
-def test_a_drafter_drafts_with_the_engine_that_its_model_has_now():
+def test_a_drafter_drafts_with_the_engine_of_each_generation():
     model = LayerSkipModel(tiny_llama())
     drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3))
     expected = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12)
-    model.engine = engine = GraphEngine(model, call_directly)
-    assert generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12).tokens == expected.tokens
+    engine = GraphEngine(model, call_directly)
+    assert generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=12).tokens == expected.tokens
     assert len(engine._drafts) == 1

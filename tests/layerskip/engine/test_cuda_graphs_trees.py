@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from layerskip import LayerSkipModel
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts
 from layerskip.token_tree import TokenTree
-from tests.layerskip.engine.test_cuda_graphs import like_a_graph
+from tests.capture import like_a_graph
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY
 from tests.strategies import tokens, trees
 

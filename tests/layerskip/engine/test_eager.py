@@ -25,16 +25,25 @@ COSTS = {"exact": None, "padded": WIDE_IS_CHEAP, "resumed": TOKENS_COST, "both":
 
 @pytest.fixture(params=COSTS, scope="module")
 def costs(request, tiny):
-    tiny.engine.costs = COSTS[request.param]
-    yield request.param
-    tiny.engine.costs = None
+    return COSTS[request.param]
+
+
+def engine_with(model, costs):
+    engine = EagerEngine(model)
+    engine.costs = costs
+    return engine
 
 
 @given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
 @settings(max_examples=25)
 def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs, prompt, skip_set, draft_exit, length):
     ours = generate(
-        tiny, prompt, drafter=LayerSkipDrafter(tiny, skip_set, draft_exit), max_new_tokens=length, eos_token_ids=[]
+        tiny,
+        prompt,
+        engine=engine_with(tiny, costs),
+        drafter=LayerSkipDrafter(tiny, skip_set, draft_exit),
+        max_new_tokens=length,
+        eos_token_ids=[],
     )
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -42,7 +51,7 @@ def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs,
 @given(tokens(8), tokens(6, min_size=2), skip_sets())
 @settings(max_examples=25)
 def test_a_verification_gives_the_logits_of_a_plain_pass(tiny, costs, text, drafted, skip_set):
-    engine, stack = tiny.engine, tiny.stack_of(skip_set)
+    engine, stack = engine_with(tiny, costs), tiny.stack_of(skip_set)
     with torch.inference_mode():
         cache = engine.new_cache(len(text))
         engine.prefill(torch.tensor(text), cache)
@@ -62,8 +71,7 @@ def test_a_pass_is_as_wide_as_is_cheapest(tiny, monkeypatch):
     widths = []
     original = tiny.pass_context
     monkeypatch.setattr(tiny, "pass_context", lambda width, cache: widths.append(width) or original(width, cache))
-    engine = EagerEngine(tiny)
-    engine.costs = A_DIP
+    engine = engine_with(tiny, A_DIP)
     cache = engine.new_cache(40)
     with torch.inference_mode():
         engine.prefill(torch.tensor([1, 2]), cache)
@@ -76,13 +84,13 @@ def test_resuming_leaves_out_the_shared_sublayers_of_all_tokens_but_one(tiny):
     """Counted by the calls of the first MLP, which draft and target model share."""
     rows = []
     handle = tiny.hf_model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[1]))
-    tiny.engine.costs = TOKENS_COST
+    engine = engine_with(tiny, TOKENS_COST)
     try:
         skip_set = SkipSet(tiny.num_layers, mlp=(tiny.num_layers - 1,))
-        generate(tiny, [1, 2, 3], drafter=LayerSkipDrafter(tiny, skip_set, FixedLength(3)), max_new_tokens=4)
+        drafter = LayerSkipDrafter(tiny, skip_set, FixedLength(3))
+        generate(tiny, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=4)
     finally:
         handle.remove()
-        tiny.engine.costs = None
     assert rows[0] == 3  # the prompt
     assert set(rows[1:]) == {1}  # draft steps, and the last drafted token
 
@@ -100,7 +108,8 @@ def test_a_prompt_gives_the_states_of_all_its_tokens_and_scores_behind_the_last(
     text = torch.tensor([3, 1, 4, 1, 5, 9])
     with torch.inference_mode():
         expected = tiny.forward(text, tiny.new_cache(6))
-        cache = tiny.engine.new_cache(6)
-        first, rest = tiny.engine.prefill(text[:2], cache), tiny.engine.prefill(text[2:], cache)
+        engine = EagerEngine(tiny)
+        cache = engine.new_cache(6)
+        first, rest = engine.prefill(text[:2], cache), engine.prefill(text[2:], cache)
         torch.testing.assert_close(torch.cat([first.states, rest.states]), expected[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(rest.logits, tiny.logits(expected[:, -1:]), atol=1e-4, rtol=1e-4)

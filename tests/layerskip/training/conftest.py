@@ -1,14 +1,14 @@
-"""Texts that tiny models wrote, for all tests of tuning."""
+"""Texts that tiny models wrote, for all tests of training."""
 
 import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.training import DataSettings, GivenPrompts, TuningData
+from layerskip.training import DataSettings, GivenPrompts, TrainingTextWriter
 from tests.models import tiny_gemma2, tiny_llama
 
 EXIT = 1
-SETTINGS = DataSettings(EXIT, max_new_tokens=12, side_by_side=16)
+SETTINGS = DataSettings(EXIT, max_new_tokens=12, batch_size=16)
 
 
 def random_prompts(count, seed=0):
@@ -25,5 +25,5 @@ def writer(request):
 @pytest.fixture(scope="session")
 def shards(writer, tmp_path_factory):
     """About 1,500 positions of either family."""
-    folder = tmp_path_factory.mktemp("tuning")
-    return TuningData(writer, random_prompts(160), SETTINGS, folder, "fingerprint").collect(1500)
+    folder = tmp_path_factory.mktemp("training")
+    return TrainingTextWriter(writer, random_prompts(160), SETTINGS, folder, "fingerprint").collect(1500)

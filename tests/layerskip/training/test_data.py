@@ -5,59 +5,61 @@ import torch
 
 from layerskip import LayerSkipError, LayerSkipModel
 from layerskip.errors import InvalidInputError
-from layerskip.training import DataSettings, GivenPrompts, SelfWrittenPrompts, TuningData
-from layerskip.training.data import NOT_ASKED
+from layerskip.training import DataSettings, GivenPrompts, SelfWrittenPrompts, TrainingTextWriter
 from tests.layerskip.training.conftest import EXIT, SETTINGS, random_prompts
 from tests.models import LAYERS, tiny_llama, tiny_tokenizer, transformers_greedy
 
 
+def files(shards):
+    return [shards.store.folder / f"{name}.safetensors" for name in shards.shards]
+
+
 def all_texts(shards):
-    return [text for path in shards.paths for text in shards.texts(path)]
+    return [*shards.learned(), *shards.held_out(10**9)]
 
 
 def test_texts_are_the_full_models_greedy_answers(writer, shards):
     texts = all_texts(shards)
-    assert shards.positions == sum(int(text.asked.sum()) for text in texts) >= 1500
+    assert shards.positions == sum(text.new_tokens - 1 for text in texts) >= 1500
     for text in texts[::7]:
-        length = int((~text.asked).sum()) + 1
-        prompt = text.tokens[:length].tolist()
-        answer = [*text.tokens[length:].tolist(), int(text.choices[-1])]
-        assert answer == transformers_greedy(writer.hf_model, prompt, SETTINGS.max_new_tokens)[: len(answer)]
-        assert text.choices[length - 1 :].tolist() == answer
-        assert (text.choices[: length - 1] == NOT_ASKED).all()
+        prompt, answer = text.tokens[: text.prompt_length].tolist(), text.tokens[text.prompt_length :].tolist()
+        assert answer == transformers_greedy(writer.hf_model, prompt, SETTINGS.max_new_tokens)
+        assert text.choices.tolist() == answer[1:]
 
 
 def test_states_are_those_of_a_pass_over_the_whole_text(writer, shards):
     """Although they were kept from passes over several texts, padded on the left, one token at a time."""
     for text in all_texts(shards)[::9]:
         with torch.inference_mode():
-            cache = writer.new_cache(len(text.tokens))
-            context = writer.pass_context(len(text.tokens), cache)
-            before = writer.target_stack.run(writer.embed(text.tokens.long()), context, stop=2 * EXIT)
+            tokens = text.tokens[:-1].long()
+            cache = writer.new_cache(len(tokens))
+            context = writer.pass_context(len(tokens), cache)
+            before = writer.target_stack.run(writer.embed(tokens), context, stop=2 * EXIT)
             after = writer.target_stack.run(before, context, start=2 * EXIT)
-        for kept, expected in ((text.before, before[0]), (text.after, after[0])):
-            torch.testing.assert_close(kept.float(), expected, atol=2e-2, rtol=2e-2)  # kept in bfloat16
+            confidence = writer.logits(after[:, text.asked]).softmax(-1).amax(-1)
+        torch.testing.assert_close(text.states.float(), torch.cat([before, after]), atol=2e-2, rtol=2e-2)  # bfloat16
+        torch.testing.assert_close(text.confidence, confidence, atol=1e-3, rtol=1e-3)
 
 
 def test_a_run_that_wants_more_goes_on_with_what_is_there(llama, tmp_path):
     def collect(positions, folder):
         told = []
-        shards = TuningData(llama, random_prompts(64), SETTINGS, folder, "f").collect(positions, told.append)
+        shards = TrainingTextWriter(llama, random_prompts(64), SETTINGS, folder, "f").collect(positions, told.append)
         return shards, told
 
     first, told = collect(150, tmp_path / "a")
     assert told[-1] == first.positions
-    stamps = {path: path.stat().st_mtime_ns for path in first.paths}
+    stamps = {path: path.stat().st_mtime_ns for path in files(first)}
     more, _ = collect(400, tmp_path / "a")
-    assert more.paths[: len(first.paths)] == first.paths
-    assert {path: path.stat().st_mtime_ns for path in first.paths} == stamps
+    assert more.shards[: len(first.shards)] == first.shards
+    assert {path: path.stat().st_mtime_ns for path in files(first)} == stamps
     at_once, _ = collect(400, tmp_path / "b")
-    assert [path.read_bytes() for path in at_once.paths] == [path.read_bytes() for path in more.paths]
+    assert [path.read_bytes() for path in files(at_once)] == [path.read_bytes() for path in files(more)]
 
 
 def test_a_shard_that_was_cut_short_is_written_again(llama, tmp_path):
-    data = TuningData(llama, random_prompts(16), SETTINGS, tmp_path, "f")
-    [path] = data.collect(10).paths
+    data = TrainingTextWriter(llama, random_prompts(16), SETTINGS, tmp_path, "f")
+    [path] = files(data.collect(10))
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     data.collect(10)
@@ -66,26 +68,26 @@ def test_a_shard_that_was_cut_short_is_written_again(llama, tmp_path):
 
 def test_sampled_answers_are_the_same_for_the_same_seed(llama, tmp_path):
     def tokens(seed, name):
-        settings = DataSettings(EXIT, max_new_tokens=12, temperature=1.0, side_by_side=8, seed=seed)
-        shards = TuningData(llama, random_prompts(8), settings, tmp_path / name, "f").collect(50)
+        settings = DataSettings(EXIT, max_new_tokens=12, temperature=1.0, batch_size=8, seed=seed)
+        shards = TrainingTextWriter(llama, random_prompts(8), settings, tmp_path / name, "f").collect(50)
         return [text.tokens.tolist() for text in all_texts(shards)]
 
     assert tokens(0, "a") == tokens(0, "b") != tokens(1, "c")
 
 
 def test_the_choice_behind_a_sampled_token_is_still_the_likeliest(llama, tmp_path):
-    settings = DataSettings(EXIT, max_new_tokens=12, temperature=2.0, side_by_side=8)
-    shards = TuningData(llama, random_prompts(8), settings, tmp_path, "f").collect(50)
+    settings = DataSettings(EXIT, max_new_tokens=12, temperature=2.0, batch_size=8)
+    shards = TrainingTextWriter(llama, random_prompts(8), settings, tmp_path, "f").collect(50)
     for text in all_texts(shards):
         logits = llama.hf_model(text.tokens[None].long()).logits[0]
-        assert text.choices[text.asked].tolist() == logits.argmax(-1)[text.asked].tolist()
+        assert text.choices.tolist() == logits.argmax(-1)[text.asked].tolist()
 
 
 def test_no_prompt_is_both_learned_from_and_held_out(shards):
     def prompts(texts):
-        return {tuple(text.tokens[~text.asked].tolist()) for text in texts}
+        return {tuple(text.tokens[: text.prompt_length].tolist()) for text in texts}
 
-    learned, held_out = prompts(shards.learned(shards.paths)), prompts(shards.held_out(10**6))
+    learned, held_out = prompts(shards.learned()), prompts(shards.held_out(10**6))
     assert learned
     assert held_out
     assert not learned & held_out
@@ -94,9 +96,9 @@ def test_no_prompt_is_both_learned_from_and_held_out(shards):
 @pytest.mark.parametrize(("count", "learned"), [(1, 0), (2, 1), (3, 2)])
 def test_of_few_prompts_one_is_held_out_all_the_same(llama, tmp_path, count, learned):
     prompts = GivenPrompts([[number, 3] for number in range(count)])
-    shards = TuningData(llama, prompts, SETTINGS, tmp_path, "f").collect(10**3)
+    shards = TrainingTextWriter(llama, prompts, SETTINGS, tmp_path, "f").collect(10**3)
     assert len(shards.held_out(10**6)) == 1
-    assert len(list(shards.learned(shards.paths))) == learned
+    assert len(list(shards.learned())) == learned
 
 
 def test_given_prompts_are_asked_once_a_round():
@@ -137,11 +139,11 @@ def test_a_model_without_template_or_end_cannot_write_prompts(llama):
 @pytest.mark.parametrize("outside", [LAYERS, LAYERS + 1])
 def test_an_exit_outside_the_model_is_refused(llama, tmp_path, outside):
     with pytest.raises(InvalidInputError, match=f"^exit: expected 1 to {LAYERS - 1}, .* got {outside}$"):
-        TuningData(llama, random_prompts(4), DataSettings(outside), tmp_path, "f")
+        TrainingTextWriter(llama, random_prompts(4), DataSettings(outside), tmp_path, "f")
 
 
 def test_more_than_the_disk_holds_is_refused_before_anything_is_written(llama, tmp_path):
-    data = TuningData(llama, random_prompts(4), SETTINGS, tmp_path, "f")
+    data = TrainingTextWriter(llama, random_prompts(4), SETTINGS, tmp_path, "f")
     with pytest.raises(LayerSkipError, match=r"GiB are free; lower --positions"):
         data.collect(10**15)
-    assert not list(data.folder.iterdir())
+    assert not list(tmp_path.rglob("*.safetensors"))

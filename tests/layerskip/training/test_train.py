@@ -24,8 +24,8 @@ def a_layer(model, like=LAYERS - 1):
 
 
 def a_bridge(model, shards):
-    states = [(text.before, text.after) for text in shards.learned(shards.paths)]
-    before, after = (torch.cat(part).float() for part in zip(*states, strict=True))
+    states = [text.states.float() for text in shards.learned()]
+    before, after = torch.cat(states, dim=1)
     return trainable_bridge(model, fit_bridge(model, before, after, START, STOP))
 
 
@@ -63,8 +63,8 @@ def test_what_was_trained_is_what_drafts(writer, shards):
     drafter = LayerSkipDrafter.of(writer, EXITED, FixedLength(1), trained.assets)
     accepted = drafted = 0
     agreed = []
-    for text in shards.learned(shards.paths):
-        prompt = text.tokens[: int((~text.asked).sum()) + 1].tolist()
+    for text in shards.learned():
+        prompt = text.tokens[: text.prompt_length].tolist()
         made = generate(writer, prompt, drafter=drafter, max_new_tokens=12, eos_token_ids=[])
         near_tie_or_same(writer.hf_model, prompt, made.tokens, transformers_greedy(writer.hf_model, prompt, 12))
         accepted, drafted = accepted + made.stats.accepted, drafted + made.stats.drafted
@@ -84,12 +84,12 @@ def test_scores_are_those_of_the_stack_over_the_text(writer, shards):
     with torch.inference_mode():
         cache = writer.new_cache(len(text.tokens))
         x = stack.run(writer.embed(text.tokens.long()), writer.pass_context(len(text.tokens), cache))
-        chosen = writer.logits(x).argmax(-1)[text.asked]
+        chosen = writer.logits(x[:, text.asked]).argmax(-1)
     with frozen(writer):
         agreement = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce").agreement(learner, [[text]])
-    expected = (chosen == text.choices[text.asked]).float().mean()
+    expected = (chosen == text.choices).float().mean()
     assert agreement.top[1] == pytest.approx(float(expected), abs=0.1)  # states were kept in bfloat16
-    assert agreement.positions == int(text.asked.sum())
+    assert agreement.positions == len(text.choices)
 
 
 def test_the_gradient_is_that_of_the_whole_loss_however_it_is_cut(writer, shards, monkeypatch):
@@ -107,10 +107,10 @@ def test_the_gradient_is_that_of_the_whole_loss_however_it_is_cut(writer, shards
 
 def test_a_copy_of_the_only_skipped_layer_loses_nothing(llama, tmp_path):
     """The divergence from the target model is that of rounding the kept states, and its first choice nearly always."""
-    from layerskip.training import DataSettings, TuningData
+    from layerskip.training import DataSettings, TrainingTextWriter
 
-    settings = DataSettings(LAYERS - 1, max_new_tokens=12, side_by_side=16)
-    shards = TuningData(llama, random_prompts(64), settings, tmp_path, "f").collect(300)
+    settings = DataSettings(LAYERS - 1, max_new_tokens=12, batch_size=16)
+    shards = TrainingTextWriter(llama, random_prompts(64), settings, tmp_path, "f").collect(300)
     learner = trainable_layer(llama, DraftLayerWeights.copied(llama, STOP - 2, STOP, LAYERS - 1))
     with frozen(llama):
         scorer = Scorer(llama, llama.stack_of(SkipSet(LAYERS)), "kl")
@@ -126,16 +126,16 @@ def test_a_draft_vocabulary_bounds_what_can_agree(writer, shards):
     assert ids.tolist() == sorted(set(ids.tolist()))
     trained = train(writer, a_layer(writer), shards, TrainingSettings(epochs=1), token_ids=ids)
     held_out = shards.held_out(4096)
-    choices = torch.cat([text.choices[text.asked] for text in held_out])
+    choices = torch.cat([text.choices for text in held_out])
     assert trained.agreement.coverage == pytest.approx(float(torch.isin(choices, ids).float().mean()))
     assert trained.agreement.top[8] <= trained.agreement.coverage < 1
     assert trained.assets.token_ids is ids
 
 
 def test_a_training_that_was_stopped_ends_like_one_that_was_not(llama, tmp_path_factory):
-    from layerskip.training import TuningData
+    from layerskip.training import TrainingTextWriter
 
-    shards = TuningData(llama, random_prompts(64), SETTINGS, tmp_path_factory.mktemp("d"), "f").collect(600)
+    shards = TrainingTextWriter(llama, random_prompts(64), SETTINGS, tmp_path_factory.mktemp("d"), "f").collect(600)
     whole = train(llama, a_layer(llama), shards, SHORT, folder=tmp_path_factory.mktemp("whole"))
 
     folder = tmp_path_factory.mktemp("stopped")

@@ -1,6 +1,7 @@
 """Draft heads learn to foretell the target model's text, and what they say in training is what they draft."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,14 +55,13 @@ def test_agreement_is_how_often_the_heads_foretell_the_text(writer, shards, kind
     right, asked = [0] * HEADS, [0] * HEADS
     with torch.no_grad():
         for text in texts:
-            prompt = int((~text.asked).sum()) + 1
-            whole = [*text.tokens.tolist(), int(text.choices[-1])]
+            prompt, whole = text.prompt_length, text.tokens.tolist()
             for newest in range(prompt, len(whole)):
                 for place in range(HEADS):
                     if newest + place + 1 >= len(whole):
                         continue
                     known = writer.embed(torch.tensor(whole[newest : newest + place + 1]))
-                    said = heads.at(place, text.after[newest - 1][None].float(), known)
+                    said = heads.at(place, text.states[1, newest - 1][None].float(), known)
                     asked[place] += 1
                     right[place] += int(writer.logits(said[None])[0].argmax()) == whole[newest + place + 1]
     with frozen(writer):
@@ -91,10 +91,10 @@ def test_later_heads_count_less(writer, shards, kind):
 
 @kinds
 def test_texts_too_short_for_a_head_teach_the_others(writer, shards, kind):
-    short = sorted(shards.held_out(10**6), key=lambda text: int(text.asked.sum()))[:1]
+    short = sorted(shards.held_out(10**6), key=lambda text: len(text.choices))[:1]
     [text] = short
-    cut = int((~text.asked).sum()) + 2
-    text = type(text)(text.tokens[:cut], text.before[:cut], text.after[:cut], text.choices[:cut])
+    cut = text.prompt_length + 2
+    text = replace(text, tokens=text.tokens[:cut], choices=text.choices[:1], states=text.states[:, : cut - 1])
     learner = some_heads(writer, kind)
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "both")
@@ -107,10 +107,10 @@ def test_what_was_trained_is_what_drafts(writer, shards, kind):
     """The first head's agreement while decoding is near what the texts foretold, and the output the target model's."""
     trained = train(writer, some_heads(writer, kind), shards, settings())
     drafter = HeadDrafter.of(writer, FixedLength(1), trained.assets)
-    texts = list(shards.learned(shards.paths))
+    texts = list(shards.learned())
     accepted = drafted = 0
     for text in texts:
-        prompt = text.tokens[: int((~text.asked).sum()) + 1].tolist()
+        prompt = text.tokens[: text.prompt_length].tolist()
         made = generate(writer, prompt, drafter=drafter, max_new_tokens=12, eos_token_ids=[])
         near_tie_or_same(writer.hf_model, prompt, made.tokens, transformers_greedy(writer.hf_model, prompt, 12))
         accepted, drafted = accepted + made.stats.accepted, drafted + made.stats.drafted

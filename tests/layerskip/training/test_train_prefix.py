@@ -64,9 +64,8 @@ def test_what_it_guesses_is_what_heads_say_behind_one_pass_over_each_text(writer
             expected = []
             for text in texts:
                 cache = KVCache(num_layers=0, capacity=len(text.tokens))
-                states = through_layer(writer, layer, text.after.float(), cache)
-                first = int((~text.asked).sum())
-                for at in range(first, len(text.tokens) - place - 1):
+                states = through_layer(writer, layer, text.states[1].float(), cache)
+                for at in range(text.prompt_length - 1, len(text.tokens) - place - 2):
                     known = writer.embed(text.tokens[at + 1 : at + place + 2].long())
                     expected.append(heads.at(place, states[at][None], known))
             torch.testing.assert_close(guess.states, torch.cat(expected), atol=1e-3, rtol=1e-3)
@@ -76,10 +75,10 @@ def test_what_was_trained_is_what_drafts(writer, shards):
     """The first head's agreement while decoding is near what the texts foretold, and the output the target model's."""
     trained = train(writer, untrained(writer), shards, settings())
     drafter = HeadDrafter.of(writer, FixedLength(1), trained.assets)
-    texts = list(shards.learned(shards.paths))
+    texts = list(shards.learned())
     accepted = drafted = 0
     for text in texts:
-        prompt = text.tokens[: int((~text.asked).sum()) + 1].tolist()
+        prompt = text.tokens[: text.prompt_length].tolist()
         made = generate(writer, prompt, drafter=drafter, max_new_tokens=12, eos_token_ids=[])
         near_tie_or_same(writer.hf_model, prompt, made.tokens, transformers_greedy(writer.hf_model, prompt, 12))
         accepted, drafted = accepted + made.stats.accepted, drafted + made.stats.drafted
