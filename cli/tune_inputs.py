@@ -146,7 +146,7 @@ class TuningProgress:
             case Evaluated():
                 self._evaluated(event.result, event.ideal)
             case TrainingEnded():
-                progress = event.trained.looks[-1].progress
+                progress = event.trained.evaluations[-1].progress
                 if progress < 1 and not event.trained.interrupted:
                     self._say(
                         f"training ends at {100 * progress:.0f} %: the last looks gained nothing; "

@@ -538,7 +538,7 @@ class Tuning:
             provenance=Provenance(
                 created=datetime.now(UTC),
                 tool=f"layerskip {library_versions()['layerskip']}",
-                training_seconds=trained.looks[-1].seconds if trained.looks else None,
+                training_seconds=trained.evaluations[-1].seconds if trained.evaluations else None,
             ),
         )
         return profile.with_assets(trained.assets)

@@ -29,14 +29,14 @@ from studies.view import StudyView, view_study
 _ATTACHED_KEY = "layerskip:attached"
 _ARTIFACTS_KEY = "layerskip:artifacts"
 _NOTE, _OBJECTIVES = "note", "objectives"
-_NAMES = ["speedup", "acceptance rate"]
+_OBJECTIVE = "speedup"
 _MOST_CANDIDATES = 5  # as many as fit into the dashboard's boxes
 _TITLE_PIXELS = 44
 _LEGEND_PIXELS = 44  # of two rows
 
 
 def attach_figures(storage: ReconnectingStorage, name: str) -> None:
-    """Attach a study's figures and a note, as far as they changed, and name its objectives once.
+    """Attach a study's figures and a note, as far as they changed, and name its objective once.
 
     A note that somebody else wrote stays.
 
@@ -60,8 +60,8 @@ def attach_figures(storage: ReconnectingStorage, name: str) -> None:
             if attached[picture.id] != before.get(picture.id):
                 save_plotly_graph_object(study, figure, graph_object_id=picture.id)
     if _OBJECTIVES not in before:
-        _name_objectives(study)
-        attached[_OBJECTIVES] = ", ".join(_NAMES)
+        _name_objective(study)
+        attached[_OBJECTIVES] = _OBJECTIVE
     note, there = _note(view, shown), get_note(study)
     if there != note and (not there or _digest(there.encode()) == before.get(_NOTE)):
         save_note(study, note)
@@ -70,10 +70,10 @@ def attach_figures(storage: ReconnectingStorage, name: str) -> None:
         _set_attribute(storage, study, _ATTACHED_KEY, attached)
 
 
-def _name_objectives(study: optuna.Study) -> None:
+def _name_objective(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(_NAMES[: len(study.directions)])
+        study.set_metric_names([_OBJECTIVE])
 
 
 def artifact_store(folder: Path) -> FileSystemArtifactStore:

@@ -89,7 +89,7 @@ def candidate_key(trial: FrozenTrial) -> str:
 
 
 def speedup_of(trial: FrozenTrial) -> float:
-    """A completed trial's speedup, the first of its objectives."""
+    """A completed trial's speedup."""
     return float(trial.values[0])
 
 
@@ -129,17 +129,3 @@ def _supersedes(trial: FrozenTrial, other: FrozenTrial) -> bool:
     if basis_of(trial) != basis_of(other):
         return basis_of(trial) == "measured"
     return speedup_of(trial) > speedup_of(other)
-
-
-def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
-    """Of a study with two objectives, the candidates that no other beats in both, by falling speedup.
-
-    All by what was predicted of them: measurements of a few would not be comparable with predictions of the rest.
-    """
-    if len(study.directions) < 2:
-        return []
-    front: list[FrozenTrial] = []
-    for trial in sorted(seen_trials(study), key=lambda trial: (trial.values[0], trial.values[1]), reverse=True):
-        if not front or trial.values[1] > front[-1].values[1]:
-            front.append(trial)
-    return front

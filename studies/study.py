@@ -23,7 +23,6 @@ from studies.ranking import (
     candidate_key,
     completed_trials,
     measured_trials,
-    pareto_front,
     seen_trials,
     speedup_of,
 )
@@ -83,33 +82,28 @@ class StudyContext:
         ]
 
 
-def open_study(storage: ReconnectingStorage, name: str, context: StudyContext, *, objectives: int = 1) -> optuna.Study:
-    """Create a study that maximizes, or go on with the one of that name.
+def open_study(storage: ReconnectingStorage, name: str, context: StudyContext) -> optuna.Study:
+    """Create a study that maximizes the speedup, or resume the study of that name.
 
     Args:
         storage: Where it lives.
         name: Its name.
         context: What its values depend on.
-        objectives: How many are maximized; the first is the speedup.
 
     Raises:
         InvalidInputError: A study of that name exists, and was made in another context or by something else.
     """
-    study = _open(storage, name, context, objectives)
+    study = _open(storage, name, context)
     earlier, now = study.user_attrs.get(VERSIONS_KEY, []), library_versions()
     if now not in earlier:
         study.set_user_attr(VERSIONS_KEY, [*earlier, now])
     return study
 
 
-def _open(storage: ReconnectingStorage, name: str, context: StudyContext, objectives: int) -> optuna.Study:
-    directions = [StudyDirection.MAXIMIZE] * objectives
-    study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-    if len(study.directions) != objectives:
-        raise InvalidInputError(
-            f"study '{name}': has {len(study.directions)} objectives, but {objectives} are asked for; "
-            "go on with the same --pareto or --no-pareto, or choose another name with --study"
-        )
+def _open(storage: ReconnectingStorage, name: str, context: StudyContext) -> optuna.Study:
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction=StudyDirection.MAXIMIZE, load_if_exists=True
+    )
     recorded = study.user_attrs.get(_CONTEXT_KEY)
     if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
@@ -118,7 +112,7 @@ def _open(storage: ReconnectingStorage, name: str, context: StudyContext, object
         recorded = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(recorded):
         raise InvalidInputError(f"study '{name}': {_NEWER}, or choose another name with --study")
-    if recorded.get("format") != _FORMAT:
+    if recorded.get("format") != _FORMAT or not _maximizes(study):
         raise InvalidInputError(
             f"study '{name}': was not made by this version of layerskip; choose another name with --study"
         )
@@ -136,7 +130,7 @@ def _is_newer(recorded: dict[str, Any]) -> bool:
 
 
 def _maximizes(study: optuna.Study) -> bool:
-    return set(study.directions) == {StudyDirection.MAXIMIZE}
+    return study.directions == [StudyDirection.MAXIMIZE]
 
 
 def context_of(study: optuna.Study) -> dict[str, Any]:
@@ -256,7 +250,6 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
         "measurements": len(records),
         "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
-        "pareto_front": [described(trial) for trial in pareto_front(study)],
     }
 
 

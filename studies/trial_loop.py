@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from studies.heartbeats import Heartbeats
 from studies.storage_errors import StorageError, causes
 
-Objective = Callable[[optuna.Trial], float | Sequence[float]]
+Objective = Callable[[optuna.Trial], float]
 
 _log = logging.getLogger("layerskip.studies")
 

@@ -24,7 +24,6 @@ from studies.ranking import (
     completed_trials,
     config_of,
     correction_of,
-    pareto_front,
     speedup_of,
 )
 from studies.records import MeasurementRecord
@@ -93,7 +92,6 @@ class StudyView:
         num_layers: Decoder layers of the model.
         tried: Completed trials, by number.
         ranked: The best trial of each candidate: finalists by what they measured on held-out prompts, then the others.
-        front: Of a study with two objectives, the trials on the Pareto front.
         correction: By how much predictions were off where candidates were measured.
         measurements: Every prompt that was measured.
         alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
@@ -109,7 +107,6 @@ class StudyView:
     num_layers: int
     tried: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
-    front: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
     alone: Mapping[int, float]
@@ -167,7 +164,6 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
             key=lambda one: one.held_out.value if one.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
-        front=[tried[trial.number] for trial in pareto_front(study) if trial.number in tried],
         correction=correction_of(now),
         measurements=records,
         alone=_alone(attributes.get(ALONE_KEY, {})),

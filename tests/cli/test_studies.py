@@ -2,6 +2,7 @@
 
 import json
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,14 +26,20 @@ from tests.cli.conftest import COMMAND, ENVIRONMENT
 URL = "sqlite:///layerskip.db"
 
 
-@pytest.fixture
-def searched(wrapped, elsewhere):
-    """A study of two candidates and no measurement in the default storage."""
+@pytest.fixture(scope="module")
+def searched_folder(wrapped, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    return Search(
-        EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s"
-    ).run()
+    storage = open_storage(f"sqlite:///{folder}/layerskip.db")
+    Search(EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
+    return folder
+
+
+@pytest.fixture
+def searched(searched_folder, elsewhere):
+    """A study of two candidates and no measurement in the default storage."""
+    shutil.copytree(searched_folder, elsewhere, dirs_exist_ok=True)
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):

@@ -56,13 +56,12 @@ class StudyInTheMaking:
         storage: Where it lives.
         name: Its name.
         layers: Of the model.
-        pareto: Whether acceptance is an objective too.
         seed: Of everything that is drawn.
     """
 
-    def __init__(self, storage, name="s", *, layers=6, pareto=False, seed=0, model="makers/tiny"):
-        self.storage, self.name, self.layers, self.pareto = storage, name, layers, pareto
-        self.study = open_study(storage, name, context_of(layers, model), objectives=2 if pareto else 1)
+    def __init__(self, storage, name="s", *, layers=6, seed=0, model="makers/tiny"):
+        self.storage, self.name, self.layers = storage, name, layers
+        self.study = open_study(storage, name, context_of(layers, model))
         self.random = random.Random(seed)
         self.damage = log_rejection(layers, seed)
         self.trials = []  # reading them from the storage again and again takes long
@@ -138,7 +137,7 @@ class StudyInTheMaking:
         began = BEGAN + timedelta(seconds=number)
         trial = create_trial(
             state=TrialState.COMPLETE,
-            values=[speedup, told["acceptance"]] if self.pareto else [speedup],
+            value=speedup,
             params=parameters,
             distributions={name: CategoricalDistribution(choices.get(name, (0, 1))) for name in parameters},
             user_attrs=told,

@@ -103,14 +103,6 @@ def test_each_sublayer_has_what_was_looked_at_alone(searched, drawn):
     assert len(searched.alone) == 12
 
 
-def test_the_pareto_front_is_drawn_where_there_are_two_objectives(storage, drawn):
-    assert traces(drawn["acceptance"], "Pareto front") == []
-    StudyInTheMaking(storage, "two", pareto=True).looked_at(8)
-    two = view_study(storage, "two")
-    picture = next(picture for picture in pictures(two, 5) if picture.id == "acceptance")
-    assert points(picture, "Pareto front") == [(one.acceptance, one.speedup.value) for one in two.front]
-
-
 def test_a_figure_says_as_a_table_what_it_shows(searched, drawn):
     for picture in drawn.values():
         assert {len(row) for row in picture.table.rows} == {len(picture.table.columns)}

@@ -77,13 +77,6 @@ def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
     assert visited.complaints == []
 
 
-def test_a_study_of_two_objectives_can_be_reported(storage, reported, visit):
-    StudyInTheMaking(storage, pareto=True).with_costs().looked_at(6).measured(1).finalists(1)
-    visited = visit(reported("s")[0])
-    assert visited.page.locator("#acceptance .legend", has_text="Pareto front").count() == 1
-    assert visited.complaints == []
-
-
 @pytest.mark.parametrize("layers", [30, 80])
 def test_a_report_of_a_deep_model_fits_a_phone(storage, reported, visit, layers):
     making = StudyInTheMaking(storage, layers=layers).with_costs().with_sublayers_looked_at()
