@@ -159,7 +159,7 @@ def test_a_folder_without_write_permission_is_found_out_before_the_search(layers
         (["--dtype", "float3"], "dtype 'float3' is unknown"),
         (["--max-new-tokens", 600], "prompt 1: "),
         (["--seed", -1], "seed: "),
-        (["--sampler", "dice"], "sampler 'dice' is unknown; expected tpe, greybox, "),
+        (["--sampler", "dice"], "sampler 'dice' is unknown; expected tpe, greybox"),
         (["--workers", 0], "workers: expected at least 1, got 0"),
         (["--workers", 3, "--devices", "cpu,cpu"], "--workers 3: --devices names 2, "),
         (["--devices", "abacus,cpu"], "device 'abacus' is not available"),

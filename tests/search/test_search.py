@@ -312,7 +312,7 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
     costs.clear()
     name = small_search(llama, storage, trials=1).run().study
     small_search(llama, storage, trials=2).run()
-    assert costs == [llama]
+    assert [engine.model for engine in costs] == [llama]
     kept = load_study(storage, name).user_attrs["latency"]
     assert LatencyModel.from_json(kept) == known_costs(SPACE)
 
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_written_ends_the_search_in_one_line(llama, stor
 
 def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
-    with passes_counted(search._model) as passes:
+    with passes_counted(search._engine.model) as passes:
         search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
         search.explore(search.open())
         return len(passes)
