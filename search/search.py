@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine, Engine
+from layerskip.engine import EagerEngine, Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -40,7 +39,6 @@ from search.callbacks import (
     ignore,
 )
 from search.draft_layers import TrainedDraftLayer
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective
@@ -68,7 +66,7 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
 
 
@@ -134,16 +132,6 @@ def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: in
     )
 
 
-def policy_fields(config: DraftConfig) -> dict[str, Any]:
-    """The policy of a configuration, by the names of a profile's fields."""
-    return {
-        "draft_exit": config.stopping,
-        "gate": config.target_confidence_threshold,
-        "branches": config.tree,
-        "ngrams": config.prompt_lookup,
-    }
-
-
 def profile_of(
     best: Finalist,
     assets: DraftWeights,
@@ -163,11 +151,10 @@ def profile_of(
         context: What the study's values depend on.
         training_seconds: How long its draft layer was trained, if it has one and that is known.
     """
-    config = config_of(best.trial)
-    profile = DraftProfile(
+    return DraftProfile.of(
+        config_of(best.trial),
+        assets,
         model=identity,
-        skip_set=config.skip_set,
-        **policy_fields(config),
         measured=measured_part(
             best.summary,
             best.prompt_set,
@@ -183,7 +170,6 @@ def profile_of(
             training_seconds=training_seconds,
         ),
     )
-    return profile.with_assets(assets)
 
 
 @dataclass(frozen=True)
@@ -220,7 +206,7 @@ class Prepared:
 
     makers: DraftBuilder
     estimator: AcceptanceTracer
-    latency: LatencyModel
+    latency: CostModel
     predictor: SpeedupPredictor
 
 
@@ -268,14 +254,14 @@ def prepare(
 
 def _latency(
     engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
-) -> LatencyModel:
+) -> CostModel:
     try:
-        return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
-    except (KeyError, ValidationError):  # the study is new, or kept another form
+        return CostModel.from_json(study.user_attrs[COSTS_KEY])
+    except (KeyError, ValueError):  # the study is new, or kept another form
         on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(engine, space)
-    study.set_user_attr(LATENCY_KEY, latency.as_json())
+        latency = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+    study.set_user_attr(COSTS_KEY, latency.to_json())
     return latency
 
 
@@ -515,7 +501,7 @@ class Search:
         sampler = self._settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs)
+            costs = RelativeCosts(tools.latency, tools.makers, context)
             return make_sampler(sampler, self._space, costs, seed=seed)
         if self._number:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
@@ -543,7 +529,7 @@ class Search:
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
-        return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
+        return 2 * tokens * tools.latency.at(self._settings.max_new_tokens).plain_step
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
