@@ -46,9 +46,9 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert written == "report    found.html"
     view = view_study(open_storage(STORAGE), study)
     assert set(view.alone) == set(range(2 * view.num_layers))
-    assert view.parts is not None
-    assert all(one.draft_cost > 0 for one in view.seen)
-    assert {one.source for one in view.tried} > {"nothing skipped", "tpe"}
+    assert view.costs is not None
+    assert all(trial.draft_cost > 0 for trial in view.seen)
+    assert {trial.source for trial in view.tried} > {"nothing skipped", "tpe"}
     assert [*view.versions[0]] == ["python", "layerskip", "torch", "transformers"]
     visited = visit(Path("found.html").absolute().as_uri())
     assert visited.page.locator(".verdict").inner_text() == verdict
