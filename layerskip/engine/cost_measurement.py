@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import statistics
@@ -18,7 +17,7 @@ from layerskip.checkpoints import cache_folder
 from layerskip.costs import PassCosts
 from layerskip.engine.base import Engine
 from layerskip.model import LayerSkipModel
-from layerskip.utils import device_name, device_seconds, library_versions, write_atomically
+from layerskip.utils import device_name, device_seconds, digest, library_versions, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def _key(engine: Engine) -> str:
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
     what = [config, WIDTHS, _made_of(model.hf_model), engine.name, model.compiled, *where]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(what)
 
 
 def _made_of(model: nn.Module) -> list[tuple[str, ...]]:
