@@ -16,6 +16,7 @@ from itertools import accumulate, product
 import numpy as np
 import torch
 
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import RoundResult
 from layerskip.drafting.head_drafter import HeadDrafter, through_layer
@@ -33,7 +34,6 @@ from layerskip.token_tree import branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
-from search.latency import LatencyModel
 from search.replay import Prediction
 from search.space import Policy, SearchSpace
 
@@ -200,8 +200,7 @@ class HeadCosts:
     @classmethod
     def of(
         cls,
-        latency: LatencyModel,
-        engine: Engine,
+        latency: CostModel,
         heads: DraftHeads,
         draft: DraftSeconds,
         traces: Sequence[HeadTrace],
@@ -211,16 +210,14 @@ class HeadCosts:
 
         Args:
             latency: What passes of the target model cost.
-            engine: Chooses how to verify.
             heads: The heads.
             draft: As in the class.
             traces: One for each text.
             most: Tokens in the largest draft.
         """
-        choice = engine.costs
-        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
-        verification = [[latency.verification(k + 1, 0.0, at, choice) for k in range(most + 1)] for at in contexts]
-        return cls(draft, [latency.prefill(trace.prompt_length) for trace in traces], verification, heads.at_once)
+        halfway = [latency.at(trace.prompt_length + trace.new_tokens / 2) for trace in traces]
+        verification = [[costs.verification(k + 1) for k in range(most + 1)] for costs in halfway]
+        return cls(draft, [latency.at(trace.prompt_length).prefill for trace in traces], verification, heads.at_once)
 
 
 @torch.inference_mode()

@@ -9,12 +9,12 @@ from functools import partial
 
 import numpy as np
 
+from layerskip.costs import CostModel
 from layerskip.engine import Engine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
 from search.builder import DraftBuilder
 from search.copying import copies_along, with_copies
-from search.latency import LatencyModel
 from search.replay import Prediction, RoundCosts, replay
 from search.space import Candidate, Policy, SearchSpace
 
@@ -69,7 +69,7 @@ class SpeedupPredictor:
         space: SearchSpace,
         makers: DraftBuilder,
         estimator: AcceptanceTracer,
-        latency: LatencyModel,
+        latency: CostModel,
         *,
         max_new_tokens: int,
     ) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.costs import CostModel
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine, Engine
+from layerskip.engine import EagerEngine, Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -38,7 +38,6 @@ from search.callbacks import (
     ignore,
 )
 from search.draft_layers import TrainedDraftLayer
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective, policy_of
@@ -65,7 +64,7 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
 
 
@@ -207,7 +206,7 @@ class Prepared:
 
     makers: DraftBuilder
     estimator: AcceptanceTracer
-    latency: LatencyModel
+    latency: CostModel
     predictor: SpeedupPredictor
 
 
@@ -255,14 +254,14 @@ def prepare(
 
 def _latency(
     engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
-) -> LatencyModel:
+) -> CostModel:
     try:
-        return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
-    except (KeyError, ValidationError):  # the study is new, or kept another form
+        return CostModel.from_json(study.user_attrs[COSTS_KEY])
+    except (KeyError, ValueError):  # the study is new, or kept another form
         on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(engine, space)
-    study.set_user_attr(LATENCY_KEY, latency.as_json())
+        latency = measure_costs(engine, vocabularies=space.vocabularies, most_drafted=space.most_drafted)
+    study.set_user_attr(COSTS_KEY, latency.to_json())
     return latency
 
 
@@ -501,7 +500,7 @@ class Search:
         exits = tuple(one.start for one in space.stand_ins)
         choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
         context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs, space.stand_ins)
+        costs = RelativeCosts(tools.latency, tools.makers, context, space.stand_ins)
         return NoRepeats(
             make_sampler(
                 self._settings.sampler,
@@ -537,7 +536,7 @@ class Search:
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
-        return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
+        return 2 * tokens * tools.latency.at(self._settings.max_new_tokens).plain_step
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import fit_bridge, runs_of
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import Engine
+from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -62,7 +63,6 @@ from search.callbacks import (
 )
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
 from search.prompts import PromptSplit
@@ -95,7 +95,7 @@ class ReplayGround:
     engine: Engine
     texts: Sequence[TargetText]
     space: SearchSpace
-    latency: LatencyModel
+    latency: CostModel
     costs: DraftSeconds | None
     limit: int
 
@@ -244,7 +244,7 @@ class TunedHeads:
         prefix = assets.prefix(self._model)
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
+        rounds = HeadCosts.of(ground.latency, heads, ground.costs, traces, space.most_drafted)
         best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
         if not space.ngrams:
             return best
@@ -558,7 +558,8 @@ class Tuning:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, assets)
+            latency = measure_costs(self._engine, vocabularies=space.vocabularies, most_drafted=space.most_drafted)
+            costs = self._draft.costs(self._engine, assets)
         ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
+from layerskip.costs import DraftParts
 from layerskip.drafting.bridges import Bridge, BridgeFitter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
@@ -183,20 +184,20 @@ def test_samplers_know_what_a_step_with_a_stand_in_costs(makers, given, kind, br
     stand_in = given[kind].name if kind else None
     candidate = Candidate(SkipSet(LAYERS, (1,), (0, 1)), bridged, 20, stand_in)
     latency = known_costs(SearchSpace(LAYERS, vocabularies=(0, 20)))
-    costs = RelativeCosts(latency, makers, 30, None, names)
+    costs = RelativeCosts(latency, makers, 30, names)
     number = 0 if stand_in is None else names.index(stand_in) + 1
-    expected = latency.draft_step(makers.stack(candidate), 30) / latency.verification(1, 0.0, 30, None)
+    expected = latency.at(30).relative().draft_step(DraftParts.of(makers.stack(candidate)))
     assert costs.draft_step_cost(candidate.skip_set.mask, bridged, 20, number) == pytest.approx(expected)
 
 
 def test_a_trained_layer_costs_a_layer_and_a_bridge_a_bridge(makers, given):
     latency = known_costs(SearchSpace(LAYERS, vocabularies=(0, 20)))
     seconds = {
-        kind: latency.draft_step(makers.stack(Candidate(NOTHING, stand_in=one.name)), 8) for kind, one in given.items()
+        kind: latency.at(8).draft_step(DraftParts.of(makers.stack(Candidate(NOTHING, stand_in=one.name))))
+        for kind, one in given.items()
     }
-    step = latency.short.step
-    assert seconds["layer"] == pytest.approx(step.seconds(3, 3, 0, 0))  # two kept layers and itself
-    assert seconds["bridge"] == pytest.approx(step.seconds(3, 2, 1, 0))
+    assert seconds["layer"] == pytest.approx(latency.short.draft_step(DraftParts(3, 3)))  # two kept layers and itself
+    assert seconds["bridge"] == pytest.approx(latency.short.draft_step(DraftParts(3, 2, 1)))
 
 
 def test_vocabularies_are_no_larger_than_the_model(llama):

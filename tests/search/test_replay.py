@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import DraftParts
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.engine import EagerEngine
 from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
@@ -220,12 +221,13 @@ def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
     traces = [Trace(np.zeros(4, int), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
     costs = RoundCosts.of(latency, stack, engine, traces, 2)
     for row, context in enumerate([5.5, 32.5]):
-        assert costs.prefill[row] == latency.prefill(traces[row].prompt_length)
-        assert costs.step[row] == latency.parts(3, 3, 0, 0, context)
-        assert list(costs.verification[row]) == [latency.verification(k + 1, 0, context, None) for k in range(3)]
-    engine.costs = PassCosts({1: 1.0, 2: 9.0, 3: 5.0}, dict.fromkeys((1, 2, 3), 0.0))
+        there = latency.at(context)
+        assert costs.prefill[row] == latency.at(traces[row].prompt_length).prefill
+        assert costs.step[row] == there.draft_step(DraftParts(3, 3))
+        assert list(costs.verification[row]) == [there.verification(k + 1) for k in range(3)]
+    engine.costs = latency.short.passes  # with costs, an engine resumes where that pays
     chosen = RoundCosts.of(latency, stack, engine, traces, 2)
-    plain, *drafted = (latency.verification(n, 0, 5.5, None) for n in (1, 3, 3))
+    plain, *drafted = (latency.at(5.5).verification(n) for n in (1, 2, 3))
     assert chosen.verification[0, 0] == plain  # nothing was drafted, so there is nothing to resume from
     assert all(0 < found < whole for found, whole in zip(chosen.verification[0, 1:], drafted, strict=True))
 

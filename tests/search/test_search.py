@@ -14,8 +14,9 @@ import search.search as preparation
 import search.search as study_module
 import search.space as space_module
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import BridgeFitter
-from layerskip.engine import EagerEngine, GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine, measure_costs
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
 from search.callbacks import (
@@ -26,7 +27,6 @@ from search.callbacks import (
     StudyOpened,
     TrialFinished,
 )
-from search.latency import LatencyModel
 from search.measure import Summary
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
 from search.predict import SpeedupPredictor
@@ -54,6 +54,7 @@ from tests.search.searches import (
     completed,
     kind_of,
     known_costs,
+    known_costs_of,
     random_prompts,
     ratio,
     records,
@@ -73,12 +74,12 @@ def costs():
     """Costs that are the same on every machine make predictions the same; one test measures them for real."""
     measured = []
 
-    def known(model, space):
-        measured.append(model)
-        return known_costs(space)
+    def known(engine, **sizes):
+        measured.append(engine.model)
+        return known_costs_of(engine, **sizes)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", known)
+        patched.setattr(preparation, "measure_costs", known)
         patched.setattr(study_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
         yield measured
 
@@ -310,13 +311,11 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
     small_search(llama, storage, trials=2).run()
     assert costs == [llama]
     kept = load_study(storage, name).user_attrs["latency"]
-    assert LatencyModel.from_json(kept) == known_costs(SPACE)
+    assert CostModel.from_json(kept) == known_costs(SPACE)
 
 
 def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
-    from search.latency import measure_latency
-
-    monkeypatch.setattr(preparation, "measure_latency", measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", measure_costs)
     result = small_search(llama, storage, trials=1, finalists=1).run()
     assert result.profile.measured.speedup > 0
 

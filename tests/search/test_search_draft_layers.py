@@ -17,7 +17,7 @@ from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
-from tests.search.searches import MODEL_ID, completed, known_costs, small_search
+from tests.search.searches import MODEL_ID, completed, known_costs_of, small_search
 from tests.trained import (
     BUSY,
     bridge_profile,
@@ -34,7 +34,7 @@ IDS = list(range(3, 43))
 def costs():
     """Costs that are the same on every machine make predictions the same."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", lambda model, space: known_costs(space))
+        patched.setattr(preparation, "measure_costs", known_costs_of)
         yield
 
 
