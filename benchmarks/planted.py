@@ -38,6 +38,7 @@ from rich.table import Table
 from benchmarks.redundant_model import Planted, flat_costs, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
@@ -46,15 +47,14 @@ from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
 from search.search import Prepared, Search, SearchPrompts, prepare
-from search.settings import SearchSettings
-from search.space import Candidate, SearchSpace
+from search.settings import SAMPLERS, SearchSettings
+from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY
 
 console = Console(highlight=False, width=150)
-SAMPLERS = ("tpe", "greybox", "random")
 # Half of them are scored; candidates that cannot win are given up after the first four of those.
 _PROMPTS = 16
 _MAX_NEW_TOKENS = 24
@@ -126,7 +126,7 @@ class PlantedProblem:
     def optimum(self) -> Optimum:
         """The best skip set, by trying all."""
         predictor = self._prepared().predictor
-        speedups = {s: predictor.estimate(Candidate(s)).prediction.speedup for s in skip_sets(self.space.num_layers)}
+        speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 

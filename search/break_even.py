@@ -80,7 +80,7 @@ def measure_break_even(engine: Engine) -> BreakEven:
         engine: Runs the passes of the model where it would decode, and knows what they cost.
     """
     space = SearchSpace.of(engine.model)
-    measured = measure_costs(engine, vocabularies=space.vocabularies, most_drafted=space.most_drafted).at(_CONTEXT)
+    measured = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted).at(_CONTEXT)
     costs = measured.relative()
     verification = {width: costs.verification(width) for width in range(1, space.max_draft_length + 2)}
     drafts = [
@@ -92,7 +92,7 @@ def measure_break_even(engine: Engine) -> BreakEven:
 def typical_drafts(space: SearchSpace) -> dict[str, DraftParts]:
     """Drafts of the kinds that searches find, by name, from nearly the whole model to a small part of it."""
     layers = space.num_layers
-    vocabulary = space.vocabularies[len(space.vocabularies) // 2]
+    vocabulary = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     head = f", vocabulary of {vocabulary}" if vocabulary else ""
     drafts = {f"nothing skipped{head}": DraftParts(layers, layers, vocabulary=vocabulary)} if vocabulary else {}
     for share, words in ((4, "a quarter"), (2, "half")):

@@ -32,8 +32,8 @@ from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.
-_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
-_FORMAT = 2
+_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft", "source")
+_FORMAT = 3
 # Attributes of a study: the versions of what it was searched with, one after the other;
 VERSIONS_KEY = "versions"
 # what the parts of a step cost, as layerskip.costs.CostModel writes it; a study that has it is not measured for;

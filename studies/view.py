@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from layerskip.costs import CostModel, Costs
-from layerskip.skip_set import SkipSet
+from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     DRAFT_COST_KEY,
     PREDICTED_KEY,
@@ -24,6 +23,7 @@ from studies.ranking import (
     best_trials,
     candidate_key,
     completed_trials,
+    config_of,
     correction_of,
     speedup_of,
 )
@@ -32,7 +32,6 @@ from studies.statistics import Speedup
 from studies.storage import ReconnectingStorage
 from studies.study import ALONE_KEY, COSTS_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
-_BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
 _KINDS = ("attn", "mlp")
 
 
@@ -48,14 +47,10 @@ class TrialSummary:
         predicted: What was predicted of it.
         acceptance: The one-step acceptance rate α that it was looked at with.
         draft_cost: What a draft step costs, c, in units of a plain step; None where that was not kept.
-        skip_set: What it leaves out.
-        bridged: Whether it has bridges.
-        vocabulary: Size of its draft vocabulary; 0 is the whole one.
-        draft: Everything else about the draft, for people.
+        config: How it drafts.
         source: Who proposed it.
         stopped: Whether it was found hopeless and stopped after some prompts.
         held_out: What it measured on held-out prompts, if it is a finalist.
-        trained: Whether a trained stand-in runs in place of the top of what it leaves out.
     """
 
     number: int
@@ -65,14 +60,10 @@ class TrialSummary:
     predicted: float | None
     acceptance: float | None
     draft_cost: float | None
-    skip_set: SkipSet
-    bridged: bool
-    vocabulary: int
-    draft: str
+    config: DraftConfig
     source: str
     stopped: bool
     held_out: Speedup | None = None
-    trained: bool = False
 
     @property
     def standing(self) -> Standing:
@@ -159,7 +150,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
     finals, costs = held_out_speedups(now, records), _draft_costs(now)
-    tried = {trial.number: _tried(trial, num_layers, finals, costs) for trial in completed_trials(now)}
+    tried = {trial.number: _tried(trial, finals, costs) for trial in completed_trials(now)}
     attributes = study.user_attrs
     trials = now.get_trials()
     return StudyView(
@@ -189,9 +180,7 @@ def _draft_costs(study: Snapshot) -> dict[str, float]:
     return {candidate_key(t): t.user_attrs[DRAFT_COST_KEY] for t in trials if DRAFT_COST_KEY in t.user_attrs}
 
 
-def _tried(
-    trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], costs: Mapping[str, float]
-) -> TrialSummary:
+def _tried(trial: FrozenTrial, finals: Mapping[str, Speedup], costs: Mapping[str, float]) -> TrialSummary:
     told, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
     return TrialSummary(
         number=trial.number,
@@ -201,22 +190,11 @@ def _tried(
         predicted=told.get(PREDICTED_KEY),
         acceptance=told.get("acceptance"),
         draft_cost=costs.get(candidate),
-        skip_set=_skip_set(trial.params, num_layers),
-        bridged=bool(trial.params.get("bridged", False)),
-        vocabulary=int(trial.params.get("vocabulary", 0)),
-        draft=str(told.get("draft_exit", "")),
+        config=config_of(trial),
         source=str(told.get("source") or told.get("sampler") or "sampler"),
         stopped=STOPPED_KEY in told,
         held_out=finals.get(candidate),
-        trained=bool(trial.params.get("stand_in", 0)),
     )
-
-
-def _skip_set(parameters: Mapping[str, Any], num_layers: int) -> SkipSet:
-    bits = {match.groups(): bool(value) for name, value in parameters.items() if (match := _BIT.fullmatch(name))}
-    skipped = {(kind, int(layer)) for (kind, layer), skip in bits.items() if skip}
-    attention, mlp = (tuple(layer for of, layer in sorted(skipped) if of == kind) for kind in _KINDS)
-    return SkipSet(num_layers, attention, mlp)
 
 
 def costs_from(kept: str | None) -> Costs | None:

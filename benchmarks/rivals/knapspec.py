@@ -12,10 +12,10 @@ from torch.nn import functional
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import FixedLength, SkipSet
 from layerskip.costs import CostModel, DraftParts, speedup
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import measure_costs
 from search.acceptance import AcceptanceTracer, Versions
 from search.reference import ReferenceRun
-from search.space import Candidate, Policy
 from search.starting_skip_sets import most_similar_paths
 
 _LENGTHS = range(1, 9)
@@ -35,7 +35,7 @@ def knapspec(task: Task) -> Iterator[Incumbent]:
         scored = [_best(measured, task, text, skip_set) for skip_set in skip_sets]
     if scored:
         _, skip_set, length = max(scored, key=lambda one: one[0])
-        yield Incumbent(watch.seconds, Candidate(skip_set), Policy(FixedLength(length)))
+        yield Incumbent(watch.seconds, DraftConfig(skip_set, stopping=FixedLength(length)))
 
 
 def _best(measured: CostModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:

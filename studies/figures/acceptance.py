@@ -154,7 +154,7 @@ def _add_points(drawn: go.Figure, points: Sequence[TrialSummary], basis: str, st
 def _told(one: TrialSummary) -> str:
     cost = "" if one.draft_cost is None else f", c = {one.draft_cost:.2f}"
     rate = percent(one.acceptance)
-    return f"trial {one.number}: {times(one.speedup.value)} {one.basis}, α = {rate}{cost}<br>{one.skip_set}"
+    return f"trial {one.number}: {times(one.speedup.value)} {one.basis}, α = {rate}{cost}<br>{one.config.skip_set}"
 
 
 def _table(shown: Sequence[TrialSummary]) -> Table:

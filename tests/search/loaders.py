@@ -28,11 +28,11 @@ def quick_engine():
 def slow_engine(folder):
     """An engine with which looking at a candidate never ends; tells so by a file named after the process."""
 
-    def estimate(*arguments, **named):
+    def predict(*arguments, **named):
         (Path(folder) / str(os.getpid())).touch()
         time.sleep(3600)
 
-    SpeedupPredictor.estimate = estimate
+    SpeedupPredictor.predict = predict
     return quick_engine()
 
 

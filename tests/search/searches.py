@@ -33,7 +33,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # The search's own parameters; the others are settings.
-_OWN = ("study_name", "on_event", "space", "stand_ins", "folder", "helpers")
+_OWN = ("study_name", "on_event", "space", "draft_layers", "folder", "helpers")
 
 
 def small_search(model, storage, *, prompts=None, **named):
@@ -59,7 +59,7 @@ def costs_after(context, *, scale=1.0, vocabularies=(0,)):
 
 def known_costs(space=None):
     """A cost model that is the same on every machine."""
-    return known_costs_of(None, vocabularies=space.vocabularies if space else (), most_drafted=0)
+    return known_costs_of(None, vocabularies=space.vocabulary_sizes if space else (), most_drafted=0)
 
 
 def known_costs_of(engine, *, vocabularies, most_drafted):
