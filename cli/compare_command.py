@@ -156,11 +156,11 @@ def _write(comparison: Comparison, out: Path) -> None:
     from layerskip.errors import InvalidInputError
     from layerskip.utils import write_atomically
     from studies.comparison import advice, facts
-    from studies.figures.compared import compared
+    from studies.figures.comparison_figures import comparison_figures
     from studies.report import render_page
 
     title = f"Ways to decode {comparison.model}"
-    page = render_page(title, advice(comparison), facts(comparison), compared(comparison))
+    page = render_page(title, advice(comparison), facts(comparison), comparison_figures(comparison))
     try:
         write_atomically(out, page)
     except OSError as error:
