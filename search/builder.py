@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
-from layerskip.drafting.drafter import Drafter, LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import with_prompt_lookup
+from layerskip.drafting.drafter import Drafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
@@ -101,12 +101,4 @@ class DraftBuilder:
 
     def drafter(self, candidate: Candidate, policy: Policy) -> Drafter:
         """The drafter of a candidate that drafts by a policy."""
-        drafter = LayerSkipDrafter.of(
-            self._model,
-            candidate.skip_set,
-            policy.draft_exit,
-            self.assets(candidate),
-            gate=policy.gate,
-            branches=policy.branches,
-        )
-        return with_prompt_lookup(policy.ngrams, drafter)
+        return make_drafter(self._model, policy.config(candidate.skip_set), self.assets(candidate))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerskip.drafting.prompt_lookup import NGramIndex, PromptLookup
+from layerskip.drafting.config import PromptLookup
+from layerskip.drafting.prompt_lookup import NGramIndex
 from layerskip.target_texts import TargetText
 from search.space import Policy
 

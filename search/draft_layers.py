@@ -91,7 +91,7 @@ def trained_draft_layer(source: str, profile: DraftProfile, model: LayerSkipMode
             f"{source}: has draft heads, which draft without the stack, so that there is nothing for a search to leave "
             "out; 'layerskip compare' measures them beside other drafts"
         )
-    assets = profile.assets
+    assets = profile.weights
     top = len(model.sublayers)
     bridges = {start: bridge for start, bridge in assets.bridges.items() if bridge.stop == top}
     layers = {start: layer for start, layer in assets.layers.items() if layer.stop == top}

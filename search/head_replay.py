@@ -10,25 +10,26 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
 import numpy as np
 import torch
 
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import RoundResult
 from layerskip.drafting.head_drafter import HeadDrafter, through_layer
 from layerskip.drafting.heads import DraftHeads
-from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Engine, Scored
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Sampling, Verdict
+from layerskip.skip_set import SkipSet
 from layerskip.sublayers import DraftLayerStep, Stack
 from layerskip.target_texts import TargetText
-from layerskip.token_tree import Branches, branches_of, widths_of
+from layerskip.token_tree import branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
@@ -240,9 +241,8 @@ def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     before = RoundResult(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
     assert assets.heads is not None
     longest = assets.heads.count
-    drafters = {
-        ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
-    }
+    config = DraftConfig(SkipSet(model.num_layers), stopping=FixedLength(longest))
+    drafters = {ways: HeadDrafter(model, replace(config, tree=_even(ways, longest)), assets) for ways in _WAYS}
     for drafter in drafters.values():
         drafter.start(engine, text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}
@@ -262,9 +262,9 @@ def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     return DraftSeconds(median[0, 1], places, _WAYS)
 
 
-def _even(ways: int, places: int) -> Branches:
+def _even(ways: int, places: int) -> tuple[int | tuple[int, ...], ...]:
     """As many tokens at every place, each behind another one of the place before."""
-    return [ways, *[[1] * ways] * (places - 1)]
+    return (ways, *[(1,) * ways] * (places - 1))
 
 
 def replay_heads(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold
 from layerskip.engine import Engine
 from layerskip.sublayers import Stack

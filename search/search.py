@@ -152,14 +152,10 @@ def profile_of(
         context: What the study's values depend on.
         training_seconds: How long its stand-in was trained, if it has one and that is known.
     """
-    policy = policy_of(best.trial)
-    profile = DraftProfile(
+    return DraftProfile.of(
+        policy_of(best.trial).config(candidate.skip_set),
+        assets,
         model=identity,
-        skip_set=candidate.skip_set,
-        draft_exit=policy.draft_exit,
-        gate=policy.gate,
-        branches=policy.branches,
-        ngrams=policy.ngrams,
         measured=measured_part(
             best.summary,
             best.prompt_set,
@@ -175,7 +171,6 @@ def profile_of(
             training_seconds=training_seconds,
         ),
     )
-    return profile.with_assets(assets)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from pydantic import TypeAdapter
 
-from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
@@ -91,6 +91,16 @@ class Policy:
             + f", branches {describe_branches(self.branches)}" * bool(self.branches)
             + f", {self.ngrams}" * bool(self.ngrams)
             + f", gate {self.gate:g}" * bool(self.gate)
+        )
+
+    def config(self, skip_set: SkipSet) -> DraftConfig:
+        """How to draft with a skip set by this policy."""
+        return DraftConfig(
+            skip_set,
+            stopping=self.draft_exit,
+            target_confidence_threshold=self.gate,
+            tree=self.branches,
+            prompt_lookup=self.ngrams,
         )
 
     def as_json(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.drafting.bridges import fit_bridge, runs_of
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
@@ -521,17 +522,16 @@ class Tuning:
         return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
 
     def _profile(self, trained: Trained) -> DraftProfile:
-        profile = DraftProfile(
+        return DraftProfile.of(
+            DraftConfig(self._draft.skip_set, stopping=ConfidenceThreshold()),
+            trained.assets,
             model=self._identity,
-            skip_set=self._draft.skip_set,
-            draft_exit=ConfidenceThreshold(),
             provenance=Provenance(
                 created=datetime.now(UTC),
                 tool=f"layerskip {library_versions()['layerskip']}",
                 training_seconds=trained.evaluations[-1].seconds if trained.evaluations else None,
             ),
         )
-        return profile.with_assets(trained.assets)
 
     def _with_figures(self, profile: DraftProfile, assets: DraftWeights) -> tuple[DraftProfile, float]:
         """The profile with the draft exit that replay finds best, measured on held-out prompts."""
@@ -542,8 +542,8 @@ class Tuning:
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
         self._on_event(PolicyChosen(best.policy, best.speedup))
-        profile = profile.model_copy(update=vars(best.policy))
-        profile = profile.with_assets(assets)
+        config = best.policy.config(profile.skip_set)
+        profile = DraftProfile.of(config, assets, model=profile.model, provenance=profile.provenance)
         summary = self._measured(profile, quiet)
         measured = measured_part(
             summary,
@@ -552,7 +552,7 @@ class Tuning:
             device=device_name(self._model.device),
             dtype=str(self._model.dtype).removeprefix("torch."),
         )
-        return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
+        return profile.model_copy(update={"measured": measured}), best.speedup
 
     def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip import LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.engine import Engine
 from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt
@@ -99,7 +99,7 @@ def decode_seconds_per_token(
     task: Task, skip_set: SkipSet, policy: Policy, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> float:
     """What published searchers score by: decoding some prompts self-speculatively."""
-    drafter = LayerSkipDrafter(task.model, skip_set, policy.draft_exit)
+    drafter = make_drafter(task.model, policy.config(skip_set))
     tokens = 0
     started = device_seconds(task.model.device)
     for prompt in prompts:

@@ -5,9 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import DraftStopping, FixedLength
+from layerskip.errors import InvalidInputError
 from layerskip.skip_set import SkipSet
+from layerskip.token_tree import describe_branches, widths_of
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """When to copy draft tokens from the text, and how many.
+
+    Args:
+        shortest: Shortest n-gram at the end of the text that must have occurred before.
+        longest: Longest n-gram to look for; the longest one that occurred before decides.
+        length: Most tokens in a draft.
+
+    Raises:
+        InvalidInputError: A number is below 1, or ``longest`` below ``shortest``.
+    """
+
+    shortest: int = 2
+    longest: int = 4
+    length: int = 8
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        for name, least in (("shortest", 1), ("length", 1), ("longest", self.shortest)):
+            if getattr(self, name) < least:
+                raise InvalidInputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        return f"prompt lookup: n-gram ≥ {self.shortest}, up to {self.length} token{'s' * (self.length > 1)}"
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +68,8 @@ class DraftConfig:
     The first four fields are the *candidate* that a search tries; the others are its *policy*, which simulation picks.
 
     Args:
-        skip_set: Sublayers that the draft skips; none where draft heads propose.
+        skip_set: Sublayers that the draft skips; none where draft heads propose. With a draft layer, everything above
+            its early exit is skipped, whether it is named or not.
         bridges: Whether runs of skipped sublayers are replaced by bridges, where that is worth one.
         draft_layer: A trained layer in place of everything above an early exit; None without one.
         vocabulary_size: Number of tokens that the draft's head scores; 0 is the whole vocabulary.
@@ -51,6 +80,9 @@ class DraftConfig:
             places. A number counts those after the first token of the place before; a list, for draft heads alone,
             those after each of its tokens.
         prompt_lookup: Copies from the text that are tried before the model drafts; None copies nothing.
+
+    Raises:
+        InvalidInputError: The threshold or the tree is out of range, or the draft layer does not fit the skip set.
     """
 
     skip_set: SkipSet
@@ -63,3 +95,43 @@ class DraftConfig:
     prompt_lookup: PromptLookup | None = None
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target_confidence_threshold <= 1:
+            raise InvalidInputError(
+                f"target_confidence_threshold: expected a number from 0 to 1, got {self.target_confidence_threshold}"
+            )
+        widths_of(self.tree)
+        if self.draft_layer is not None:
+            object.__setattr__(self, "skip_set", _early_exit(self.skip_set, self.draft_layer))
+
+    @property
+    def skipped_below(self) -> SkipSet:
+        """The skipped sublayers that no draft layer replaces."""
+        top = len(self.skip_set.mask) if self.draft_layer is None else self.draft_layer.start
+        return SkipSet.from_mask([skip and index < top for index, skip in enumerate(self.skip_set.mask)])
+
+    @property
+    def policy(self) -> str:
+        """When and how much is proposed, for people, such as ``4 tokens; tree 2-2``."""
+        parts = [str(self.stopping)]
+        if self.tree:
+            parts.append(f"tree {describe_branches(self.tree)}")
+        if self.prompt_lookup is not None:
+            parts.append(str(self.prompt_lookup))
+        if self.target_confidence_threshold:
+            parts.append(f"no draft where target confidence < {self.target_confidence_threshold:g}")
+        return "; ".join(parts)
+
+
+def _early_exit(skip_set: SkipSet, layer: DraftLayerRef) -> SkipSet:
+    """The skip set with everything skipped that a draft layer replaces.
+
+    Raises:
+        InvalidInputError: Nothing would be left below the layer, or it does not reach the top of the stack.
+    """
+    if layer.stop != 2 * skip_set.num_layers:
+        raise InvalidInputError(
+            f"draft layer: ends before sublayer {layer.stop}, but there are {2 * skip_set.num_layers}; expected the top"
+        )
+    return SkipSet.from_mask([skip or index >= layer.start for index, skip in enumerate(skip_set.mask)])

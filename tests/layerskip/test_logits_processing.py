@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layerskip import ConfidenceThreshold, LayerSkipModel, SkipSet, generate
+from layerskip import ConfidenceThreshold, DraftConfig, LayerSkipModel, SkipSet, generate
 from layerskip import logits_processing as processed
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import DraftStep
 from layerskip.logits_processing import GenerationHistory, ProcessorSampler, ProcessorSampling
 from layerskip.sampling import Draft, GreedySampler, RandomSampler
@@ -111,7 +111,9 @@ def test_samples_of_a_model_follow_it_under_rules():
     """The same through the whole loop, and without what keeping scores changes."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = LayerSkipModel(tiny_llama(vocab_size=VOCABULARY, num_hidden_layers=2, seed=4, **sizes))
-    drafter = LayerSkipDrafter(model, SkipSet(2, (), (1,)), ConfidenceThreshold(0.5, max_length=3))
+    drafter = LayerSkipDrafter(
+        model, DraftConfig(SkipSet(2, (), (1,)), stopping=ConfidenceThreshold(0.5, max_length=3))
+    )
     rules = RULES["repetition penalty"]
 
     @torch.inference_mode()

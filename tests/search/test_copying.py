@@ -7,15 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter, with_prompt_lookup
+from layerskip import FixedLength, generate
+from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from layerskip.target_texts import batch_generate
 from search.copying import Copies, settings_of_ngrams, with_copies
 from search.reference import record
 from search.replay import Prediction
 from search.space import Policy
-from tests.models import LAYERS
 
 ngrams = st.builds(lambda least, more, length: PromptLookup(least, least + more, length), *[st.integers(1, 3)] * 3)
 
@@ -61,11 +59,6 @@ def test_of_copies_that_pay_the_fastest_are_made():
     longer = {ngrams: 9.0 - 0.1 * ngrams.length for ngrams in settings_of_ngrams()}
     found = with_copies(BEST, lambda policy: foretold(policy, [longer[policy.ngrams] + 0.01 * n for n in range(4)]))
     assert found.policy.ngrams.length == max(ngrams.length for ngrams in longer)
-
-
-def test_a_drafter_without_copies_is_itself(llama):
-    drafter = LayerSkipDrafter(llama, SkipSet(LAYERS), FixedLength(1))
-    assert with_prompt_lookup(None, drafter) is drafter
 
 
 @pytest.mark.parametrize("new", [[], [4]])

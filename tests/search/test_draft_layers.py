@@ -42,7 +42,7 @@ def test_it_has_the_same_name_wherever_its_profile_was_saved(llama, tmp_path):
     profile.save(tmp_path / "tuned.json")
     assert named(llama, DraftProfile.load(tmp_path / "tuned.json")) == named(llama, profile)
     in_half = LayerSkipModel(tiny_llama().bfloat16())
-    assert named(in_half, profile_with(in_half, profile.assets)) == named(llama, profile)
+    assert named(in_half, profile_with(in_half, profile.weights)) == named(llama, profile)
 
 
 def test_whatever_differs_has_another_name(llama):
@@ -61,7 +61,7 @@ def test_the_profile_of_a_search_that_used_one_has_the_same_one(llama):
     """With more left out below, and a bridge there."""
     tuned = layer_profile(llama, vocabulary=IDS)
     below = Bridge(1, 3, (torch.zeros(32, 32),), torch.zeros(32))
-    found = profile_with(llama, replace(tuned.assets, bridges={1: below}))
+    found = profile_with(llama, replace(tuned.weights, bridges={1: below}))
     assert named(llama, found) == named(llama, tuned)
 
 

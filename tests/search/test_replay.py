@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.engine import EagerEngine, PassCosts
 from layerskip.target_texts import batch_generate
@@ -186,7 +186,7 @@ class _Counted:
 @settings(max_examples=40)
 def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit, widths):
     policy = Policy(FixedLength(1), gate, widths)
-    drafter = LayerSkipDrafter(tiny, skip_set, policy.draft_exit, gate=gate, branches=widths)
+    drafter = LayerSkipDrafter(tiny, policy.config(skip_set))
     real = [counted(tiny, prompt, drafter, limit) for prompt in prompts]
     assert predicted(tiny, tiny.stack_of(skip_set), prompts, policy, limit) == real
 
@@ -195,7 +195,7 @@ def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_se
 @settings(max_examples=25)
 def test_a_draft_that_skips_nothing_comes_out_as_in_real_decoding(tiny, prompt, policy, limit):
     nothing, policy = SkipSet(LAYERS), replace(policy, ngrams=None)
-    drafter = LayerSkipDrafter(tiny, nothing, policy.draft_exit, gate=policy.gate, branches=policy.branches)
+    drafter = LayerSkipDrafter(tiny, policy.config(nothing))
     assert predicted(tiny, tiny.stack_of(nothing), [prompt], policy, limit) == [counted(tiny, prompt, drafter, limit)]
 
 
@@ -207,7 +207,7 @@ def test_a_text_that_ends_by_itself_comes_out_as_in_real_decoding(length):
     ends = [new[4] for new in batch_generate(model, prompts, 5)]
     hf_model.generation_config.eos_token_id = ends
     policy, nothing = Policy(FixedLength(length)), SkipSet(LAYERS)
-    drafter = LayerSkipDrafter(model, nothing, policy.draft_exit)
+    drafter = LayerSkipDrafter(model, DraftConfig(nothing, stopping=policy.draft_exit))
     real = [counted(model, prompt, drafter, 20) for prompt in prompts]
     assert predicted(model, model.stack_of(nothing), prompts, policy, 20) == real
 

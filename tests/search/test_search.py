@@ -246,7 +246,7 @@ def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
     trial = study.trials[profile.provenance.trial]
     assert SPACE.candidate(trial.params) == Candidate(profile.skip_set)
     policy = policy_of(trial)
-    assert (policy.draft_exit, policy.gate) == (profile.draft_exit, profile.gate)
+    assert (policy.draft_exit, policy.gate) == (profile.stopping, profile.target_confidence_threshold)
 
 
 def test_the_profile_is_that_of_the_fastest_finalist(finished):

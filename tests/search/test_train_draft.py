@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
@@ -38,7 +38,7 @@ class Followed(LayerSkipDrafter):
 def test_a_trace_says_what_stands_in_decoding(tiny, token_ids):
     layers = random_layers(tiny, {TOP - 2: TOP}, like=LAYERS - 1, seed=2)
     assets = DraftWeights(token_ids=token_ids, layers=layers)
-    drafter = Followed.of(tiny, early_exit(LAYERS, LAYERS - 1), FixedLength(1), assets)
+    drafter = Followed(tiny, DraftConfig(early_exit(LAYERS, LAYERS - 1), stopping=FixedLength(1)), assets)
     said = []
     for first in range(4):
         prompt = [first, 7, 5]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import fit_bridge
 from layerskip.drafting.draft_layer import DraftLayerWeights
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
 from layerskip.training import RANKS, TrainingSettings, train, trainable_bridge, trainable_layer, vocabulary_of
@@ -60,7 +60,7 @@ def test_the_models_weights_and_what_they_ask_for_stay(writer, shards):
 def test_what_was_trained_is_what_drafts(writer, shards):
     """Agreement while decoding with it is what the held-out texts foretold, and the output is the target model's."""
     trained = train(writer, a_layer(writer), shards, SHORT)
-    drafter = LayerSkipDrafter.of(writer, EXITED, FixedLength(1), trained.assets)
+    drafter = LayerSkipDrafter(writer, DraftConfig(EXITED, stopping=FixedLength(1)), trained.assets)
     accepted = drafted = 0
     agreed = []
     for text in shards.learned():
@@ -210,7 +210,7 @@ def test_a_model_in_bfloat16_is_tuned_in_float32(shards, writer):
     trained = train(model, a_layer(model), shards, SHORT)
     assert {weight.dtype for weight in trained.assets.layers[START].weights.values()} == {torch.float32}
     assert trained.agreement.loss < trained.evaluations[0].agreement.loss
-    drafter = LayerSkipDrafter.of(model, EXITED, FixedLength(2), trained.assets)
+    drafter = LayerSkipDrafter(model, DraftConfig(EXITED, stopping=FixedLength(2)), trained.assets)
     assert generate(model, [1, 2], drafter=drafter, max_new_tokens=6).stats.drafted
 
 

@@ -12,7 +12,7 @@ from layerskip.drafting.heads import HEAD_KINDS, untrained_heads
 from layerskip.skip_set import SkipSet
 from layerskip.training import TrainingSettings, train, trainable_heads, vocabulary_of
 from layerskip.training.evaluation import Scorer, frozen, head_costs_by_weights
-from tests.models import LAYERS, near_tie_or_same, random_heads, transformers_greedy
+from tests.models import LAYERS, head_config, near_tie_or_same, random_heads, transformers_greedy
 
 HEADS = 3
 kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
@@ -106,7 +106,7 @@ def test_texts_too_short_for_a_head_teach_the_others(writer, shards, kind):
 def test_what_was_trained_is_what_drafts(writer, shards, kind):
     """The first head's agreement while decoding is near what the texts foretold, and the output the target model's."""
     trained = train(writer, some_heads(writer, kind), shards, settings())
-    drafter = HeadDrafter.of(writer, FixedLength(1), trained.assets)
+    drafter = HeadDrafter(writer, head_config(writer, FixedLength(1)), trained.assets)
     texts = list(shards.learned())
     accepted = drafted = 0
     for text in texts:

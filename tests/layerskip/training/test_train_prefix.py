@@ -11,7 +11,7 @@ from layerskip.kv_cache import KVCache
 from layerskip.skip_set import SkipSet
 from layerskip.training import TrainingSettings, train, trainable_heads
 from layerskip.training.evaluation import Scorer, frozen, head_costs_by_weights
-from tests.models import LAYERS, near_tie_or_same, random_heads, random_prefix, transformers_greedy
+from tests.models import LAYERS, head_config, near_tie_or_same, random_heads, random_prefix, transformers_greedy
 
 HEADS = 3
 TOP = 2 * LAYERS
@@ -74,7 +74,7 @@ def test_what_it_guesses_is_what_heads_say_behind_one_pass_over_each_text(writer
 def test_what_was_trained_is_what_drafts(writer, shards):
     """The first head's agreement while decoding is near what the texts foretold, and the output the target model's."""
     trained = train(writer, untrained(writer), shards, settings())
-    drafter = HeadDrafter.of(writer, FixedLength(1), trained.assets)
+    drafter = HeadDrafter(writer, head_config(writer, FixedLength(1)), trained.assets)
     texts = list(shards.learned())
     accepted = drafted = 0
     for text in texts:
