@@ -91,7 +91,9 @@ def main(
     console.print(advice(comparison))
     write_json(json, machine | described(comparison))
     if html is not None:
-        page = render_page(f"Ways to decode {model}", advice(comparison), facts(comparison), comparison_figures(comparison))
+        page = render_page(
+            f"Ways to decode {model}", advice(comparison), facts(comparison), comparison_figures(comparison)
+        )
         html.write_text(page, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A study as its pictures need it: plain values, read once."""
+"""A study read once, as plain values for figures and reports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from studies.ranking import (
     PREDICTED_KEY,
     STOPPED_KEY,
     Basis,
+    BestBasis,
     Snapshot,
-    Standing,
     basis_of,
     best_trials,
     candidate_key,
@@ -30,7 +30,7 @@ from studies.records import MeasurementRecord
 from studies.statistics import Speedup
 from studies.step_costs import RelativeParts, read_parts
 from studies.storage import ReconnectingStorage
-from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
+from studies.study import LATENCY_KEY, SINGLE_SUBLAYER_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
 _BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
 _KINDS = ("attn", "mlp")
@@ -75,19 +75,19 @@ class TrialSummary:
     trained: bool = False
 
     @property
-    def standing(self) -> Standing:
-        """What the best figure for it rests on."""
+    def best_basis(self) -> BestBasis:
+        """The basis of its best speedup."""
         return "held-out" if self.held_out else self.basis
 
     @property
-    def figure(self) -> Speedup:
-        """The best figure for it: held out, or else measured, or else predicted."""
+    def best_speedup(self) -> Speedup:
+        """Its most trustworthy speedup: on held-out prompts, or else measured, or else predicted."""
         return self.held_out or self.speedup
 
     @property
-    def told(self) -> str:
-        """That figure with what it rests on, as ``0.96× held-out``."""
-        return f"{self.figure.value:.3f}× {self.standing}"
+    def label(self) -> str:
+        """Its best speedup with the basis, such as ``0.960× held-out``."""
+        return f"{self.best_speedup.value:.3f}× {self.best_basis}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class StudyView:
     Args:
         name: Its name.
         context: What its values depend on, see :class:`studies.study.StudyContext`.
-        versions: Of what it was searched with, one after the other.
+        versions: Library versions that it was searched with, in order.
         num_layers: Decoder layers of the model.
-        tried: Completed trials, by number.
-        ranked: The best trial of each candidate: finalists by what they measured on held-out prompts, then the others.
-        correction: By how much predictions were off where candidates were measured.
-        measurements: Every prompt that was measured.
-        alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
+        trials: Completed trials, by number.
+        ranked: The best trial of each candidate: finalists by their speedup on held-out prompts, then the others.
+        correction: Median of measured ÷ predicted speedup; 1 without measurements.
+        measurements: Every measured prompt.
+        single_sublayer_acceptance: Acceptance rate of drafts that skip a single sublayer, by its index in the stack.
         parts: What the parts of a step cost; None if that was not measured.
         states: Number of trials in each state.
         began: When its first trial started; None if none did.
@@ -114,33 +114,29 @@ class StudyView:
     context: Mapping[str, Any]
     versions: Sequence[Mapping[str, str]]
     num_layers: int
-    tried: Sequence[TrialSummary]
+    trials: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
-    alone: Mapping[int, float]
+    single_sublayer_acceptance: Mapping[int, float]
     parts: RelativeParts | None
     states: Mapping[str, int]
     began: datetime | None
     ended: datetime | None
 
     @property
-    def seen(self) -> Sequence[TrialSummary]:
-        """The first look at each candidate."""
-        looks: dict[str, TrialSummary] = {}
-        for one in self.tried:
-            if one.basis == "predicted":
-                looks.setdefault(one.candidate, one)
-        return list(looks.values())
+    def evaluated(self) -> Sequence[TrialSummary]:
+        """The first prediction of each candidate."""
+        first: dict[str, TrialSummary] = {}
+        for trial in self.trials:
+            if trial.basis == "predicted":
+                first.setdefault(trial.candidate, trial)
+        return list(first.values())
 
     @property
     def measured(self) -> Sequence[TrialSummary]:
-        """Trials that decoded for real."""
-        return [one for one in self.tried if one.basis == "measured"]
-
-    def records_of(self, number: int, prompt_set: str) -> Sequence[MeasurementRecord]:
-        """The measurements of a trial on the search's or the held-out prompts."""
-        return [one for one in self.measurements if (one.trial, one.prompt_set) == (number, prompt_set)]
+        """Trials that measured a candidate."""
+        return [trial for trial in self.trials if trial.basis == "measured"]
 
 
 def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
@@ -167,15 +163,15 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
         context=context,
         versions=attributes.get(VERSIONS_KEY, []),
         num_layers=num_layers,
-        tried=list(tried.values()),
+        trials=list(tried.values()),
         ranked=sorted(
             (tried[trial.number] for trial in best_trials(now, len(tried))),
-            key=lambda one: one.held_out.value if one.held_out else 0.0,
+            key=lambda trial: trial.held_out.value if trial.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
         correction=correction_of(now),
         measurements=records,
-        alone=_alone(attributes.get(ALONE_KEY, {})),
+        single_sublayer_acceptance=_by_index(attributes.get(SINGLE_SUBLAYER_KEY, {})),
         parts=read_parts(attributes.get(LATENCY_KEY)),
         states=Counter(trial.state.name.lower() for trial in trials),
         began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
@@ -219,8 +215,8 @@ def _skip_set(parameters: Mapping[str, Any], num_layers: int) -> SkipSet:
     return SkipSet(num_layers, attention, mlp)
 
 
-def _alone(recorded: Mapping[str, float]) -> dict[int, float]:
-    """By index, from rates by what was skipped, such as ``attn 3``."""
+def _by_index(recorded: Mapping[str, float]) -> dict[int, float]:
+    """Rates by a sublayer's index, from rates by its name, such as ``attn 3``."""
     rates = {}
     for skipped, rate in recorded.items():
         kind, _, layer = skipped.partition(" ")

@@ -62,7 +62,7 @@ def _skip_map_caption(view: StudyView, best: Sequence[TrialSummary]) -> str:
         return f"{caption}There is one candidate so far."
     caption += "Best first: speedups on held-out prompts, then the other measured or predicted speedups"
     if view.correction != 1:
-        caption += f" (for this order, predictions are multiplied by {view.correction:.2f}, the median of measured ÷ predicted)"
+        caption += f" (for this order, predictions are multiplied by {view.correction:.2f}: measured ÷ predicted)"
     return f"{caption}. Candidates whose measurement was stopped early come last."
 
 
@@ -200,12 +200,9 @@ def _prompts_table(groups: Sequence[PromptGroup]) -> Table:
     rows: list[Sequence[str]] = []
     for trial, prompt_set, records in groups:
         total = speedup_of_all(records)
-        rows.append(
-            (str(trial), prompt_set, f"all {len(records)}", format_speedup(total.value), _interval(total))
-        )
+        rows.append((str(trial), prompt_set, f"all {len(records)}", format_speedup(total.value), _interval(total)))
         rows += [
-            (str(trial), prompt_set, record.prompt, format_speedup(speedup_of_prompt(record)), "")
-            for record in records
+            (str(trial), prompt_set, record.prompt, format_speedup(speedup_of_prompt(record)), "") for record in records
         ]
     return Table(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
 
@@ -234,7 +231,9 @@ def predictions(view: StudyView) -> Picture:
     return Picture("predictions", title, caption, drawn, _predictions_table(searched, held_out))
 
 
-def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured], correction: float | None) -> go.Figure:
+def _draw_predictions(
+    searched: Sequence[Measured], held_out: Sequence[Measured], correction: float | None
+) -> go.Figure:
     predicted = [trial.predicted or 0.0 for trial, _ in (*searched, *held_out)]
     ends = [end for _, speedup in (*searched, *held_out) for end in (speedup.low, speedup.high)]
     low, high = 0.95 * min(*predicted, *ends), 1.05 * max(*predicted, *ends)
@@ -308,9 +307,9 @@ def history(view: StudyView) -> Picture:
     if not view.trials:
         return Picture("history", "History", "No trial is finished yet.", None)
     caption = (
-        "Trials in order, by the source that proposed them: warm starts first, then the sampler. Diamonds are measured, "
-        "hollow diamonds stopped early, after some prompts; all other marks are predictions. The lines are the best "
-        "predicted and the best measured so far."
+        "Trials in order, by the source that proposed them: warm starts first, then the sampler. Diamonds are "
+        "measured, hollow diamonds stopped early, after some prompts; all other marks are predictions. The lines are "
+        "the best predicted and the best measured so far."
     )
     if view.measured and view.correction != 1:
         caption += f" Measured speedups were {view.correction:.2f} times the predicted ones (median)."
@@ -392,8 +391,5 @@ def _add_best_so_far(
 def _history_table(trials: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "speedup", "basis", "proposed by", "skipped", "draft"),
-        [
-            (str(t.number), format_speedup(t.speedup.value), t.basis, t.source, str(t.skip_set), t.draft)
-            for t in trials
-        ],
+        [(str(t.number), format_speedup(t.speedup.value), t.basis, t.source, str(t.skip_set), t.draft) for t in trials],
     )

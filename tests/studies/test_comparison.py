@@ -140,7 +140,9 @@ def test_the_plain_values_have_every_figure():
 
 def written(made, folder):
     file = folder / "comparison.html"
-    file.write_text(render_page("Ways to decode", advice(made), facts(made), comparison_figures(made)), encoding="utf-8")
+    file.write_text(
+        render_page("Ways to decode", advice(made), facts(made), comparison_figures(made)), encoding="utf-8"
+    )
     return file.as_uri()
 
 
