@@ -32,6 +32,7 @@ from cli.common import (
     debugging,
     escape_unencodable,
 )
+from layerskip.errors import InvalidInputError, LayerSkipError, first_line, out_of_memory
 
 app = typer.Typer(
     name="layerskip",
@@ -99,12 +100,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
         message = error.format_message()
         return f"{message} (see --help)" if message else "", WRONG_USAGE  # without a command, the help says it all
-    from layerskip.errors import InvalidInputError, LayerSkipError, out_of_memory
-
     if isinstance(error, LayerSkipError):
         return str(error), WRONG_USAGE if isinstance(error, InvalidInputError) else FAILED
     shortage = out_of_memory(error)
     if shortage is not None:
         return shortage, FAILED
-    first_line = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where)", FAILED
+    return f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where)", FAILED

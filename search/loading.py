@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
@@ -14,13 +12,16 @@ from layerskip.ready_profiles import load_profile
 
 
 def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
-    """The engine of a model by where that comes from, as :func:`engine_of` makes it."""
-    return engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+    """Load a model and make its engine.
 
-
-def engine_of(hf_model: PreTrainedModel, engine: str, compiled: bool) -> Engine:
-    """An engine, by its name, for a loaded model, whose sublayers are compiled if asked."""
-    model = LayerSkipModel(hf_model)
+    Args:
+        source: As :func:`layerskip.load_checkpoint` takes it.
+        device: Likewise.
+        dtype: Likewise.
+        engine: Name of the engine.
+        compiled: Whether to compile the sublayers.
+    """
+    model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
     return make_engine(model, engine)
