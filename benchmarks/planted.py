@@ -35,9 +35,10 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
+from benchmarks.redundant_model import Planted, flat_costs, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
@@ -46,15 +47,14 @@ from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
 from search.search import Prepared, Search, SearchPrompts, prepare
-from search.settings import SearchSettings
-from search.space import Candidate, SearchSpace
+from search.settings import SAMPLERS, SearchSettings
+from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import evaluated_trials, speedup_of
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY
+from studies.study import COSTS_KEY
 
 console = Console(highlight=False, width=150)
-SAMPLERS = ("tpe", "greybox", "random")
 # Half of them are scored; candidates that cannot win are given up after the first four of those.
 _PROMPTS = 16
 _MAX_NEW_TOKENS = 24
@@ -120,13 +120,13 @@ class PlantedProblem:
         self.space = SearchSpace(num_layers)
         self._identity = identify(self.model, "planted")
         self._prompts: PromptSplit = random_texts(seed, search=_PROMPTS)
-        self._latency = flat_latency(num_layers, self.space.most_drafted)
+        self._costs = flat_costs(num_layers, self.space.most_drafted)
         self._folder = folder
 
     def optimum(self) -> Optimum:
         """The best skip set, by trying all."""
         predictor = self._prepared().predictor
-        speedups = {s: predictor.estimate(Candidate(s)).prediction.speedup for s in skip_sets(self.space.num_layers)}
+        speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 
@@ -169,7 +169,7 @@ class PlantedProblem:
         )
 
     def _give_costs(self, study: optuna.Study) -> None:
-        study.set_user_attr(LATENCY_KEY, self._latency.as_json())
+        study.set_user_attr(COSTS_KEY, self._costs.to_json())
 
 
 def skip_sets(num_layers: int) -> Iterator[SkipSet]:

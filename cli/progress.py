@@ -103,7 +103,7 @@ class ProgressDisplay:
             case TrainingEnded():
                 self._training_ended(event.trained)
             case PolicyChosen():
-                self._print(f"predicted {event.predicted:.3f}× with draft {event.policy}")
+                self._print(f"predicted {event.predicted:.3f}× with draft {event.config.details}")
                 self._start("prompts", 1)
             case PromptMeasured(trial=None):
                 self._advance(event.done / event.total, f"{event.done}/{event.total}")
@@ -138,7 +138,7 @@ class ProgressDisplay:
         stopped = f", stopped after {decoded}" * ("stopped_early" in attributes)
         self._print(
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {attributes['skip_set']}; "
-            f"draft {attributes['draft_exit']}  [{attributes.get(SOURCE_KEY, 'sampler')}]"
+            f"draft {attributes['draft']}  [{attributes.get(SOURCE_KEY, 'sampler')}]"
         )
 
     def _evaluated(self, result: EvalResult, ideal: float) -> None:

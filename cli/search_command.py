@@ -110,6 +110,8 @@ def search(
 
     Ctrl-C keeps all finished trials and writes the best profile measured so far; the same command resumes the search.
     """
+    import optuna
+
     from cli.progress import ProgressDisplay
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine, make_engine
@@ -125,6 +127,7 @@ def search(
     from studies.storage import open_storage
 
     quiet_libraries()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     check_writable(out)
     places = _places(workers, devices, device)
     for place in set(places):
@@ -147,15 +150,15 @@ def search(
     layers, tokenizer = open_model(model, RunOptions(places[0], dtype, engine, compiled))
     identity = identify(layers, model)
     split = split_prompts(given, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
-    stand_ins = trained_draft_layers(tuned, layers)
+    trained = trained_draft_layers(tuned, layers)
     space = SearchSpace.of(
         layers,
         bridges=bridges,
-        vocabulary=draft_vocabulary,
-        gate=target_confidence,
-        branches=trees,
-        ngrams=prompt_lookup,
-        stand_ins=[trained.name for trained in stand_ins],
+        vocabularies=draft_vocabulary,
+        target_confidence=target_confidence,
+        trees=trees,
+        prompt_lookup=prompt_lookup,
+        draft_layers=[layer.ref for layer in trained],
     )
 
     def helpers(study_name: str) -> Workers:
@@ -184,7 +187,7 @@ def search(
             database,
             settings,
             space=space,
-            stand_ins=stand_ins,
+            draft_layers=trained,
             study_name=study,
             on_event=progress,
             helpers=helpers,

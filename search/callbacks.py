@@ -8,8 +8,8 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.training import EvalResult, Trained
-from search.space import Policy
 from studies.ranking import Basis
 
 
@@ -94,9 +94,9 @@ class TrainingEnded:
 
 @dataclass(frozen=True)
 class PolicyChosen:
-    """Simulation chose when a trained draft ends."""
+    """Simulation chose the policy of a trained draft."""
 
-    policy: Policy
+    config: DraftConfig
     predicted: float
 
 

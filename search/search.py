@@ -14,11 +14,12 @@ from pathlib import Path
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.costs import CostModel
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine, Engine
+from layerskip.engine import EagerEngine, Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -38,17 +39,16 @@ from search.callbacks import (
     ignore,
 )
 from search.draft_layers import TrainedDraftLayer
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
-from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective, policy_of
+from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
 from search.reference import ReferenceRun
 from search.relative_costs import RelativeCosts
-from search.samplers import DraftChoices, NoRepeats, make_sampler
+from search.samplers import NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
     HasTrials,
@@ -56,6 +56,7 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    config_of,
     correction_of,
     evaluated_trials,
     finalists,
@@ -65,7 +66,7 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
 
 
@@ -133,7 +134,6 @@ def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: in
 
 def profile_of(
     best: Finalist,
-    candidate: Candidate,
     assets: DraftWeights,
     identity: ModelIdentity,
     study: str,
@@ -145,15 +145,14 @@ def profile_of(
 
     Args:
         best: What was measured.
-        candidate: What its trial tried.
-        assets: Its stand-ins and vocabulary.
+        assets: Its weights.
         identity: The model.
         study: The study's name.
         context: What the study's values depend on.
-        training_seconds: How long its stand-in was trained, if it has one and that is known.
+        training_seconds: How long its draft layer was trained, if it has one and that is known.
     """
     return DraftProfile.of(
-        policy_of(best.trial).config(candidate.skip_set),
+        config_of(best.trial),
         assets,
         model=identity,
         measured=measured_part(
@@ -207,7 +206,7 @@ class Prepared:
 
     makers: DraftBuilder
     estimator: AcceptanceTracer
-    latency: LatencyModel
+    latency: CostModel
     predictor: SpeedupPredictor
 
 
@@ -219,7 +218,7 @@ def prepare(
     settings: SearchSettings,
     study: optuna.Study,
     *,
-    stand_ins: Sequence[TrainedDraftLayer] = (),
+    draft_layers: Sequence[TrainedDraftLayer] = (),
     folder: Path,
     quiet: MachineLock,
     on_event: OnEvent,
@@ -233,7 +232,7 @@ def prepare(
         space: What candidates are made of.
         settings: How long texts are.
         study: Keeps what the parts of a step cost.
-        stand_ins: Trained ones that candidates may have.
+        draft_layers: Trained draft layers that candidates may have.
         folder: Where reference runs are kept.
         quiet: Gives measurements the machine for themselves.
         on_event: Called with what happens.
@@ -245,7 +244,7 @@ def prepare(
     with quiet.shared():  # another worker may be measuring
         run = ReferenceRun(model, folder, fingerprint)
         on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
-        makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), stand_ins)
+        makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), draft_layers)
         estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
         on_event(ReferenceReady(run.found))
     latency = _latency(engine, space, study, quiet, on_event)
@@ -255,14 +254,14 @@ def prepare(
 
 def _latency(
     engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
-) -> LatencyModel:
+) -> CostModel:
     try:
-        return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
-    except (KeyError, ValidationError):  # the study is new, or kept another form
+        return CostModel.from_json(study.user_attrs[COSTS_KEY])
+    except (KeyError, ValueError):  # the study is new, or kept another form
         on_event(PhaseStarted("costs"))
     with quiet.exclusive():
-        latency = measure_latency(engine, space)
-    study.set_user_attr(LATENCY_KEY, latency.as_json())
+        latency = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+    study.set_user_attr(COSTS_KEY, latency.to_json())
     return latency
 
 
@@ -328,8 +327,8 @@ class Search:
         prompts: What to decode.
         storage: Where the study lives.
         settings: How long and how thoroughly to search.
-        space: What to choose among; None is the skip set, when drafts end, and the stand-ins.
-        stand_ins: The trained ones that the space names, with their tensors.
+        space: The search space; None is the skip set, the stopping rules, and the draft layers.
+        draft_layers: The trained draft layers that the space names, with their tensors.
         study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
             same search finds its study again and another search gets another one.
         on_event: Called with what happens.
@@ -340,7 +339,7 @@ class Search:
             :class:`search.workers.Workers`.
 
     Raises:
-        InvalidInputError: The study's name is empty, or the space names other stand-ins than were given.
+        InvalidInputError: The study's name is empty, or the space names other draft layers than were given.
     """
 
     def __init__(
@@ -352,7 +351,7 @@ class Search:
         settings: SearchSettings,
         *,
         space: SearchSpace | None = None,
-        stand_ins: Sequence[TrainedDraftLayer] = (),
+        draft_layers: Sequence[TrainedDraftLayer] = (),
         study_name: str | None = None,
         on_event: OnEvent = ignore,
         folder: Path | None = None,
@@ -369,14 +368,14 @@ class Search:
         self._settings = settings
         self._on_event = on_event
         self._prompts = SearchPrompts.of(prompts, settings)
-        names = tuple(one.name for one in stand_ins)
-        self._space = space or SearchSpace(model.num_layers, stand_ins=names)
-        if self._space.stand_ins != names:
+        refs = tuple(layer.ref for layer in draft_layers)
+        self._space = space or SearchSpace(model.num_layers, draft_layers=refs)
+        if self._space.draft_layers != refs:
             raise InvalidInputError(
-                f"space: names {len(self._space.stand_ins)} trained stand-ins, and {len(names)} others were given; "
+                f"space: names {len(self._space.draft_layers)} draft layers, and {len(refs)} others were given; "
                 "give the space those that the search gets"
             )
-        self._stand_ins = stand_ins
+        self._draft_layers = draft_layers
         self._folder = folder or cache_folder()
         self._quiet = MachineLock(self._folder, model.device, workers=settings.workers)
         self._number = number
@@ -445,11 +444,10 @@ class Search:
         objective = Objective(
             self._space,
             tools.predictor,
-            tools.makers,
             partial(self._measure, prompt_set="search"),
             self._quiet,
             self._prompts.measured,
-            self._settings.sampler,
+            self._settings.sampler_name,
         )
         callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
         if self._number == 0:
@@ -486,7 +484,7 @@ class Search:
             self._space,
             self._settings,
             study,
-            stand_ins=self._stand_ins,
+            draft_layers=self._draft_layers,
             folder=self._folder,
             quiet=self._quiet,
             on_event=self._on_event,
@@ -497,28 +495,22 @@ class Search:
         # A resumed study, or another worker, must not draw the same random numbers again.
         drawn = len(study.get_trials(deepcopy=False)) + self._number * self._settings.trials
         seed = None if self._settings.seed is None else (self._settings.seed + drawn) % SEEDS
-        space = self._space
-        exits = tuple(one.start for one in space.stand_ins)
-        choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
-        context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.makers, context, self._engine.costs, space.stand_ins)
-        return NoRepeats(
-            make_sampler(
-                self._settings.sampler,
-                choices=choices,
-                costs=costs,
-                max_draft_length=space.max_draft_length,
-                seed=seed,
-            ),
-            choices,
-            seed=seed,
-        )
+        return NoRepeats(self._inner_sampler(tools, seed), self._space, seed=seed)
+
+    def _inner_sampler(self, tools: Prepared, seed: int | None) -> BaseSampler:
+        sampler = self._settings.sampler
+        if isinstance(sampler, str):
+            context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
+            costs = RelativeCosts(tools.latency, tools.makers, context)
+            return make_sampler(sampler, self._space, costs, seed=seed)
+        if self._number:  # or this worker would draw what the first one draws
+            sampler.reseed_rng()
+        return sampler
 
     def _measure(
         self,
         trial: int,
-        candidate: Candidate,
-        policy: Policy,
+        config: DraftConfig,
         prompts: Sequence[EncodedPrompt],
         *,
         prompt_set: PromptSet,
@@ -526,7 +518,7 @@ class Search:
         """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
         assert self._prepared is not None
         self._on_event(PromptMeasured(0, len(prompts), trial))
-        drafter = self._prepared.makers.drafter(candidate, policy)
+        drafter = self._prepared.makers.drafter(config)
         plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
         records = self._storage.records
         for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
@@ -537,26 +529,23 @@ class Search:
     def _seconds_to_measure(self, tools: Prepared) -> float:
         """What a measurement would take if drafts neither helped nor hurt."""
         tokens = self._settings.max_new_tokens * len(self._prompts.measured)
-        return 2 * tokens * tools.latency.verification(1, 0.0, self._settings.max_new_tokens, None)
+        return 2 * tokens * tools.latency.at(self._settings.max_new_tokens).plain_step
 
     def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
         assert self._prepared is not None
-        candidate, policy = self._space.candidate(trial.params), policy_of(trial)
-        measured = self._measure(trial.number, candidate, policy, self._prompts.held_out, prompt_set="held-out")
+        measured = self._measure(trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out")
         return Finalist(trial, summarize(list(measured)), "held-out")
 
     def _profile(self, best: Finalist) -> DraftProfile:
         assert self._prepared is not None
-        candidate = self._space.candidate(best.trial.params)
-        makers = self._prepared.makers
+        config, makers = config_of(best.trial), self._prepared.makers
         return profile_of(
             best,
-            candidate,
-            makers.assets(candidate),
+            makers.weights(config),
             self._identity,
             self._name,
             self._context,
-            training_seconds=makers.training_seconds(candidate),
+            training_seconds=makers.training_seconds(config),
         )
 
 

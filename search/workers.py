@@ -43,7 +43,7 @@ class Work:
         study: The study's name.
         folder: Where reference runs are kept.
         ends: Time on the machine's monotonic clock at which no new trial starts.
-        load_profiles: Loads the profiles whose trained stand-ins the space names, by where they come from.
+        load_profiles: Loads the profiles whose draft layers the space names, by where they come from.
     """
 
     load: Callable[[], Engine]
@@ -158,7 +158,7 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
             open_storage(work.storage),
             work.settings,
             space=work.space,
-            stand_ins=trained_draft_layers(work.load_profiles(), engine.model),
+            draft_layers=trained_draft_layers(work.load_profiles(), engine.model),
             study_name=work.study,
             folder=work.folder,
             ends=work.ends,

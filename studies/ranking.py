@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.drafting.config import DraftConfig
+
 Basis = Literal["measured", "predicted"]
 # The basis of a candidate's best speedup.
 BestBasis = Literal["held-out", "measured", "predicted"]
@@ -17,6 +19,8 @@ BASIS_KEY = "basis"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"
 DRAFT_COST_KEY = "draft_cost"
+# The draft configuration with which a candidate was predicted, or measured, as JSON.
+CONFIG_KEY = "config"
 
 
 class HasTrials(Protocol):
@@ -39,6 +43,11 @@ class Snapshot:
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """The trials in some states, or all; never copied."""
         return [trial for trial in self._trials if states is None or trial.state in states]
+
+
+def config_of(trial: FrozenTrial) -> DraftConfig:
+    """The draft configuration with which a trial's candidate was predicted, or measured: its best policy included."""
+    return DraftConfig.from_json(trial.user_attrs[CONFIG_KEY])
 
 
 def completed_trials(study: HasTrials) -> Sequence[FrozenTrial]:

@@ -32,12 +32,12 @@ from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
 # Attributes of a trial that a study's description includes.
-_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
-_FORMAT = 2
+_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft", "source")
+_FORMAT = 3
 # Attributes of a study: library versions that it was searched with, in order;
 VERSIONS_KEY = "versions"
-# measured costs of the parts of a step, as search.latency writes them;
-LATENCY_KEY = "latency"
+# measured costs of passes, as layerskip.costs.CostModel writes them;
+COSTS_KEY = "latency"
 # acceptance rates of drafts that skip a single sublayer, by its name.
 SINGLE_SUBLAYER_KEY = "acceptance_alone"
 _NEWER = "was made by a newer version of layerskip; update layerskip"

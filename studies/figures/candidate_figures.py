@@ -67,11 +67,11 @@ def _skip_map_caption(view: StudyView, best: Sequence[TrialSummary]) -> str:
 
 
 def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
-    layers = best[0].skip_set.num_layers
+    layers = best[0].config.skip_set.num_layers
     cells: list[Sequence[int | None]] = []
     hover: list[list[str]] = []
     for trial in best:
-        attention, mlp = trial.skip_set.attention_mask, trial.skip_set.mlp_mask
+        attention, mlp = trial.config.skip_set.attention_mask, trial.config.skip_set.mlp_mask
         cells += [[None] * layers, [_ATTENTION * skip for skip in attention], [_MLP * skip for skip in mlp]]
         hover += [[""] * layers, _hover(trial, "attention", attention), _hover(trial, "MLP", mlp)]
     drawn = empty_figure(
@@ -110,7 +110,7 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
         drawn.add_annotation(
             x=-0.5,
             y=_LINES * i,
-            text=f"trial {trial.number} · {trial.label} · {len(trial.skip_set)} of {2 * layers} skipped",
+            text=f"trial {trial.number} · {trial.label} · {len(trial.config.skip_set)} of {2 * layers} skipped",
             showarrow=False,
             xanchor="left",
             yshift=-2,
@@ -137,8 +137,8 @@ def _skip_map_table(best: Sequence[TrialSummary]) -> Table:
                 trial.best_basis,
                 format_speedup(trial.predicted),
                 format_percent(trial.acceptance),
-                str(trial.skip_set),
-                trial.draft,
+                str(trial.config.skip_set),
+                trial.config.details,
                 trial.source,
             )
             for trial in best
@@ -361,7 +361,7 @@ def _add_trials(drawn: go.Figure, trials: Sequence[TrialSummary], name: str, mar
             name=name,
             text=[
                 f"trial {trial.number}: {format_speedup(trial.speedup.value)} {trial.basis}<br>"
-                f"{escape(trial.source)}<br>{trial.skip_set}"
+                f"{escape(trial.source)}<br>{trial.config.skip_set}"
                 for trial in trials
             ],
             hovertemplate="%{text}<extra></extra>",
@@ -391,5 +391,15 @@ def _add_best_so_far(
 def _history_table(trials: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "speedup", "basis", "proposed by", "skipped", "draft"),
-        [(str(t.number), format_speedup(t.speedup.value), t.basis, t.source, str(t.skip_set), t.draft) for t in trials],
+        [
+            (
+                str(trial.number),
+                format_speedup(trial.speedup.value),
+                trial.basis,
+                trial.source,
+                str(trial.config.skip_set),
+                trial.config.details,
+            )
+            for trial in trials
+        ],
     )

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from layerskip.costs import best_speedup
-from studies.damage import LEAST_CANDIDATES, LearnedAcceptance, learned_acceptance
+from layerskip.costs import Costs, StepCosts, best_speedup
+from studies.acceptance_model import LEAST_CANDIDATES, LearnedAcceptance, learned_acceptance
 from studies.figures.style import (
     BLACK,
     BLUE,
@@ -27,7 +27,6 @@ from studies.figures.style import (
     format_percent,
     format_speedup,
 )
-from studies.step_costs import RelativeParts
 from studies.view import StudyView, TrialSummary
 
 # Speedup by acceptance rate.
@@ -50,7 +49,7 @@ def acceptance(view: StudyView) -> Picture:
     if not shown:
         return Picture("acceptance", title, "No candidate was evaluated yet.", None)
     lines = "solid with v as measured here, dotted with v = 1, where verifying costs no more than one plain step."
-    caption = _FORMULA_CAPTION + (lines if view.parts else "for v = 1, as verification was not measured.")
+    caption = _FORMULA_CAPTION + (lines if view.costs else "for v = 1, as verification was not measured.")
     if any(trial.draft_cost is not None for trial in shown):
         caption += " Colour is c, the cost of a draft step in units of a plain step."
     return Picture("acceptance", title, caption, _draw_acceptance(view, shown), _acceptance_table(shown))
@@ -100,8 +99,8 @@ def _add_ideals(drawn: go.Figure, view: StudyView, costs: Sequence[float], left:
     longest = int(view.context["space"].get("max_draft_length", _DEFAULT_LONGEST))
     rates = np.linspace(left, 1, 101).tolist()
     verifications: list[tuple[str, str, Callable[[int], float]]] = [("ideal, v = 1", "dot", lambda _: 1.0)]
-    if view.parts is not None:
-        verifications.insert(0, ("ideal, v as measured", "solid", view.parts.verifying))
+    if view.costs is not None:
+        verifications.insert(0, ("ideal, v as measured", "solid", view.costs.relative().verification))
     top = drawn.layout.yaxis.range[1]
     for name, dash, verifying in verifications:
         for number, cost in enumerate(costs):
@@ -166,7 +165,7 @@ def _add_points(drawn: go.Figure, trials: Sequence[TrialSummary], basis: str, ma
 def _description(trial: TrialSummary) -> str:
     speedup, rate = format_speedup(trial.speedup.value), format_percent(trial.acceptance)
     cost = "" if trial.draft_cost is None else f", c = {trial.draft_cost:.2f}"
-    return f"trial {trial.number}: {speedup} {trial.basis}, α = {rate}{cost}<br>{trial.skip_set}"
+    return f"trial {trial.number}: {speedup} {trial.basis}, α = {rate}{cost}<br>{trial.config.skip_set}"
 
 
 def _acceptance_table(shown: Sequence[TrialSummary]) -> Table:
@@ -201,7 +200,8 @@ _ESTIMATED_CAPTION = (
 def sublayers(view: StudyView) -> Picture:
     """Acceptance rate without each sublayer, evaluated directly and estimated from all candidates."""
     title = "Acceptance rate without each sublayer"
-    evaluated, estimated = view.single_sublayer_acceptance, learned_acceptance(view.evaluated)
+    rates = {trial.config: trial.acceptance for trial in view.evaluated if trial.acceptance is not None}
+    evaluated, estimated = view.single_sublayer_acceptance, learned_acceptance(rates)
     if not estimated and not evaluated:
         return Picture("sublayers", title, f"This needs at least {LEAST_CANDIDATES} candidates.", None)
     caption = _SUBLAYERS_CAPTION + _EVALUATED_CAPTION * bool(evaluated)
@@ -294,22 +294,27 @@ _PART_COLOURS = {"attention": BLUE, "MLP": ORANGE, "bridge": SKY, "head": GREEN}
 def costs(view: StudyView) -> Picture:
     """The parts of a draft step, and verification by the number of tokens."""
     title = "Cost of each part of a step"
-    parts = view.parts
-    if parts is None:
+    if view.costs is None:
         return Picture("costs", title, "The costs of a step were not measured yet.", None)
+    relative = view.costs.relative()
     caption = (
-        f"In units of one plain decoding step ({1000 * parts.plain_seconds:.1f} ms here), measured once by differences "
-        f"between whole passes, after a text of {parts.context:.0f} tokens; all attention sublayers are taken to cost "
-        "the same, and all MLPs. Below: v, the cost of one pass over several tokens. Only the widths that are cheapest "
-        "for some length are measured, and a pass is padded to the next of them."
+        f"In units of one plain decoding step ({1000 * view.costs.plain_step:.1f} ms here), measured once by "
+        f"differences between whole passes, after a text of {relative.context:.0f} tokens; all attention sublayers are "
+        "taken to cost the same, and all MLPs. Below: v, the cost of one pass over several tokens. Only the widths "
+        "that are cheapest for some length are measured, and a pass is padded to the next of them."
     )
-    amounts = _amounts(parts, view.num_layers)
-    rows = [*amounts, *((f"v of {tokens} tokens", cost) for tokens, cost in parts.verification.items())]
+    amounts, verification = _amounts(relative.step, view.num_layers), _verification(relative)
+    rows = [*amounts, *((f"v of {tokens} tokens", cost) for tokens, cost in verification.items())]
     data = Table(("part", "plain steps"), [(name, f"{cost:.4f}") for name, cost in rows])
-    return Picture("costs", title, caption, _draw_costs(parts, amounts), data)
+    return Picture("costs", title, caption, _draw_costs(relative, amounts, verification), data)
 
 
-def _amounts(parts: RelativeParts, layers: int) -> list[tuple[str, float]]:
+def _verification(relative: Costs) -> dict[int, float]:
+    """v of each measured width."""
+    return {width: relative.passes.cost(width) for width in relative.passes.sublayers}
+
+
+def _amounts(parts: StepCosts, layers: int) -> list[tuple[str, float]]:
     heads = [(f"head, {size} tokens", cost) for size, cost in sorted(parts.head.items()) if size]
     return [
         ("one attention", parts.attention),
@@ -323,7 +328,7 @@ def _amounts(parts: RelativeParts, layers: int) -> list[tuple[str, float]]:
     ]
 
 
-def _draw_costs(parts: RelativeParts, amounts: Sequence[tuple[str, float]]) -> go.Figure:
+def _draw_costs(relative: Costs, amounts: Sequence[tuple[str, float]], verification: Mapping[int, float]) -> go.Figure:
     drawn = empty_figure(
         height=30 * len(amounts) + 330,
         # Room for the labels after the bars.
@@ -333,7 +338,7 @@ def _draw_costs(parts: RelativeParts, amounts: Sequence[tuple[str, float]]) -> g
             "tickformat": ".0%",
         },
         yaxis={"autorange": "reversed", "domain": [0.47, 1], "showgrid": False},
-        xaxis2={"title": {"text": "tokens in a pass"}, "anchor": "y2", "tickvals": list(parts.verification)},
+        xaxis2={"title": {"text": "tokens in a pass"}, "anchor": "y2", "tickvals": list(verification)},
         yaxis2={"title": {"text": "v (plain steps)"}, "domain": [0, 0.33], "rangemode": "tozero", "anchor": "x2"},
         showlegend=False,
     )
@@ -349,12 +354,12 @@ def _draw_costs(parts: RelativeParts, amounts: Sequence[tuple[str, float]]) -> g
             hovertemplate="%{y}: %{x:.2%} of a plain step<extra></extra>",
         )
     )
-    lengths = list(range(1, max(parts.verification) + 1))
+    lengths = list(range(1, max(verification) + 1))
     lower = {"xaxis": "x2", "yaxis": "y2"}
     drawn.add_trace(
         go.Scatter(
             x=lengths,
-            y=[parts.verifying(tokens) for tokens in lengths],
+            y=[relative.verification(tokens) for tokens in lengths],
             mode="lines",
             line={"shape": "vh", "color": GREY, "width": 1.5},
             hovertemplate="%{x} tokens: %{y:.2f} plain steps<extra></extra>",
@@ -363,8 +368,8 @@ def _draw_costs(parts: RelativeParts, amounts: Sequence[tuple[str, float]]) -> g
     )
     drawn.add_trace(
         go.Scatter(
-            x=list(parts.verification),
-            y=list(parts.verification.values()),
+            x=list(verification),
+            y=list(verification.values()),
             mode="markers",
             marker={"symbol": "square", "color": PURPLE, "size": 9, "line": {"color": BLACK, "width": 0.5}},
             hoverinfo="skip",

@@ -59,7 +59,7 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
 def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(layerskip, searched):
     study = load_study(open_storage(URL), "s")
     second = study.trials[1]
-    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft_exit", "acceptance", "predicted_speedup")}
+    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft", "acceptance", "predicted_speedup")}
     study.add_trial(
         create_trial(
             value=0.75,

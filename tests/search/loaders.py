@@ -13,14 +13,14 @@ from layerskip.errors import LayerSkipError
 from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from tests.models import tiny_llama
-from tests.search.searches import known_costs
+from tests.search.searches import known_costs_of
 
 STARTS = 3
 
 
 def quick_engine():
     """The engine of a tiny model, and costs and starts that need no time."""
-    preparation.measure_latency = lambda engine, space: known_costs(space)
+    preparation.measure_costs = known_costs_of
     study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     return EagerEngine(LayerSkipModel(tiny_llama()))
 
@@ -28,11 +28,11 @@ def quick_engine():
 def slow_engine(folder):
     """An engine with which looking at a candidate never ends; tells so by a file named after the process."""
 
-    def estimate(*arguments, **named):
+    def predict(*arguments, **named):
         (Path(folder) / str(os.getpid())).touch()
         time.sleep(3600)
 
-    SpeedupPredictor.estimate = estimate
+    SpeedupPredictor.predict = predict
     return quick_engine()
 
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
-from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search
 from search.settings import SearchSettings
@@ -33,7 +33,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # The search's own parameters; the others are settings.
-_OWN = ("study_name", "on_event", "space", "stand_ins", "folder", "helpers")
+_OWN = ("study_name", "on_event", "space", "draft_layers", "folder", "helpers")
 
 
 def small_search(model, storage, *, prompts=None, **named):
@@ -44,8 +44,8 @@ def small_search(model, storage, *, prompts=None, **named):
     return Search(engine, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
 
 
-def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
-    """What parts cost on a machine where verification is cheap and the head is dear."""
+def costs_after(context, *, scale=1.0, vocabularies=(0,)):
+    """What parts cost on a machine where verification is cheap and the head is expensive."""
     step = StepCosts(
         fixed=1.0 * scale,
         attention=2.0 * scale,
@@ -54,14 +54,19 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
         head={size: (4.0 if size == 0 else 4.0 * size / VOCABULARY) * scale for size in vocabularies},
     )
     sublayers = {width: (20 + width) * scale for width in range(1, 27)}
-    return CostsBehind(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
+    return Costs(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
 
 
 def known_costs(space=None):
-    """A latency model that is the same on every machine."""
-    vocabularies = (0, *(space.vocabularies if space else ()))
-    near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
-    return LatencyModel(near, far)
+    """A cost model that is the same on every machine."""
+    return known_costs_of(None, vocabularies=space.vocabulary_sizes if space else (), most_drafted=0)
+
+
+def known_costs_of(engine, *, vocabularies, most_drafted):
+    """The same in the place of :func:`layerskip.engine.measure_costs`."""
+    vocabularies = (0, *vocabularies)
+    near, far = (costs_after(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
+    return CostModel(near, far)
 
 
 def records(storage, study, *, prompt_set=None, trial=None):

@@ -32,7 +32,7 @@ TRIALS = 24
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What loading a model changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_latency", preparation.measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
     monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
 
 
@@ -45,7 +45,7 @@ def search_with(database, tmp_path):
         model = quick_engine().model
         profiles = partial(load_profiles, tuned, "cpu", "float32")
         stand_ins = trained_draft_layers(profiles(), model)
-        space = SearchSpace(LAYERS, stand_ins=tuple(one.name for one in stand_ins))
+        space = SearchSpace(LAYERS, draft_layers=tuple(one.ref for one in stand_ins))
         settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
 
         def helpers(study):
@@ -65,7 +65,7 @@ def search_with(database, tmp_path):
             ]
             return Workers(work, lambda number, message: failures.append((number, message)))
 
-        own = {"space": space, "stand_ins": stand_ins, "folder": tmp_path, "helpers": helpers}
+        own = {"space": space, "draft_layers": stand_ins, "folder": tmp_path, "helpers": helpers}
         search = small_search(model, open_storage(database), **own, **settings)
         return search, failures
 
@@ -126,7 +126,7 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     assert 16 <= result.trials <= 17
     study = the_study(database)
     assert len(log.of(TrialFinished)) < len(begun(database))
-    assert {trial.params["stand_in"] for trial in evaluated_trials(study)} == {0, 1}
+    assert {trial.params["draft_layer"] for trial in evaluated_trials(study)} == {0, 1}
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
