@@ -136,13 +136,11 @@ def escape_unencodable() -> None:
 
 def quiet_libraries() -> None:
     """Keep progress bars and notices of the libraries off the terminal; errors still show."""
-    import optuna
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error comes at the end
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.basicConfig(format="%(message)s")
 
 

@@ -110,6 +110,8 @@ def search(
 
     Ctrl-C keeps all finished trials and writes the best profile measured so far; the same command resumes the search.
     """
+    import optuna
+
     from cli.progress import ProgressDisplay
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine, make_engine
@@ -125,6 +127,7 @@ def search(
     from studies.storage import open_storage
 
     quiet_libraries()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     check_writable(out)
     places = _places(workers, devices, device)
     for place in set(places):

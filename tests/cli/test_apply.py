@@ -4,11 +4,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from layerskip import generate
 from layerskip.tokenizer import encode_prompt, encode_raw
+from tests.cli.conftest import ENVIRONMENT
 
 KEYS = {"text", "token_ids", "tokens_per_second", "acceptance_rate", "speculative"}
 COUNT = 24
@@ -294,3 +297,14 @@ def test_sublayers_are_compiled_when_asked_to_be(apply, profile, expected, monke
     assert compiled == []
     assert apply(profile, "hello", "--compile").object["token_ids"] == expected("hello")
     assert len(compiled) == 1
+
+
+def test_applying_a_profile_imports_nothing_of_the_search_but_its_settings(profile):
+    code = f"""
+import sys
+from cli import main
+status = main.run(["apply", {profile!r}, "hello", "--max-new-tokens", "4", "--json"])
+print(status, *(name for name in sys.modules if name.startswith(("search.", "studies", "optuna", "plotly"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "0 search.settings"
