@@ -45,8 +45,7 @@ from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
 from search.reference import ReferenceRun
-from search.relative_costs import RelativeCosts
-from search.samplers import NoRepeats, make_sampler
+from search.samplers import DraftCosts, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
@@ -501,7 +500,9 @@ class Search:
         sampler = self._settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.latency, tools.makers, context)
+            costs = DraftCosts(
+                tools.latency.at(context).relative(), tools.makers.num_bridges, self._space.max_draft_length
+            )
             return make_sampler(sampler, self._space, costs, seed=seed)
         if self._number:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
