@@ -50,7 +50,7 @@ from search.search import Prepared, Search, SearchPrompts, prepare
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import seen_trials, speedup_of
+from studies.ranking import evaluated_trials, speedup_of
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY
 
@@ -145,7 +145,7 @@ class PlantedProblem:
         self._give_costs(study)
         study.set_user_attr(STARTED_KEY, not warm)
         search.explore(study)
-        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in seen_trials(study)]
+        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in evaluated_trials(study)]
 
     def _prepared(self) -> Prepared:
         study = optuna.create_study()

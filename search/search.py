@@ -45,8 +45,7 @@ from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit
 from search.reference import ReferenceRun
-from search.relative_costs import RelativeCosts
-from search.samplers import NoRepeats, make_sampler
+from search.samplers import DraftCosts, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
@@ -58,10 +57,10 @@ from studies.ranking import (
     candidate_key,
     config_of,
     correction_of,
+    evaluated_trials,
     finalists,
     fully_measured_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 from studies.records import MeasurementRecord
@@ -269,7 +268,7 @@ def next_to_measure(study: HasTrials) -> FrozenTrial | None:
     """The candidate of the highest prediction that was not measured yet and could beat the best that was."""
     measured = measured_trials(study)
     done = {candidate_key(trial) for trial in measured}
-    open_ones = [t for t in seen_trials(study) if t.user_attrs[COMPLETE_KEY] and candidate_key(t) not in done]
+    open_ones = [t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY] and candidate_key(t) not in done]
     best = max(open_ones, key=speedup_of, default=None)
     to_beat = max(map(speedup_of, fully_measured_trials(study)), default=0.0)
     return best if best is not None and speedup_of(best) * correction_of(study) > to_beat else None
@@ -419,7 +418,7 @@ class Search:
         best = max(decided, key=lambda one: one.summary.speedup, default=Finalist.of(so_far) if so_far else None)
         return SearchResult(
             study=study.study_name,
-            trials=len(seen_trials(study)),
+            trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             profile=self._profile(best) if best and self._prepared else None,
             interrupted=interrupted,
@@ -438,7 +437,7 @@ class Search:
     def explore(self, study: optuna.Study) -> None:
         """Look at candidates until there are enough, and measure those that look promising."""
         tools = self._prepare(study)
-        if len(seen_trials(study)) >= self._settings.trials:
+        if len(evaluated_trials(study)) >= self._settings.trials:
             return
         study.sampler = self._sampler(study, tools)
         objective = Objective(
@@ -501,7 +500,9 @@ class Search:
         sampler = self._settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.latency, tools.makers, context)
+            costs = DraftCosts(
+                tools.latency.at(context).relative(), tools.makers.num_bridges, self._space.max_draft_length
+            )
             return make_sampler(sampler, self._space, costs, seed=seed)
         if self._number:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
@@ -553,7 +554,7 @@ def progress_of(study: HasTrials) -> Progress:
     """Where a search stands."""
     best = best_trials(study, 1)
     return Progress(
-        seen=len(seen_trials(study)),
+        seen=len(evaluated_trials(study)),
         measured=len(measured_trials(study)),
         best=speedup_of(best[0]) if best else None,
         basis=basis_of(best[0]) if best else "predicted",
