@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,12 +113,12 @@ def search(
     from layerskip.fingerprint import identify
     from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
-    from search.loading import engine_of, load_engine, load_profiles
+    from search.loading import engine_of, load_for_worker, load_profiles
     from search.prompts import built_in_prompts, split_prompts
-    from search.search import Search
+    from search.search import Search, SearchTask
     from search.settings import SearchSettings
     from search.space import SearchSpace
-    from search.workers import Work, Workers
+    from search.workers import Workers
     from studies.storage import open_storage
 
     quiet_libraries()
@@ -138,8 +137,7 @@ def search(
         seed=seed,
     )
     chosen = read_prompts(prompts) if prompts else built_in_prompts()
-    tuned = partial(load_profiles, stand_in or (), device, dtype)
-    profiles = tuned()
+    profiles = load_profiles(stand_in or (), device, dtype)
     database = open_storage(storage)
     stderr.print(f"loading {model}")
     checkpoint = load_checkpoint(model, device=places[0], dtype=dtype)
@@ -147,7 +145,7 @@ def search(
     split = split_prompts(
         chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.model.context_length
     )
-    stand_ins = trained_draft_layers(profiles, first.model)
+    draft_layers = trained_draft_layers(profiles, first.model)
     space = SearchSpace.of(
         first.model,
         bridges=bridges,
@@ -155,32 +153,25 @@ def search(
         gate=gate,
         branches=branches,
         ngrams=ngrams,
-        stand_ins=[one.name for one in stand_ins],
+        stand_ins=[layer.name for layer in draft_layers],
     )
-    identity = identify(first.model, checkpoint.source)
+    task = SearchTask(identify(first.model, checkpoint.source), split, settings, space, study)
 
-    def helpers(name: str) -> Workers:
-        ends = None if timeout is None else time.monotonic() + timeout
-        loads = [partial(load_engine, model, place, dtype, engine, compiled) for place in places[1:]]
-        work = [
-            Work(load, identity, split, storage, settings, space, name, ends=ends, load_profiles=tuned)
-            for load in loads
+    def workers_on(task: SearchTask) -> Workers:
+        loads = [
+            partial(load_for_worker, model, place, dtype, engine, compiled, tuple(stand_in or ()))
+            for place in places[1:]
         ]
-        return Workers(work, lambda number, message: stderr.print(f"worker {number} gave up: {message}", markup=False))
+        return Workers(
+            loads,
+            task,
+            storage,
+            lambda number, message: stderr.print(f"worker {number} gave up: {message}", markup=False),
+        )
 
     with SearchProgress(trials, timeout) as progress:
-        result = Search(
-            first,
-            identity,
-            split,
-            database,
-            settings,
-            space=space,
-            stand_ins=stand_ins,
-            study_name=study,
-            on_event=progress,
-            helpers=helpers,
-        ).run()
+        search = Search(first, task, database, draft_layers=draft_layers, on_event=progress, helpers=workers_on)
+        result = search.run()
     if result.profile is not None:
         result.profile.save(out)
     _report(result, out, json)

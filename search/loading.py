@@ -1,4 +1,4 @@
-"""Loading the model that a search is about, with its engine, and profiles, in this process or in a worker's."""
+"""Load a model with its engine, and profiles with their draft layers, in this process or in a worker's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,24 @@ from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
+from search.draft_layers import TrainedDraftLayer, trained_draft_layers
 
 
-def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
-    """The engine of a model by where that comes from, as :func:`engine_of` makes it."""
-    return engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+def load_for_worker(
+    source: str, device: str, dtype: str, engine: str, compiled: bool, profiles: Sequence[str]
+) -> tuple[Engine, Sequence[TrainedDraftLayer]]:
+    """What :class:`search.workers.Workers` loads: the engine of a model, and the draft layers of some profiles.
+
+    Args:
+        source: Where the model comes from.
+        device: As in :func:`layerskip.load_checkpoint`.
+        dtype: Likewise.
+        engine: As in :func:`engine_of`.
+        compiled: Likewise.
+        profiles: Where the profiles come from.
+    """
+    runner = engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+    return runner, trained_draft_layers(load_profiles(profiles, device, dtype), runner.model)
 
 
 def engine_of(hf_model: PreTrainedModel, engine: str, compiled: bool) -> Engine:

@@ -25,7 +25,6 @@ class SearchSettings:
         measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1.
         sampler: Who proposes candidates.
         workers: Processes of this machine that work on the study together.
-        pareto: Whether a high acceptance rate is an objective of its own, beside the speedup.
         seed: Makes the proposals repeatable (measured speeds never are).
 
     Raises:
@@ -41,7 +40,6 @@ class SearchSettings:
     measuring_share: float = 1 / 3
     sampler: str = "tpe"
     workers: int = 1
-    pareto: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -11,8 +11,7 @@ from layerskip import LayerSkipModel, SkipSet, generate
 from layerskip.drafting.drafter import LayerSkipDrafter
 from layerskip.engine import Engine
 from layerskip.utils import device_seconds
-from search.prompts import EncodedPrompt
-from search.search import SearchPrompts
+from search.prompts import EncodedPrompt, SearchPrompts
 from search.space import Candidate, Policy
 
 

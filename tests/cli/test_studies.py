@@ -16,8 +16,9 @@ from optuna.trial import create_trial
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
+from search.space import SearchSpace
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -30,9 +31,9 @@ def searched(wrapped, elsewhere):
     """A study of two candidates and no measurement in the default storage."""
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    return Search(
-        EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, open_storage(URL), settings, study_name="s"
-    ).run()
+    space = SearchSpace(wrapped.num_layers)
+    task = SearchTask(identify(wrapped, "makers/tiny"), prompts, settings, space, "s")
+    return Search(EagerEngine(wrapped), task, open_storage(URL)).run()
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):

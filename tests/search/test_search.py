@@ -28,9 +28,10 @@ from search.callbacks import (
 )
 from search.latency import LatencyModel
 from search.measure import Summary
+from search.measurement_scheduler import next_to_measure
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
 from search.predict import SpeedupPredictor
-from search.search import Search, next_to_measure
+from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import Candidate, Policy, SearchSpace
 from search.warm_starts import warm_starts
@@ -52,6 +53,7 @@ from tests.search.searches import (
     CtrlC,
     Log,
     completed,
+    explore,
     kind_of,
     known_costs,
     random_prompts,
@@ -73,8 +75,8 @@ def costs():
     """Costs that are the same on every machine make predictions the same; one test measures them for real."""
     measured = []
 
-    def known(model, space):
-        measured.append(model)
+    def known(engine, space):
+        measured.append(engine.model)
         return known_costs(space)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -201,7 +203,7 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
 
 def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monkeypatch):
     monkeypatch.setattr(study_module, "warm_starts", warm_starts)
-    small_search(llama, storage, trials=40, finalists=1, study_name="s").run()
+    small_search(llama, storage, trials=40, finalists=1, study="s").run()
     trials = [trial for trial in load_study(storage, "s").trials if SOURCE_KEY in trial.user_attrs]
     sources = [trial.user_attrs[SOURCE_KEY] for trial in trials]
     families = {source.partition(":")[0] for source in sources}
@@ -338,9 +340,9 @@ def test_a_folder_that_cannot_be_written_ends_the_search_in_one_line(llama, stor
 
 def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
-    with passes_counted(search._model) as passes:
+    with passes_counted(search._engine.model) as passes:
         search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
-        search.explore(search.open())
+        explore(search)
         return len(passes)
 
 
@@ -405,7 +407,7 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
 def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
     monkeypatch.setattr(SearchSpace, "policies", lambda self: [Policy(FixedLength(8))])
     prompts = random_prompts(search=12, held_out=1)
-    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study_name": "s", "finalists": 1}
+    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
@@ -443,7 +445,7 @@ def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llam
 
 
 def test_the_study_can_be_named(llama, storage):
-    result = small_search(llama, storage, trials=1, study_name="mine").run()
+    result = small_search(llama, storage, trials=1, study="mine").run()
     assert result.study == "mine"
     assert result.profile.provenance.study == "mine"
     assert optuna.get_all_study_names(storage) == ["mine"]
@@ -453,7 +455,7 @@ def test_the_study_can_be_named(llama, storage):
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
     with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
-        small_search(llama, storage, study_name=name)
+        small_search(llama, storage, study=name)
 
 
 def test_going_on_makes_only_the_missing_trials(llama, database):
@@ -502,8 +504,8 @@ def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(lla
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
         with pytest.raises(SystemExit):
-            small_search(llama, storage, study_name="s").run()
-    small_search(llama, storage, study_name="s", trials=STARTS).run()
+            small_search(llama, storage, study="s").run()
+    small_search(llama, storage, study="s", trials=STARTS).run()
     trials = load_study(storage, "s").trials
     assert len(trials) == STARTS
     told = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
@@ -520,11 +522,11 @@ def refused(search):
 
 
 def test_going_on_with_something_else_is_refused_and_the_difference_named(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     trials_before = load_study(storage, "s").trials
 
     def other(model=llama, **changed):
-        return small_search(model, storage, study_name="s", **changed)
+        return small_search(model, storage, study="s", **changed)
 
     other_weights = LayerSkipModel(tiny_llama(seed=1))
     assert f"fingerprint (study: {identify(llama).fingerprint}, now: {identify(other_weights).fingerprint})" in refused(
@@ -543,32 +545,10 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
 
 
 def test_a_model_under_another_id_may_go_on(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(
-        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
-    )
-    assert moved.run().trials == 2
-
-
-def test_two_objectives_are_the_speedup_and_the_acceptance_rate(llama, storage):
-    result = small_search(llama, storage, trials=STARTS + 5, pareto=True, **MEASURING).run()
-    study = load_study(storage, result.study)
-    assert len(study.directions) == 2
-    assert result.measured >= 1
-    for trial in completed(study):
-        assert trial.values == [speedup_of(trial), trial.user_attrs["acceptance"]]
-    assert result.profile.measured.speedup > 0
-
-
-@pytest.mark.parametrize("pareto", [True, False])
-def test_a_study_of_two_objectives_cannot_go_on_with_one_nor_the_other_way_round(llama, storage, pareto):
-    small_search(llama, storage, trials=1, study_name="s", pareto=pareto).run()
-    with pytest.raises(InvalidInputError, match=r"^study 's': has . objectives.*--pareto[^\n]*$"):
-        small_search(llama, storage, study_name="s", pareto=not pareto).run()
-    other = small_search(llama, storage, pareto=pareto).open().study_name
-    with pytest.raises(InvalidInputError, match="objectives"):
-        small_search(llama, storage, study_name=other, pareto=not pareto).open()
+    task = SearchTask(identify(llama, "/another/place"), random_prompts(), settings, SPACE, "s")
+    assert Search(EagerEngine(llama), task, storage).run().trials == 2
 
 
 def proposals(storage, study):
@@ -577,7 +557,7 @@ def proposals(storage, study):
 
 def test_the_same_seed_makes_the_same_search(llama, storage):
     for name, seed in {"one": 5, "same": 5, "other": 6}.items():
-        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study_name=name).run()
+        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study=name).run()
     assert proposals(storage, "one") == proposals(storage, "same")
     assert proposals(storage, "one")[:STARTS] == proposals(storage, "other")[:STARTS]
     assert proposals(storage, "one") != proposals(storage, "other")
@@ -587,7 +567,7 @@ def test_the_same_seed_makes_the_same_search(llama, storage):
 
 def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
     for trials in (STARTS + 2, STARTS + 5):
-        small_search(llama, storage, trials=trials, finalists=1, seed=5, study_name="s").run()
+        small_search(llama, storage, trials=trials, finalists=1, seed=5, study="s").run()
     tried = [json.dumps(parameters, sort_keys=True) for parameters in proposals(storage, "s")]
     assert len(set(tried)) == len(tried) == STARTS + 5
 
@@ -718,7 +698,7 @@ def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monke
             return original(*arguments)
 
     monkeypatch.setattr(Objective, "_measured", measured)
-    search = small_search(model, storage, study_name="s", trials=STARTS + 2, **MEASURING)
+    search = small_search(model, storage, study="s", trials=STARTS + 2, **MEASURING)
     with pytest.raises(LosslessnessError, match="bug"):
         search.run()
     states = [trial.state for trial in load_study(storage, "s").trials]
@@ -756,7 +736,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(setting, value):
 
 
 def test_an_unknown_sampler_is_refused_and_the_known_ones_named():
-    with pytest.raises(InvalidInputError, match=r"^sampler.* expected .*greybox.*tpe"):
+    with pytest.raises(InvalidInputError, match=r"^sampler.* expected .*tpe.*greybox"):
         SearchSettings(sampler="dice")
 
 
