@@ -22,10 +22,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import optuna
 import torch
@@ -37,30 +38,40 @@ from rich.table import Table
 from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
 from search.search import Search, SearchTask
-from search.settings import SearchSettings
-from search.space import Candidate, SearchSpace
+from search.settings import SAMPLERS, SearchSettings
+from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY
 
 console = Console(highlight=False, width=150)
-SAMPLERS = ("tpe", "greybox", "random")
 # Half of them are scored; candidates that cannot win are given up after the first four of those.
 _PROMPTS = 16
 _MAX_NEW_TOKENS = 24
 _SAME = 1e-9
 
 
+class _NoHeartbeats:
+    def beating(self, study: str, trial: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stale_trials(self, study: optuna.Study) -> list[int]:
+        return []
+
+
 class _InMemory(InMemoryStorage):
-    """Keeps no measurements, for none are made; a database would take most of the time here."""
+    """Stores neither measurements, for none are made, nor heartbeats: a database would take most of the time here."""
 
     records = object()
+    heartbeats = _NoHeartbeats()
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class PlantedProblem:
         study = search.open()
         self._give_costs(study)
         predictor = search.prepare(study).predictor
-        speedups = {s: predictor.estimate(Candidate(s)).prediction.speedup for s in skip_sets(self.space.num_layers)}
+        speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 
@@ -131,7 +142,7 @@ class PlantedProblem:
 
     def _search(self, settings: SearchSettings) -> Search:
         task = SearchTask(self._identity, self._prompts, settings, self.space, folder=self._folder)
-        return Search(EagerEngine(self.model), task, _InMemory())
+        return Search(EagerEngine(self.model), task, cast(ReconnectingStorage, _InMemory()))
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:
         return SearchSettings(

@@ -28,13 +28,15 @@ from rich.table import Table
 
 from benchmarks.setting import write_json
 from layerskip import SkipSet
-from search.samplers import DraftChoices, SpeedupFormula, make_sampler
-from search.samplers.speedup import Floats
+from layerskip.drafting.config import DraftConfig
+from search.samplers import SpeedupFormula, make_sampler
+from search.samplers.speedup import Floats, Masks
+from search.space import SearchSpace
 from search.starting_skip_sets import least_damage
 
 console = Console(highlight=False)
 LAYERS = 30
-MAX_DRAFT_LENGTH = 8
+SPACE = SearchSpace(LAYERS)
 _HEAD = 0.15
 _POSITIONS = 1000
 # Agreement by chance, which is left whatever is skipped.
@@ -48,11 +50,11 @@ class Costs:
         shares = np.array([1.0, 3.0] * LAYERS)
         self.sublayers: Floats = (1 - _HEAD) * shares / shares.sum()
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
-        """One step of a draft; the simulated model has no bridges, draft vocabularies or trained stand-ins."""
-        return float(_HEAD + self.sublayers[~np.array(mask, dtype=bool)].sum())
+    def draft_steps(self, options: DraftConfig, masks: Masks) -> Floats:
+        """One step of each draft; the simulated model has no bridges, draft vocabularies or draft layers."""
+        return _HEAD + ~masks @ self.sublayers
 
-    def verification_cost(self, width: int) -> float:
+    def verification(self, width: int) -> float:
         """Nearly flat, as where decoding is bound by memory."""
         return 0.99 + 0.01 * width
 
@@ -79,7 +81,7 @@ class Problem:
         self._seed = seed
         self.forget_noise()
         self.costs = Costs()
-        self._formula = SpeedupFormula.of(self.costs, MAX_DRAFT_LENGTH)
+        self._formula = SpeedupFormula.of(self.costs, SPACE.max_draft_length)
         self.baseline = self.speedup([False] * 2 * LAYERS)
         self.attainable = self._attainable()
 
@@ -95,8 +97,8 @@ class Problem:
 
     def speedup(self, mask: Sequence[bool]) -> float:
         """The true speedup."""
-        step = self.costs.draft_step_cost(mask, False, 0, 0)
-        return float(self._formula(np.array([self.acceptance(mask)]), np.array([step]))[0])
+        step = self.costs.draft_steps(SPACE.options[0], np.array([mask], dtype=bool))
+        return float(self._formula(np.array([self.acceptance(mask)]), step)[0])
 
     def estimate(self, mask: Sequence[bool]) -> float:
         """α over a sample of positions."""
@@ -126,11 +128,6 @@ class Problem:
             yield [skip != (index in pair) for index, skip in enumerate(mask)]
 
 
-def names() -> tuple[str, ...]:
-    """The parameters of the simulated problem."""
-    return tuple(f"skip_{index:02}" for index in range(2 * LAYERS))
-
-
 def ranked_masks(problem: Problem) -> list[tuple[bool, ...]]:
     """Warm starts: those of the search, by a noisy estimate of each sublayer alone."""
     starts = least_damage(lambda skip_set: problem.estimate(skip_set.mask), problem.costs.sublayers.tolist())
@@ -141,17 +138,17 @@ def search(problem: Problem, sampler: BaseSampler, trials: int, starts: Sequence
     """Search, and say how much of what can be gained the best trial found, and the best of 10 finalists."""
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for mask in starts:
-        study.enqueue_trial({name: int(skip) for name, skip in zip(names(), mask, strict=True)})
+        study.enqueue_trial({name: int(skip) for name, skip in zip(SPACE.bit_names, mask, strict=True)})
 
     def objective(trial: optuna.Trial) -> float:
-        mask = [bool(trial.suggest_categorical(name, (0, 1))) for name in names()]
+        mask = [bool(trial.suggest_categorical(name, (0, 1))) for name in SPACE.bit_names]
         trial.set_user_attr("acceptance", problem.estimate(mask))
         return problem.measure(mask)
 
     started = time.perf_counter()
     study.optimize(objective, n_trials=trials)
     seconds = time.perf_counter() - started
-    masks = {trial.number: [bool(trial.params[name]) for name in names()] for trial in study.trials}
+    masks = {trial.number: [bool(trial.params[name]) for name in SPACE.bit_names] for trial in study.trials}
     ranked = sorted(study.trials, key=lambda trial: trial.value or 0.0, reverse=True)[:10]
     enqueued = max(study.trials[: len(starts)], key=lambda trial: trial.value or 0.0, default=None)
     finalist = max(ranked, key=lambda trial: float(np.mean([problem.measure(masks[trial.number]) for _ in range(10)])))
@@ -166,11 +163,8 @@ def search(problem: Problem, sampler: BaseSampler, trials: int, starts: Sequence
 def contenders() -> dict[str, tuple[str, bool]]:
     """What is compared: a sampler, and whether it is given warm starts."""
     return {
-        "random": ("random", False),
         "tpe": ("tpe", False),
         "tpe, warm": ("tpe", True),
-        "nsga2": ("nsga2", False),
-        "nsga2, warm": ("nsga2", True),
         "greybox": ("greybox", False),
         "greybox, warm": ("greybox", True),
     }
@@ -180,10 +174,7 @@ def run(problem: Problem, sampler: str, warm: bool, *, seed: int, trials: int) -
     """One search of one contender."""
     problem.forget_noise()
     starts = ranked_masks(problem) if warm else []
-    made = make_sampler(
-        sampler, choices=DraftChoices(names()), costs=problem.costs, max_draft_length=MAX_DRAFT_LENGTH, seed=seed
-    )
-    return search(problem, made, trials, starts)
+    return search(problem, make_sampler(sampler, SPACE, problem.costs, seed=seed), trials, starts)
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> Table:

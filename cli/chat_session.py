@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from rich.style import Style
 
@@ -23,7 +23,6 @@ from cli.decoding import Decoder, described, in_one_line
 from layerskip import Chat
 from layerskip.chat import Answer
 from layerskip.errors import InvalidInputError
-from layerskip.generators import Drained
 from layerskip.tokenizer import TextSegment
 
 _PROMPT = "> "
@@ -109,12 +108,14 @@ class _Conversation:
                 return
         self._tell(message, answer, stopped())
 
-    def _written(self, pieces: Generator[TextSegment, None, Answer]) -> Answer:
-        said = Drained(pieces)
-        for piece in said:
-            self._write(piece)
-        self._write(TextSegment("\n", drafted=False))
-        return said.returned
+    def _written(self, segments: Generator[TextSegment, None, Answer]) -> Answer:
+        while True:
+            try:
+                segment = next(segments)
+            except StopIteration as end:
+                self._write(TextSegment("\n", drafted=False))
+                return cast(Answer, end.value)
+            self._write(segment)
 
     def _tell(self, message: str, answer: Answer, stopped: bool) -> None:
         result = described(answer.generation, answer.text, self._decoder.speculative)

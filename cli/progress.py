@@ -111,7 +111,7 @@ class SearchProgress:
         source = trial.user_attrs.get(SOURCE_KEY, "sampler")
         self._say(
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
-            f"draft {trial.user_attrs['draft_exit']}  [{source}]"
+            f"draft {trial.user_attrs['draft']}  [{source}]"
         )
 
     def _say(self, line: str) -> None:

@@ -149,11 +149,11 @@ def search(
     space = SearchSpace.of(
         first.model,
         bridges=bridges,
-        vocabulary=draft_vocabulary,
-        gate=gate,
-        branches=branches,
-        ngrams=ngrams,
-        stand_ins=[layer.name for layer in draft_layers],
+        vocabularies=draft_vocabulary,
+        target_confidence=gate,
+        trees=branches,
+        prompt_lookup=ngrams,
+        draft_layers=[layer.ref for layer in draft_layers],
     )
     task = SearchTask(identify(first.model, checkpoint.source), split, settings, space, study)
 

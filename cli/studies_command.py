@@ -94,6 +94,6 @@ def _table(trials: list[dict[str, Any]]) -> Table:
             "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×",
             "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}",
             str(trial["skip_set"]),
-            str(trial["draft_exit"]),
+            str(trial["draft"]),
         )
     return table

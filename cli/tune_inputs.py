@@ -146,7 +146,7 @@ class TuningProgress:
             case Evaluated():
                 self._evaluated(event.result, event.ideal)
             case TrainingEnded():
-                progress = event.trained.looks[-1].progress
+                progress = event.trained.evaluations[-1].progress
                 if progress < 1 and not event.trained.interrupted:
                     self._say(
                         f"training ends at {100 * progress:.0f} %: the last looks gained nothing; "
@@ -155,7 +155,7 @@ class TuningProgress:
             case PhaseStarted("costs"):
                 self._say("measuring what the parts of a step cost here")
             case PolicyChosen():
-                self._say(f"predicted {event.predicted:.3f}× with draft {event.policy}")
+                self._say(f"predicted {event.predicted:.3f}× with draft {event.config.details}")
                 self._start("prompts", 1)
             case PromptMeasured():
                 self._show(event.done / event.total, f"{event.done}/{event.total}")

@@ -1,9 +1,10 @@
-"""A conversation with a model, which remembers what was said and need not run it again."""
+"""A conversation with a model, whose earlier messages are not run again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,6 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
 from layerskip.generation import Generation, Round, stream_rounds
-from layerskip.generators import Drained
 from layerskip.model import LayerSkipModel
 from layerskip.prefix_cache import PrefixCache
 from layerskip.sampling import Sampling
@@ -20,7 +20,7 @@ from layerskip.tokenizer import StreamingDetokenizer, TextSegment, encode_chat
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a message.
+    """A model's answer to a message.
 
     Args:
         text: The whole text, without special tokens.
@@ -36,8 +36,8 @@ class Answer:
 class Chat:
     """A conversation with a model.
 
-    Keys and values of what was said are kept, so that a message costs the time of its own tokens, however long the
-    conversation is. What the tokenizer makes of an answer's text may differ from the tokens that were generated; from
+    Keys and values of earlier messages are kept, so that a message costs the time of its own tokens, however long the
+    conversation is. The tokenizer may encode an answer's text differently from the tokens that were generated; from
     there on the text is run again.
 
     Args:
@@ -66,40 +66,40 @@ class Chat:
             raise InvalidInputError("chat: the model's tokenizer has no chat template, so there are no turns to take")
         self._model = model
         self._tokenizer = tokenizer
-        self._engine = engine or EagerEngine(model)  # one for all answers: caches belong to their engine
+        self._engine = engine or EagerEngine(model)  # the same for all answers, because a cache belongs to its engine
         self._drafter = drafter
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
-        self._memory = PrefixCache()
+        self._prompt_cache = PrefixCache()
         self._history: list[dict[str, str]] = []
 
     @property
     def history(self) -> tuple[dict[str, str], ...]:
-        """What was said so far and not forgotten: messages with ``role`` and ``content``."""
+        """The messages that are not forgotten, with ``role`` and ``content``."""
         return tuple(self._history)
 
     def reset(self) -> None:
-        """Forget everything that was said."""
+        """Forget all messages."""
         self._history.clear()
-        self._memory.forget()
+        self._prompt_cache.clear()
 
     def ask(
         self, message: str, *, stop: Callable[[Sequence[int]], bool] | None = None
     ) -> Generator[TextSegment, None, Answer]:
-        """Say something to the model, and yield its answer as it comes.
+        """Send the model a message, and yield its answer as it comes.
 
         The oldest exchanges are left out where the conversation and an answer do not fit the model's context. Message
         and answer become part of the conversation when the answer has ended, for whatever reason, and only then.
 
         Args:
-            message: What to say.
+            message: The message's text.
             stop: Called with all new tokens after each one; true ends the answer there.
 
         Raises:
             InvalidInputError: The message alone is longer than the model's context, or the chat template refuses it.
         """
-        said = {"role": "user", "content": message}
-        kept, ids = self._fitting(said)
+        question = {"role": "user", "content": message}
+        kept, ids = self._fitting(question)
         rounds = stream_rounds(
             self._model,
             ids,
@@ -108,30 +108,32 @@ class Chat:
             sampling=self._sampling,
             max_new_tokens=self._max_new_tokens,
             stop=stop,
-            memory=self._memory,
+            prompt_cache=self._prompt_cache,
         )
-        generation = yield from self._pieces(rounds)
+        generation = yield from self._segments(rounds)
         forgotten = (len(self._history) - len(kept)) // 2
         text = str(self._tokenizer.decode(generation.tokens, skip_special_tokens=True))
-        self._history = [*kept, said, {"role": "assistant", "content": text}]
+        self._history = [*kept, question, {"role": "assistant", "content": text}]
         return Answer(text, generation, forgotten)
 
-    def _pieces(self, rounds: Generator[Round, None, Generation]) -> Generator[TextSegment, None, Generation]:
-        pieces = StreamingDetokenizer(self._tokenizer)
-        certain = Drained(rounds)
-        for one in certain:
-            for number, token in enumerate(one.tokens):
-                yield from pieces.put(token, number < one.accepted)
-        yield from pieces.end()
-        return certain.returned
+    def _segments(self, rounds: Generator[Round, None, Generation]) -> Generator[TextSegment, None, Generation]:
+        detokenizer = StreamingDetokenizer(self._tokenizer)
+        while True:
+            try:
+                new = next(rounds)
+            except StopIteration as end:
+                yield from detokenizer.end()
+                return cast(Generation, end.value)
+            for number, token in enumerate(new.tokens):
+                yield from detokenizer.put(token, number < new.accepted)
 
-    def _fitting(self, said: dict[str, str]) -> tuple[list[dict[str, str]], list[int]]:
-        """What is kept of the conversation, and the token ids of it with a new message."""
+    def _fitting(self, question: dict[str, str]) -> tuple[list[dict[str, str]], list[int]]:
+        """The messages that are kept, and the token ids of the conversation with a new one."""
         context = self._model.context_length
         room = context - min(self._max_new_tokens, context // 2)  # an answer may need half of a short context
         kept = self._history
-        ids = encode_chat(self._tokenizer, [*kept, said])
+        ids = encode_chat(self._tokenizer, [*kept, question])
         while kept and len(ids) > room:
             kept = kept[2:]
-            ids = encode_chat(self._tokenizer, [*kept, said])
+            ids = encode_chat(self._tokenizer, [*kept, question])
         return kept, ids

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError
+from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError, first_line
 from layerskip.names import ALIASES, DTYPES
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidInputError(f"{unavailable}: {_first_line(error)}") from error
+        raise InvalidInputError(f"{unavailable}: {first_line(error)}") from error
     return device
 
 
@@ -212,15 +212,15 @@ def _check_hub(source: str, location: str, revision: str) -> None:
     except (HfHubHTTPError, HFValidationError):  # the Hub answered; loading the model reports what is wrong
         return
     except Exception as error:  # depends on the library that the Hub's client connects with
-        reason = f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}): is there a network?"
+        reason = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}): is there a network?"
         raise _not_found(source, f": {reason}") from error
 
 
 def _load_error(source: str, location: str, error: Exception) -> CheckpointError:
     """Why a model did not load, in one line."""
     if Path(location).exists():
-        return CheckpointError(f"model '{source}': {_first_line(error)}")
-    return _not_found(source, " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f": {_first_line(error)}")
+        return CheckpointError(f"model '{source}': {first_line(error)}")
+    return _not_found(source, " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f": {first_line(error)}")
 
 
 def _not_found(source: str, why: str) -> CheckpointError:
@@ -235,10 +235,6 @@ def _not_found(source: str, why: str) -> CheckpointError:
         f"model '{source}': not an alias ({', '.join(ALIASES)}), not a local file or folder, and not found on the "
         f"Hub{why}{_suggestion(source)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _suggestion(source: str) -> str:
@@ -298,8 +294,8 @@ def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except OSError as error:
-        raise CheckpointError(f"model '{gguf}': cannot be converted: {_first_line(error)}") from error
+        raise CheckpointError(f"model '{gguf}': cannot be converted: {first_line(error)}") from error
     except (ValueError, KeyError, IndexError, struct.error, NotImplementedError) as error:
         raise CheckpointError(
-            f"model '{gguf}': not a GGUF file that transformers can read: {_first_line(error)}"
+            f"model '{gguf}': not a GGUF file that transformers can read: {first_line(error)}"
         ) from error

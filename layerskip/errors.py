@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-# What libraries say when there is no memory left, and how much they wanted.
+# Messages of libraries that ran out of memory, with the size that they asked for.
 _NO_MEMORY = re.compile("can't allocate memory|cannot allocate memory|not enough memory|out of memory", re.IGNORECASE)
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)|tried to allocate (\d+) bytes")
 
@@ -23,7 +23,7 @@ class InvalidProfileError(LayerSkipError, ValueError):
 
 
 class UnsupportedModelError(LayerSkipError):
-    """The model is of a kind that layerskip cannot take apart into sublayers."""
+    """The model is of a kind that layerskip cannot split into sublayers."""
 
 
 class CheckpointError(LayerSkipError):
@@ -31,31 +31,36 @@ class CheckpointError(LayerSkipError):
 
 
 class HubError(LayerSkipError):
-    """The hub cannot be reached, or has not, or does not give, what was asked of it."""
+    """The Hub is unreachable, or a file there is missing or forbidden."""
 
 
 class ExportError(LayerSkipError):
-    """A draft cannot become a checkpoint of its own, or not in that folder."""
+    """A draft cannot be exported, or not to that folder."""
 
 
 class MissingDependencyError(LayerSkipError):
-    """An optional package is needed for what was asked."""
+    """An optional package is not installed."""
 
 
 class LosslessnessError(LayerSkipError):
-    """Self-speculative decoding gave other tokens than plain decoding: a bug in layerskip, not a slow draft."""
+    """Speculative and plain decoding gave different tokens: a bug in layerskip, not a slow draft."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or the error's class where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line on what to lower if an error says that memory ran out, on a GPU or in main memory; None if it does not.
+    """One line on what to lower, if an error is about memory that ran out on a GPU or in main memory; else None.
 
-    There is no one class for it: PyTorch raises a ``torch.OutOfMemoryError`` for a GPU and a plain ``RuntimeError``
+    There is no single class for it: PyTorch raises a ``torch.OutOfMemoryError`` for a GPU and a plain ``RuntimeError``
     for main memory, Python a ``MemoryError``, and the system an ``OSError``.
     """
     text = str(error)
     system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    spoken = isinstance(error, RuntimeError) and _NO_MEMORY.search(text) is not None
-    if not (system or spoken or isinstance(error, MemoryError)):
+    reported = isinstance(error, RuntimeError) and _NO_MEMORY.search(text) is not None
+    if not (system or reported or isinstance(error, MemoryError)):
         return None
     where = "on the GPU" if "CUDA" in text or type(error).__name__ == "OutOfMemoryError" else "in main memory"
     wanted = _WANTED.search(text)
@@ -67,7 +72,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _size(number: float) -> str:
-    """A number of bytes, for people."""
+    """A number of bytes as a text."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.4g} {unit}"

@@ -1,9 +1,7 @@
-"""What makes two models the same model: a fingerprint of configuration and weights."""
+"""The identity of a model: sizes, and a fingerprint of its configuration and weights."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip.model import LayerSkipModel
+from layerskip.utils import digest
 
-# Settings that change what a model computes. Named one by one, because a newer transformers adds new settings with
-# harmless defaults to every configuration.
+# Settings that change what a model computes. Listed by name, because a newer transformers adds settings with harmless
+# defaults to every configuration; a test holds the list against the settings of every family.
 _COMPUTING_SETTINGS = (
     "model_type",
     "vocab_size",
@@ -40,7 +39,8 @@ _COMPUTING_SETTINGS = (
     "final_logit_softcapping",
 )
 
-# Likewise, of families that came later: left out where a configuration has none, so that fingerprints stay the same.
+# Settings of families that were added later: left out where a configuration lacks them, so that the fingerprints of
+# other families stay the same.
 _SETTINGS_OF_SOME = (
     "attention_multiplier",
     "embedding_multiplier",
@@ -55,10 +55,10 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a profile is for.
+    """The model that a profile belongs to.
 
     Args:
-        id: Where it came from: a hub id, a folder or an alias. For people; not compared.
+        id: Its hub id, folder or alias. For people; not compared.
         family: Model family, such as ``llama``.
         num_layers: Number of decoder layers.
         hidden_size: Width of the hidden states.
@@ -91,7 +91,7 @@ def identify(model: LayerSkipModel, id: str | None = None) -> ModelIdentity:
 
     Args:
         model: The model.
-        id: What to call it; None takes the name that it was loaded by.
+        id: Its name; None takes the name that it was loaded by.
     """
     config = model.config
     return ModelIdentity(
@@ -127,12 +127,11 @@ def fingerprint(model: LayerSkipModel) -> str:
         for name, weight in _weights(hf_model)
         for part_name, part in _plain_parts(name, weight)
     }
-    text = json.dumps([settings, weights], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([settings, weights])
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, each once, and what else a model saves, such as the scales that bitsandbytes keeps beside weights."""
+    """Parameters, each once, and the buffers that a model saves, such as the scales that bitsandbytes keeps."""
     yield from model.named_parameters()
     tied_too = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -141,7 +140,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adapter_state(module: nn.Module) -> dict[str, object]:
-    """What a module of PEFT's computes with besides its weights: which adapters are on, and how strong."""
+    """What a PEFT module computes with besides its weights: the active adapters and their scaling."""
     active = getattr(module, "active_adapters", None)
     if active is None or isinstance(module, PreTrainedModel):  # transformers' models have methods of these names
         return {}
@@ -150,7 +149,7 @@ def _adapter_state(module: nn.Module) -> dict[str, object]:
 
 
 def _plain_parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that a weight is made of, by name: itself, or a quantized one's values, scales and the like."""
+    """The plain tensors in a weight, by name: itself, or the values, scales and the like of a quantized one."""
     if not hasattr(weight, "__tensor_flatten__"):
         yield name, weight
         return
@@ -166,7 +165,7 @@ def _checksums(weight: Tensor) -> list[int]:
         # Odd multipliers, so that no single changed bit can vanish modulo 2^64.
         positions = torch.arange(1, 2 * len(words), 2, device=words.device)
         sums += [words.sum(), (words * positions).sum()]
-    # Chunks are weighted by powers of 31, so that exchanging two of them shows.
+    # Chunks are weighted by powers of 31, so that exchanging two of them is noticed.
     plain = weighted = 0
     for value, by_position in torch.stack(sums).view(-1, 2).tolist():
         plain = (plain * 31 + value) % 2**64

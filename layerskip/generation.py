@@ -1,10 +1,10 @@
-"""Decoding: prefill, then rounds of drafting and verification. Knows token ids and nothing of text."""
+"""Generate tokens: prefill, then rounds of drafting and verification. Knows token ids and nothing of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
-from layerskip.generators import Drained
 from layerskip.model import LayerSkipModel
 from layerskip.prefix_cache import PrefixCache
 from layerskip.sampling import Sampling, SamplingRule
@@ -23,17 +22,17 @@ FinishReason = Literal["eos", "stop", "length", "context"]
 
 @dataclass
 class DecodingStats:
-    """What one generation did.
+    """Counters and times of one generation.
 
     Attributes:
-        rounds: Verification passes of the target model; in plain decoding, one a token.
-        drafted: Places in the text that tokens were proposed for; those of a tree that branches compete for one.
-        accepted: Proposed tokens that stand in the output.
+        rounds: Verification passes of the target model; in plain decoding, one for each token.
+        drafted: Places in the text that tokens were proposed for; branches of a tree compete for the same place.
+        accepted: Accepted tokens.
         tokens: Tokens in the output.
-        reused: Tokens of the prompt that were not run, because their keys and values were at hand.
+        reused: Tokens of the prompt that were not run, because their keys and values were cached.
         prefill_seconds: Time until the first token was chosen.
         draft_seconds: Time spent proposing.
-        verification_seconds: Time spent in the target model's passes behind the prompt, and deciding what stands.
+        verification_seconds: Time spent in the target model's passes after the prompt's, and in accepting tokens.
     """
 
     rounds: int = 0
@@ -72,14 +71,14 @@ class Generation:
         stats: Counters and times.
     """
 
-    tokens: list[int]
-    finish_reason: FinishReason
-    stats: DecodingStats
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    stats: DecodingStats = field(default_factory=DecodingStats)
 
 
 @dataclass(frozen=True)
 class Round:
-    """Tokens that became certain together: those of a round of drafting and verification, or the first one of all.
+    """The new tokens of one round of drafting and verification, or the first token, which the prompt's pass gives.
 
     Args:
         tokens: Their ids, at least one.
@@ -90,30 +89,44 @@ class Round:
     accepted: int
 
 
+class GenerationOptions(TypedDict, total=False):
+    """Options of :func:`generate`, :func:`stream` and :func:`stream_rounds`.
+
+    Attributes:
+        engine: Runs the model's passes, such as that of :func:`layerskip.make_engine`; by default a plain eager one.
+        drafter: Proposes tokens to verify, such as ``profile.drafter(model)``; by default decoding is plain.
+        sampling: How to choose tokens, such as a :class:`layerskip.Sampling`; by default greedily.
+        max_new_tokens: Most tokens to generate, at least 1; by default 128.
+        eos_token_ids: Tokens that end the text; by default those of the model's generation config.
+        stop: Called with all new tokens after each one; true ends the text there.
+        prompt_cache: Keys and values of an earlier text that the prompt may begin with, for instance a conversation so
+            far; it then holds this text's. What it holds is not run again. That changes the output only as any change
+            of a pass's width may: in float32 at a near-tie of the top two tokens. By default the whole prompt is run.
+    """
+
+    engine: Engine | None
+    drafter: Drafter | None
+    sampling: SamplingRule | None
+    max_new_tokens: int
+    eos_token_ids: int | Collection[int] | None
+    stop: Callable[[Sequence[int]], bool] | None
+    prompt_cache: PrefixCache | None
+
+
 def generate(
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
     *,
-    engine: Engine | None = None,
-    drafter: Drafter | None = None,
-    sampling: SamplingRule | None = None,
-    max_new_tokens: int = 128,
-    eos_token_ids: int | Collection[int] | None = None,
-    stop: Callable[[Sequence[int]], bool] | None = None,
     on_token: Callable[[int], None] | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Generation:
     """Continue a prompt; the output is that of the target model, whatever the drafter.
 
     Args:
         model: The model.
         prompt: Token ids, ``[n]`` or ``[1, n]``.
-        engine: Runs the model's passes, such as :func:`layerskip.make_engine` makes one; None is a plain eager one.
-        drafter: Proposes tokens to verify, such as ``profile.drafter(model)``; None decodes plainly.
-        sampling: How to choose tokens, such as a :class:`layerskip.Sampling`; None is greedy.
-        max_new_tokens: Most tokens to generate, at least 1.
-        eos_token_ids: Tokens that end the text; None takes those of the model's generation config.
-        stop: Called with all new tokens after each one; true ends the text there.
-        on_token: Called with each token as it becomes certain.
+        on_token: Called with each token as it is generated.
+        **options: See :class:`GenerationOptions`.
 
     Returns:
         The new tokens with counters and times.
@@ -123,55 +136,36 @@ def generate(
             vocabulary; ``max_new_tokens`` is below 1; the drafter is none, such as a profile itself; or the engine is
             another model's.
     """
-    tokens = Drained(
-        stream(
-            model,
-            prompt,
-            engine=engine,
-            drafter=drafter,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            stop=stop,
-        )
-    )
-    for token in tokens:
-        if on_token is not None:
-            on_token(token)
-    return tokens.returned
+    generation = Generation()
+    for new in _rounds(generation, model, prompt, **options):
+        for token in new.tokens:
+            if on_token is not None:
+                on_token(token)
+    return generation
 
 
 def stream(
-    model: LayerSkipModel,
-    prompt: Tensor | Sequence[int],
-    *,
-    engine: Engine | None = None,
-    drafter: Drafter | None = None,
-    sampling: SamplingRule | None = None,
-    max_new_tokens: int = 128,
-    eos_token_ids: int | Collection[int] | None = None,
-    stop: Callable[[Sequence[int]], bool] | None = None,
+    model: LayerSkipModel, prompt: Tensor | Sequence[int], **options: Unpack[GenerationOptions]
 ) -> Generator[int, None, Generation]:
-    """Like :func:`generate`, but yield each token id as it becomes certain, and return the :class:`Generation`."""
-    rounds = Drained(
-        stream_rounds(
-            model,
-            prompt,
-            engine=engine,
-            drafter=drafter,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            stop=stop,
-        )
-    )
-    for one in rounds:
-        yield from one.tokens
-    return rounds.returned
+    """Like :func:`generate`, but yield each token id as it is generated, and return the :class:`Generation`."""
+    generation = Generation()
+    for new in _rounds(generation, model, prompt, **options):
+        yield from new.tokens
+    return generation
+
+
+def stream_rounds(
+    model: LayerSkipModel, prompt: Tensor | Sequence[int], **options: Unpack[GenerationOptions]
+) -> Generator[Round, None, Generation]:
+    """Like :func:`stream`, but yield each :class:`Round`, which says which of its tokens were drafted."""
+    generation = Generation()
+    yield from _rounds(generation, model, prompt, **options)
+    return generation
 
 
 @torch.inference_mode()
-def stream_rounds(
+def _rounds(
+    generation: Generation,
     model: LayerSkipModel,
     prompt: Tensor | Sequence[int],
     *,
@@ -181,33 +175,27 @@ def stream_rounds(
     max_new_tokens: int = 128,
     eos_token_ids: int | Collection[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
-    memory: PrefixCache | None = None,
-) -> Generator[Round, None, Generation]:
-    """Like :func:`stream`, but yield each :class:`Round`, which says which of its tokens were drafted.
-
-    Args:
-        model: As in :func:`generate`, like all that is not named here.
-        memory: Keys and values of an earlier text that the prompt may begin with, for instance a conversation so far;
-            it then holds this one's. What it holds is not run again. That changes the output only as every change of a
-            pass's width may: in float32 at a near-tie of the two best tokens. None runs the whole prompt.
-    """
+    prompt_cache: PrefixCache | None = None,
+) -> Iterator[Round]:
+    """Prefill, then rounds of drafting and verification; the generation is filled in as they go."""
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
-    drafter = _checked(drafter)
-    engine = _engine_of(model, engine)
-    memory = memory or PrefixCache()
-    cache = memory.begin(engine, ids.tolist(), ending.limit)
+    drafter, engine = _checked(drafter), _engine_of(model, engine)
+    prompt_cache = prompt_cache or PrefixCache()
+    cache = prompt_cache.reuse(engine, ids.tolist(), ending.limit)
     clock = PhaseClock(model.device)
-    stats = DecodingStats(reused=cache.length)
+    tokens, stats = generation.tokens, generation.stats
+    stats.reused = cache.length
 
     with clock.phase("prefill"):
-        behind = engine.prefill(ids[cache.length :], cache)
-        newest = sampler.draw(behind.logits[0]).tokens  # [1]
-        drafter.start(engine, ids, behind.states)
-        tokens, reason = ending.cut([], newest.tolist())
-    memory.append(tokens)
-    yield Round(list(tokens), accepted=0)
+        scored = engine.prefill(ids[cache.length :], cache)
+        newest = sampler.draw(scored.logits[0]).tokens  # [1]
+        drafter.start(engine, ids, scored.states)
+        new, reason = ending.cut(tokens, newest.tolist())
+    tokens += new
+    prompt_cache.append(new)
+    yield Round(new, accepted=0)
 
     while reason is None:
         past = cache.length
@@ -219,30 +207,32 @@ def stream_rounds(
             drafted = torch.cat([newest, draft.tokens])  # [k + 1], the rows of the draft's tree
             scored = engine.verify(drafted, cache, draft.shared, draft.tree)
             verdict = sampler.verify(draft, scored.logits)
-            cache.keep(past, verdict.rows)
+            cache.compact(past, verdict.rows)
             drafter.observe(RoundResult(draft, verdict, drafted, scored))
         newest = verdict.newest
-        certain, reason = ending.cut(tokens, verdict.tokens)
-        tokens += certain
-        memory.append(certain)
-        accepted = min(verdict.accepted, len(certain))
+        new, reason = ending.cut(tokens, verdict.tokens)
+        tokens += new
+        prompt_cache.append(new)
+        accepted = min(verdict.accepted, len(new))
         stats.rounds += 1
         stats.drafted += draft.tree.depth
         stats.accepted += accepted
-        yield Round(certain, accepted)
+        yield Round(new, accepted)
 
+    generation.finish_reason = reason
     stats.tokens = len(tokens)
     stats.prefill_seconds = clock.seconds("prefill")
     stats.draft_seconds = clock.seconds("draft")
     stats.verification_seconds = clock.seconds("verification")
-    return Generation(tokens, reason, stats)
 
 
 def _engine_of(model: LayerSkipModel, engine: Engine | None) -> Engine:
     if engine is None:
         return EagerEngine(model)
     if engine.model is not model:
-        raise InvalidInputError("engine: runs the passes of another model; make one of this: make_engine(model, name)")
+        raise InvalidInputError(
+            "engine: runs the passes of another model; make one for this model: make_engine(model, name)"
+        )
     return engine
 
 
@@ -250,7 +240,7 @@ def _checked(drafter: Drafter | None) -> Drafter:
     if drafter is None:
         return NoDrafter()
     if isinstance(drafter, type):
-        raise InvalidInputError(f"drafter: expected a drafter, got the class {drafter.__name__}; make one of it")
+        raise InvalidInputError(f"drafter: expected a drafter, got the class {drafter.__name__}; create an instance")
     if not hasattr(drafter, "propose"):
         raise InvalidInputError(
             f"drafter: expected a drafter, got {type(drafter).__name__}; a profile makes one: profile.drafter(model)"
@@ -260,7 +250,7 @@ def _checked(drafter: Drafter | None) -> Drafter:
 
 @dataclass(frozen=True)
 class _Ending:
-    """When a text is over."""
+    """When a text ends."""
 
     eos: frozenset[int]
     stop: Callable[[Sequence[int]], bool] | None

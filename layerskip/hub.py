@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
+from layerskip.errors import HubError, InvalidInputError, InvalidProfileError, first_line
 from layerskip.names import ALIASES
 from layerskip.utils import write_atomically
 
@@ -408,9 +408,9 @@ def _hub_errors(repo_id: str, revision: str | None, *, file: str = PROFILE_NAME)
     except _TransportError as error:
         raise HubError(f"{repo_id}: {_why_not_reached(error)}") from error
     except (ValueError, RuntimeError) as error:  # a name, an answer or an upload that is not as it should be
-        raise HubError(f"{repo_id}: {_first_line(error)}") from error
+        raise HubError(f"{repo_id}: {first_line(error)}") from error
     except OSError as error:
-        raise HubError(f"{repo_id}: {error.strerror or _first_line(error)}: {error.filename or 'cache'}") from error
+        raise HubError(f"{repo_id}: {error.strerror or first_line(error)}: {error.filename or 'cache'}") from error
 
 
 def _why_not_reached(error: BaseException) -> str:
@@ -419,7 +419,7 @@ def _why_not_reached(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
         return f"not in the cache, and the hub refuses: {_said(cause)}"
-    return f"{constants.ENDPOINT} cannot be reached, and the cache does not help: {_first_line(cause)}"
+    return f"{constants.ENDPOINT} cannot be reached, and the cache does not help: {first_line(cause)}"
 
 
 def _said(error: HfHubHTTPError) -> str:
@@ -429,7 +429,3 @@ def _said(error: HfHubHTTPError) -> str:
     if error.response.status_code in (401, 403):
         said += "; log in with 'hf auth login', with a token that may write"
     return said
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

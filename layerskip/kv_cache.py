@@ -1,4 +1,4 @@
-"""Keys and values of the text so far, shared by draft and target."""
+"""Keys and values of the text so far, shared by draft and target model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 class KVCache:
     """Preallocated keys and values for every layer, rolled back by moving a length.
 
-    Draft and target write into the same cache. A pass writes its new keys and values behind ``length`` and then moves
-    ``length`` forward; rolling back moves it to the left, and whatever lies behind it is overwritten by a later pass.
-    A draft leaves gaps in the layers that it skips. They lie behind the length it is rolled back to, so verification
-    fills them before anybody reads them.
+    Draft and target model write into the same cache. A pass writes its new keys and values after ``length`` and then
+    moves ``length`` forward; rolling back moves it back, and whatever comes after it is overwritten by a later pass. A
+    draft leaves gaps in the layers that it skips. They come after the length it is rolled back to, so verification
+    fills them before anything reads them.
 
-    Attention modules see this object as ``past_key_values`` and call :meth:`update`. The target never writes to the
-    slots behind its layers: those belong to layers of a draft's own.
+    Attention modules see this object as ``past_key_values`` and call :meth:`update`. The target model never writes to
+    the slots after those of its layers: they belong to the draft's own layers.
 
     Args:
-        num_layers: Number of decoder layers; slots behind them come with their first write.
+        num_layers: Number of decoder layers; further slots are added when first written.
         capacity: Positions to allocate when a layer is first written. The cache grows when a pass needs more.
 
     Attributes:
         length: Positions that it holds.
         capacity: Positions that it has room for.
-        uses: How often an engine has handed it out anew, emptied. Who was given it before has lost what it held.
+        uses: How often an engine has handed it out, emptied. Whoever got it before has lost its content.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
@@ -37,15 +37,15 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
         self._num_layers = num_layers
-        self._certain = 0  # positions whose keys and values in the model's layers are not written again
+        self._verified = 0  # positions whose keys and values in the model's layers are not written again
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write the new positions of one layer; return all its positions, old and new.
 
         Args:
-            keys: ``[1, heads, n, dim]``, the keys of the ``n`` positions behind ``length``.
+            keys: ``[1, heads, n, dim]``, the keys of the ``n`` positions after ``length``.
             values: Likewise.
-            layer: The layer's index, or that of a slot behind the layers.
+            layer: The layer's index, or that of a slot after the model's layers.
 
         Returns:
             Keys and values, each a view of shape ``[1, heads, length + n, dim]``.
@@ -62,7 +62,7 @@ class KVCache:
         buffer = buffers[layer]
         if buffer is None:
             buffer = buffers[layer] = self._allocate(new)
-        known = max(self._certain - self.length, 0) if layer < self._num_layers else 0
+        known = max(self._verified - self.length, 0) if layer < self._num_layers else 0
         buffer[:, :, self.length + known : end] = new[:, :, known:]
         return buffer[:, :, :end]
 
@@ -77,7 +77,7 @@ class KVCache:
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def reserve(self, positions: int) -> None:
-        """Make room for this many positions behind ``length``, at least doubling the capacity when it must grow."""
+        """Make room for this many positions after ``length``, at least doubling the capacity when it must grow."""
         needed = self.length + positions
         if needed <= self.capacity:
             return
@@ -87,7 +87,7 @@ class KVCache:
 
     def _grown(self, buffer: Tensor) -> Tensor:
         grown = self._allocate(buffer)
-        # All of it: behind the length may lie what a draft has computed and verification will build on.
+        # All of it: after the length there may be what a draft has computed and verification will build on.
         grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
@@ -105,12 +105,12 @@ class KVCache:
             raise ValueError(f"cannot roll back to length {length}: the cache holds {self.length} positions")
         self.length = length
 
-    def keep(self, past: int, rows: Sequence[int]) -> None:
-        """Keep some of the positions behind ``past``, moved together, and forget the others.
+    def compact(self, past: int, rows: Sequence[int]) -> None:
+        """Keep some of the positions after ``past``, moved together, and forget the others.
 
         Args:
             past: Positions that stay as they are.
-            rows: Which of those behind to keep, counted from ``past``, ascending.
+            rows: Which of those after them to keep, counted from ``past``, ascending.
         """
         # By slices, one row at a time: indices would have to go to the device first.
         for place, row in enumerate(rows):
@@ -122,21 +122,21 @@ class KVCache:
 
     @contextmanager
     def recompute_last(self, positions: int) -> Iterator[None]:
-        """For the enclosed pass, go back by some positions that it takes along with the new ones.
+        """For the enclosed pass, go back by some positions, which it runs together with the new ones.
 
-        The pass writes them in the slots behind the model's layers alone. In the model's layers it reads what the full
+        The pass writes them in the slots after the model's layers alone. In the model's layers it reads what the target
         model wrote: verification builds on that, and a draft's own keys would change the output.
 
         Args:
-            positions: How many of the last positions the pass sees again.
+            positions: How many of the last positions the pass runs again.
         """
-        certain = self.length
-        self.rollback(certain - positions)
-        self._certain = certain
+        verified = self.length
+        self.rollback(verified - positions)
+        self._verified = verified
         try:
             yield
         finally:
-            self.length, self._certain = certain, 0
+            self.length, self._verified = verified, 0
 
     @property
     def nbytes(self) -> int:

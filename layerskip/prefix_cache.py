@@ -1,4 +1,4 @@
-"""Keys and values that outlive a generation, so that a text which goes on is not run again from its beginning."""
+"""Keys and values that outlive a generation, so that a text which continues is not run again from its beginning."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from layerskip.kv_cache import KVCache
 
 
 class PrefixCache:
-    """The text of the last generation, and the keys and values of it.
+    """The text of the last generation, with its keys and values.
 
-    Give the same one to one generation after the other, and each runs only what its prompt does not have in common with
-    the beginning of the text before, also after a generation that was left or that an exception ended. Use it with one
-    model and engine.
+    Pass the same object to successive generations, and each runs only the part of its prompt that the text before does
+    not begin with, even after a generation that was abandoned or that an exception ended. Use it with one engine.
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Forget the text; the next generation runs its whole prompt."""
         self._cache: KVCache | None = None
         self._uses = 0
         self._text: list[int] = []
 
-    def begin(self, engine: Engine, prompt: Sequence[int], limit: int) -> KVCache:
+    def reuse(self, engine: Engine, prompt: Sequence[int], limit: int) -> KVCache:
         """A cache for a generation, holding as much of its prompt as the last generations left.
 
         Args:
@@ -35,8 +34,8 @@ class PrefixCache:
             limit: Most tokens that follow.
 
         Returns:
-            The cache. Its length says how much of the prompt need not be run: at most all but the last token, behind
-            which the first new one is chosen.
+            The cache. Its length says how much of the prompt need not be run: at most all but the last token, after
+            which the first new token is chosen.
         """
         needed = len(prompt) + limit
         cache = self._cache
@@ -44,15 +43,15 @@ class PrefixCache:
             cache = engine.new_cache(needed)
             self._text = []
         # The last token of a text is in no cache: nothing has followed it yet. An exception may have left even less.
-        cache.rollback(min(_common(self._text[:-1], prompt[:-1]), cache.length))
+        cache.rollback(min(_common_prefix(self._text[:-1], prompt[:-1]), cache.length))
         self._cache, self._uses, self._text = cache, cache.uses, list(prompt)
         return cache
 
     def append(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens; the cache holds all of it but the last one."""
+        """Note that the text continues with these tokens; the cache holds all of it but the last one."""
         self._text += tokens
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the beginning that two texts have in common."""
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the prefix that two texts have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.errors import InvalidInputError
+from layerskip.utils import digest
 
 # Tokens to decode beyond the longest stop string, so that a multi-byte character cut in two is whole again.
 _MARGIN = 8
@@ -33,7 +33,7 @@ class Prompt:
     @property
     def id(self) -> str:
         """The first 12 hexadecimal digits of the content's checksum."""
-        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()[:12]
+        return digest(self.content)[:12]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids up to where the model's answer begins.

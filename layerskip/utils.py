@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Atomic files, checksums, clocks, and the names of this machine's devices and libraries."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from layerskip.errors import LayerSkipError
 
 
 def digest(value: object) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON; what JSON has not is taken as a text."""
+    """The first 16 hexadecimal digits of a value's SHA-256, as JSON; what JSON cannot express is hashed as a text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Like :func:`write_bytes_atomically`, for a text, as UTF-8."""
+    """Write a text as UTF-8; see :func:`write_bytes_atomically`."""
     write_bytes_atomically(path, text.encode())
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a killed process, leaves the old content or the new, never a part.
+    """Write a file so that readers see the old content or the new, never a part, even if this process is killed.
 
     Raises:
         OSError: The folder is missing, read-only or full. The old file is untouched.
@@ -52,14 +52,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def cache_write_errors(path: Path, what: str) -> Iterator[None]:
-    """Say in one line what cannot be kept in the cache, and what to do.
+    """Turn an ``OSError`` in the block into one line: what cannot be kept in the cache, and what to do.
 
     Args:
-        path: Where it is written inside.
-        what: What it is, for people.
+        path: Where the block writes.
+        what: What it writes, for people.
 
     Raises:
-        LayerSkipError: Something inside raised an ``OSError``.
+        LayerSkipError: The block raised an ``OSError``.
     """
     try:
         yield
@@ -70,19 +70,19 @@ def cache_write_errors(path: Path, what: str) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished what it was given; returns at once on a CPU."""
+    """Wait until the device has finished its queue; returns at once on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def device_seconds(device: torch.device) -> float:
-    """Seconds on a steady clock, read when the device has nothing left to do."""
+    """Seconds on a monotonic clock, read after synchronizing with the device."""
     synchronize(device)
     return time.perf_counter()
 
 
 class PhaseClock:
-    """Seconds spent in each of several phases that follow one another on one device.
+    """Stopwatch for named phases that follow one another on one device.
 
     On CUDA the phases are timed by events on the device, so that measuring adds no wait; on every other device by the
     host's clock.
@@ -143,7 +143,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, as far as the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -153,7 +153,7 @@ def _processor() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide how fast decoding is."""
+    """Versions of Python and of the packages that decoding runs on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -165,11 +165,11 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that PyTorch finds here.
+    """A device of this machine.
 
     Args:
         name: What ``--device`` calls it.
-        description: Its name, and how much of it there is.
+        description: Its name and its size.
         supported: Whether layerskip decodes on it.
     """
 
@@ -179,7 +179,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """What there is to decode on, the device that ``auto`` takes first."""
+    """This machine's devices, the one that ``auto`` takes first."""
     found = [_cuda_device(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     found.append(Device("cpu", device_name(torch.device("cpu")), True))
     if torch.backends.mps.is_available():

@@ -102,7 +102,7 @@ def measure_break_even(engine: Engine) -> BreakEven:
 def typical_drafts(space: SearchSpace) -> list[DraftShape]:
     """Drafts of the kinds that searches find, from nearly the whole model to a small part of it."""
     layers = space.num_layers
-    vocabulary = space.vocabularies[len(space.vocabularies) // 2]
+    vocabulary = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     head = f", vocabulary of {vocabulary}" if vocabulary else ""
     shapes = [DraftShape(f"nothing skipped{head}", layers, layers, 0, vocabulary)] if vocabulary else []
     for share, words in ((4, "a quarter"), (2, "half")):

@@ -8,8 +8,8 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.training import EvalResult, Trained
-from search.space import Policy
 from studies.ranking import Basis, HasTrials, basis_of, best_trials, measured_trials, seen_trials, speedup_of
 
 
@@ -105,9 +105,9 @@ class TrainingEnded:
 
 @dataclass(frozen=True)
 class PolicyChosen:
-    """Simulation chose when a trained draft ends."""
+    """Simulation chose the policy of a trained draft."""
 
-    policy: Policy
+    config: DraftConfig
     predicted: float
 
 

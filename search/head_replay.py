@@ -10,12 +10,13 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
 import numpy as np
 import torch
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import RoundResult
 from layerskip.drafting.head_drafter import HeadDrafter, through_layer
 from layerskip.drafting.heads import DraftHeads
@@ -33,8 +34,8 @@ from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
 from search.latency import LatencyModel
-from search.replay import Prediction
-from search.space import Policy, SearchSpace
+from search.replay import SimulatedSpeedup
+from search.space import SearchSpace
 
 _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
@@ -143,10 +144,13 @@ def _widths(tree: Set[tuple[int, ...]], depth: int) -> Iterator[list[int]]:
         before = here
 
 
-def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -> Iterator[Policy]:
+def head_policies(
+    config: DraftConfig, traces: Sequence[HeadTrace], heads: int, space: SearchSpace
+) -> Iterator[DraftConfig]:
     """Drafts of every length, with and without a confidence threshold, gates and branches.
 
     Args:
+        config: Everything but the policy.
         traces: Of the heads.
         heads: How many there are.
         space: Gives gates and sizes of trees.
@@ -155,8 +159,9 @@ def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -
         exits: list[DraftStopping] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
-        shapes = [(), *(best_tree(traces, depth, size) for size in space.trees if size > depth)]
-        yield from (Policy(one, gate, shape) for one in exits for gate in space.gates for shape in shapes)
+        shapes = [(), *(best_tree(traces, depth, size) for size in space.tree_sizes if size > depth)]
+        for rule, threshold, shape in product(exits, space.target_confidence_thresholds, shapes):
+            yield replace(config, stopping=rule, target_confidence_threshold=threshold, tree=shape)
 
 
 @dataclass(frozen=True)
@@ -269,12 +274,12 @@ def _even(ways: int, places: int) -> Branches:
 
 def replay_heads(
     traces: Sequence[HeadTrace],
-    policies: Sequence[Policy],
+    policies: Sequence[DraftConfig],
     costs: HeadCosts,
     *,
     limit: int,
     copies: Mapping[PromptLookup, Sequence[Copies]] | None = None,
-) -> Prediction:
+) -> SimulatedSpeedup:
     """Find the policy with which the heads would have been fastest.
 
     Args:
@@ -289,8 +294,8 @@ def replay_heads(
         for trace, prefill, verification in zip(traces, costs.prefill, costs.verification, strict=True)
     )
 
-    def predicted(policy: Policy) -> Prediction:
-        copied = (copies or {})[policy.ngrams] if policy.ngrams else [None] * len(traces)
+    def predicted(policy: DraftConfig) -> SimulatedSpeedup:
+        copied = (copies or {})[policy.prompt_lookup] if policy.prompt_lookup else [None] * len(traces)
         played = [
             _Played(trace, policy, costs, number, limit, one)
             for number, (trace, one) in enumerate(zip(traces, copied, strict=True))
@@ -298,7 +303,7 @@ def replay_heads(
         seconds = tuple(one.seconds for one in played)
         drafted = sum(one.drafted for one in played)
         rate = sum(one.accepted for one in played) / drafted if drafted else None
-        return Prediction(policy, plain / sum(seconds), rate, seconds)
+        return SimulatedSpeedup(policy, plain / sum(seconds), rate, seconds)
 
     return max(map(predicted, policies), key=lambda prediction: prediction.speedup)
 
@@ -313,15 +318,15 @@ class _Played:
     """
 
     def __init__(
-        self, trace: HeadTrace, policy: Policy, costs: HeadCosts, number: int, limit: int, copies: Copies | None
+        self, trace: HeadTrace, policy: DraftConfig, costs: HeadCosts, number: int, limit: int, copies: Copies | None
     ) -> None:
         self._trace = trace
         self._policy = policy
         self._costs = costs
-        state = policy.draft_exit.new_state()
+        state = policy.stopping.new_state()
         self._longest = min(state.max_length, len(trace.ranks))
         self._threshold = state.threshold
-        self._shape(widths_of(policy.branches))
+        self._shape(widths_of(policy.tree))
         self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
         newest, sure = 0, 1.0
         while newest < trace.new_tokens - 1:
@@ -330,7 +335,7 @@ class _Played:
             if copies and copied:
                 seconds, drafted, tokens, accepted = 0.0, copied, copied, min(copied, int(copies.stand[newest]))
             else:
-                asked = 0 if sure < policy.gate else min(self._longest, room)
+                asked = 0 if sure < policy.target_confidence_threshold else min(self._longest, room)
                 seconds, drafted, tokens, accepted = self._of_heads(newest, asked)
             self.seconds += seconds + costs.verification[number][tokens]
             self.drafted += drafted

@@ -188,7 +188,7 @@ def _behind(engine: Engine, space: SearchSpace, context: int) -> CostsBehind:
 
 def _step_costs(num_layers: int, space: SearchSpace, medians: Mapping[str, float], head: float) -> StepCosts:
     """From the seconds of the sample stacks, and of the head alone."""
-    shorter = {size: medians[f"vocabulary {size}"] for size in space.vocabularies if size}
+    shorter = {size: medians[f"vocabulary {size}"] for size in space.vocabulary_sizes if size}
     half = len(range(0, num_layers, 2))
     attention = (medians["full"] - medians["half of attention"]) / half
     mlp = (medians["full"] - medians["half of mlp"]) / half
@@ -211,7 +211,9 @@ def _widths(engine: Engine, space: SearchSpace) -> list[int]:
 def _sample_stacks(model: LayerSkipModel, space: SearchSpace) -> dict[str, Stack]:
     """Stacks whose differences tell what the parts cost, as far from full as drafts are."""
     all_kept = SkipSet(model.num_layers)
-    vocabularies = {size: torch.linspace(0, model.vocab_size - 1, size).long() for size in space.vocabularies if size}
+    vocabularies = {
+        size: torch.linspace(0, model.vocab_size - 1, size).long() for size in space.vocabulary_sizes if size
+    }
     every_second = tuple(range(0, model.num_layers, 2))
     no_mlp = SkipSet(model.num_layers, mlp=every_second)
     bridge = blank_bridge(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import Prompt
+from layerskip.utils import digest
 from search.settings import SearchSettings
 
 # One prompt of this many is held out.
@@ -38,7 +38,7 @@ class PromptSplit:
     def fingerprint(self) -> str:
         """A checksum of the prompts, their tokens and their parts."""
         parts = [[(prompt.id, prompt.tokens) for prompt in part] for part in (self.search, self.held_out)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return digest(parts)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def split_prompts(
         raise InvalidInputError("prompts: expected at least 2 different ones, one for the search and one to hold out")
     every = min(HOLD_OUT_EVERY, len(different))
     held_out = different[every - 1 :: every]
-    search = [prompt for prompt in different if prompt not in held_out]
+    search = [prompt for number, prompt in enumerate(different, start=1) if number % every]
     for part in (search, held_out):
         random.Random(0).shuffle(part)
     return PromptSplit(tuple(search), tuple(held_out))

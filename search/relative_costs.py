@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import PassCosts
-from layerskip.skip_set import SkipSet
 from search.builder import DraftBuilder
-from search.draft_layers import DraftLayerRef
 from search.latency import LatencyModel
 
 
 class RelativeCosts:
-    """What passes cost behind a text of some length, in units of one plain decoding step.
+    """What passes cost after a text of some length, in units of one plain decoding step.
 
     Args:
         latency: What the parts cost.
-        makers: Tells how many bridges a draft would get.
+        builder: Tells how many bridges a draft would get.
         context: Length of the text.
         choice: By which costs the engine chooses the width of a verification.
-        stand_ins: The trained ones that drafts may have, by their number from 1 on.
     """
 
-    def __init__(
-        self,
-        latency: LatencyModel,
-        makers: DraftBuilder,
-        context: float,
-        choice: PassCosts | None,
-        stand_ins: Sequence[DraftLayerRef] = (),
-    ) -> None:
+    def __init__(self, latency: LatencyModel, builder: DraftBuilder, context: float, choice: PassCosts | None) -> None:
         self._latency = latency
-        self._makers = makers
+        self._builder = builder
         self._context = context
         self._choice = choice
-        self._stand_ins = stand_ins
         self._plain = latency.verification(1, 0.0, context, choice)
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
-        """One step of a draft."""
-        trained = self._stand_ins[stand_in - 1] if stand_in else None
-        exit_at = trained.start if trained else len(mask)
-        layers, bridges = (int(trained is not None and trained.kind == kind) for kind in ("layer", "bridge"))
-        attention = sum(not skip for skip in mask[:exit_at:2]) + layers
-        mlp = sum(not skip for skip in mask[1:exit_at:2]) + layers
-        if bridged and not all(mask):
-            below = [skip and index < exit_at for index, skip in enumerate(mask)]
-            bridges += self._makers.num_bridges(SkipSet.from_mask(below))
-        return self._latency.parts(attention, mlp, bridges, vocabulary, self._context) / self._plain
+    def draft_steps(self, options: DraftConfig, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """``[n]``, one step of each of several drafts with these options that skip ``masks``, ``[n, sublayers]``."""
+        below, layer = masks[:, : options.exit_at], options.draft_layer
+        layers, bridge = (int(layer is not None and layer.kind == kind) for kind in ("layer", "bridge"))
+        attention = (~below[:, 0::2]).sum(axis=1) + layers
+        mlp = (~below[:, 1::2]).sum(axis=1) + layers
+        bridges = bridge + (self._builder.num_bridges(below) if options.bridges else np.zeros(len(below), dtype=int))
+        size = options.vocabulary_size
+        seconds = [
+            self._latency.parts(*parts, size, self._context)
+            for parts in zip(attention.tolist(), mlp.tolist(), bridges.tolist(), strict=True)
+        ]
+        return np.array(seconds) / self._plain
 
-    def verification_cost(self, width: int) -> float:
+    def verification(self, width: int) -> float:
         """One pass of the target model over ``width`` tokens."""
         return self._latency.verification(width, 0.0, self._context, self._choice) / self._plain

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
@@ -49,19 +50,27 @@ from search.measure import (
     summarize,
 )
 from search.measurement_scheduler import MeasurementScheduler
-from search.objective import Objective, policy_of
+from search.objective import Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit, SearchPrompts
 from search.reference import ReferenceRun
 from search.relative_costs import RelativeCosts
-from search.samplers import DraftChoices, NoRepeats, make_sampler
+from search.samplers import NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
-from studies.optimizing import Callback, optimize
-from studies.ranking import Snapshot, finalists, fully_measured_trials, measured_trials, seen_trials
-from studies.records import MeasurementRecord, records_of
+from studies.ranking import (
+    Snapshot,
+    config_of,
+    finalists,
+    fully_measured_trials,
+    measured_trials,
+    seen_trials,
+)
+from studies.records import MeasurementRecord
+from studies.storage import ReconnectingStorage
 from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.trial_loop import run_trials
 
 
 @dataclass(frozen=True)
@@ -165,16 +174,16 @@ class Search:
         self,
         engine: Engine,
         task: SearchTask,
-        storage: BaseStorage,
+        storage: ReconnectingStorage,
         *,
         draft_layers: Sequence[TrainedDraftLayer] = (),
         on_event: OnEvent = ignore,
         helpers: Callable[[SearchTask], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        named, given = task.space.stand_ins, tuple(layer.name for layer in draft_layers)
+        named, given = task.space.draft_layers, tuple(layer.ref for layer in draft_layers)
         if named != given:
             raise InvalidInputError(
-                f"space: names {len(named)} trained stand-ins, and {len(given)} others were given; "
+                f"space: names {len(named)} draft layers, and {len(given)} others were given; "
                 "give the space those that the search gets"
             )
         self._engine = engine
@@ -270,20 +279,25 @@ class Search:
         objective = Objective(
             self.task.space,
             tools.predictor,
-            tools.builder,
             partial(self._measure, tools.builder, prompt_set="search"),
             self._lock,
             self._prompts.measured,
-            settings.sampler,
+            settings.sampler_name,
         )
-        planning = self._planning(study, tools) if self.task.worker == 0 else []
+        plans = self._plans(study, tools) if self.task.worker == 0 else []
         ends = self.task.ends
         if ends is None and settings.timeout is not None:
             ends = time.monotonic() + settings.timeout
         self._on_event(PhaseStarted("trials"))
         with self._helpers(replace(self.task, study=study.study_name, ends=ends)):
             timeout = None if ends is None else ends - time.monotonic()
-            optimize(study, objective, timeout=timeout, callbacks=[*planning, self._report])
+            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=timeout):
+                for plan in plans:
+                    plan(study, trial)
+                progress = Progress.of(Snapshot(study))
+                self._on_event(TrialFinished(trial, progress))
+                if progress.seen >= settings.trials:
+                    break
 
     def _latency(self, study: optuna.Study) -> LatencyModel:
         try:
@@ -300,17 +314,17 @@ class Search:
         # A resumed study, or another worker, must not draw the same random numbers again.
         drawn = len(study.get_trials(deepcopy=False)) + self.task.worker * settings.trials
         seed = None if settings.seed is None else (settings.seed + drawn) % SEEDS
-        space = self.task.space
-        exits = tuple(layer.start for layer in space.stand_ins)
-        choices = DraftChoices(tuple(space.bit_names()), space.bridges, space.vocabularies, exits)
-        context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-        costs = RelativeCosts(tools.latency, tools.builder, context, self._engine.costs, space.stand_ins)
-        longest = space.max_draft_length
-        sampler = make_sampler(settings.sampler, choices=choices, costs=costs, max_draft_length=longest, seed=seed)
-        return NoRepeats(sampler, choices, seed=seed)
+        sampler = settings.sampler
+        if isinstance(sampler, str):
+            context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
+            costs = RelativeCosts(tools.latency, tools.builder, context, self._engine.costs)
+            sampler = make_sampler(sampler, self.task.space, costs, seed=seed)
+        elif self.task.worker:  # or this worker would draw what the first one draws
+            sampler.reseed_rng()
+        return NoRepeats(sampler, self.task.space, seed=seed)
 
-    def _planning(self, study: optuna.Study, tools: Tools) -> list[Callback]:
-        """The callbacks that enqueue warm starts, of which the first are enqueued at once, and measurements."""
+    def _plans(self, study: optuna.Study, tools: Tools) -> Sequence[Callable[[optuna.Study, FrozenTrial], None]]:
+        """Called after each trial: what enqueues warm starts, the first of them at once, and measurements."""
         space, settings = self.task.space, self.task.settings
         alone = SingleSublayerAcceptance(self._engine.model, tools.tracer)
         starts = WarmStartPlan(
@@ -331,62 +345,57 @@ class Search:
         self,
         builder: DraftBuilder,
         trial: int,
-        candidate: Candidate,
-        policy: Policy,
+        config: DraftConfig,
         prompts: Sequence[EncodedPrompt],
         *,
         prompt_set: PromptSet,
     ) -> Iterator[Measurement]:
         """Measure a trial's draft prompt by prompt; each measurement is recorded first."""
         self._on_event(PromptMeasured(0, len(prompts), trial))
-        plan, records = MeasuringPlan(prompts, self.task.settings.max_new_tokens), records_of(self._storage)
-        measurements = measure_drafter(self._engine, builder.drafter(candidate, policy), plan, self._lock)
+        plan = MeasuringPlan(prompts, self.task.settings.max_new_tokens)
+        measurements = measure_drafter(self._engine, builder.drafter(config), plan, self._lock)
         for done, measurement in enumerate(measurements, start=1):
-            records.add(_record(measurement, self._name, trial, prompt_set))
+            self._storage.records.add(_record(measurement, self._name, trial, prompt_set))
             self._on_event(PromptMeasured(done, len(prompts), trial))
             yield measurement
-
-    def _report(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        progress = Progress.of(Snapshot(study))
-        self._on_event(TrialFinished(trial, progress))
-        if progress.seen >= self.task.settings.trials:
-            study.stop()
 
     def _measured_finalists(self, study: optuna.Study, tools: Tools) -> Iterator[_Finalist]:
         chosen = finalists(study, self.task.settings.finalists)
         self._on_event(PhaseStarted("finalists", len(chosen)))
         for number, trial in enumerate(chosen, start=1):
             measured = self._measure(
-                tools.builder,
-                trial.number,
-                self.task.space.candidate(trial.params),
-                policy_of(trial),
-                self._prompts.held_out,
-                prompt_set="held-out",
+                tools.builder, trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out"
             )
             finalist = _Finalist(trial, summarize(list(measured)), "held-out")
             yield finalist
             self._on_event(FinalistMeasured(number, trial, finalist.summary.speedup))
 
     def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
-        candidate, policy = self.task.space.candidate(best.trial.params), policy_of(best.trial)
+        config = config_of(best.trial)
         profile = DraftProfile(
             model=self.task.identity,
-            skip_set=candidate.skip_set,
-            draft_exit=policy.draft_exit,
-            gate=policy.gate,
-            branches=policy.branches,
-            ngrams=policy.ngrams,
+            skip_set=config.skip_set,
+            **policy_fields(config),
             measured=as_measured(best.summary, best.prompt_set, self.task.settings.max_new_tokens, self._engine),
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,
                 created=datetime.now(UTC),
                 tool=f"layerskip {library_versions()['layerskip']}",
-                training_seconds=builder.training_seconds(candidate),
+                training_seconds=builder.training_seconds(config),
             ),
         )
-        return profile.with_assets(builder.assets(candidate))
+        return profile.with_assets(builder.weights(config))
+
+
+def policy_fields(config: DraftConfig) -> dict[str, Any]:
+    """The policy of a configuration, by the names of a profile's fields."""
+    return {
+        "draft_exit": config.stopping,
+        "gate": config.target_confidence_threshold,
+        "branches": config.tree,
+        "ngrams": config.prompt_lookup,
+    }
 
 
 def _measured_in_search(study: optuna.Study) -> list[_Finalist]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerskip.drafting.bridges import fit_bridge, runs_of
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
@@ -66,7 +67,8 @@ from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
-from search.replay import Prediction, RoundCosts, replay
+from search.replay import RoundCosts, SimulatedSpeedup, replay
+from search.search import policy_fields
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
@@ -128,7 +130,7 @@ class TunedDraft(Protocol):
     def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         """When its drafts should end and how they should branch, by replay.
 
         Args:
@@ -182,17 +184,19 @@ class AboveExit:
     def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         return None
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         stand_ins = assets.stand_ins(self._model)
         stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
         rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
-        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
-        if not space.ngrams:
+        config = config_of(self, assets)
+        policies = [*space.policies(config), *branching_policies(config, traces, space)]
+        best = replay(traces, policies, rounds, limit=limit)
+        if not space.prompt_lookup:
             return best
         copies = copies_along(ground.texts)
-        return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
+        return with_copies(best, lambda config: replay(traces, [config], rounds, limit=limit, copies=copies))
 
 
 class TunedHeads:
@@ -234,7 +238,7 @@ class TunedHeads:
     def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
         return measure_drafts(engine, assets)
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         heads = assets.heads
         assert heads is not None
         assert ground.costs is not None
@@ -243,11 +247,18 @@ class TunedHeads:
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
         rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
-        best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
-        if not space.ngrams:
+        policies = list(head_policies(config_of(self, assets), traces, heads.count, space))
+        best = replay_heads(traces, policies, rounds, limit=limit)
+        if not space.prompt_lookup:
             return best
         copies = copies_along(ground.texts)
-        return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
+        return with_copies(best, lambda config: replay_heads(traces, [config], rounds, limit=limit, copies=copies))
+
+
+def config_of(draft: TunedDraft, assets: DraftWeights) -> DraftConfig:
+    """How a trained draft drafts, but for its policy."""
+    size = 0 if assets.token_ids is None else len(assets.token_ids)
+    return DraftConfig(draft.skip_set, vocabulary_size=size)
 
 
 def space_for(draft: TunedDraft, assets: DraftWeights, space: SearchSpace) -> SearchSpace:
@@ -260,7 +271,7 @@ def space_for(draft: TunedDraft, assets: DraftWeights, space: SearchSpace) -> Se
     """
     size = 0 if assets.token_ids is None else len(assets.token_ids)
     longest = max(space.max_draft_length, draft.heads)
-    return replace(space, vocabularies=(0, size) if size else (0,), max_draft_length=longest)
+    return replace(space, vocabulary_sizes=(0, size) if size else (0,), max_draft_length=longest)
 
 
 def early_exit(num_layers: int, layers: int) -> SkipSet:
@@ -527,7 +538,7 @@ class Tuning:
             provenance=Provenance(
                 created=datetime.now(UTC),
                 tool=f"layerskip {library_versions()['layerskip']}",
-                training_seconds=trained.looks[-1].seconds if trained.looks else None,
+                training_seconds=trained.evaluations[-1].seconds if trained.evaluations else None,
             ),
         )
         return profile.with_assets(trained.assets)
@@ -540,14 +551,14 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
-        self._on_event(PolicyChosen(best.policy, best.speedup))
-        profile = profile.model_copy(update=vars(best.policy))
+        self._on_event(PolicyChosen(best.config, best.speedup))
+        profile = profile.model_copy(update=policy_fields(best.config))
         profile = profile.with_assets(assets)
         summary = self._measured(profile, quiet)
         measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
         return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
 
-    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
+    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():

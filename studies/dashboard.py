@@ -16,12 +16,12 @@ import plotly.graph_objects as go
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage
 
 from layerskip.errors import InvalidInputError, MissingDependencyError
 from layerskip.profile import DraftProfile
 from studies.figures import Picture, pictures
 from studies.report import facts, verdict
+from studies.storage import ReconnectingStorage
 from studies.study import load_study, studies_of_ours
 from studies.view import StudyView, view_study
 
@@ -29,14 +29,14 @@ from studies.view import StudyView, view_study
 _ATTACHED_KEY = "layerskip:attached"
 _ARTIFACTS_KEY = "layerskip:artifacts"
 _NOTE, _OBJECTIVES = "note", "objectives"
-_NAMES = ["speedup", "acceptance rate"]
+_OBJECTIVE = "speedup"
 _MOST_CANDIDATES = 5  # as many as fit into the dashboard's boxes
 _TITLE_PIXELS = 44
 _LEGEND_PIXELS = 44  # of two rows
 
 
-def attach_figures(storage: BaseStorage, name: str) -> None:
-    """Attach a study's figures and a note, as far as they changed, and name its objectives once.
+def attach_figures(storage: ReconnectingStorage, name: str) -> None:
+    """Attach a study's figures and a note, as far as they changed, and name its objective once.
 
     A note that somebody else wrote stays.
 
@@ -60,8 +60,8 @@ def attach_figures(storage: BaseStorage, name: str) -> None:
             if attached[picture.id] != before.get(picture.id):
                 save_plotly_graph_object(study, figure, graph_object_id=picture.id)
     if _OBJECTIVES not in before:
-        _name_objectives(study)
-        attached[_OBJECTIVES] = ", ".join(_NAMES)
+        _name_objective(study)
+        attached[_OBJECTIVES] = _OBJECTIVE
     note, there = _note(view, shown), get_note(study)
     if there != note and (not there or _digest(there.encode()) == before.get(_NOTE)):
         save_note(study, note)
@@ -70,10 +70,10 @@ def attach_figures(storage: BaseStorage, name: str) -> None:
         _set_attribute(storage, study, _ATTACHED_KEY, attached)
 
 
-def _name_objectives(study: optuna.Study) -> None:
+def _name_objective(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(_NAMES[: len(study.directions)])
+        study.set_metric_names([_OBJECTIVE])
 
 
 def artifact_store(folder: Path) -> FileSystemArtifactStore:
@@ -89,7 +89,7 @@ def artifact_store(folder: Path) -> FileSystemArtifactStore:
     return FileSystemArtifactStore(str(folder))
 
 
-def attach_profile(storage: BaseStorage, path: Path, store: FileSystemArtifactStore) -> None:
+def attach_profile(storage: ReconnectingStorage, path: Path, store: FileSystemArtifactStore) -> None:
     """Attach a draft profile, and the tensors beside it, to the study that it comes from; once.
 
     Args:
@@ -152,12 +152,12 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _attribute(storage: BaseStorage, study: optuna.Study, key: str) -> Mapping[str, str]:
+def _attribute(storage: ReconnectingStorage, study: optuna.Study, key: str) -> Mapping[str, str]:
     attribute: dict[str, str] = storage.get_study_system_attrs(study._study_id).get(key, {})
     return attribute
 
 
-def _set_attribute(storage: BaseStorage, study: optuna.Study, key: str, value: dict[str, Any]) -> None:
+def _set_attribute(storage: ReconnectingStorage, study: optuna.Study, key: str, value: dict[str, Any]) -> None:
     storage.set_study_system_attr(study._study_id, key, value)
 
 
@@ -173,7 +173,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 def serve(
-    storage: BaseStorage,
+    storage: ReconnectingStorage,
     *,
     host: str,
     port: int,

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.drafting.config import DraftConfig
+
 Basis = Literal["measured", "predicted"]
 # What the best figure for a candidate rests on.
 Standing = Literal["held-out", "measured", "predicted"]
@@ -17,6 +19,8 @@ BASIS_KEY = "basis"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"
 DRAFT_COST_KEY = "draft_cost"
+# The draft configuration with which a candidate was predicted, or measured, as JSON.
+CONFIG_KEY = "config"
 
 
 class HasTrials(Protocol):
@@ -39,6 +43,11 @@ class Snapshot:
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """The trials in some states, or all; never copied."""
         return [trial for trial in self._trials if states is None or trial.state in states]
+
+
+def config_of(trial: FrozenTrial) -> DraftConfig:
+    """The draft configuration with which a trial's candidate was predicted, or measured: its best policy included."""
+    return DraftConfig.from_json(trial.user_attrs[CONFIG_KEY])
 
 
 def completed_trials(study: HasTrials) -> Sequence[FrozenTrial]:
@@ -80,7 +89,7 @@ def candidate_key(trial: FrozenTrial) -> str:
 
 
 def speedup_of(trial: FrozenTrial) -> float:
-    """A completed trial's speedup, the first of its objectives."""
+    """A completed trial's speedup."""
     return float(trial.values[0])
 
 
@@ -120,17 +129,3 @@ def _supersedes(trial: FrozenTrial, other: FrozenTrial) -> bool:
     if basis_of(trial) != basis_of(other):
         return basis_of(trial) == "measured"
     return speedup_of(trial) > speedup_of(other)
-
-
-def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
-    """Of a study with two objectives, the candidates that no other beats in both, by falling speedup.
-
-    All by what was predicted of them: measurements of a few would not be comparable with predictions of the rest.
-    """
-    if len(study.directions) < 2:
-        return []
-    front: list[FrozenTrial] = []
-    for trial in sorted(seen_trials(study), key=lambda trial: (trial.values[0], trial.values[1]), reverse=True):
-        if not front or trial.values[1] > front[-1].values[1]:
-            front.append(trial)
-    return front

@@ -1,28 +1,23 @@
-"""What is recorded beside Optuna's tables: every prompt's measurement."""
+"""Measurements of a study, prompt by prompt, in a table beside Optuna's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from optuna.storages import BaseStorage
 from sqlalchemy import DateTime, Engine, String, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from studies.retry import retry_on_disconnect
-from studies.storage_errors import storage_error
-
-T = TypeVar("T")
+from studies.retry import RetryOnDisconnect
 
 
-class _Base(DeclarativeBase):
-    pass
+class Table(DeclarativeBase):
+    """Base of the tables that we keep beside Optuna's."""
 
 
-class MeasurementRecord(_Base):
-    """One prompt decoded plainly and with one trial's candidate.
+class MeasurementRecord(Table):
+    """A prompt decoded plainly and with a trial's candidate.
 
     Attributes:
         study: Name of the study.
@@ -34,8 +29,8 @@ class MeasurementRecord(_Base):
         tokens: Tokens of plain decoding.
         draft_tokens: Tokens of self-speculative decoding.
         drafted: Tokens proposed.
-        accepted: Proposed tokens that stood.
-        near_tie: Whether the outputs part at a near-tie.
+        accepted: Proposed tokens that were accepted.
+        near_tie: Whether the outputs diverge at a near-tie.
         measured_at: When, in UTC.
     """
 
@@ -56,91 +51,50 @@ class MeasurementRecord(_Base):
     measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=lambda: datetime.now(UTC))
 
 
-def create_tables(engine: Engine) -> None:
-    """Make the tables that are not there yet."""
-    _Base.metadata.create_all(engine)
-
-
-class Records(Protocol):
-    """Where measurements are kept."""
-
-    def add(self, record: MeasurementRecord) -> None:
-        """Keep one measurement."""
-
-    def of(self, study: str) -> Sequence[MeasurementRecord]:
-        """All measurements of a study, in the order in which they were made."""
-
-
-class TableOfRecords:
-    """Measurements in a table of the study's own database.
+class MeasurementTable:
+    """The measurements in a study's database.
 
     Args:
-        engine: Of that database. A server that is away is waited for.
+        engine: Of that database.
+        retry: Runs its operations.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, retry: RetryOnDisconnect) -> None:
         self._engine = engine
+        self._retry = retry
 
-    def add(self, record: MeasurementRecord, *, repeated: bool = False) -> None:
-        """Keep one measurement, in a transaction of its own; once, though the connection may break.
+    def add(self, record: MeasurementRecord) -> None:
+        """Store a measurement, in a transaction of its own; once, even if the connection is lost.
 
-        Args:
-            record: The measurement.
-            repeated: Whether it may have been added before.
+        Raises:
+            StorageError: The database refused, or was away for too long.
         """
-        values = values_of(record)
+        values = {column.key: getattr(record, column.key) for column in MeasurementRecord.__table__.columns}
+        values = {name: value for name, value in values.items() if value is not None}
 
-        def insert(again: bool) -> None:
+        def insert(repeated: bool) -> None:
             with Session(self._engine) as session, session.begin():
-                if not ((repeated or again) and _is_there(session, values)):
+                if not (repeated and _is_stored(session, values)):
                     session.add(MeasurementRecord(**values))
 
-        self._persist(insert)
+        self._retry(insert)
 
     def of(self, study: str) -> Sequence[MeasurementRecord]:
-        """All measurements of a study, in the order in which they were made."""
+        """All measurements of a study, in the order in which they were made.
+
+        Raises:
+            StorageError: The database refused, or was away for too long.
+        """
         query = select(MeasurementRecord).where(MeasurementRecord.study == study).order_by(MeasurementRecord.id)
 
         def read(_: bool) -> Sequence[MeasurementRecord]:
             with Session(self._engine) as session:
                 return session.scalars(query).all()
 
-        return self._persist(read)
-
-    def _persist(self, operation: Callable[[bool], T]) -> T:
-        try:
-            return retry_on_disconnect(operation)
-        except SQLAlchemyError as error:
-            raise storage_error(self._engine.url, error) from error
+        return self._retry(read)
 
 
-def values_of(record: MeasurementRecord) -> dict[str, Any]:
-    """What a record says, by column; what it leaves open is left out."""
-    values = {column.key: getattr(record, column.key) for column in MeasurementRecord.__table__.columns}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _is_there(session: Session, values: dict[str, Any]) -> bool:
-    """Whether a measurement is kept already: no two take the same time to the last bit."""
-    told = {name: value for name, value in values.items() if name != "measured_at"}
-    return session.scalar(select(MeasurementRecord.id).filter_by(**told).limit(1)) is not None
-
-
-def records_of(storage: BaseStorage) -> Records:
-    """The measurements that are kept beside the studies of a storage that ``open_storage`` opened."""
-    records: Records = storage.records  # type: ignore[attr-defined]
-    return records
-
-
-def add_measurement(storage: BaseStorage, record: MeasurementRecord) -> None:
-    """Keep one measurement, at once and for good.
-
-    Raises:
-        StorageError: The storage refused, or was away for longer than patience lasts.
-    """
-    records_of(storage).add(record)
-
-
-def measurements_of(storage: BaseStorage, study: str) -> Sequence[MeasurementRecord]:
-    """All measurements of a study, in the order in which they were made."""
-    return records_of(storage).of(study)
+def _is_stored(session: Session, values: dict[str, Any]) -> bool:
+    """Whether a measurement is there already: no two take the same time to the last bit."""
+    identifying = {name: value for name, value in values.items() if name != "measured_at"}
+    return session.scalar(select(MeasurementRecord.id).filter_by(**identifying).limit(1)) is not None

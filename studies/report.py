@@ -46,11 +46,11 @@ def facts(view: StudyView) -> list[tuple[str, str]]:
     told = [("model", f"{context['model']}, {view.num_layers} layers (fingerprint {context['fingerprint']})")]
     if view.ranked:
         best = view.ranked[0]
-        skipped = f"{best.skip_set} ({len(best.skip_set)} of {2 * view.num_layers} sublayers)"
+        skipped = f"{best.config.skip_set} ({len(best.config.skip_set)} of {2 * view.num_layers} sublayers)"
         told += [
             ("best candidate", f"trial {best.number}"),
             ("left out", skipped),
-            ("draft", best.draft or "not recorded"),
+            ("draft", best.config.details or "not recorded"),
         ]
     prompts = f"{context['prompts_per_trial']} a measurement, at most {context['max_new_tokens']} new tokens each"
     return [

@@ -1,56 +1,174 @@
-"""Open the database that studies live in."""
+"""The database that studies live in: opening it, and outliving the loss of its connection."""
 
 from __future__ import annotations
 
-import random
-import time
+import sqlite3
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
 from layerskip.errors import MissingDependencyError
-from studies.database import DatabaseStorage, sqlite_file
-from studies.records import create_tables
+from studies.heartbeats import Heartbeats
+from studies.records import MeasurementTable, Table
+from studies.retry import RETRY_SECONDS, RetryOnDisconnect
 from studies.storage_errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
 
-__all__ = ["StorageError", "is_there", "open_existing_storage", "open_storage", "redacted"]
+__all__ = ["ReconnectingStorage", "StorageError", "is_there", "open_existing_storage", "open_storage", "redacted"]
 
-# Several workers that make the tables of a new database at once trip over each other, each a time or two.
-_TRIES_TO_MAKE_TABLES = 5
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# A server that vanishes without a word, as one does whose machine loses power, is noticed within a minute.
+_KEEPALIVE = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+# How long a process waits for another to have written: SQLite allows one write at a time.
+_SQLITE_BUSY_SECONDS = 60
 
 
-def open_storage(url: str, *, heartbeat_seconds: int = 10) -> DatabaseStorage:
-    """Open an Optuna storage URL, making the database's file and tables if need be.
+def _retried(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """That method of the storage behind, retried when the connection is lost."""
 
-    A SQLite file is put into write-ahead mode, where it bears several processes and a trial's many small commits. A
-    database server that goes away later is waited for.
+    def retried(self: ReconnectingStorage, /, *arguments: P.args, **options: P.kwargs) -> T:
+        call: Callable[P, T] = getattr(self._backend, method.__name__)
+        return self.retry(lambda _: call(*arguments, **options))
+
+    return retried
+
+
+class ReconnectingStorage(BaseStorage):
+    """An Optuna storage that retries what a lost connection cut off; its errors are one-line :class:`StorageError`.
+
+    Doing a write again that was committed without a reply changes nothing, but for new trials: the unheard one stays
+    behind, queued (its candidate is then tried twice), or running without a heartbeat, and is then queued again.
+
+    Attributes:
+        engine: The database.
+        retry: Runs operations on it.
+        records: The measurements beside the studies.
+        heartbeats: Of running trials.
+
+    Args:
+        database: Optuna's storage in that database.
+        heartbeat_seconds: See :func:`open_storage`.
+        retry_seconds: See :func:`open_storage`.
+    """
+
+    def __init__(self, database: RDBStorage, *, heartbeat_seconds: float, retry_seconds: float) -> None:
+        self.engine = database.engine
+        self.retry = RetryOnDisconnect(self.engine.url, retry_seconds)
+        self.records = MeasurementTable(self.engine, self.retry)
+        self.heartbeats = Heartbeats(self.engine, self.retry, heartbeat_seconds)
+        self._backend = get_storage(database)  # with Optuna's cache of finished trials
+
+    create_new_trial = _retried(BaseStorage.create_new_trial)
+    get_all_studies = _retried(BaseStorage.get_all_studies)
+    get_all_trials = _retried(BaseStorage.get_all_trials)
+    get_study_directions = _retried(BaseStorage.get_study_directions)
+    get_study_id_from_name = _retried(BaseStorage.get_study_id_from_name)
+    get_study_name_from_id = _retried(BaseStorage.get_study_name_from_id)
+    get_study_system_attrs = _retried(BaseStorage.get_study_system_attrs)
+    get_study_user_attrs = _retried(BaseStorage.get_study_user_attrs)
+    get_trial = _retried(BaseStorage.get_trial)
+    set_study_system_attr = _retried(BaseStorage.set_study_system_attr)
+    set_study_user_attr = _retried(BaseStorage.set_study_user_attr)
+    set_trial_intermediate_value = _retried(BaseStorage.set_trial_intermediate_value)
+    set_trial_param = _retried(BaseStorage.set_trial_param)
+    set_trial_system_attr = _retried(BaseStorage.set_trial_system_attr)
+    set_trial_user_attr = _retried(BaseStorage.set_trial_user_attr)
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """As Optuna's; a study that was created when the connection was lost is not said to be another's."""
+
+        def create(repeated: bool) -> int:
+            try:
+                return self._backend.create_new_study(directions, study_name)
+            except DuplicatedStudyError:
+                if repeated and study_name is not None:
+                    return self._backend.get_study_id_from_name(study_name)
+                raise
+
+        return self.retry(create)
+
+    def delete_study(self, study_id: int) -> None:
+        """As Optuna's."""
+        self._backend.delete_study(study_id)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a trial that was finished when the connection was lost is not said to be finished by another.
+
+        But of two workers that fail a stale trial while the connection is lost, each may believe that it was the one
+        to do so, and the trial is then queued twice.
+        """
+
+        def store(repeated: bool) -> bool:
+            try:
+                return self._backend.set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                if repeated and self._is_stored(trial_id, state, values):
+                    return True
+                raise
+
+        return self.retry(store)
+
+    def _is_stored(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
+        trial = self._backend.get_trial(trial_id)
+        return trial.state == state and trial.values == (None if values is None else list(values))
+
+
+def open_storage(
+    url: str, *, heartbeat_seconds: float = 10, retry_seconds: float = RETRY_SECONDS
+) -> ReconnectingStorage:
+    """Open the database that studies live in, creating its file and tables if need be.
+
+    A SQLite file is put into write-ahead mode, which suits several processes and a trial's many small commits.
 
     Args:
         url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg://user@host/name``.
-        heartbeat_seconds: How often a running trial says that it lives. One that has been silent three times as long
-            is taken for dead and tried once more.
+        heartbeat_seconds: Between heartbeats of a running trial. A trial that has been silent three times as long is
+            taken for dead and queued again, once.
+        retry_seconds: How long to retry each operation while the database's server is away.
 
     Raises:
         StorageError: The URL is malformed, or the database cannot be opened.
-        MissingDependencyError: The driver for this kind of storage is not installed.
+        MissingDependencyError: The driver for this kind of database is not installed.
     """
-    parsed = _parsed(url)
+    driver = _parsed(url).get_driver_name
+    # Several workers that create the tables of a new database at once trip over each other, each a time or two.
+    attempts = Retrying(
+        retry=retry_if_exception(_created_by_another),
+        stop=stop_after_attempt(5),
+        wait=wait_random(0.05, 0.5),
+        reraise=True,
+    )
     try:
-        return _open(url, heartbeat_seconds)
+        database = attempts(_open, url)
     except ImportError as error:
-        driver = parsed.get_driver_name()
-        extra = ": pip install 'layerskip[postgres]'" if driver in ("psycopg", "psycopg2") else ""
+        extra = ": pip install 'layerskip[postgres]'" if driver() in ("psycopg", "psycopg2") else ""
         raise MissingDependencyError(
-            f"storage '{redacted(url)}': the database driver is not installed; install '{driver}'{extra}"
+            f"storage '{redacted(url)}': the database driver is not installed; install '{driver()}'{extra}"
         ) from error
     except (SQLAlchemyError, StorageInternalError) as error:
         raise storage_error(url, error) from error
+    return ReconnectingStorage(database, heartbeat_seconds=heartbeat_seconds, retry_seconds=retry_seconds)
 
 
-def open_existing_storage(url: str) -> DatabaseStorage:
-    """Like :func:`open_storage`, but do not make a SQLite file that is not there.
+def open_existing_storage(url: str) -> ReconnectingStorage:
+    """Like :func:`open_storage`, but do not create a SQLite file.
 
     Raises:
         StorageError: Also if the SQLite file does not exist.
@@ -61,35 +179,54 @@ def open_existing_storage(url: str) -> DatabaseStorage:
 
 
 def is_there(url: str) -> bool:
-    """Whether there is a storage to open, as far as that can be told without a try: a SQLite file has to exist.
+    """Whether there is a storage to open, as far as can be told without connecting: a SQLite file has to exist.
 
     Raises:
         StorageError: The URL is malformed.
     """
-    file = sqlite_file(_parsed(url))
+    file = _sqlite_file(_parsed(url))
     return not file or Path(file).exists()
 
 
-def _open(url: str, heartbeat_seconds: int) -> DatabaseStorage:
-    for tries_left in reversed(range(_TRIES_TO_MAKE_TABLES)):
-        try:
-            storage = DatabaseStorage(url, heartbeat_seconds=heartbeat_seconds)
-            create_tables(storage.engine)
-            break
-        except (SQLAlchemyError, StorageInternalError) as error:
-            if not tries_left or not _made_by_another(error):
-                raise
-            time.sleep(random.uniform(0.05, 0.5))
-    return storage
+def _open(url: str) -> RDBStorage:
+    try:
+        database = RDBStorage(url, engine_kwargs=_engine_options(make_url(url)))
+    except (RuntimeError, TypeError) as error:  # Optuna's, of a version, and drivers', of options
+        raise storage_error(url, error) from error
+    if _sqlite_file(database.engine.url):
+        event.listen(database.engine, "connect", _write_ahead)
+        database.engine.dispose()  # the connections made so far
+    Table.metadata.create_all(database.engine)
+    return database
 
 
-def _made_by_another(error: Exception) -> bool:
-    """Whether a table could not be made because another worker was just making it."""
+def _engine_options(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": _SQLITE_BUSY_SECONDS}} if "timeout" not in url.query else {}
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.get_driver_name() in ("psycopg", "psycopg2"):
+        options["connect_args"] = {name: value for name, value in _KEEPALIVE.items() if name not in url.query}
+    return options
+
+
+def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _created_by_another(error: BaseException) -> bool:
+    """Whether a table could not be created because another worker was just creating it."""
     return any(
         isinstance(cause, IntegrityError)
         or (isinstance(cause, (OperationalError, ProgrammingError)) and "already exists" in str(cause.orig))
         for cause in causes(error)
     )
+
+
+def _sqlite_file(url: URL) -> str | None:
+    """The file of a SQLite database; None in memory, or for another kind of database."""
+    in_file = url.get_backend_name() == "sqlite" and url.database != ":memory:"
+    return url.database if in_file else None
 
 
 def _parsed(url: str) -> URL:

@@ -8,7 +8,7 @@ import sqlalchemy
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from layerskip.errors import LayerSkipError
+from layerskip.errors import LayerSkipError, first_line
 
 NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
 MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
@@ -72,9 +72,5 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, ArgumentError):
             return NO_URL
         if isinstance(cause, sqlalchemy.exc.DBAPIError):
-            return _first_line(cause.orig or cause)
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return first_line(cause.orig or cause)
+    return first_line(error)

@@ -23,17 +23,17 @@ from studies.ranking import (
     candidate_key,
     completed_trials,
     measured_trials,
-    pareto_front,
     seen_trials,
     speedup_of,
 )
-from studies.records import MeasurementRecord, measurements_of
+from studies.records import MeasurementRecord
 from studies.statistics import Speedup, speedup_of_all
+from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
 # What a study's description tells of a trial, as far as the trial says it.
-_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
-_FORMAT = 2
+_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft", "source")
+_FORMAT = 3
 # Attributes of a study: the versions of what it was searched with, one after the other;
 VERSIONS_KEY = "versions"
 # what the parts of a step cost, as search.latency writes it; a study that has it is not measured for;
@@ -82,35 +82,28 @@ class StudyContext:
         ]
 
 
-def open_study(
-    storage: optuna.storages.BaseStorage, name: str, context: StudyContext, *, objectives: int = 1
-) -> optuna.Study:
-    """Create a study that maximizes, or go on with the one of that name.
+def open_study(storage: ReconnectingStorage, name: str, context: StudyContext) -> optuna.Study:
+    """Create a study that maximizes the speedup, or resume the study of that name.
 
     Args:
         storage: Where it lives.
         name: Its name.
         context: What its values depend on.
-        objectives: How many are maximized; the first is the speedup.
 
     Raises:
         InvalidInputError: A study of that name exists, and was made in another context or by something else.
     """
-    study = _open(storage, name, context, objectives)
+    study = _open(storage, name, context)
     earlier, now = study.user_attrs.get(VERSIONS_KEY, []), library_versions()
     if now not in earlier:
         study.set_user_attr(VERSIONS_KEY, [*earlier, now])
     return study
 
 
-def _open(storage: optuna.storages.BaseStorage, name: str, context: StudyContext, objectives: int) -> optuna.Study:
-    directions = [StudyDirection.MAXIMIZE] * objectives
-    study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-    if len(study.directions) != objectives:
-        raise InvalidInputError(
-            f"study '{name}': has {len(study.directions)} objectives, but {objectives} are asked for; "
-            "go on with the same --pareto or --no-pareto, or choose another name with --study"
-        )
+def _open(storage: ReconnectingStorage, name: str, context: StudyContext) -> optuna.Study:
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction=StudyDirection.MAXIMIZE, load_if_exists=True
+    )
     recorded = study.user_attrs.get(_CONTEXT_KEY)
     if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
@@ -119,7 +112,7 @@ def _open(storage: optuna.storages.BaseStorage, name: str, context: StudyContext
         recorded = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(recorded):
         raise InvalidInputError(f"study '{name}': {_NEWER}, or choose another name with --study")
-    if recorded.get("format") != _FORMAT:
+    if recorded.get("format") != _FORMAT or not _maximizes(study):
         raise InvalidInputError(
             f"study '{name}': was not made by this version of layerskip; choose another name with --study"
         )
@@ -137,7 +130,7 @@ def _is_newer(recorded: dict[str, Any]) -> bool:
 
 
 def _maximizes(study: optuna.Study) -> bool:
-    return set(study.directions) == {StudyDirection.MAXIMIZE}
+    return study.directions == [StudyDirection.MAXIMIZE]
 
 
 def context_of(study: optuna.Study) -> dict[str, Any]:
@@ -177,22 +170,22 @@ class StudySummary:
     basis: Standing | None
 
 
-def list_studies(storage: optuna.storages.BaseStorage) -> list[StudySummary]:
+def list_studies(storage: ReconnectingStorage) -> list[StudySummary]:
     """All studies of a storage, by name."""
     return sorted((_summary(storage, study) for study in _studies(storage)), key=lambda summary: summary.name)
 
 
-def studies_of_ours(storage: optuna.storages.BaseStorage) -> list[str]:
+def studies_of_ours(storage: ReconnectingStorage) -> list[str]:
     """Names of the studies that this version of layerskip made."""
     ours = [study for study in _studies(storage) if study.user_attrs.get(_CONTEXT_KEY, {}).get("format") == _FORMAT]
     return sorted(study.study_name for study in ours)
 
 
-def _studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
+def _studies(storage: ReconnectingStorage) -> list[optuna.Study]:
     return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage=storage)]
 
 
-def _summary(storage: optuna.storages.BaseStorage, study: optuna.Study) -> StudySummary:
+def _summary(storage: ReconnectingStorage, study: optuna.Study) -> StudySummary:
     speedup, basis = _best_figure(storage, study) if _maximizes(study) else (None, None)
     return StudySummary(
         name=study.study_name,
@@ -205,18 +198,16 @@ def _summary(storage: optuna.storages.BaseStorage, study: optuna.Study) -> Study
     )
 
 
-def _best_figure(
-    storage: optuna.storages.BaseStorage, study: optuna.Study
-) -> tuple[float, Standing] | tuple[None, None]:
+def _best_figure(storage: ReconnectingStorage, study: optuna.Study) -> tuple[float, Standing] | tuple[None, None]:
     """The speedup that a report would tell of a study, and what it rests on."""
-    finals = held_out_speedups(study, measurements_of(storage, study.study_name))
+    finals = held_out_speedups(study, storage.records.of(study.study_name))
     if finals:
         return max(final.value for final in finals.values()), "held-out"
     best = best_trials(study, 1)
     return (speedup_of(best[0]), basis_of(best[0])) if best else (None, None)
 
 
-def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
+def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
     """An existing study.
 
     Raises:
@@ -229,7 +220,7 @@ def load_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
         raise InvalidInputError(f"study '{name}': no such study in this storage; studies there: {names}") from error
 
 
-def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -> dict[str, Any]:
+def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[str, Any]:
     """What there is to say about a study, as plain values.
 
     Args:
@@ -244,7 +235,7 @@ def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -
     context = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(context):
         raise InvalidInputError(f"study '{name}': {_NEWER}")
-    records = measurements_of(storage, name)
+    records = storage.records.of(name)
     held_out = held_out_speedups(study, records)
 
     def described(trial: FrozenTrial) -> dict[str, Any]:
@@ -259,7 +250,6 @@ def describe_study(storage: optuna.storages.BaseStorage, name: str, best: int) -
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
         "measurements": len(records),
         "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
-        "pareto_front": [described(trial) for trial in pareto_front(study)],
     }
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from layerskip.skip_set import SkipSet
+from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     DRAFT_COST_KEY,
     PREDICTED_KEY,
@@ -24,16 +22,16 @@ from studies.ranking import (
     best_trials,
     candidate_key,
     completed_trials,
+    config_of,
     correction_of,
-    pareto_front,
     speedup_of,
 )
-from studies.records import MeasurementRecord, measurements_of
+from studies.records import MeasurementRecord
 from studies.statistics import Speedup
 from studies.step_costs import RelativeParts, read_parts
+from studies.storage import ReconnectingStorage
 from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
-_BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
 _KINDS = ("attn", "mlp")
 
 
@@ -49,14 +47,10 @@ class TrialSummary:
         predicted: What was predicted of it.
         acceptance: The one-step acceptance rate α that it was looked at with.
         draft_cost: What a draft step costs, c, in units of a plain step; None where that was not kept.
-        skip_set: What it leaves out.
-        bridged: Whether it has bridges.
-        vocabulary: Size of its draft vocabulary; 0 is the whole one.
-        draft: Everything else about the draft, for people.
+        config: How it drafts.
         source: Who proposed it.
         stopped: Whether it was found hopeless and stopped after some prompts.
         held_out: What it measured on held-out prompts, if it is a finalist.
-        trained: Whether a trained stand-in runs in place of the top of what it leaves out.
     """
 
     number: int
@@ -66,14 +60,10 @@ class TrialSummary:
     predicted: float | None
     acceptance: float | None
     draft_cost: float | None
-    skip_set: SkipSet
-    bridged: bool
-    vocabulary: int
-    draft: str
+    config: DraftConfig
     source: str
     stopped: bool
     held_out: Speedup | None = None
-    trained: bool = False
 
     @property
     def standing(self) -> Standing:
@@ -102,7 +92,6 @@ class StudyView:
         num_layers: Decoder layers of the model.
         tried: Completed trials, by number.
         ranked: The best trial of each candidate: finalists by what they measured on held-out prompts, then the others.
-        front: Of a study with two objectives, the trials on the Pareto front.
         correction: By how much predictions were off where candidates were measured.
         measurements: Every prompt that was measured.
         alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
@@ -118,7 +107,6 @@ class StudyView:
     num_layers: int
     tried: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
-    front: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
     alone: Mapping[int, float]
@@ -146,7 +134,7 @@ class StudyView:
         return [one for one in self.measurements if (one.trial, one.prompt_set) == (number, prompt_set)]
 
 
-def view_study(storage: BaseStorage, name: str) -> StudyView:
+def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     """Read a study.
 
     Args:
@@ -159,10 +147,10 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
     study = load_study(storage, name)
     context = context_of(study)
     now = Snapshot(study)
-    records = measurements_of(storage, name)
+    records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
     finals, costs = held_out_speedups(now, records), _draft_costs(now)
-    tried = {trial.number: _tried(trial, num_layers, finals, costs) for trial in completed_trials(now)}
+    tried = {trial.number: _tried(trial, finals, costs) for trial in completed_trials(now)}
     attributes = study.user_attrs
     trials = now.get_trials()
     return StudyView(
@@ -176,7 +164,6 @@ def view_study(storage: BaseStorage, name: str) -> StudyView:
             key=lambda one: one.held_out.value if one.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
-        front=[tried[trial.number] for trial in pareto_front(study) if trial.number in tried],
         correction=correction_of(now),
         measurements=records,
         alone=_alone(attributes.get(ALONE_KEY, {})),
@@ -193,9 +180,7 @@ def _draft_costs(study: Snapshot) -> dict[str, float]:
     return {candidate_key(t): t.user_attrs[DRAFT_COST_KEY] for t in trials if DRAFT_COST_KEY in t.user_attrs}
 
 
-def _tried(
-    trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], costs: Mapping[str, float]
-) -> TrialSummary:
+def _tried(trial: FrozenTrial, finals: Mapping[str, Speedup], costs: Mapping[str, float]) -> TrialSummary:
     told, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
     return TrialSummary(
         number=trial.number,
@@ -205,22 +190,11 @@ def _tried(
         predicted=told.get(PREDICTED_KEY),
         acceptance=told.get("acceptance"),
         draft_cost=costs.get(candidate),
-        skip_set=_skip_set(trial.params, num_layers),
-        bridged=bool(trial.params.get("bridged", False)),
-        vocabulary=int(trial.params.get("vocabulary", 0)),
-        draft=str(told.get("draft_exit", "")),
+        config=config_of(trial),
         source=str(told.get("source") or told.get("sampler") or "sampler"),
         stopped=STOPPED_KEY in told,
         held_out=finals.get(candidate),
-        trained=bool(trial.params.get("stand_in", 0)),
     )
-
-
-def _skip_set(parameters: Mapping[str, Any], num_layers: int) -> SkipSet:
-    bits = {match.groups(): bool(value) for name, value in parameters.items() if (match := _BIT.fullmatch(name))}
-    skipped = {(kind, int(layer)) for (kind, layer), skip in bits.items() if skip}
-    attention, mlp = (tuple(layer for of, layer in sorted(skipped) if of == kind) for kind in _KINDS)
-    return SkipSet(num_layers, attention, mlp)
 
 
 def _alone(recorded: Mapping[str, float]) -> dict[int, float]:

@@ -21,7 +21,7 @@ KNOWN_CIRCLES = [
     {"search.copying", "search.replay"},
 ]
 # File names that still occur twice. This list only ever gets shorter, too.
-KNOWN_DUPLICATES = {"acceptance.py", "costs.py", "damage.py", "prompts.py", "sublayers.py"}
+KNOWN_DUPLICATES = {"acceptance.py", "costs.py", "prompts.py", "sublayers.py"}
 
 
 @cache

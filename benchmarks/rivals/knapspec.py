@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import FixedLength, SkipSet
+from layerskip.drafting.config import DraftConfig
 from search.acceptance import AcceptanceTracer, Versions
 from search.latency import LatencyModel, measure_latency
 from search.reference import ReferenceRun
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from search.starting_skip_sets import most_similar_paths
 
 _LENGTHS = range(1, 9)
@@ -34,7 +35,7 @@ def knapspec(task: Task) -> Iterator[Incumbent]:
         scored = [_best(latency, task, text, skip_set) for skip_set in skip_sets]
     if scored:
         _, skip_set, length = max(scored, key=lambda one: one[0])
-        yield Incumbent(watch.seconds, Candidate(skip_set), Policy(FixedLength(length)))
+        yield Incumbent(watch.seconds, DraftConfig(skip_set, stopping=FixedLength(length)))
 
 
 def _best(latency: LatencyModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:

@@ -13,12 +13,11 @@ from benchmarks.rivals.contest import Incumbent, Searcher, Task
 from layerskip import LayerSkipModel
 from layerskip.fingerprint import identify
 from search.callbacks import Event, TrialFinished
-from search.objective import policy_of
 from search.prompts import PromptSplit
 from search.search import Search, SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
-from studies.ranking import best_trials
+from studies.ranking import best_trials, config_of
 from studies.storage import open_storage
 
 _ENDLESS = 10**6
@@ -66,6 +65,6 @@ class _Log:
         if not isinstance(event, TrialFinished) or self.study is None or event.progress.best is None:
             return
         [best] = best_trials(self.study, 1)
-        now = Incumbent(time.perf_counter() - self._began, self.space.candidate(best.params), policy_of(best))
-        if not self.incumbents or self.incumbents[-1].candidate != now.candidate:
+        now = Incumbent(time.perf_counter() - self._began, config_of(best))
+        if not self.incumbents or self.incumbents[-1].config != now.config:
             self.incumbents.append(now)

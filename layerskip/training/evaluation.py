@@ -1,4 +1,4 @@
-"""What a draft could gain, from its acceptance rate and its cost alone."""
+"""The loss of a trained draft on texts, how often it agrees with the target model, and its ideal speedup."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from layerskip.training.trainable_draft import DraftOutput, TrainableDraft
 
 Loss = Literal["kl", "ce", "both"]
 LOSSES: tuple[Loss, ...] = ("kl", "ce", "both")
-# Agreement is told for so many best tokens: what a chain gets, and what candidates side by side could.
+# Agreement is counted for so many best tokens: what a chain gets, and what the siblings of a token tree could.
 RANKS = (1, 2, 4, 8)
-# Scores held at a time.
+# Scores in memory at a time.
 _SCORES = 2**24
 _IGNORED = -100  # functional.cross_entropy's own
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a draft does where it would be asked.
+    """How often a draft agrees with the target model where it is asked.
 
     Args:
         positions: How many of them.
@@ -37,7 +37,7 @@ class Agreement:
         coverage: Share of the target model's choices that are in the draft vocabulary.
         top: Share of positions at which the target model's choice is among the draft's best ``k`` tokens, by ``k``; of
             draft heads, those of the first.
-        later: The same of the second head, the third and so on, each where the text was as it was up to there; nothing
+        later: The same of the second head, the third and so on, each given the true tokens before its own; empty
             without heads.
     """
 
@@ -55,7 +55,7 @@ class Agreement:
 
 @dataclass
 class _Count:
-    """What was found at one place of drafts."""
+    """Counts for one place of drafts."""
 
     positions: int
     loss: float
@@ -72,10 +72,10 @@ class _Count:
 
 
 class Scorer:
-    """Scores what learners say about batches of whole texts.
+    """Scores the outputs of drafts in training, over batches of whole texts.
 
     Args:
-        model: The target model, whose weights must not ask for gradients.
+        model: The target model, with gradients disabled for its weights.
         stack: A stack of it with the draft vocabulary.
         loss: ``kl``: Kullback-Leibler divergence of the draft from the target model, both over the draft vocabulary;
             ``ce``: cross entropy of the target model's choice, where the vocabulary has it; ``both``: their sum.
@@ -167,14 +167,14 @@ class Scorer:
 
 @contextmanager
 def frozen(model: LayerSkipModel) -> Iterator[None]:
-    """Let no weight of the model ask for a gradient meanwhile."""
-    asking = [weight for weight in model.hf_model.parameters() if weight.requires_grad]
-    for weight in asking:
+    """Disable gradients for the model's weights inside the block."""
+    trainable = [weight for weight in model.hf_model.parameters() if weight.requires_grad]
+    for weight in trainable:
         weight.requires_grad_(False)
     try:
         yield
     finally:
-        for weight in asking:
+        for weight in trainable:
             weight.requires_grad_(True)
 
 
@@ -184,17 +184,17 @@ LONGEST = 16
 def ideal_speedup(top: Sequence[Mapping[int, float]], costs: Sequence[float]) -> float:
     """The speedup of the best draft of a fixed length and number of branches, if verifying costs one plain step.
 
-    A place of a draft stands by any of its branches, but drafting went on behind the first alone.
+    A place of a draft is accepted by any of its branches, but only the first one is drafted further.
 
     Args:
-        top: For each place of a draft how often the target's choice is among the best ``k`` tokens there where the
-            first tokens of the places before stand, by ``k``.
+        top: For each place of a draft how often the target's choice is among the best ``k`` tokens there if the first
+            tokens of the places before were accepted, by ``k``.
         costs: Of drafts of one place, of two and so on, in plain decoding steps.
     """
-    best, tokens, standing = 0.0, 1.0, 1.0
+    best, tokens, accepted = 0.0, 1.0, 1.0
     for within, cost in zip(top, costs, strict=True):
-        tokens += standing * max(within.values())
-        standing *= within[1]
+        tokens += accepted * max(within.values())
+        accepted *= within[1]
         best = max(best, tokens / (1 + cost))
     return best
 
@@ -214,7 +214,7 @@ def head_costs_by_weights(
         model: The model.
         heads: The heads.
         stack: Any of the model's, with the draft vocabulary.
-        prefix: The layer that they read through, once a draft; None where there is none.
+        prefix: The layer before the heads, which runs once a draft; None where there is none.
     """
     scoring, full = _scoring_weights(model, stack), _full_weights(model)
     first = 0 if prefix is None else _num_weights(prefix)
@@ -242,4 +242,4 @@ def _num_weights(step: Step) -> int:
             return step.attention.num_weights + step.mlp.num_weights
         case Bridge():
             return sum(factor.numel() for factor in step.factors) + step.bias.numel()
-    raise TypeError(f"what {type(step).__name__} reads is not known")
+    raise TypeError(f"{type(step).__name__}: unknown number of weights")

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from layerskip.drafting.config import DraftConfig
+
 Floats = NDArray[np.float64]
+Masks = NDArray[np.bool_]
 
 
 class DraftCosts(Protocol):
     """What passes cost, in units of one plain decoding step."""
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
-        """One step of a draft.
+    def draft_steps(self, options: DraftConfig, masks: Masks) -> Floats:
+        """Costs of one step of several drafts.
 
         Args:
-            mask: One flag per sublayer, in stack order; true where the draft leaves it out.
-            bridged: Whether bridges stand in for what is left out.
-            vocabulary: Size of the draft vocabulary; 0 is the whole one.
-            stand_in: Number of the trained stand-in above the draft's exit; 0 is none.
+            options: What they have in common: bridges, draft layer and draft vocabulary; not the skip set.
+            masks: ``[n, 2 * num_layers]``, what each skips.
+
+        Returns:
+            ``[n]``.
         """
 
-    def verification_cost(self, width: int) -> float:
-        """One pass of the target model over ``width`` tokens."""
+    def verification(self, width: int) -> float:
+        """Cost of one pass of the target model over ``width`` tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class SpeedupFormula:
     @classmethod
     def of(cls, costs: DraftCosts, max_draft_length: int) -> SpeedupFormula:
         """For drafts of 1 to ``max_draft_length`` tokens."""
-        return cls(np.array([costs.verification_cost(length + 1) for length in range(1, max_draft_length + 1)]))
+        return cls(np.array([costs.verification(length + 1) for length in range(1, max_draft_length + 1)]))
 
     def __call__(self, acceptance: Floats, step_cost: Floats) -> Floats:
         """Speedups of several drafts.

@@ -38,8 +38,6 @@ def acceptance(view: StudyView) -> Picture:
     caption = _CAPTION + (lines if measured_v else "for v = 1, as verification was not measured.")
     if any(one.draft_cost is not None for one in shown):
         caption += " Colour is c, what one of its draft steps costs in units of a plain step."
-    if view.front:
-        caption += " The thin black line is the Pareto front of both objectives, by what was predicted."
     return Picture(_ID, _TITLE, caption, _drawn(view, shown), _table(shown))
 
 
@@ -71,8 +69,6 @@ def _drawn(view: StudyView, shown: Sequence[TrialSummary]) -> go.Figure:
     _add_ideals(drawn, view, _typical(costs), left)
     for basis, style in (("predicted", PREDICTED), ("measured", MEASURED)):
         _add_points(drawn, [one for one in shown if one.basis == basis], basis, style)
-    if view.front:
-        _add_front(drawn, view.front)
     return drawn
 
 
@@ -155,23 +151,10 @@ def _add_points(drawn: go.Figure, points: Sequence[TrialSummary], basis: str, st
     )
 
 
-def _add_front(drawn: go.Figure, front: Sequence[TrialSummary]) -> None:
-    drawn.add_trace(
-        go.Scatter(
-            x=[one.acceptance for one in front],
-            y=[one.speedup.value for one in front],
-            mode="lines",
-            line={"color": BLACK, "width": 1, "shape": "hv"},
-            name="Pareto front",
-            hoverinfo="skip",
-        )
-    )
-
-
 def _told(one: TrialSummary) -> str:
     cost = "" if one.draft_cost is None else f", c = {one.draft_cost:.2f}"
     rate = percent(one.acceptance)
-    return f"trial {one.number}: {times(one.speedup.value)} {one.basis}, α = {rate}{cost}<br>{one.skip_set}"
+    return f"trial {one.number}: {times(one.speedup.value)} {one.basis}, α = {rate}{cost}<br>{one.config.skip_set}"
 
 
 def _table(shown: Sequence[TrialSummary]) -> Table:

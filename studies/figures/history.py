@@ -92,7 +92,8 @@ def _add(drawn: go.Figure, ones: Sequence[TrialSummary], name: str, marker: dict
             marker=marker,
             name=name,
             text=[
-                f"trial {one.number}: {times(one.speedup.value)} {one.basis}<br>{escape(one.source)}<br>{one.skip_set}"
+                f"trial {one.number}: {times(one.speedup.value)} {one.basis}<br>{escape(one.source)}<br>"
+                f"{one.config.skip_set}"
                 for one in ones
             ],
             hovertemplate="%{text}<extra></extra>",
@@ -121,7 +122,14 @@ def _table(tried: Sequence[TrialSummary]) -> Table:
     return Table(
         ("trial", "speedup", "basis", "proposed by", "left out", "draft"),
         [
-            (str(one.number), times(one.speedup.value), one.basis, one.source, str(one.skip_set), one.draft)
+            (
+                str(one.number),
+                times(one.speedup.value),
+                one.basis,
+                one.source,
+                str(one.config.skip_set),
+                one.config.details,
+            )
             for one in tried
         ],
     )

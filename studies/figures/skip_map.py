@@ -41,12 +41,12 @@ def _caption(view: StudyView, best: Sequence[TrialSummary]) -> str:
 
 
 def _map(best: Sequence[TrialSummary]) -> go.Figure:
-    layers = best[0].skip_set.num_layers
+    layers = best[0].config.skip_set.num_layers
     gap = 1 if layers <= _MOST_LAYERS_WITH_GAPS else 0
     z: list[Sequence[int | None]] = []
     hover: list[list[str]] = []
     for one in best:
-        masks = (one.skip_set.attention_mask, one.skip_set.mlp_mask)
+        masks = (one.config.skip_set.attention_mask, one.config.skip_set.mlp_mask)
         z += [[None] * layers, [_ATTENTION * skip for skip in masks[0]], [_MLP * skip for skip in masks[1]]]
         hover += [[""] * layers, *(_hover(one, kind, mask) for kind, mask in zip(_KINDS, masks, strict=True))]
     drawn = figure(
@@ -82,7 +82,7 @@ def _map(best: Sequence[TrialSummary]) -> go.Figure:
         drawn.add_annotation(
             x=-0.5,
             y=_ROWS * i,
-            text=f"trial {one.number} · {one.told} · {len(one.skip_set)} of {2 * layers} left out",
+            text=f"trial {one.number} · {one.told} · {len(one.config.skip_set)} of {2 * layers} left out",
             showarrow=False,
             xanchor="left",
             yshift=-2,
@@ -109,8 +109,8 @@ def _table(best: Sequence[TrialSummary]) -> Table:
                 one.standing,
                 times(one.predicted),
                 percent(one.acceptance),
-                str(one.skip_set),
-                one.draft,
+                str(one.config.skip_set),
+                one.config.details,
                 one.source,
             )
             for one in best

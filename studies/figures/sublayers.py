@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from studies.damage import LEAST_CANDIDATES, LearnedAcceptance, learned_acceptance
+from studies.acceptance_model import LEAST_CANDIDATES, LearnedAcceptance, learned_acceptance
 from studies.figures.picture import BLACK, BLUE, GREY, ORANGE, Picture, Table, figure, percent
 from studies.view import StudyView
 
@@ -25,7 +25,7 @@ _LEARNED = (
 
 def sublayers(view: StudyView) -> Picture:
     """Acceptance without each sublayer, looked at directly and learned from all candidates."""
-    learned = learned_acceptance(view.seen)
+    learned = learned_acceptance({one.config: one.acceptance for one in view.seen if one.acceptance is not None})
     if not learned and not view.alone:
         return Picture(_ID, _TITLE, f"This needs at least {LEAST_CANDIDATES} candidates.", None)
     caption = _CAPTION + _ALONE * bool(view.alone)

@@ -1,5 +1,6 @@
 """``layerskip apply --interactive``, over pipes and on a real pseudo-terminal."""
 
+import io
 import os
 import re
 import shutil
@@ -34,11 +35,12 @@ def answers(wrapped, checkpoint):
 
 
 @pytest.fixture
-def pipe(run_command, profile):
-    """Chat over pipes."""
+def pipe(layerskip, profile, monkeypatch):
+    """Chat over what is no terminal."""
 
-    def run(text, *arguments):
-        return run_command("apply", profile, "-i", "--max-new-tokens", COUNT, *arguments, input=text)
+    def run(text, *arguments, source=profile):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        return layerskip("apply", source, "-i", "--max-new-tokens", COUNT, *arguments)
 
     return run
 
@@ -50,8 +52,9 @@ def figures(err):
 # Over pipes.
 
 
-def test_each_line_is_a_message_and_the_conversation_is_kept(pipe, answers):
-    done = pipe("one\n\n  two  \n")
+def test_each_line_is_a_message_and_the_conversation_is_kept(run_command, profile, answers):
+    """By the installed command and real pipes."""
+    done = run_command("apply", profile, "-i", "--max-new-tokens", COUNT, input="one\n\n  two  \n")
     assert done.status == 0
     assert done.out == "".join(f"{text}\n" for text in answers("one", "two"))
     assert len(figures(done.err)) == 2
@@ -107,8 +110,8 @@ def test_colours_are_for_terminals(pipe, answers):
     assert "--show-drafted: no colours here" in done.err
 
 
-def test_a_profile_that_does_not_pay_chats_plainly(run_command, make_profile, answers):
-    done = run_command("apply", make_profile(0.8), "-i", "--max-new-tokens", COUNT, input="one\n")
+def test_a_profile_that_does_not_pay_chats_plainly(pipe, make_profile, answers):
+    done = pipe("one\n", source=make_profile(0.8))
     assert done.out == answers("one")[0] + "\n"
     assert "so this decodes plainly" in done.err
     assert " · plain" in figures(done.err)[0]
@@ -196,23 +199,16 @@ def printed(text):
     return text.replace("\n", "\r\n")
 
 
-def test_a_chat_prompts_answers_and_ends_with_ctrl_d(terminal, answers):
+def test_a_chat_prompts_answers_without_colours_unless_asked_and_ends_with_ctrl_d(terminal, answers):
     first, second = answers("one", "two")
-    chat = terminal()
+    chat = terminal(NO_COLOR=None)
     for message, answer in (("one", first), ("two", second)):
         chat.see("> ")
         chat.say(message)
-        chat.see(printed(answer) + "\r\n")
-        chat.see("tokens/s")
+        assert COLOUR not in chat.see(printed(answer) + "\r\n")
+        assert COLOUR not in chat.see("tokens/s")
     chat.see("> ")
     chat.child.sendeof()
-    assert chat.end() == 0
-
-
-def test_quit_ends_a_chat(terminal):
-    chat = terminal()
-    chat.see("> ")
-    chat.say("/quit")
     assert chat.end() == 0
 
 
@@ -261,16 +257,12 @@ def test_drafted_tokens_are_coloured_when_asked(terminal, profile, wrapped, chec
     chat.see("100% of ")
 
 
-def test_without_the_option_nothing_is_coloured(terminal):
-    chat = terminal(NO_COLOR=None)
-    chat.see("> ")
-    chat.say("one")
-    assert COLOUR not in chat.see("tokens/s")
-
-
-def test_no_color_is_respected(terminal, answers):
+def test_no_color_is_respected_and_quit_ends_a_chat(terminal):
     chat = terminal("--show-drafted", NO_COLOR="1")
     assert "--show-drafted: no colours here" in chat.greeting
     chat.see("> ")
     chat.say("one")
     assert COLOUR not in chat.see("tokens/s")
+    chat.see("> ")
+    chat.say("/quit")
+    assert chat.end() == 0

@@ -1,10 +1,15 @@
 """``layerskip report``, from a real search to the page."""
 
+import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import optuna
 import pytest
 
+from cli import main
 from studies.storage import open_storage
 from studies.study import ALONE_KEY, VERSIONS_KEY, load_study
 from studies.view import view_study
@@ -12,14 +17,25 @@ from studies.view import view_study
 STORAGE = "sqlite:///layerskip.db"
 
 
+@pytest.fixture(scope="module")
+def searched(model_folder, tmp_path_factory):
+    """A folder with a study, and the study's name."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    options = "--prompts prompts.txt --max-new-tokens 6 --finalists 2 --seed 0 --trials 25 --json"
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as out:
+        patched.delenv("LAYERSKIP_STORAGE", raising=False)
+        patched.chdir(folder)
+        assert main.run(["search", str(model_folder), *options.split()]) == 0
+    return folder, json.loads(out.getvalue())["study"]
+
+
 @pytest.fixture
-def study(layerskip, model_folder, elsewhere):
-    """The name of a study of twelve candidates, one of them measured, and two finalists."""
-    (elsewhere / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
-    options = ["--prompts", "prompts.txt", "--max-new-tokens", 6, "--finalists", 2, "--seed", 0, "--trials", 25]
-    done = layerskip("search", model_folder, *options, "--json")
-    assert done.status == 0
-    return done.object["study"]
+def study(searched, elsewhere):
+    """The name of a study of 25 candidates and two finalists in the default storage."""
+    folder, name = searched
+    shutil.copytree(folder, elsewhere, dirs_exist_ok=True)
+    return name
 
 
 def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):

@@ -222,7 +222,8 @@ def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
     plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate", "--no-branches", "--no-ngrams"]
     name = layerskip("search", *options, "--trials", 1, *plain, "--json").object["study"]
     space = load_study(open_storage(STORAGE), name).user_attrs["layerskip"]["space"]
-    assert (space["bridges"], space["vocabularies"], space["gates"], space["trees"]) == (False, [0], [0.0], [])
+    assert (space["bridges"], space["vocabulary_sizes"], space["tree_sizes"]) == (False, [0], [])
+    assert (space["target_confidence_thresholds"], space["prompt_lookup"]) == ([0.0], False)
     other = layerskip("search", *options, "--trials", 1, "--json").object["study"]
     assert other != name
 
@@ -241,14 +242,14 @@ def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wra
     assert done.status == 0, done.err
     study = load_study(open_storage(STORAGE), done.object["study"])
     space = study.user_attrs["layerskip"]["space"]
-    assert [(one["kind"], one["start"], one["vocabulary"]) for one in space["stand_ins"]] == [
+    assert [(one["kind"], one["start"], one["vocabulary_size"]) for one in space["draft_layers"]] == [
         ("layer", 4, 195),
         ("bridge", 6, 0),
     ]
-    assert 195 in space["vocabularies"]
+    assert 195 in space["vocabulary_sizes"]
     [line] = [line for line in done.err.splitlines() if line.startswith("trial 0: ")]
     assert "trained layer after layer 2 (" in line
-    assert line.endswith("  [trained stand-in 1 of 2]")
+    assert line.endswith("  [trained draft layer 1 of 2]")
     profile = DraftProfile.load("draft_profile.json")
     assert profile.tensors.layers + profile.tensors.bridges == 1
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
@@ -268,7 +269,9 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
 
     status, plain = refusal(profile)
     assert status == 2
-    assert plain.startswith(f"layerskip: {profile}: has no stand-in for the layers above an early exit; train one with")
+    assert plain.startswith(
+        f"layerskip: {profile}: has no draft layer in place of the layers above an early exit; train one with"
+    )
     heads = profile_with(wrapped, DraftWeights(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
     heads.save(tmp_path / "heads.json")
     assert "'layerskip compare' measures them" in refusal(tmp_path / "heads.json")[1]
@@ -286,7 +289,7 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
 
 @pytest.mark.slow
 def test_several_workers_search_with_a_stand_in(layerskip, options, tuned):
-    more = ["--stand-in", tuned, "--workers", 2, "--sampler", "random", "--json"]
+    more = ["--stand-in", tuned, "--workers", 2, "--sampler", "tpe", "--json"]
     done = layerskip("search", *options, "--trials", 16, *more)
     assert done.status == 0
     assert 16 <= done.object["trials"] <= 17
@@ -295,7 +298,7 @@ def test_several_workers_search_with_a_stand_in(layerskip, options, tuned):
 
 @pytest.mark.slow
 def test_several_workers_search_together(layerskip, options):
-    done = layerskip("search", *options, "--trials", 16, "--workers", 2, "--sampler", "random", "--json")
+    done = layerskip("search", *options, "--trials", 16, "--workers", 2, "--sampler", "tpe", "--json")
     assert done.status == 0
     assert 16 <= done.object["trials"] <= 17
     assert "gave up" not in done.err

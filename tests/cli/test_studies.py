@@ -2,6 +2,7 @@
 
 import json
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,14 +27,21 @@ from tests.cli.conftest import COMMAND, ENVIRONMENT
 URL = "sqlite:///layerskip.db"
 
 
-@pytest.fixture
-def searched(wrapped, elsewhere):
-    """A study of two candidates and no measurement in the default storage."""
+@pytest.fixture(scope="module")
+def searched_folder(wrapped, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
     space = SearchSpace(wrapped.num_layers)
     task = SearchTask(identify(wrapped, "makers/tiny"), prompts, settings, space, "s")
-    return Search(EagerEngine(wrapped), task, open_storage(URL)).run()
+    Search(EagerEngine(wrapped), task, open_storage(f"sqlite:///{folder}/layerskip.db")).run()
+    return folder
+
+
+@pytest.fixture
+def searched(searched_folder, elsewhere):
+    """A study of two candidates and no measurement in the default storage."""
+    shutil.copytree(searched_folder, elsewhere, dirs_exist_ok=True)
 
 
 def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
@@ -53,7 +61,7 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
 def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(layerskip, searched):
     study = load_study(open_storage(URL), "s")
     second = study.trials[1]
-    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft_exit", "acceptance", "predicted_speedup")}
+    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft", "acceptance", "predicted_speedup")}
     study.add_trial(
         create_trial(
             value=0.75,

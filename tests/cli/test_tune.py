@@ -104,7 +104,7 @@ def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
         (("--minutes", "0"), "minutes: expected a number above 0, got 0.0"),
         (("--draft-vocabulary", "-1"), "draft vocabulary: expected a number of tokens from 0 on, got -1"),
         (("--exit", "0"), "exit: expected at least 1, got 0"),
-        (("--exit", "4"), "exit: expected 1 to 3, layers of the model to keep below what is stood in for, got 4"),
+        (("--exit", "4"), "exit: expected 1 to 3, layers of the model to keep, got 4"),
     ],
 )
 def test_wrong_usage_is_one_line(layerskip, model_folder, prompts, arguments, message):

@@ -1,4 +1,4 @@
-"""The promise, kept on a trained model: 16 prompts, 64 tokens each, token for token against ``model.generate``.
+"""The promise, kept on a trained model: 8 prompts, 40 tokens each, token for token against ``model.generate``.
 
 A difference is excused only where the target model's two best logits lie within 1e-3; it is counted and printed.
 """
@@ -15,18 +15,11 @@ PROMPTS = [
     "def fibonacci(n):",
     "List three uses of a paperclip.",
     "Explain photosynthesis to a child.",
-    "Summarize: The meeting was moved from Monday to Wednesday because the room was taken.",
     "If a train travels 60 km in 45 minutes, how fast is it?",
-    "Translate to Spanish: good morning, my friend.",
-    "Who wrote Hamlet, and when?",
-    "Give me a recipe for pancakes.",
-    "import json\n\ndef load(path):",
     "1, 1, 2, 3, 5, 8,",
-    "Dear Sir or Madam,",
-    "Why is the sky blue?",
-    "Once upon a time, in a village by the sea,",
     "Compare cats and dogs as pets.",
 ]
+LENGTH = 40
 SKIP_SETS = [
     SkipSet(30, (12, 14, 20), (13, 21)),
     SkipSet(30, (0, 29), ()),
@@ -57,10 +50,10 @@ def test_on_the_default_model_greedy_output_is_that_of_transformers(smollm2, par
         prompt = template(chat, add_generation_prompt=True, return_dict=False)
     model = LayerSkipModel(smollm2.model)
     drafter = LayerSkipDrafter(model, SKIP_SETS[number % 4], DRAFT_EXITS[(number + number // 4) % 4])
-    never = {model.vocab_size}  # an end token that cannot come, so that each text has its 64 tokens
-    ours = generate(model, prompt, drafter=drafter, max_new_tokens=64, eos_token_ids=never)
-    expected = transformers_greedy(smollm2.model, prompt, 64, never)
-    assert len(expected) == 64
+    never = {model.vocab_size}  # an end token that cannot come, so that each text has all its tokens
+    ours = generate(model, prompt, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=never)
+    expected = transformers_greedy(smollm2.model, prompt, LENGTH, never)
+    assert len(expected) == LENGTH
     if near_tie_or_same(smollm2.model, prompt, ours.tokens, expected):
         parted.append(number)
     assert ours.stats.accepted > 0

@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from layerskip.errors import out_of_memory
+from layerskip.errors import first_line, out_of_memory
 
 
 def test_main_memory_that_pytorch_cannot_have_is_recognized():
@@ -33,3 +33,15 @@ def test_pythons_and_the_systems_words_are_recognized(error):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("memory")])
 def test_other_errors_are_not_about_memory(error):
     assert out_of_memory(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n one.\ntwo\n"), "one"),
+        (KeyError(), "KeyError"),
+        (OSError(errno.ENOSPC, "full"), "[Errno 28] full"),
+    ],
+)
+def test_the_first_line_of_an_error_says_something(error, line):
+    assert first_line(error) == line

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, PreTrainedConfig
 
 from layerskip import LayerSkipModel
-from layerskip.fingerprint import fingerprint, identify
+from layerskip.families import FAMILIES
+from layerskip.fingerprint import _COMPUTING_SETTINGS, _SETTINGS_OF_SOME, fingerprint, identify
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, tiny_gemma2, tiny_llama, tiny_model
 
 
@@ -158,3 +160,29 @@ def test_identities_differ_by_named_fields_and_not_by_what_the_model_is_called(l
 @pytest.mark.gpu
 def test_a_fingerprint_is_the_same_on_cuda(llama):
     assert fingerprint_of(tiny_llama().to("cuda")) == fingerprint(llama)
+
+
+# Settings that compute nothing by themselves, or with which a model is refused.
+_COMPUTE_NOTHING = {
+    "_sliding_window_pattern",  # becomes layer_types
+    "attention_dropout",  # evaluation mode drops nothing
+    "bos_token_id",
+    "embd_pdrop",
+    "eos_token_id",
+    "initializer_range",
+    "max_window_layers",  # becomes layer_types
+    "no_rope_layer_interval",  # becomes no_rope_layers
+    "original_max_position_embeddings",  # of rope types that are refused
+    "pad_token_id",
+    "pretraining_tp",
+    "resid_pdrop",
+    "use_bidirectional_attention",  # refused
+    "use_cache",
+    "use_sliding_window",  # becomes sliding_window and layer_types
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_of_a_family_is_fingerprinted_or_computes_nothing(family):
+    own = AutoConfig.for_model(family).to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    assert own - {*_COMPUTING_SETTINGS, *_SETTINGS_OF_SOME} <= _COMPUTE_NOTHING

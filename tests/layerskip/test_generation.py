@@ -199,7 +199,7 @@ def test_a_prompt_that_is_no_row_of_numbers_is_refused(llama, prompt):
 @pytest.mark.parametrize(
     ("no_drafter", "message"),
     [
-        (PromptLookupDrafter, "drafter: expected a drafter, got the class PromptLookupDrafter; make one of it"),
+        (PromptLookupDrafter, "drafter: expected a drafter, got the class PromptLookupDrafter; create an instance"),
         ("profile.json", "drafter: expected a drafter, got str; a profile makes one: profile.drafter(model)"),
         (FixedLength(4), "drafter: expected a drafter, got FixedLength; a profile makes one: profile.drafter(model)"),
     ],

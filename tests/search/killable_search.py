@@ -46,13 +46,13 @@ def stand_still_measuring(event):
 
 def stand_still_looking():
     """Stand still when the third candidate is looked at."""
-    original, looked = SpeedupPredictor.estimate, []
+    original, looked = SpeedupPredictor.predict, []
 
-    def estimate(*arguments, **named):
+    def predict(*arguments, **named):
         looked.append(1)
         return stand_still() if len(looked) == 3 else original(*arguments, **named)
 
-    SpeedupPredictor.estimate = estimate
+    SpeedupPredictor.predict = predict
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search, SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
-from studies.records import records_of
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -72,7 +71,7 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
 
 def known_costs(space=None):
     """A latency model that is the same on every machine."""
-    vocabularies = (0, *(space.vocabularies if space else ()))
+    vocabularies = (0, *(space.vocabulary_sizes if space else ()))
     near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
     return LatencyModel(near, far)
 
@@ -81,7 +80,7 @@ def records(storage, study, *, prompt_set=None, trial=None):
     """What was recorded, of one prompt set or of one trial alone if asked."""
     return [
         record
-        for record in records_of(storage).of(study)
+        for record in storage.records.of(study)
         if prompt_set in (None, record.prompt_set) and trial in (None, record.trial)
     ]
 

@@ -77,7 +77,7 @@ def test_speculation_can_pay_where_some_draft_breaks_even_at_a_rate_that_drafts_
 
 
 def test_typical_drafts_are_parts_of_the_model():
-    space = SearchSpace(30, vocabularies=(0, 8192, 16384))
+    space = SearchSpace(30, vocabulary_sizes=(0, 8192, 16384))
     shapes = typical_drafts(space)
     assert shapes[0].vocabulary == 8192
     assert [(shape.attention, shape.mlp) for shape in shapes] == [(30, 30), (23, 23), (15, 15), (15, 15)]

@@ -17,7 +17,7 @@ from tests.models import LAYERS, VOCABULARY, random_layers, tiny_llama
 from tests.search.searches import costs_behind, known_costs
 from tests.strategies import skip_sets
 
-SPACE = SearchSpace(LAYERS, max_draft_length=3, bridges=True, vocabularies=(0, VOCABULARY // 2))
+SPACE = SearchSpace(LAYERS, max_draft_length=3, bridges=True, vocabulary_sizes=(0, VOCABULARY // 2))
 seconds = st.floats(1e-6, 10)
 passes = st.lists(seconds, min_size=9, max_size=9).map(lambda drawn: dict(enumerate(drawn, start=1)))
 pass_costs = st.builds(PassCosts, passes, passes)

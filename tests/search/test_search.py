@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import optuna
 import pytest
@@ -15,6 +15,7 @@ import search.search as study_module
 import search.space as space_module
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
@@ -29,16 +30,17 @@ from search.callbacks import (
 from search.latency import LatencyModel
 from search.measure import Summary
 from search.measurement_scheduler import next_to_measure
-from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
+from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
 from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import warm_starts
 from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    config_of,
     correction_of,
     measured_trials,
     seen_trials,
@@ -157,7 +159,7 @@ def test_a_measurement_is_a_trial_of_its_own_that_names_the_one_it_measures(fini
         assert looked_at.number < trial.number
         assert looked_at.params == trial.params
         assert trial.user_attrs[SOURCE_KEY] == f"measurement of trial {looked_at.number}"
-        for key in ("policy", "draft_exit", "acceptance", "predicted_speedup", "skip_set"):
+        for key in ("config", "draft", "acceptance", "predicted_speedup", "skip_set"):
             assert trial.user_attrs[key] == looked_at.user_attrs[key]
 
 
@@ -177,9 +179,10 @@ def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
 def test_a_trial_says_what_it_tried_and_what_came_of_it(finished):
     result, storage, _, _, study = finished
     for trial in completed(study):
-        candidate = SPACE.candidate(trial.params)
+        candidate, config = SPACE.config(trial.params), config_of(trial)
         assert trial.user_attrs["skip_set"] == str(candidate.skip_set)
-        assert trial.user_attrs["draft_exit"] == str(policy_of(trial))
+        assert trial.user_attrs["draft"] == config.details
+        assert SPACE.parameters(config) == trial.params
         assert 0 <= trial.user_attrs["acceptance"] <= 1
     for trial in measured_trials(study):
         summary = summary_of(trial)
@@ -194,7 +197,7 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
     trials = finished[4].trials
     first = trials[0]
     assert first.user_attrs[SOURCE_KEY] == "nothing skipped"
-    assert SPACE.candidate(first.params).skip_set == SkipSet(LAYERS)
+    assert SPACE.config(first.params).skip_set == SkipSet(LAYERS)
     assert first.user_attrs["acceptance"] == 1
     sources = [trial.user_attrs.get(SOURCE_KEY) for trial in seen_trials(finished[4])]
     assert None not in sources[:STARTS]
@@ -246,9 +249,10 @@ def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
     assert (measured.prompts, measured.prompt_set, measured.max_new_tokens) == (2, "held-out", 6)
     assert (measured.near_ties, measured.dtype) == (0, "float32")
     trial = study.trials[profile.provenance.trial]
-    assert SPACE.candidate(trial.params) == Candidate(profile.skip_set)
-    policy = policy_of(trial)
-    assert (policy.draft_exit, policy.gate) == (profile.draft_exit, profile.gate)
+    assert SPACE.config(trial.params) == DraftConfig(profile.skip_set)
+    config = config_of(trial)
+    assert config.skip_set == profile.skip_set
+    assert (config.stopping, config.target_confidence_threshold) == (profile.draft_exit, profile.gate)
 
 
 def test_the_profile_is_that_of_the_fastest_finalist(finished):
@@ -388,14 +392,14 @@ def test_a_candidate_that_was_looked_at_is_answered_from_the_record(llama, stora
     again = completed(load_study(storage, name))[-1]
     assert again.params == first.params
     assert (again.value, again.user_attrs["answered_from"]) == (first.value, first.number)
-    assert policy_of(again) == policy_of(first)
+    assert config_of(again) == config_of(first)
     assert best_trials(load_study(storage, name), 9)[0].number != again.number
 
 
 def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
     study = new_study(storage, model=llama)
     with_no_starts(study)
-    everything = dict.fromkeys(SPACE.bit_names(), 1)
+    everything = dict.fromkeys(SPACE.bit_names, 1)
     study.enqueue_trial(everything)
     result = small_search(llama, storage, trials=2).run()
     study = load_study(storage, result.study)
@@ -405,21 +409,21 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
 
 
 def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
-    monkeypatch.setattr(SearchSpace, "policies", lambda self: [Policy(FixedLength(8))])
+    monkeypatch.setattr(SearchSpace, "policies", lambda self, config: [replace(config, stopping=FixedLength(8))])
     prompts = random_prompts(search=12, held_out=1)
     settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
     for number, skip_set in enumerate([SkipSet(LAYERS), nearly_nothing]):
-        parameters = SPACE.parameters(Candidate(skip_set))
+        parameters = SPACE.parameters(DraftConfig(skip_set))
         study.enqueue_trial(parameters)
         study.enqueue_trial(parameters, user_attrs={MEASURES_KEY: 2 * number}, skip_if_exists=False)
     small_search(llama, storage, trials=3, **settings).run()
     study = load_study(storage, "s")
     best, hopeless = measured_trials(study)
     assert (best.number, hopeless.number) == (1, 3)
-    assert SPACE.candidate(hopeless.params).skip_set == nearly_nothing
+    assert SPACE.config(hopeless.params).skip_set == nearly_nothing
     assert "stopped_early" not in best.user_attrs
     assert hopeless.user_attrs["stopped_early"]
     recorded = records(storage, "s", prompt_set="search", trial=hopeless.number)
@@ -608,7 +612,7 @@ def interrupting(monkeypatch, method, count):
 
 def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama, storage, monkeypatch):
     with monkeypatch.context() as patched:
-        interrupting(patched, (SpeedupPredictor, "estimate"), 2)
+        interrupting(patched, (SpeedupPredictor, "predict"), 2)
         result = small_search(llama, storage, trials=5).run()
     assert (result.interrupted, result.trials, result.profile) == (True, 1, None)
     trials = load_study(storage, result.study).trials
@@ -623,7 +627,7 @@ def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama
 
 def test_what_the_sampler_proposed_and_ctrl_c_broke_off_is_tried_again_and_called_so(llama, storage, monkeypatch):
     with monkeypatch.context() as patched:
-        interrupting(patched, (SpeedupPredictor, "estimate"), STARTS + 2)
+        interrupting(patched, (SpeedupPredictor, "predict"), STARTS + 2)
         name = small_search(llama, storage, trials=STARTS + 3).run().study
     broken = load_study(storage, name).trials[-2]
     assert broken.state == TrialState.FAIL
@@ -736,7 +740,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(setting, value):
 
 
 def test_an_unknown_sampler_is_refused_and_the_known_ones_named():
-    with pytest.raises(InvalidInputError, match=r"^sampler.* expected .*tpe.*greybox"):
+    with pytest.raises(InvalidInputError, match=r"^sampler.* expected tpe, greybox"):
         SearchSettings(sampler="dice")
 
 
@@ -757,8 +761,8 @@ def test_a_study_belongs_to_an_engine(storage):
 @pytest.fixture
 def rich(llama, storage, monkeypatch):
     """Searches with everything a draft can have, in the sizes of a tiny model."""
-    monkeypatch.setattr(space_module, "_VOCABULARIES", (VOCABULARY // 2, 10**6))
-    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(space_module, "_VOCABULARY_SIZES", (VOCABULARY // 2, 10**6))
+    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
     return lambda **named: small_search(llama, storage, space=SearchSpace.of(llama), **named)
 
 
@@ -771,18 +775,18 @@ def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them
     expected = transformers_greedy(llama.hf_model, [1, 2, 3], 12)
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, expected)
     trial = load_study(storage, result.study).trials[result.profile.provenance.trial]
-    assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary"]
+    assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary_size"]
 
 
 def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
     name = rich(trials=2).run().study
     whole, skipping = completed(load_study(storage, name))
     for trial in (whole, skipping):
-        assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
+        assert (trial.params["bridges"], trial.params["vocabulary_size"]) == (True, VOCABULARY // 2)
     assert whole.user_attrs["skip_set"] == "nothing skipped"
-    assert "bridged" not in whole.user_attrs["draft_exit"]
-    assert whole.user_attrs["draft_exit"].endswith(f" · vocabulary {VOCABULARY // 2}")
-    assert skipping.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
+    assert "bridges" not in whole.user_attrs["draft"]
+    assert whole.user_attrs["draft"].endswith(f" · vocabulary {VOCABULARY // 2}")
+    assert skipping.user_attrs["draft"].endswith(f" · bridges · vocabulary {VOCABULARY // 2}")
 
 
 def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):

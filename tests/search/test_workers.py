@@ -45,7 +45,7 @@ def search_with(database, tmp_path):
         def workers_on(task):
             return Workers(loads, task, database, lambda number, message: failures.append((number, message)))
 
-        space = SearchSpace(LAYERS, stand_ins=tuple(layer.name for layer in draft_layers))
+        space = SearchSpace(LAYERS, draft_layers=tuple(layer.ref for layer in draft_layers))
         own = {"space": space, "draft_layers": draft_layers, "folder": tmp_path, "helpers": workers_on}
         return small_search(engine.model, open_storage(database), **own, **settings), failures
 
@@ -106,7 +106,7 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     assert 16 <= result.trials <= 17
     study = the_study(database)
     assert len(log.of(TrialFinished)) < len(begun(database))
-    assert {trial.params["stand_in"] for trial in seen_trials(study)} == {0, 1}
+    assert {trial.params["draft_layer"] for trial in seen_trials(study)} == {0, 1}
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):

@@ -10,8 +10,9 @@ from optuna.trial import TrialState, create_trial
 
 from layerskip import SkipSet
 from layerskip.costs import best_speedup
+from layerskip.drafting.config import DraftConfig
 from studies.ranking import best_trials
-from studies.records import MeasurementRecord, add_measurement
+from studies.records import MeasurementRecord
 from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
@@ -29,7 +30,7 @@ SOURCES = (
 
 
 def context_of(layers, model="makers/tiny"):
-    space = {"num_layers": layers, "max_draft_length": 8, "bridges": True, "vocabularies": list(VOCABULARIES)}
+    space = {"num_layers": layers, "max_draft_length": 8, "bridges": True, "vocabulary_sizes": list(VOCABULARIES)}
     return StudyContext(model, "0123456789abcdef", "float32", "a processor, 2 threads", "p", 48, 6, space)
 
 
@@ -55,13 +56,12 @@ class StudyInTheMaking:
         storage: Where it lives.
         name: Its name.
         layers: Of the model.
-        pareto: Whether acceptance is an objective too.
         seed: Of everything that is drawn.
     """
 
-    def __init__(self, storage, name="s", *, layers=6, pareto=False, seed=0, model="makers/tiny"):
-        self.storage, self.name, self.layers, self.pareto = storage, name, layers, pareto
-        self.study = open_study(storage, name, context_of(layers, model), objectives=2 if pareto else 1)
+    def __init__(self, storage, name="s", *, layers=6, seed=0, model="makers/tiny"):
+        self.storage, self.name, self.layers = storage, name, layers
+        self.study = open_study(storage, name, context_of(layers, model))
         self.random = random.Random(seed)
         self.damage = log_rejection(layers, seed)
         self.trials = []  # reading them from the storage again and again takes long
@@ -113,26 +113,31 @@ class StudyInTheMaking:
         mask = [*(self.random.random() < share for _ in self.damage[1:]), False]
         kinds = [f"skip_{kind}_{layer:02}" for layer in range(self.layers) for kind in ("attn", "mlp")]
         chosen = dict(zip(kinds, map(int, mask), strict=True))
-        return chosen | {"bridged": self.random.random() < 0.5, "vocabulary": self.random.choice(VOCABULARIES)}
+        return chosen | {"bridges": self.random.random() < 0.5, "vocabulary_size": self.random.choice(VOCABULARIES)}
 
     def _foretold(self, parameters):
         mask = [value for name, value in parameters.items() if name.startswith("skip")]
         rate = math.exp(-sum(d for d, skip in zip(self.damage, mask, strict=True) if skip)) * 0.98
-        cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary"])
+        cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary_size"])
         speedup = best_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
-        skip_set = str(SkipSet.from_mask(mask))
-        draft = f"4 tokens · vocabulary {parameters['vocabulary']}"
-        return {"skip_set": skip_set, "draft_exit": draft, "acceptance": rate, "draft_cost": cost} | {
-            "predicted_speedup": speedup
+        size = parameters["vocabulary_size"]
+        config = DraftConfig(SkipSet.from_mask(mask), parameters["bridges"], vocabulary_size=size)
+        return {
+            "config": config.to_json(),
+            "skip_set": str(config.skip_set),
+            "draft": config.details,
+            "acceptance": rate,
+            "draft_cost": cost,
+            "predicted_speedup": speedup,
         }
 
     def _add(self, number, parameters, told, value=None):
         speedup = told["predicted_speedup"] if value is None else value
-        choices = {"bridged": (False, True), "vocabulary": VOCABULARIES}
+        choices = {"bridges": (False, True), "vocabulary_size": VOCABULARIES}
         began = BEGAN + timedelta(seconds=number)
         trial = create_trial(
             state=TrialState.COMPLETE,
-            values=[speedup, told["acceptance"]] if self.pareto else [speedup],
+            value=speedup,
             params=parameters,
             distributions={name: CategoricalDistribution(choices.get(name, (0, 1))) for name in parameters},
             user_attrs=told,
@@ -147,8 +152,7 @@ class StudyInTheMaking:
             plain = 2 + self.random.random()
             draft = plain / (speedup * self.random.uniform(0.85, 1.15))
             told = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
-            add_measurement(
-                self.storage,
+            self.storage.records.add(
                 MeasurementRecord(
                     study=self.name,
                     trial=trial,
@@ -157,7 +161,7 @@ class StudyInTheMaking:
                     plain_seconds=plain,
                     draft_seconds=draft,
                     **told,
-                ),
+                )
             )
 
 

@@ -151,10 +151,10 @@ def test_a_note_holds_no_html(storage):
     assert "<" not in optuna_dashboard.get_note(making.study)
 
 
-def test_objectives_have_their_names(storage, serve_storage):
-    StudyInTheMaking(storage, pareto=True)
+def test_the_objective_has_its_name(storage, serve_storage):
+    StudyInTheMaking(storage)
     _, told = detail(serve_storage())
-    assert told["objective_names"] == ["speedup", "acceptance rate"]
+    assert told["objective_names"] == ["speedup"]
 
 
 def test_studies_of_others_are_served_as_they_are(storage, served):

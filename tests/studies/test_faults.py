@@ -9,12 +9,11 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from layerskip.errors import InvalidInputError
-from studies.optimizing import optimize
 from studies.ranking import completed_trials
-from studies.records import add_measurement, measurements_of
 from studies.storage import open_existing_storage, open_storage
 from studies.storage_errors import StorageError
 from studies.study import StudyContext, describe_study, list_studies, open_study
+from studies.trial_loop import run_trials
 from tests.studies.worker import measurement
 from tests.unprivileged import closed
 
@@ -47,19 +46,19 @@ def test_a_full_disk_is_an_error_in_one_line_and_what_was_finished_stays(databas
         if trial.number == 3:
             fill_disk(storage)
         for prompt in range(3):
-            add_measurement(storage, measurement("s", trial.number, float(prompt)))
+            storage.records.add(measurement("s", trial.number, float(prompt)))
             trial.set_user_attr(f"notes {prompt}", "x" * 20_000)
         return x
 
     with pytest.raises(StorageError) as caught:
-        optimize(study, objective)
+        list(run_trials(study, objective, storage.heartbeats))
     assert str(caught.value) == f"storage '{database}': database or disk is full"
 
     # With room again, the study goes on.
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
     assert [trial.number for trial in completed_trials(study)] == [0, 1, 2]
-    assert {0, 1, 2} <= {record.trial for record in measurements_of(storage, "s")}
+    assert {0, 1, 2} <= {record.trial for record in storage.records.of("s")}
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert len(completed_trials(study)) == 4
 
@@ -72,12 +71,12 @@ def test_a_measurement_that_does_not_fit_on_the_disk_is_an_error_in_one_line(dat
     def fill():
         nonlocal kept
         while True:
-            add_measurement(storage, measurement("s" * 500, kept, 1.0))
+            storage.records.add(measurement("s" * 500, kept, 1.0))
             kept += 1
 
     with pytest.raises(StorageError, match=r"^storage 'sqlite:///.*': database or disk is full$"):
         fill()
-    assert len(measurements_of(open_storage(database), "s" * 500)) == kept
+    assert len(open_storage(database).records.of("s" * 500)) == kept
 
 
 @pytest.mark.parametrize("opener", [open_storage, open_existing_storage])
@@ -134,7 +133,7 @@ def test_trials_from_the_future_are_listed_and_gone_on_from(database):
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
-    add_measurement(storage, measurement("s", 0, 1.0))
+    storage.records.add(measurement("s", 0, 1.0))
     future = datetime.now() + timedelta(days=3650)
     execute(storage, "UPDATE trials SET datetime_start = :then, datetime_complete = :then", then=future)
     execute(storage, "UPDATE layerskip_measurements SET measured_at = :then", then=future)
@@ -149,19 +148,14 @@ def test_trials_from_the_future_are_listed_and_gone_on_from(database):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_clock_that_jumps_costs_no_living_trial(database, hours):
     storage = open_storage(database, heartbeat_seconds=1)
     study = open_study(storage, "s", CONTEXT)
     living = study.ask()
-    storage.record_heartbeat(living._trial_id)
+    storage.heartbeats.record("s", living.number)
     # The clock jumps the one way, which is the heartbeat's jumping the other.
-    execute(storage, "UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, :jump)", jump=f"{-hours} hours")
-    assert (living._trial_id in storage.silent_trial_ids(study._study_id)) == (hours > 0)
-    living_on = optuna.storages._heartbeat.HeartbeatThread(living._trial_id, storage)
-    living_on.start()
-    try:
-        optimize(study, lambda trial: 1.0, callbacks=[lambda study, _: study.stop()])
-    finally:
-        living_on.join()
+    execute(storage, 'UPDATE layerskip_heartbeats SET "at" = datetime("at", :jump)', jump=f"{-hours} hours")
+    assert storage.heartbeats.silent_trials(study) == ({living.number} if hours > 0 else set())
+    with storage.heartbeats.beating("s", living.number):
+        next(run_trials(study, lambda trial: 1.0, storage.heartbeats))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.COMPLETE]

@@ -35,8 +35,8 @@ def test_the_skip_map_has_the_masks_of_the_best_candidates_in_their_order(search
     for number, one in enumerate(searched.ranked[:5]):
         name, attention, mlp = cells[3 * number : 3 * number + 3]
         assert set(name) == {None}
-        assert tuple(attention) == one.skip_set.attention_mask  # 1 where it is left out
-        assert tuple(cell / 2 for cell in mlp) == one.skip_set.mlp_mask
+        assert tuple(attention) == one.config.skip_set.attention_mask  # 1 where it is left out
+        assert tuple(cell / 2 for cell in mlp) == one.config.skip_set.mlp_mask
     labels = [annotation.text for annotation in drawn["skip-map"].figure.layout.annotations]
     assert [label.split(" · ")[:2] for label in labels] == [
         [f"trial {one.number}", f"{one.figure.value:.3f}× {one.standing}"] for one in searched.ranked[:5]
@@ -101,14 +101,6 @@ def test_each_sublayer_has_what_was_looked_at_alone(searched, drawn):
     by_kind = [dict(points(drawn["sublayers"], f"{kind} looked at alone")) for kind in ("attention", "MLP")]
     assert {2 * layer + kind: rate for kind in (0, 1) for layer, rate in by_kind[kind].items()} == searched.alone
     assert len(searched.alone) == 12
-
-
-def test_the_pareto_front_is_drawn_where_there_are_two_objectives(storage, drawn):
-    assert traces(drawn["acceptance"], "Pareto front") == []
-    StudyInTheMaking(storage, "two", pareto=True).looked_at(8)
-    two = view_study(storage, "two")
-    picture = next(picture for picture in pictures(two, 5) if picture.id == "acceptance")
-    assert points(picture, "Pareto front") == [(one.acceptance, one.speedup.value) for one in two.front]
 
 
 def test_a_figure_says_as_a_table_what_it_shows(searched, drawn):

@@ -10,11 +10,9 @@ import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-from studies.optimizing import optimize
-from studies.records import add_measurement, measurements_of
-from studies.retry import PATIENCE_SECONDS, retry_timeout
 from studies.storage import open_storage
 from studies.storage_errors import StorageError
+from studies.trial_loop import run_trials
 from tests.studies.worker import fleet, measurement
 
 pytestmark = pytest.mark.timeout(120)
@@ -38,7 +36,7 @@ def trials_of(url):
 
 
 def measured_trials(url):
-    return sorted(record.trial for record in measurements_of(open_storage(url), "s"))
+    return sorted(record.trial for record in open_storage(url).records.of("s"))
 
 
 def assert_all_finished_once(url, workers, count):
@@ -76,15 +74,14 @@ def test_a_killed_workers_trial_is_tried_again_exactly_once_by_the_others(shared
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_tried_again(shared):
     storage = open_storage(shared, heartbeat_seconds=1)
     study = optuna.create_study(study_name="s", storage=storage)
     study.enqueue_trial({"x": 0.25})
-    study.ask()  # and nothing more, as if killed right here; optimize would have begun heartbeats
-    assert storage.silent_trial_ids(study._study_id) == []  # counts from now on
+    study.ask()  # and nothing more, as if killed right here
+    assert storage.heartbeats.silent_trials(study) == set()  # counts from now on
     time.sleep(4.5)
-    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    next(run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), storage.heartbeats))
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert study.trials[1].params == {"x": 0.25}
 
@@ -120,33 +117,30 @@ def assert_nothing_lost(url, workers, count):
     assert not {trial.number for trial in left} & set(workers.numbers("began"))
 
 
-@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_server_that_stays_away_is_an_error_in_one_line_and_then_the_storage_can_be_used_again(
     postgresql, postgresql_url
 ):
-    storage = open_storage(postgresql_url)
+    storage = open_storage(postgresql_url, retry_seconds=0.5)
     study = optuna.create_study(study_name="s", storage=storage)
     postgresql.stop()
     try:
-        with retry_timeout(0.5):
-            for operation in (study.ask, lambda: add_measurement(storage, measurement("s", 0, 1.0))):
-                with pytest.raises(StorageError) as caught:
-                    operation()
-                assert str(caught.value).startswith("storage 'postgresql+psycopg://me:***@127.0.0.1:")
-                assert "\n" not in str(caught.value)
+        for operation in (study.ask, lambda: storage.records.add(measurement("s", 0, 1.0))):
+            with pytest.raises(StorageError) as caught:
+                operation()
+            assert str(caught.value).startswith("storage 'postgresql+psycopg://me:***@127.0.0.1:")
+            assert "\n" not in str(caught.value)
     finally:
         postgresql.start()
-    add_measurement(storage, measurement("s", study.ask().number, 1.0))
-    assert (len(study.trials), len(measurements_of(storage, "s"))) == (1, 1)
+    storage.records.add(measurement("s", study.ask().number, 1.0))
+    assert (len(study.trials), len(storage.records.of("s"))) == (1, 1)
 
 
-@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_heartbeat_does_not_wait_for_a_server_that_is_away(postgresql, postgresql_url):
     storage = open_storage(postgresql_url)
     trial = optuna.create_study(study_name="s", storage=storage).ask()
     postgresql.stop()
     try:
-        beat = threading.Thread(target=storage.record_heartbeat, args=(trial._trial_id,), daemon=True)
+        beat = threading.Thread(target=storage.heartbeats.record, args=("s", trial.number), daemon=True)
         beat.start()
         beat.join(timeout=60)
         assert not beat.is_alive()  # nor did it raise, which pytest would tell
@@ -156,8 +150,9 @@ def test_a_heartbeat_does_not_wait_for_a_server_that_is_away(postgresql, postgre
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url):
-    """Well within the patience of two minutes that each operation would have, or this test times out."""
-    study = optuna.create_study(study_name="s", storage=open_storage(postgresql_url, heartbeat_seconds=1))
+    """Well within the two minutes that each operation would be retried for, or this test times out."""
+    storage = open_storage(postgresql_url, heartbeat_seconds=1)
+    study = optuna.create_study(study_name="s", storage=storage)
 
     def objective(trial):
         postgresql.stop()
@@ -165,8 +160,8 @@ def test_ctrl_c_ends_the_waiting_for_a_server_at_once(postgresql, postgresql_url
         trial.set_user_attr("key", "value")
 
     try:
-        with retry_timeout(PATIENCE_SECONDS), pytest.raises(KeyboardInterrupt):
-            optimize(study, objective)
+        with pytest.raises(KeyboardInterrupt):
+            next(run_trials(study, objective, storage.heartbeats))
     finally:
         postgresql.start()
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]  # until it is taken for dead

@@ -4,12 +4,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from studies.records import add_measurement, measurements_of
 from studies.storage import open_storage
+from studies.trial_loop import run_trials
 from tests.studies.cutting import wire
 from tests.studies.worker import measurement
-
-pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
 
 @pytest.fixture
@@ -57,11 +55,11 @@ def test_a_trial_that_another_worker_finished_is_not_said_to_be_ones_own(cut, st
 
 def test_a_measurement_is_kept_once(cut, storage, study):
     cut.arm()
-    add_measurement(storage, measurement("s", 0, 0.123))
+    storage.records.add(measurement("s", 0, 0.123))
     assert cut.cuts == 1
-    assert len(measurements_of(storage, "s")) == 1
-    add_measurement(storage, measurement("s", 0, 0.123))  # not again, but another one
-    assert len(measurements_of(storage, "s")) == 2
+    assert len(storage.records.of("s")) == 1
+    storage.records.add(measurement("s", 0, 0.123))  # not again, but another one
+    assert len(storage.records.of("s")) == 2
 
 
 def test_what_a_trial_chose_and_noted_is_kept(cut, study):
@@ -78,18 +76,17 @@ def test_what_a_trial_chose_and_noted_is_kept(cut, study):
 
 
 @pytest.mark.slow
-def test_a_queued_trial_whose_claim_was_lost_is_queued_again(cut, study):
+def test_a_queued_trial_whose_claim_was_lost_is_queued_again(cut, storage, study):
     """Nobody knows that it is theirs; it never says that it lives, so it is taken for dead and tried again."""
     study.enqueue_trial({"x": 0.25})
     cut.arm(b"UPDATE trials SET state")
 
     def objective(trial):
-        x = trial.suggest_float("x", 0, 1)
-        if x == 0.25:
-            study.stop()
-        return x
+        return trial.suggest_float("x", 0, 1)
 
-    study.optimize(objective, timeout=60)
+    for trial in run_trials(study, objective, storage.heartbeats, timeout=60):
+        if trial.params == {"x": 0.25}:
+            break
     assert cut.cuts == 1
     assert study.trials[0].state == TrialState.FAIL
     assert [trial.state for trial in study.trials if trial.params == {"x": 0.25}] == [TrialState.COMPLETE]

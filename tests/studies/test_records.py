@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import inspect
 
-from studies.records import MeasurementRecord, add_measurement, create_tables, measurements_of
+from studies.records import MeasurementRecord, Table
 from studies.storage import open_storage
 
 WHOLE = st.integers(0, 2**31 - 1)
@@ -38,10 +38,10 @@ def test_what_is_recorded_is_read_back_by_study_in_order(tmp_path_factory, rows)
     url = f"sqlite:///{tmp_path_factory.mktemp('records')}/studies.db"
     storage = open_storage(url)
     for row in rows:
-        add_measurement(storage, MeasurementRecord(**row))
+        storage.records.add(MeasurementRecord(**row))
     storage = open_storage(url)  # as another process would
     for study in ("a", "b", "ä·b", "none"):
-        read = [values_of(record) for record in measurements_of(storage, study)]
+        read = [values_of(record) for record in storage.records.of(study)]
         expected = [row for row in rows if row["study"] == study]
         assert [{name: record[name] for name in row} for record, row in zip(read, expected, strict=True)] == expected
 
@@ -51,13 +51,13 @@ def test_a_record_says_when_it_was_made(storage):
     row = dict.fromkeys(["plain_seconds", "draft_seconds"], 1.0) | dict.fromkeys(
         ["trial", "tokens", "draft_tokens", "drafted", "accepted"], 1
     )
-    add_measurement(storage, MeasurementRecord(**row, study="s", prompt="p", prompt_set="search", near_tie=False))
-    [record] = measurements_of(storage, "s")
+    storage.records.add(MeasurementRecord(**row, study="s", prompt="p", prompt_set="search", near_tie=False))
+    [record] = storage.records.of("s")
     # SQLite keeps no time zone; what is kept is UTC.
     assert earliest <= record.measured_at.replace(tzinfo=None) <= datetime.now(UTC).replace(tzinfo=None)
 
 
 def test_the_table_lies_beside_optunas_own_and_making_it_twice_is_harmless(storage):
-    create_tables(storage.engine)
+    Table.metadata.create_all(storage.engine)
     tables = set(inspect(storage.engine).get_table_names())
     assert {"layerskip_measurements", "trials", "studies"} <= tables

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from optuna.trial import create_trial
 
+from layerskip import DraftConfig, SkipSet
 from studies.figures import pictures
 from studies.report import render_report, verdict
 from studies.view import view_study
@@ -13,6 +14,7 @@ from tests.studies.drawn_studies import StudyInTheMaking
 
 HOSTILE = "<script>alert('study')</script>"
 HOSTILE_MODEL = "</script><img src=x onerror=alert('model')>"
+CONFIG = DraftConfig(SkipSet(6)).to_json()
 # Of each drawing, how many traces it shows.
 COUNT_TRACES = "[...document.querySelectorAll('.drawing')].map(d => d.querySelectorAll('g.trace, g.hm').length)"
 WIDTHS = "[...document.querySelectorAll('.drawing .main-svg')].map(svg => svg.getBoundingClientRect().width)"
@@ -75,13 +77,6 @@ def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
     assert visited.complaints == []
 
 
-def test_a_study_of_two_objectives_can_be_reported(storage, reported, visit):
-    StudyInTheMaking(storage, pareto=True).with_costs().looked_at(6).measured(1).finalists(1)
-    visited = visit(reported("s")[0])
-    assert visited.page.locator("#acceptance .legend", has_text="Pareto front").count() == 1
-    assert visited.complaints == []
-
-
 @pytest.mark.parametrize("layers", [30, 80])
 def test_a_report_of_a_deep_model_fits_a_phone(storage, reported, visit, layers):
     making = StudyInTheMaking(storage, layers=layers).with_costs().with_sublayers_looked_at()
@@ -125,7 +120,7 @@ def test_names_that_look_like_html_stay_text(storage, reported, visit):
 
 def test_sources_that_look_like_html_stay_text(storage, reported, visit):
     making = StudyInTheMaking(storage).looked_at(1)
-    told = {"source": HOSTILE_MODEL, "basis": "predicted"}
+    told = {"source": HOSTILE_MODEL, "basis": "predicted", "config": CONFIG}
     making.study.add_trial(create_trial(value=1.0, user_attrs=told))
     visited = visit(reported("s")[0])
     assert HOSTILE_MODEL in visited.page.locator("#history .legend").text_content()
@@ -183,7 +178,7 @@ def test_a_report_says_what_its_speedup_rests_on(storage, reported):
 
 def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(storage):
     making = StudyInTheMaking(storage).looked_at(3).measured(1, off=0.5)
-    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted"}))
+    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted", "config": CONFIG}))
     assert verdict(view_study(storage, "s")) == (
         "Best speedup: 1.90×, predicted; what was measured was slower, and 0.50 times what was predicted of it. "
         "No candidate beat plain decoding."

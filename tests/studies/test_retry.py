@@ -1,42 +1,48 @@
 """How long a server is waited for, by a clock that only the operations move."""
 
-import optuna
 import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import OperationalError
 from tenacity import wait_none
 
-from studies.optimizing import optimize
-from studies.retry import PATIENCE_SECONDS, retry_on_disconnect, retry_timeout
+from studies.retry import RETRY_SECONDS, RetryOnDisconnect
+from studies.storage_errors import StorageError
+from tests.postgres import PASSWORD
+
+URL = make_url(f"postgresql+psycopg://me:{PASSWORD}@host/db")
 
 
-class AwayError(Exception):
-    """A server is away."""
+class DriverError(Exception):
+    """What a driver raises where no server answers: without a code."""
+
+    sqlstate = None
 
 
-def is_disconnect(error):
-    return isinstance(error, AwayError)
+def away():
+    return OperationalError("SELECT 1", None, DriverError("no answer"))
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     """A clock, as a list of one number."""
-    clock = [0.0]
+    clock = [100.0]
     monkeypatch.setattr("studies.retry.monotonic", lambda: clock[0])
     monkeypatch.setattr("studies.retry._BACKOFF", wait_none())
     return clock
 
 
 @pytest.fixture
-def spent(clock):
-    """Tries an operation on a server that stays away, and says how long it was waited for."""
+def seconds_spent(clock):
+    """Tries an operation on a server that stays away, and returns how long it was retried."""
 
     def fail(_):
         clock[0] += 1
-        raise AwayError
+        raise away()
 
-    def spend():
+    def spend(retry):
         began = clock[0]
-        with pytest.raises(AwayError):
-            retry_on_disconnect(fail, is_disconnect)
+        with pytest.raises(StorageError, match=r"^storage 'postgresql\+psycopg://me:\*\*\*@host/db': no answer$"):
+            retry(fail)
         return clock[0] - began
 
     return spend
@@ -46,52 +52,53 @@ def press_ctrl_c(_):
     raise KeyboardInterrupt
 
 
-def test_each_operation_has_the_patience_of_the_block_that_it_is_in(spent):
-    assert spent() == PATIENCE_SECONDS
-    with retry_timeout(10):
-        assert [spent(), spent()] == [10, 10]
-        with retry_timeout(3):
-            assert spent() == 3
-    assert spent() == PATIENCE_SECONDS
+@pytest.mark.parametrize("seconds", [3, 10, RETRY_SECONDS])
+def test_each_operation_is_retried_for_as_long_as_was_asked_for(seconds_spent, seconds):
+    retry = RetryOnDisconnect(URL, seconds)
+    assert [seconds_spent(retry), seconds_spent(retry)] == [seconds, seconds]
 
 
-def test_patience_is_spent_once_however_deep_the_waiting_is(clock, spent):
+def test_an_operation_is_told_whether_it_may_have_been_done_before():
+    told = []
+
     def operation(repeated):
-        if repeated:
-            assert spent() == 6
-        clock[0] += 4
-        raise AwayError
+        told.append(repeated)
+        if len(told) < 3:
+            raise away()
+        return "done"
 
-    with retry_timeout(10), pytest.raises(AwayError):
-        retry_on_disconnect(operation, is_disconnect)
-    assert clock[0] == 14  # the second time, the operation itself takes another four
-
-
-def test_ctrl_c_shortens_patience_to_the_end_of_the_block(spent):
-    with retry_timeout(10):
-        with pytest.raises(KeyboardInterrupt):
-            retry_on_disconnect(press_ctrl_c)
-        assert spent() == 1
-    assert spent() == PATIENCE_SECONDS
+    assert RetryOnDisconnect(URL, 10)(operation) == "done"
+    assert told == [False, True, True]
 
 
-def test_ctrl_c_outside_of_a_block_shortens_no_patience(spent):
+def test_what_a_server_refuses_is_not_retried(clock):
+    def refused(_):
+        clock[0] += 1
+        refusal = DriverError("permission denied")
+        refusal.sqlstate = "42501"
+        raise OperationalError("SELECT 1", None, refusal)
+
+    with pytest.raises(StorageError, match=r": permission denied$"):
+        RetryOnDisconnect(URL, 10)(refused)
+    assert clock == [101.0]
+
+
+def test_after_ctrl_c_operations_wait_a_second_at_most_and_later_as_long_as_before(clock, seconds_spent):
+    retry = RetryOnDisconnect(URL, RETRY_SECONDS)
     with pytest.raises(KeyboardInterrupt):
-        retry_on_disconnect(press_ctrl_c)
-    assert spent() == PATIENCE_SECONDS
+        retry(press_ctrl_c)
+    assert [seconds_spent(retry), seconds_spent(retry)] == [1, 1]
+    clock[0] += 10
+    assert seconds_spent(retry) == RETRY_SECONDS
 
 
-def test_ctrl_c_in_one_search_leaves_the_patience_of_the_next_alone(spent):
-    with pytest.raises(KeyboardInterrupt):
-        optimize(optuna.create_study(), lambda trial: retry_on_disconnect(press_ctrl_c))
-    assert spent() == PATIENCE_SECONDS
-
-
-def test_what_is_waited_for_is_told_once(clock, caplog):
+def test_what_is_waited_for_is_logged_once_without_its_password(clock, caplog):
     def operation(_):
         clock[0] += 1
-        if clock[0] < 5:
-            raise AwayError
+        if clock[0] < 105:
+            raise away()
 
-    retry_on_disconnect(operation, is_disconnect, awaited="host")
-    assert caplog.messages == ["storage 'host' does not answer; waiting for at most 119 s"]
+    RetryOnDisconnect(URL, RETRY_SECONDS)(operation)
+    assert caplog.messages == [
+        "storage 'postgresql+psycopg://me:***@host/db' does not answer; retrying for up to 119 s"
+    ]

@@ -9,11 +9,9 @@ import pytest
 import sqlalchemy
 
 from layerskip import LayerSkipError
-from studies.optimizing import optimize
-from studies.records import add_measurement
-from studies.retry import retry_timeout
 from studies.storage import open_storage
 from studies.study import describe_study, list_studies
+from studies.trial_loop import run_trials
 from tests.postgres import PASSWORD
 from tests.studies.worker import measurement
 
@@ -75,7 +73,7 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(url, dri
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_server_lost_in_the_middle_is_named_without_its_password(postgresql, address, driver, every_log):
     pytest.importorskip(driver)
-    storage = open_storage(f"postgresql+{driver}://me:{PASSWORD}@{address}")
+    storage = open_storage(f"postgresql+{driver}://me:{PASSWORD}@{address}", retry_seconds=0.5)
     study = optuna.create_study(study_name="s", storage=storage)
 
     def objective(trial):
@@ -83,8 +81,8 @@ def test_a_server_lost_in_the_middle_is_named_without_its_password(postgresql, a
         trial.set_user_attr("key", "value")
 
     try:
-        with retry_timeout(0.5), pytest.raises(LayerSkipError) as caught:
-            optimize(study, objective)
+        with pytest.raises(LayerSkipError) as caught:
+            next(run_trials(study, objective, storage.heartbeats))
     finally:
         postgresql.start()
     assert "***" in str(caught.value)
@@ -95,7 +93,7 @@ def test_a_study_keeps_no_password(postgresql_url, every_log):
     storage = open_storage(postgresql_url)
     study = optuna.create_study(study_name="s", storage=storage)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
-    add_measurement(storage, measurement("s", 0, 1.0))
+    storage.records.add(measurement("s", 0, 1.0))
     assert PASSWORD not in f"{list_studies(storage)} {describe_study(storage, 's', 2)} {every_log.text}"
     assert "s" in text_of(storage.engine)
     assert PASSWORD not in text_of(storage.engine)

@@ -60,7 +60,14 @@ def test_a_storage_keeps_studies_for_whoever_opens_it_next(database):
 
 def test_a_running_trial_is_taken_for_dead_after_three_missed_heartbeats(database):
     storage = open_storage(database, heartbeat_seconds=7)
-    assert (storage.heartbeat_interval, storage.grace_period) == (7, 21)
+    study = optuna.create_study(study_name="s", storage=storage)
+    trials = [study.ask() for _ in range(2)]
+    for trial, seconds in zip(trials, (20, 23), strict=True):
+        storage.heartbeats.record("s", trial.number)
+        with storage.engine.begin() as connection:
+            earlier = "UPDATE layerskip_heartbeats SET \"at\" = datetime('now', :ago) WHERE trial = :trial"
+            connection.execute(sqlalchemy.text(earlier), {"ago": f"-{seconds} seconds", "trial": trial.number})
+    assert storage.heartbeats.silent_trials(study) == {trials[1].number}
 
 
 def test_opening_an_existing_storage_makes_no_file(database, tmp_path):
@@ -108,7 +115,7 @@ def test_a_bug_is_not_said_to_be_the_storages(database, monkeypatch, error):
     def broken(engine):
         raise error
 
-    monkeypatch.setattr("studies.storage.create_tables", broken)
+    monkeypatch.setattr("studies.storage.Table.metadata.create_all", broken)
     with pytest.raises(type(error), match=r"^a bug$"):
         open_storage(database)
 

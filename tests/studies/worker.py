@@ -13,9 +13,9 @@ from multiprocessing.connection import wait
 import optuna
 
 from layerskip.errors import LayerSkipError
-from studies.optimizing import optimize
-from studies.records import MeasurementRecord, add_measurement
+from studies.records import MeasurementRecord
 from studies.storage import open_storage
+from studies.trial_loop import run_trials
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([__name__])
@@ -51,21 +51,19 @@ def work(url, study_name, trials, seconds, stand_still_at, heartbeat_seconds, sa
         if len(done) == stand_still_at:
             threading.Event().wait()
         time.sleep(seconds)
-        add_measurement(storage, measurement(study_name, trial.number, x))
+        storage.records.add(measurement(study_name, trial.number, x))
         trial.set_user_attr("pid", os.getpid())
         return x
-
-    def finished(study, trial):
-        done.append(trial.number)
-        said.send(("finished", os.getpid(), trial.number))
-        if len(done) == trials:
-            study.stop()
 
     try:
         storage = open_storage(url, heartbeat_seconds=heartbeat_seconds)
         sampler = optuna.samplers.RandomSampler()
         study = optuna.create_study(study_name=study_name, storage=storage, load_if_exists=True, sampler=sampler)
-        optimize(study, objective, callbacks=[finished])
+        for trial in run_trials(study, objective, storage.heartbeats):
+            done.append(trial.number)
+            said.send(("finished", os.getpid(), trial.number))
+            if len(done) == trials:
+                break
     except LayerSkipError as error:
         said.send(("failed", os.getpid(), str(error)))
 

@@ -79,7 +79,7 @@ def test_what_is_kept_of_a_tree_are_the_keys_and_values_of_its_path(tiny, captur
     path = [0, *path_to(tree, data.draw(st.integers(0, len(tree.parents))))]
     _, cache = in_one_pass(engine, text, drafted, tree)
     with torch.inference_mode():
-        cache.keep(len(text), path)
+        cache.compact(len(text), path)
     ids = torch.tensor([*text, *(drafted[row] for row in path)])
     expected = tiny.new_cache(len(ids))
     with torch.inference_mode():

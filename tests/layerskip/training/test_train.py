@@ -33,17 +33,17 @@ def a_bridge(model, shards):
 def test_a_trained_layer_does_better_on_held_out_texts(writer, shards, loss):
     settings = TrainingSettings(loss=loss, epochs=6, batch_positions=64, learning_rate=3e-3)
     trained = train(writer, a_layer(writer), shards, settings)
-    first = trained.looks[0].agreement
+    first = trained.evaluations[0].agreement
     assert trained.agreement.loss < 0.95 * first.loss
     assert trained.agreement.top[8] > first.top[8]
     assert [trained.agreement.top[k] for k in RANKS] == sorted(trained.agreement.top[k] for k in RANKS)
-    assert trained.agreement.loss == pytest.approx(min(look.agreement.loss for look in trained.looks))
+    assert trained.agreement.loss == pytest.approx(min(look.agreement.loss for look in trained.evaluations))
     assert not trained.interrupted
 
 
 def test_a_bridge_is_refined_from_the_closed_form(writer, shards):
     trained = train(writer, a_bridge(writer, shards), shards, SHORT)
-    assert trained.agreement.loss < trained.looks[0].agreement.loss
+    assert trained.agreement.loss < trained.evaluations[0].agreement.loss
     bridge = trained.assets.bridges[START]
     assert (bridge.start, bridge.stop) == (START, STOP)
 
@@ -152,37 +152,37 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(llama, tmp_path_
 
     stopped = train(llama, a_layer(llama), shards, SHORT, folder=folder, observe=stop_at(4))
     assert stopped.interrupted
-    assert len(stopped.looks) == 4
-    assert stopped.agreement.loss == pytest.approx(min(look.agreement.loss for look in stopped.looks))
+    assert len(stopped.evaluations) == 4
+    assert stopped.agreement.loss == pytest.approx(min(look.agreement.loss for look in stopped.evaluations))
     resumed = train(llama, a_layer(llama), shards, SHORT, folder=folder)
     assert not resumed.interrupted
-    assert resumed.looks[0].progress == pytest.approx(stopped.looks[-1].progress)
+    assert resumed.evaluations[0].progress == pytest.approx(stopped.evaluations[-1].progress)
     assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-4)
     for name, weight in whole.assets.layers[START].weights.items():
         torch.testing.assert_close(resumed.assets.layers[START].weights[name], weight, atol=1e-4, rtol=1e-3)
-    [path] = folder.glob("training-*")
+    [path] = folder.glob("training-*.pt")
     path.write_bytes(path.read_bytes()[:-10])  # not whole: it begins anew
     again = train(llama, a_layer(llama), shards, TrainingSettings(**{**SHORT.__dict__}), folder=folder)
-    assert again.looks[0].progress == 0
+    assert again.evaluations[0].progress == 0
 
 
 def test_other_settings_are_another_training(llama, shards, writer, tmp_path):
     train(writer, a_layer(writer), shards, TrainingSettings(epochs=1), folder=tmp_path)
     train(writer, a_layer(writer), shards, TrainingSettings(epochs=1, loss="ce"), folder=tmp_path)
     train(writer, a_layer(writer, like=1), shards, TrainingSettings(epochs=1), folder=tmp_path)
-    assert len(list(tmp_path.glob("training-*"))) == 3
+    assert len(list(tmp_path.glob("training-*.pt"))) == 3
 
 
 def test_no_gain_ends_it_early(writer, shards):
     hopeless = TrainingSettings(epochs=50, batch_positions=64, learning_rate=1e-30)
     trained = train(writer, a_layer(writer), shards, hopeless)
-    assert trained.looks[-1].progress < 0.5
-    assert trained.agreement.loss == pytest.approx(trained.looks[0].agreement.loss)
+    assert trained.evaluations[-1].progress < 0.5
+    assert trained.agreement.loss == pytest.approx(trained.evaluations[0].agreement.loss)
 
 
 def test_a_time_limit_ends_it(writer, shards):
     trained = train(writer, a_layer(writer), shards, TrainingSettings(epochs=10**6, minutes=1e-4))
-    assert trained.looks[-1].progress == 1
+    assert trained.evaluations[-1].progress == 1
 
 
 def test_only_what_reaches_the_top_is_trained(llama, shards):
@@ -209,7 +209,7 @@ def test_a_model_in_bfloat16_is_tuned_in_float32(shards, writer):
     model.hf_model.load_state_dict(writer.hf_model.state_dict())
     trained = train(model, a_layer(model), shards, SHORT)
     assert {weight.dtype for weight in trained.assets.layers[START].weights.values()} == {torch.float32}
-    assert trained.agreement.loss < trained.looks[0].agreement.loss
+    assert trained.agreement.loss < trained.evaluations[0].agreement.loss
     drafter = LayerSkipDrafter.of(model, EXITED, FixedLength(2), trained.assets)
     assert generate(model, [1, 2], drafter=drafter, max_new_tokens=6).stats.drafted
 

@@ -30,7 +30,7 @@ def settings(loss="ce", **others):
 @pytest.mark.parametrize("loss", ["kl", "ce", "both"])
 def test_trained_heads_do_better_on_held_out_texts(writer, shards, kind, loss):
     trained = train(writer, some_heads(writer, kind), shards, settings(loss, learning_rate=1e-2))
-    first = trained.looks[0].agreement
+    first = trained.evaluations[0].agreement
     assert trained.agreement.loss < 0.98 * first.loss
     assert len(trained.agreement.by_place) == HEADS
     before, after = (sum(top[8] for top in found.by_place) for found in (first, trained.agreement))
@@ -134,7 +134,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(writer, shards, 
     )
     assert stopped.interrupted
     resumed = train(writer, some_heads(writer, kind), shards, settings(epochs=3), folder=tmp_path)
-    assert resumed.looks[0].progress == pytest.approx(stopped.looks[-1].progress)
+    assert resumed.evaluations[0].progress == pytest.approx(stopped.evaluations[-1].progress)
     assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-3)
 
 
@@ -143,7 +143,7 @@ def test_kinds_and_numbers_of_heads_are_trainings_of_their_own(writer, shards, t
         for count in (1, 2):
             heads = untrained_heads(kind, count, writer.config.hidden_size)
             train(writer, trainable_heads(writer, heads), shards, settings(epochs=1), folder=tmp_path)
-    assert len(list(tmp_path.glob("training-*"))) == 4
+    assert len(list(tmp_path.glob("training-*.pt"))) == 4
 
 
 @kinds

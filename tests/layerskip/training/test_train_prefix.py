@@ -41,7 +41,7 @@ def test_layer_and_heads_learn_and_do_better_on_held_out_texts(writer, shards):
     before = {name: weight.detach().clone() for name, weight in learner.parameters.items()}
     own = {name: weight.clone() for name, weight in writer.hf_model.state_dict().items()}
     trained = train(writer, learner, shards, settings(learning_rate=1e-2))
-    first = trained.looks[0].agreement
+    first = trained.evaluations[0].agreement
     assert trained.agreement.loss < 0.98 * first.loss
     assert (trained.assets.heads.kind, trained.assets.heads.count) == ("hydra", HEADS)
     [layer] = trained.assets.layers.values()
@@ -100,7 +100,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(writer, shards, 
     stopped = train(writer, untrained(writer), shards, settings(epochs=3), folder=tmp_path, observe=stop_at_the_third)
     assert stopped.interrupted
     resumed = train(writer, untrained(writer), shards, settings(epochs=3), folder=tmp_path)
-    assert resumed.looks[0].progress == pytest.approx(stopped.looks[-1].progress)
+    assert resumed.evaluations[0].progress == pytest.approx(stopped.evaluations[-1].progress)
     assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-3)
 
 
@@ -108,7 +108,7 @@ def test_it_is_a_training_of_its_own(writer, shards, tmp_path):
     heads = untrained_heads("hydra", HEADS, writer.config.hidden_size)
     for learner in (trainable_heads(writer, heads), untrained(writer)):
         train(writer, learner, shards, settings(epochs=1), folder=tmp_path)
-    assert len(list(tmp_path.glob("training-*"))) == 2
+    assert len(list(tmp_path.glob("training-*.pt"))) == 2
 
 
 def test_a_draft_reads_the_layer_once_however_long_it_is(llama):

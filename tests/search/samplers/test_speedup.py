@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.samplers import SpeedupFormula
-from tests.search.samplers.problems import even_costs
+from tests.search.samplers.problems import even_costs, space_of
 
 rates = st.floats(0, 1)
 costs = st.floats(0.01, 2)
@@ -32,12 +32,12 @@ def test_a_draft_that_is_always_right_yields_every_token(step_cost):
 
 @given(rates, rates, costs)
 def test_more_acceptance_is_never_slower(one, other, step_cost):
-    formula = SpeedupFormula.of(even_costs(2), 8)
+    formula = SpeedupFormula.of(even_costs(space_of(1)), 8)
     slower, faster = sorted([one, other])
     assert predicted(formula, slower, step_cost) <= predicted(formula, faster, step_cost)
 
 
 def test_a_draft_of_one_token_is_verified_in_a_pass_of_two():
-    costs = even_costs(2)
+    costs = even_costs(space_of(1))
     formula = SpeedupFormula.of(costs, 3)
-    assert formula.verification.tolist() == [costs.verification_cost(width) for width in (2, 3, 4)]
+    assert formula.verification.tolist() == [costs.verification(width) for width in (2, 3, 4)]

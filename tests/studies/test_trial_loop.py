@@ -1,33 +1,33 @@
 """What is raised when trials go wrong, and which trials a search survives."""
 
+from itertools import islice
+
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from studies.optimizing import optimize
 from studies.storage_errors import StorageError
+from studies.trial_loop import run_trials
 
 
-def stop_after(count):
-    def stop(study, _):
-        if sum(trial.state.is_finished() for trial in study.trials) >= count:
-            study.stop()
-
-    return stop
+def run(study, storage, objective, count):
+    """Run a few trials, and return those that were finished here."""
+    return list(islice(run_trials(study, objective, storage.heartbeats), count))
 
 
-def test_trials_run_until_a_callback_stops_them(storage):
+def test_trials_run_until_the_caller_takes_no_more(storage):
     study = optuna.create_study(storage=storage)
-    optimize(study, lambda trial: trial.suggest_float("x", 0, 1), callbacks=[stop_after(3)])
+    finished = run(study, storage, lambda trial: trial.suggest_float("x", 0, 1), 3)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert finished == study.trials
 
 
 def test_no_trial_starts_when_the_time_is_up(storage):
     study = optuna.create_study(storage=storage)
-    optimize(study, lambda trial: 1.0, timeout=1e-9)
-    assert study.trials == []
-    optimize(study, lambda trial: 1.0, timeout=0.5)
+    assert list(run_trials(study, lambda trial: 1.0, storage.heartbeats, timeout=0)) == study.trials == []
+    finished = list(run_trials(study, lambda trial: 1.0, storage.heartbeats, timeout=0.5))
     assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    assert finished == study.trials
 
 
 def test_an_objectives_own_error_is_raised_as_it_is(storage):
@@ -37,7 +37,7 @@ def test_an_objectives_own_error_is_raised_as_it_is(storage):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match=r"^a bug$"):
-        optimize(study, broken)
+        run(study, storage, broken, 1)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
 
 
@@ -49,7 +49,7 @@ def test_an_objectives_own_error_is_raised_though_its_trial_was_taken_for_dead(s
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match=r"^a bug$"):
-        optimize(study, broken, callbacks=[stop_after(2)])
+        run(study, storage, broken, 2)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
 
 
@@ -61,19 +61,16 @@ def test_a_pruned_trial_that_was_taken_for_dead_is_given_up(storage):
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         raise optuna.TrialPruned
 
-    optimize(study, objective, callbacks=[stop_after(2)])
+    [finished] = run(study, storage, objective, 1)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.PRUNED]
+    assert finished.number == 1
 
 
-def test_a_callbacks_error_is_not_taken_for_the_trials(storage):
+@pytest.mark.filterwarnings("ignore:The value nan")
+def test_a_trial_without_a_value_fails_and_the_next_begins(storage):
     study = optuna.create_study(storage=storage)
-
-    def broken(study, trial):
-        raise ValueError("a bug")
-
-    with pytest.raises(ValueError, match=r"^a bug$"):  # without a value, the trial has failed as one taken for dead has
-        optimize(study, lambda trial: float("nan"), callbacks=[stop_after(2), broken])
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    finished = run(study, storage, lambda trial: float("nan") if trial.number == 0 else 1.0, 2)
+    assert [trial.state for trial in finished] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
 @pytest.mark.parametrize("notices_in_the_objective", [True, False])
@@ -87,8 +84,9 @@ def test_a_trial_that_was_taken_for_dead_is_given_up_and_the_next_begins(storage
                 trial.set_user_attr("key", "value")
         return 1.0
 
-    optimize(study, objective, callbacks=[stop_after(3)])
+    finished = run(study, storage, objective, 2)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert [trial.number for trial in finished] == [1, 2]
 
 
 @pytest.mark.parametrize("notices_in_the_objective", [True, False])
@@ -102,7 +100,7 @@ def test_a_trial_that_another_worker_took_too_and_finished_first_keeps_its_value
                 trial.set_user_attr("key", "value")
         return 1.0
 
-    optimize(study, objective, callbacks=[stop_after(3)])
+    run(study, storage, objective, 2)
     assert [trial.value for trial in study.trials] == [7.0, 1.0, 1.0]
 
 
@@ -118,5 +116,19 @@ def test_what_goes_wrong_while_a_trial_is_stored_is_raised_as_it_is(storage, mon
         return 1.0
 
     with pytest.raises(type(error)) as caught:
-        optimize(study, objective)
+        run(study, storage, objective, 1)
     assert caught.value is error
+
+
+def test_ctrl_c_is_raised_though_storing_something_because_of_it_fails(storage):
+    study = optuna.create_study(storage=storage)
+
+    def objective(trial):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise StorageError("storage 'x': is full")  # noqa: B904 - as where the handler itself fails
+
+    with pytest.raises(KeyboardInterrupt):
+        run(study, storage, objective, 1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
