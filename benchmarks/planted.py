@@ -35,7 +35,7 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
+from benchmarks.redundant_model import Planted, flat_costs, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.config import DraftConfig
@@ -50,7 +50,7 @@ from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
 from studies.ranking import seen_trials, speedup_of
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY
+from studies.study import COSTS_KEY
 
 console = Console(highlight=False, width=150)
 # Half of them are scored; candidates that cannot win are given up after the first four of those.
@@ -118,7 +118,7 @@ class PlantedProblem:
         self.space = SearchSpace(num_layers)
         self._identity = identify(self.model, "planted")
         self._prompts: PromptSplit = random_texts(seed, search=_PROMPTS)
-        self._latency = flat_latency(num_layers, self.space.most_drafted)
+        self._costs = flat_costs(num_layers, self.space.most_drafted)
         self._folder = folder
 
     def optimum(self) -> Optimum:
@@ -150,7 +150,7 @@ class PlantedProblem:
         )
 
     def _give_costs(self, study: optuna.Study) -> None:
-        study.set_user_attr(LATENCY_KEY, self._latency.as_json())
+        study.set_user_attr(COSTS_KEY, self._costs.to_json())
 
 
 def skip_sets(num_layers: int) -> Iterator[SkipSet]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.common import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, print_json, stderr
+from layerskip.errors import InvalidProfileError
 
 # What a search writes by default.
 _USUAL_PROFILE = Path("draft_profile.json")
@@ -55,7 +56,6 @@ def dashboard(
 def _usual_profile(studies: list[str]) -> list[Path]:
     """The profile in the working folder, if one of these studies found it."""
     from layerskip import DraftProfile
-    from layerskip.errors import InvalidProfileError
 
     try:
         return [_USUAL_PROFILE] * (DraftProfile.load(_USUAL_PROFILE).provenance.study in studies)

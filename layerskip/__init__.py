@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from layerskip.chat import Chat as Chat
     from layerskip.checkpoints import load_checkpoint as load_checkpoint
     from layerskip.drafting.config import DraftConfig as DraftConfig
-    from layerskip.drafting.prompt_lookup import PromptLookup as PromptLookup
+    from layerskip.drafting.config import PromptLookup as PromptLookup
+    from layerskip.drafting.factory import make_drafter as make_drafter
     from layerskip.drafting.stopping import AdaptiveThreshold as AdaptiveThreshold
     from layerskip.drafting.stopping import ConfidenceThreshold as ConfidenceThreshold
     from layerskip.drafting.stopping import FixedLength as FixedLength
@@ -45,7 +46,7 @@ _MODULES = {
     "LayerSkipError": "errors",
     "LayerSkipModel": "model",
     "PrefixCache": "prefix_cache",
-    "PromptLookup": "drafting.prompt_lookup",
+    "PromptLookup": "drafting.config",
     "Sampling": "sampling",
     "SkipSet": "skip_set",
     "StopStrings": "tokenizer",
@@ -53,6 +54,7 @@ _MODULES = {
     "generate": "generation",
     "load_checkpoint": "checkpoints",
     "load_profile": "ready_profiles",
+    "make_drafter": "drafting.factory",
     "make_engine": "engine.selection",
     "speculate": "transformers_integration",
     "stream": "generation",

@@ -14,27 +14,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip.draft_model import config_of
-from layerskip.drafting.stopping import DraftStopping
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.model import LayerSkipModel
-from layerskip.skip_set import SkipSet
 from layerskip.sublayers import AttentionSublayer, DraftLayerStep, PassContext, Stack, Step
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def assistant_of(
-    model: LayerSkipModel, skip_set: SkipSet, draft_exit: DraftStopping, assets: DraftWeights
-) -> PreTrainedModel:
+def assistant_of(model: LayerSkipModel, config: DraftConfig, weights: DraftWeights) -> PreTrainedModel:
     """A causal language model that computes a draft, over the model's own weights.
 
     Args:
         model: The model.
-        skip_set: The sublayers that the draft leaves out.
-        draft_exit: Sets how many tokens ``generate`` lets it propose at once, and from which confidence on.
-        assets: Its bridges and trained layers are used. Its draft vocabulary is not: ``generate`` wants scores for
-            every token.
+        config: How to draft. Of the policy, only the stopping rule is used: it sets how many tokens ``generate`` lets
+            the draft propose at once, and above which confidence.
+        weights: Its bridges and draft layers are used. Its draft vocabulary is not: ``generate`` needs scores for every
+            token.
 
     Raises:
         InvalidInputError: The draft has no attention, or the skip set or a trained layer is for another model.
@@ -42,8 +39,8 @@ def assistant_of(
             which a copy of the part would not.
     """
     original: Any = model.hf_model
-    here = assets.to(original.get_input_embeddings().weight)
-    steps = _single_steps(model.stack_of(skip_set, stand_ins=here.stand_ins(model)), here)
+    here = weights.to(original.get_input_embeddings().weight)
+    steps = _single_steps(model.stack_of(config.skip_set, stand_ins=here.stand_ins(model)), here)
     kinds = [layer for layer, step in steps if isinstance(step, AttentionSublayer)]
     if not kinds:
         raise InvalidInputError(
@@ -55,7 +52,7 @@ def assistant_of(
     decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(steps)))
     assistant.config = decoder.config = config_of(original.config, kinds)
     assistant.generation_config = copy.deepcopy(original.generation_config)
-    state = draft_exit.new_state()
+    state = config.stopping.new_state()
     assistant.generation_config.num_assistant_tokens = state.max_length
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = state.threshold
@@ -77,12 +74,12 @@ def _twin(module: Module) -> Module:
     return twin
 
 
-def _single_steps(stack: Stack, assets: DraftWeights) -> list[tuple[int, Step]]:
+def _single_steps(stack: Stack, weights: DraftWeights) -> list[tuple[int, Step]]:
     """The draft's steps, trained layers as two, each with the model's layer that it is of, or is like."""
     steps: list[tuple[int, Step]] = []
     for index, step in stack.steps:
         if isinstance(step, DraftLayerStep):
-            steps += [(assets.layers[index].like, part) for part in (step.attention, step.mlp)]
+            steps += [(weights.layers[index].like, part) for part in (step.attention, step.mlp)]
         else:
             steps.append((index // 2, step))
     return steps

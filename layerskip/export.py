@@ -118,7 +118,7 @@ def _from_when(draft: PreTrainedConfig, lists: list[str]) -> str:
 
 
 def _usage(profile: DraftProfile) -> str:
-    target, tokens = _target(profile), profile.draft_exit.new_state().max_length
+    target, tokens = _target(profile), profile.stopping.new_state().max_length
     settings = json.dumps({"method": "draft_model", "model": "DIR", "num_speculative_tokens": tokens})
     return f"""`DIR` is this folder, and `{target}` the target model. All of these verify the draft with the target.
 
@@ -209,10 +209,10 @@ def export_draft(
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)
     profile = published(profile)
-    trained = profile.assets.to(torch.empty(0, dtype=model.dtype, device=model.device)).layers
+    trained = profile.weights.to(torch.empty(0, dtype=model.dtype, device=model.device)).layers
     stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).stand_ins(model))
     draft = draft_model_of(model, profile.skip_set, trained)
-    _set_draft_length(draft, profile.draft_exit)
+    _set_draft_length(draft, profile.stopping)
     try:
         folder = folder.resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -293,9 +293,9 @@ def _exported_files(folder: Path) -> set[str]:
         return set()
 
 
-def _set_draft_length(draft: PreTrainedModel, draft_exit: DraftStopping) -> None:
+def _set_draft_length(draft: PreTrainedModel, stopping: DraftStopping) -> None:
     """What ``generate(assistant_model=...)`` reads, so that it drafts as many tokens as the profile says."""
-    state = draft_exit.new_state()
+    state = stopping.new_state()
     settings: Any = draft.generation_config
     settings.num_assistant_tokens = state.max_length
     settings.num_assistant_tokens_schedule = "constant"

@@ -1,4 +1,4 @@
-"""The draft profile: what a search found, as JSON that any program can load."""
+"""The draft profile: the draft that a search found for a model, as JSON that any program can load."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
-from layerskip.drafting.drafter import Drafter, LayerSkipDrafter
-from layerskip.drafting.head_drafter import HeadDrafter
-from layerskip.drafting.prompt_lookup import PromptLookup, with_prompt_lookup
+from layerskip.drafting.config import DraftConfig, PromptLookup
+from layerskip.drafting.drafter import Drafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
@@ -30,7 +22,7 @@ from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.hub import OnTheHub
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
-from layerskip.token_tree import describe_branches, widths_of
+from layerskip.token_tree import widths_of
 from layerskip.utils import duration, write_atomically, write_bytes_atomically
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
@@ -57,7 +49,7 @@ class Measured(_Part):
     )
     max_new_tokens: int = Field(ge=1, description="Most tokens generated for each prompt.")
     near_ties: int = Field(
-        ge=0, description="Prompts whose outputs part where the target model's best tokens are as good as tied."
+        ge=0, description="Prompts whose outputs diverge at a near-tie of the target model's best tokens."
     )
     device: str = Field(description="What it was measured on.")
     dtype: str = Field(description="Floating-point type of the model.")
@@ -65,7 +57,7 @@ class Measured(_Part):
 
 
 class TensorsFile(_Part):
-    """The safetensors file beside the profile that holds stand-ins, draft heads and draft vocabulary."""
+    """The safetensors file beside the profile: bridges, draft layers, draft heads and draft vocabulary."""
 
     file: str = Field(pattern=r"^[^/\\\\]+$", description="Its name, in the profile's folder.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Checksum of its content.")
@@ -73,10 +65,20 @@ class TensorsFile(_Part):
     layers: int = Field(
         default=0,
         ge=0,
-        description="Number of trained decoder layers in it; with draft heads, 1 if a layer is before them.",
+        description="Number of draft layers in it; with draft heads, 1 if a layer is before them.",
     )
     heads: int = Field(default=0, ge=0, description="Number of draft heads in it.")
     vocabulary: int = Field(ge=0, description="Size of the draft vocabulary; 0 is the whole one.")
+
+    @property
+    def parts(self) -> list[str]:
+        """What is in it, for people."""
+        parts = [_counted(self.bridges, "bridge")] if self.bridges else []
+        if self.heads:
+            parts.append(_counted(self.heads, "draft head") + " after a draft layer" * (self.layers > 0))
+        elif self.layers:
+            parts.append(_counted(self.layers, "draft layer"))
+        return [*parts, f"draft vocabulary of {self.vocabulary}"] if self.vocabulary else parts
 
 
 class Provenance(_Part):
@@ -87,46 +89,63 @@ class Provenance(_Part):
     created: datetime = Field(description="When the profile was made.")
     tool: str = Field(description="Name and version of the program that made it.")
     training_seconds: float | None = Field(
-        default=None, ge=0, description="How long its stand-ins or heads were trained; absent where nothing was."
+        default=None, ge=0, description="How long its draft layer or heads were trained; absent where nothing was."
     )
 
     @property
     def origin(self) -> str:
-        """Who or what made it, for people."""
+        """The study and trial, or how else it was made, for people."""
         if self.study is not None:
             return f"study {self.study}, trial {self.trial}"
         return "made by hand" if self.training_seconds is None else f"trained for {duration(self.training_seconds)}"
 
 
 class DraftProfile(OnTheHub, _Part):
-    """A skip set and a draft exit for one model, with what they measured.
+    """A draft configuration for one model, with the draft's weights and what was measured with it.
 
     ``DraftProfile.load(path)`` reads one, ``profile.drafter(model)`` decodes with it, ``profile.save(path)`` writes it.
     ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` do so for folders and repositories on the hub.
+
+    Some fields have other names in the file than here; ``validation_alias`` is also where a later version of the format
+    can name the key that an earlier one used.
     """
+
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
     version: Literal[1, 2] = Field(default=VERSION, description="Version of the format; 1 has no tensors and no gate.")
     model: ModelIdentity = Field(description="The model that the profile is for.")
     skip_set: SkipSet = Field(
-        description="The sublayers that the draft leaves out; none where heads draft, which run nothing of the stack."
+        description="The sublayers that the draft skips; none where heads draft, which run nothing of the stack."
     )
-    draft_exit: Annotated[DraftStopping, Field(discriminator="kind")] = Field(description="When a draft ends.")
-    gate: float = Field(
-        default=0.0, ge=0, le=1, description="Confidence of the target model below which the next round drafts nothing."
+    stopping: Annotated[DraftStopping, Field(discriminator="kind")] = Field(
+        validation_alias="draft_exit", serialization_alias="draft_exit", description="When a draft ends."
     )
-    branches: tuple[int | tuple[int, ...], ...] = Field(
+    target_confidence_threshold: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        validation_alias="gate",
+        serialization_alias="gate",
+        description="Confidence of the target model below which the next round drafts nothing.",
+    )
+    tree: tuple[int | tuple[int, ...], ...] = Field(
         default=(),
         strict=False,
+        validation_alias="branches",
+        serialization_alias="branches",
         description="How many tokens a draft proposes for its first place, its second, and so on; 1 for later ones. "
-        "A number counts those behind the first token of the place before; a list, which draft heads alone can have, "
-        "those behind each of its tokens.",
+        "A number counts those after the first token of the place before; a list, which draft heads alone can have, "
+        "those after each of its tokens.",
     )
-    ngrams: PromptLookup | None = Field(
-        default=None, description="What to copy from the text before the model drafts; absent copies nothing."
+    prompt_lookup: PromptLookup | None = Field(
+        default=None,
+        validation_alias="ngrams",
+        serialization_alias="ngrams",
+        description="What to copy from the text before the model drafts; absent copies nothing.",
     )
     tensors: TensorsFile | None = Field(
-        default=None, description="Stand-ins, draft heads and draft vocabulary; absent without them."
+        default=None, description="Bridges, draft layers, draft heads and draft vocabulary; absent without them."
     )
     measured: Measured | None = Field(default=None, description="What was measured; absent in a hand-made profile.")
     provenance: Provenance = Field(description="Where the profile comes from.")
@@ -135,12 +154,57 @@ class DraftProfile(OnTheHub, _Part):
     )
     revision: str | None = Field(default=None, description="The model's branch, tag or commit on the hub, as in PEFT.")
     _source: str = PrivateAttr(default="draft profile")
-    _assets: DraftWeights = PrivateAttr(default_factory=DraftWeights)
+    _weights: DraftWeights = PrivateAttr(default_factory=DraftWeights)
+
+    @classmethod
+    def of(
+        cls,
+        config: DraftConfig,
+        weights: DraftWeights | None = None,
+        *,
+        model: ModelIdentity,
+        provenance: Provenance,
+        measured: Measured | None = None,
+    ) -> DraftProfile:
+        """The profile of a draft.
+
+        Args:
+            config: How to draft.
+            weights: Its bridges, draft layers, draft heads and draft vocabulary; None without any.
+            model: The model that it is for.
+            provenance: Where it comes from.
+            measured: What was measured with it.
+
+        Raises:
+            InvalidInputError: There are draft heads, but the configuration skips sublayers.
+        """
+        weights = weights or DraftWeights()
+        if weights.heads is not None and len(config.skip_set):
+            raise InvalidInputError(f"draft heads: expected a skip set that skips nothing, got {config.skip_set}")
+        profile = cls(
+            model=model,
+            skip_set=config.skip_set,
+            stopping=config.stopping,
+            target_confidence_threshold=config.target_confidence_threshold,
+            tree=config.tree,
+            prompt_lookup=config.prompt_lookup,
+            tensors=_tensors_file(weights) if weights else None,
+            measured=measured,
+            provenance=provenance,
+        )
+        profile._weights = weights
+        return profile
 
     @field_validator("version")
     @classmethod
     def _written_as_the_newest(cls, version: int) -> int:
         return VERSION
+
+    @field_validator("tree")
+    @classmethod
+    def _tree_grows(cls, tree: tuple[int | tuple[int, ...], ...]) -> tuple[int | tuple[int, ...], ...]:
+        widths_of(tree)
+        return tree
 
     @model_validator(mode="after")
     def _layers_agree(self) -> DraftProfile:
@@ -152,15 +216,10 @@ class DraftProfile(OnTheHub, _Part):
         return self
 
     @model_validator(mode="after")
-    def _heads_skip_nothing(self) -> DraftProfile:
+    def _fits_its_drafter(self) -> DraftProfile:
         if self.drafts_with_heads and len(self.skip_set):
             raise ValueError(f"skip_set: expected nothing skipped, because draft heads draft; found {self.skip_set}")
-        return self
-
-    @model_validator(mode="after")
-    def _branches_grow(self) -> DraftProfile:
-        widths_of(self.branches)
-        if not self.drafts_with_heads and not all(isinstance(place, int) for place in self.branches):
+        if not self.drafts_with_heads and not all(isinstance(place, int) for place in self.tree):
             raise ValueError("branches: expected one number for each place, because no draft heads draft; found a list")
         return self
 
@@ -173,7 +232,7 @@ class DraftProfile(OnTheHub, _Part):
                 field and what was expected.
         """
         profile = cls._read(Path(path), source=str(path))
-        profile._assets = profile._load_assets(Path(path).parent)
+        profile._weights = profile._load_weights(Path(path).parent)
         return profile
 
     @classmethod
@@ -186,13 +245,13 @@ class DraftProfile(OnTheHub, _Part):
         except OSError as error:
             raise InvalidProfileError(f"{source}: cannot read the draft profile: {error.strerror}") from error
         try:
-            profile = cls.model_validate_json(text)
+            profile = cls.model_validate_json(text, by_alias=True, by_name=False)
         except ValidationError as error:
             raise InvalidProfileError(f"{source}: {_in_one_line(error)}") from error
         profile._source = source
         return profile
 
-    def _load_assets(self, folder: Path) -> DraftWeights:
+    def _load_weights(self, folder: Path) -> DraftWeights:
         if self.tensors is None:
             return DraftWeights()
         path = folder / self.tensors.file
@@ -212,28 +271,6 @@ class DraftProfile(OnTheHub, _Part):
         except ValueError as error:
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
 
-    def with_assets(self, assets: DraftWeights) -> DraftProfile:
-        """The same profile with these stand-ins or draft heads, and this draft vocabulary.
-
-        Raises:
-            InvalidInputError: There are draft heads, but the profile leaves sublayers out.
-        """
-        if assets.heads is not None and len(self.skip_set):
-            raise InvalidInputError(f"draft heads: expected a profile that skips nothing, got {self.skip_set}")
-        content = assets.to_bytes()
-        checksum = hashlib.sha256(content).hexdigest()
-        tensors = TensorsFile(
-            file=f"draft-{checksum[:16]}.safetensors",
-            sha256=checksum,
-            bridges=len(assets.bridges),
-            layers=len(assets.layers),
-            heads=0 if assets.heads is None else assets.heads.count,
-            vocabulary=0 if assets.token_ids is None else len(assets.token_ids),
-        )
-        profile = self.model_copy(update={"tensors": tensors if assets else None})
-        profile._assets = assets
-        return profile
-
     def save(self, path: str | Path) -> None:
         """Write the profile so that a killed process leaves the old one or the new one.
 
@@ -247,7 +284,7 @@ class DraftProfile(OnTheHub, _Part):
             raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
         try:
             if self.tensors is not None:
-                write_bytes_atomically(Path(path).with_name(self.tensors.file), self._assets.to_bytes())
+                write_bytes_atomically(Path(path).with_name(self.tensors.file), self._weights.to_bytes())
             write_atomically(Path(path), self.to_json())
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
@@ -282,16 +319,7 @@ class DraftProfile(OnTheHub, _Part):
             InvalidInputError: The model is not wrapped.
         """
         self.check(model)
-        drafter = self._head_drafter(model) if self.drafts_with_heads else self._skip_drafter(model)
-        return with_prompt_lookup(self.ngrams, drafter)
-
-    def _head_drafter(self, model: LayerSkipModel) -> HeadDrafter:
-        return HeadDrafter.of(model, self.draft_exit, self._assets, gate=self.gate, branches=self.branches)
-
-    def _skip_drafter(self, model: LayerSkipModel) -> LayerSkipDrafter:
-        return LayerSkipDrafter.of(
-            model, self.skip_set, self.draft_exit, self._assets, gate=self.gate, branches=self.branches
-        )
+        return make_drafter(model, self.config, self._weights)
 
     def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
         """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
@@ -313,15 +341,28 @@ class DraftProfile(OnTheHub, _Part):
             )
         wrapper = LayerSkipModel(model)
         self.check(wrapper)
-        return assistant_of(wrapper, self.skip_set, self.draft_exit, self._assets)
+        return assistant_of(wrapper, self.config, self._weights)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
 
     @property
-    def assets(self) -> DraftWeights:
-        """Its stand-ins (bridges, trained layers), its draft heads and its draft vocabulary."""
-        return self._assets
+    def config(self) -> DraftConfig:
+        """How the profile drafts."""
+        return DraftConfig(
+            self.skip_set,
+            bridges=self.tensors is not None and self.tensors.bridges > 0,
+            vocabulary_size=0 if self.tensors is None else self.tensors.vocabulary,
+            stopping=self.stopping,
+            target_confidence_threshold=self.target_confidence_threshold,
+            tree=self.tree,
+            prompt_lookup=self.prompt_lookup,
+        )
+
+    @property
+    def weights(self) -> DraftWeights:
+        """Its bridges, draft layers, draft heads and draft vocabulary."""
+        return self._weights
 
     @property
     def drafts_with_heads(self) -> bool:
@@ -331,28 +372,28 @@ class DraftProfile(OnTheHub, _Part):
     @property
     def draft(self) -> str:
         """Everything about the draft but its skip set, for people."""
-        parts = [str(self.draft_exit)]
-        if self.branches:
-            parts.append(f"branches {describe_branches(self.branches)}")
-        if self.tensors is not None and self.tensors.bridges:
-            parts.append(f"{self.tensors.bridges} bridge{'s' * (self.tensors.bridges > 1)}")
-        if self.tensors is not None and self.tensors.heads:
-            behind = " behind a trained layer" * (self.tensors.layers > 0)
-            parts.append(f"{self.tensors.heads} draft head{'s' * (self.tensors.heads > 1)}{behind}")
-        elif self.tensors is not None and self.tensors.layers:
-            parts.append(f"{self.tensors.layers} trained layer{'s' * (self.tensors.layers > 1)}")
-        if self.tensors is not None and self.tensors.vocabulary:
-            parts.append(f"vocabulary of {self.tensors.vocabulary}")
-        if self.ngrams:
-            parts.append(str(self.ngrams))
-        if self.gate:
-            parts.append(f"none where the target model's confidence is below {self.gate:g}")
-        return "; ".join(parts)
+        return "; ".join([self.config.policy, *([] if self.tensors is None else self.tensors.parts)])
 
     @property
     def pays(self) -> bool:
         """Whether decoding with the profile was measured to be faster than plain decoding, or never measured."""
         return self.measured is None or self.measured.speedup > 1
+
+
+def _tensors_file(weights: DraftWeights) -> TensorsFile:
+    checksum = hashlib.sha256(weights.to_bytes()).hexdigest()
+    return TensorsFile(
+        file=f"draft-{checksum[:16]}.safetensors",
+        sha256=checksum,
+        bridges=len(weights.bridges),
+        layers=len(weights.layers),
+        heads=0 if weights.heads is None else weights.heads.count,
+        vocabulary=0 if weights.token_ids is None else len(weights.token_ids),
+    )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number > 1)}"
 
 
 def _in_one_line(error: ValidationError) -> str:

@@ -114,16 +114,16 @@ def widths_of(branches: Branches) -> tuple[tuple[int, ...], ...]:
     for number, place in enumerate(widths, start=1):
         if not place or place[0] < 1 or min(place) < 0:
             raise InvalidInputError(
-                f"branches: expected numbers from 1 on, or lists that may hold 0 but first, got {_shown(place)} for "
-                f"place {number}"
+                f"place {number} of the tree: expected at least 1, or a list that may hold 0 after its first number, "
+                f"got {_shown(place)}"
             )
         if len(place) > before:
             raise InvalidInputError(
-                f"branches: place {number} has {len(place)} numbers, but follows {before} token{'s' * (before > 1)}"
+                f"place {number} of the tree: has {len(place)} numbers, but follows {before} token{'s' * (before > 1)}"
             )
         before = sum(place)
     if sum(map(sum, widths)) - len(widths) > MOST_LEAVES:
-        raise InvalidInputError(f"branches: expected at most {MOST_LEAVES} tokens beside the first ones")
+        raise InvalidInputError(f"tree: expected at most {MOST_LEAVES} tokens beside the first of each place")
     return widths
 
 

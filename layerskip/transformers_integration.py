@@ -211,15 +211,13 @@ class Speculation:
         wrapper = engine.model
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
-        transcript = GenerationHistory(
+        history = GenerationHistory(
             input_ids,
             criteria,
             keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
         )
-        sampling = ProcessorSampling(
-            transcript, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size
-        )
+        sampling = ProcessorSampling(history, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size)
         simple = not sampling.needs_history and all(type(one) in _KNOWN_TO_THE_LOOP for one in criteria)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
@@ -231,13 +229,13 @@ class Speculation:
             sampling=sampling,
             max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),
             eos_token_ids=_eos_token_ids(criteria) if simple else (),
-            stop=None if simple else transcript.ends_after,
+            stop=None if simple else history.ends_after,
             on_token=None if self.streamer is None else self._put,
         )
         if self.streamer is not None:
             self.streamer.end()
         _warn_if_full(generation, wrapper)
-        return _output(generation, input_ids, transcript, generation_config)
+        return _output(generation, input_ids, history, generation_config)
 
     def _stop_string_criteria(self, stop_strings: str | Sequence[str] | None) -> list[StopStringCriteria]:
         if stop_strings is None:
@@ -323,7 +321,7 @@ def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
 
 
 def _output(
-    generation: Generation, input_ids: Tensor, transcript: GenerationHistory, config: GenerationConfig
+    generation: Generation, input_ids: Tensor, history: GenerationHistory, config: GenerationConfig
 ) -> Tensor | SpeculativeOutput:
     new = torch.tensor([generation.tokens], dtype=input_ids.dtype, device=input_ids.device)
     sequences = torch.cat([input_ids, new], dim=-1)
@@ -331,7 +329,7 @@ def _output(
         return sequences
     return SpeculativeOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        scores=transcript.scores,  # type: ignore[arg-type]
-        logits=transcript.logits,  # type: ignore[arg-type]
+        scores=history.scores,  # type: ignore[arg-type]
+        logits=history.logits,  # type: ignore[arg-type]
         stats=generation.stats,
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
-from layerskip.drafting.drafter import Drafter, LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import with_prompt_lookup
+from layerskip.drafting.drafter import Drafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
@@ -84,15 +84,7 @@ class DraftBuilder:
 
     def drafter(self, config: DraftConfig) -> Drafter:
         """The drafter of a configuration."""
-        drafter = LayerSkipDrafter.of(
-            self._model,
-            config.skip_set,
-            config.stopping,
-            self.weights(config),
-            gate=config.target_confidence_threshold,
-            branches=config.tree,
-        )
-        return with_prompt_lookup(config.prompt_lookup, drafter)
+        return make_drafter(self._model, config, self.weights(config))
 
     def num_bridges(self, masks: NDArray[np.bool_]) -> NDArray[np.intp]:
         """How many bridges are fitted for each of several drafts with bridges.

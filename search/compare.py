@@ -45,9 +45,9 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
     methods = [layerskip_method(PLAIN, engine, None), layerskip_method(LOOKUP, engine, PromptLookupDrafter())]
     for name, profile in profiles.items():
         drafters = {name: profile.drafter(model)}
-        if combine and profile.ngrams is None:
+        if combine and profile.prompt_lookup is None:
             drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
-        size, training_seconds = draft_bytes(model, profile.assets), profile.provenance.training_seconds
+        size, training_seconds = draft_bytes(model, profile.weights), profile.provenance.training_seconds
         methods += [
             layerskip_method(title, engine, drafter, draft_bytes=size, training_seconds=training_seconds)
             for title, drafter in drafters.items()
@@ -83,7 +83,7 @@ def transformers_methods(
         except LayerSkipError as error:
             left_out[name] = str(error)
         else:
-            size = draft_bytes(model, replace(profile.assets, token_ids=None))
+            size = draft_bytes(model, replace(profile.weights, token_ids=None))
             methods.append(transformers_method(name, model, draft_bytes=size, assistant_model=assistant))
     return methods, left_out
 

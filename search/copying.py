@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.prompt_lookup import NGramIndex, PromptLookup
+from layerskip.drafting.config import DraftConfig, PromptLookup
+from layerskip.drafting.prompt_lookup import NGramIndex
 from layerskip.target_texts import TargetText
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ def trained_draft_layer(source: str, profile: DraftProfile, model: LayerSkipMode
             f"{source}: has draft heads, which draft without the stack, so that there is nothing for a search to skip; "
             "'layerskip compare' measures them beside other drafts"
         )
-    weights = profile.assets
+    weights = profile.weights
     top = len(model.sublayers)
     bridges = {start: bridge for start, bridge in weights.bridges.items() if bridge.stop == top}
     layers = {start: layer for start, layer in weights.layers.items() if layer.stop == top}

@@ -16,24 +16,24 @@ from itertools import accumulate, product
 import numpy as np
 import torch
 
-from layerskip.drafting.config import DraftConfig
+from layerskip.costs import CostModel
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import RoundResult
 from layerskip.drafting.head_drafter import HeadDrafter, through_layer
 from layerskip.drafting.heads import DraftHeads
-from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Engine, Scored
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Sampling, Verdict
+from layerskip.skip_set import SkipSet
 from layerskip.sublayers import DraftLayerStep, Stack
 from layerskip.target_texts import TargetText
-from layerskip.token_tree import Branches, branches_of, widths_of
+from layerskip.token_tree import branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
-from search.latency import LatencyModel
 from search.replay import SimulatedSpeedup
 from search.space import SearchSpace
 
@@ -204,8 +204,7 @@ class HeadCosts:
     @classmethod
     def of(
         cls,
-        latency: LatencyModel,
-        engine: Engine,
+        latency: CostModel,
         heads: DraftHeads,
         draft: DraftSeconds,
         traces: Sequence[HeadTrace],
@@ -215,16 +214,14 @@ class HeadCosts:
 
         Args:
             latency: What passes of the target model cost.
-            engine: Chooses how to verify.
             heads: The heads.
             draft: As in the class.
             traces: One for each text.
             most: Tokens in the largest draft.
         """
-        choice = engine.costs
-        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
-        verification = [[latency.verification(k + 1, 0.0, at, choice) for k in range(most + 1)] for at in contexts]
-        return cls(draft, [latency.prefill(trace.prompt_length) for trace in traces], verification, heads.at_once)
+        halfway = [latency.at(trace.prompt_length + trace.new_tokens / 2) for trace in traces]
+        verification = [[costs.verification(k + 1) for k in range(most + 1)] for costs in halfway]
+        return cls(draft, [latency.at(trace.prompt_length).prefill for trace in traces], verification, heads.at_once)
 
 
 @torch.inference_mode()
@@ -245,9 +242,8 @@ def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     before = RoundResult(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
     assert assets.heads is not None
     longest = assets.heads.count
-    drafters = {
-        ways: HeadDrafter.of(model, FixedLength(longest), assets, branches=_even(ways, longest)) for ways in _WAYS
-    }
+    config = DraftConfig(SkipSet(model.num_layers), stopping=FixedLength(longest))
+    drafters = {ways: HeadDrafter(model, replace(config, tree=_even(ways, longest)), assets) for ways in _WAYS}
     for drafter in drafters.values():
         drafter.start(engine, text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}
@@ -267,9 +263,9 @@ def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     return DraftSeconds(median[0, 1], places, _WAYS)
 
 
-def _even(ways: int, places: int) -> Branches:
+def _even(ways: int, places: int) -> tuple[int | tuple[int, ...], ...]:
     """As many tokens at every place, each behind another one of the place before."""
-    return [ways, *[[1] * ways] * (places - 1)]
+    return (ways, *[(1,) * ways] * (places - 1))
 
 
 def replay_heads(

@@ -1,10 +1,8 @@
-"""Load a model with its engine, and profiles with their draft layers, in this process or in a worker's."""
+"""Load what a search works with: a model with its engine, and the draft layers of profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel
 
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import Engine, compile_sublayers, make_engine
@@ -17,26 +15,20 @@ from search.draft_layers import TrainedDraftLayer, trained_draft_layers
 def load_for_worker(
     source: str, device: str, dtype: str, engine: str, compiled: bool, profiles: Sequence[str]
 ) -> tuple[Engine, Sequence[TrainedDraftLayer]]:
-    """What :class:`search.workers.Workers` loads: the engine of a model, and the draft layers of some profiles.
+    """Load a model, make its engine, and load the draft layers of some profiles, for :class:`search.workers.Workers`.
 
     Args:
-        source: Where the model comes from.
-        device: As in :func:`layerskip.load_checkpoint`.
+        source: As :func:`layerskip.load_checkpoint` takes it.
+        device: Likewise.
         dtype: Likewise.
-        engine: As in :func:`engine_of`.
-        compiled: Likewise.
-        profiles: Where the profiles come from.
+        engine: Name of the engine.
+        compiled: Whether to compile the sublayers.
+        profiles: As :func:`layerskip.load_profile` takes them.
     """
-    runner = engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
-    return runner, trained_draft_layers(load_profiles(profiles, device, dtype), runner.model)
-
-
-def engine_of(hf_model: PreTrainedModel, engine: str, compiled: bool) -> Engine:
-    """An engine, by its name, for a loaded model, whose sublayers are compiled if asked."""
-    model = LayerSkipModel(hf_model)
+    model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
-    return make_engine(model, engine)
+    return make_engine(model, engine), trained_draft_layers(load_profiles(profiles, device, dtype), model)
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

@@ -9,13 +9,13 @@ from functools import partial
 
 import numpy as np
 
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
 from search.builder import DraftBuilder
 from search.copying import copies_along, with_copies
-from search.latency import LatencyModel
 from search.replay import RoundCosts, SimulatedSpeedup, replay
 from search.space import SearchSpace
 
@@ -70,7 +70,7 @@ class SpeedupPredictor:
         space: SearchSpace,
         builder: DraftBuilder,
         tracer: AcceptanceTracer,
-        latency: LatencyModel,
+        latency: CostModel,
         *,
         max_new_tokens: int,
     ) -> None:

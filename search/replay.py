@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.prompt_lookup import PromptLookup
+from layerskip.costs import CostModel, DraftParts
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold
 from layerskip.engine import Engine
 from layerskip.sublayers import Stack
 from search.acceptance import LAST_RANK, Trace
 from search.copying import Copies
-from search.latency import LatencyModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +36,28 @@ class RoundCosts:
     trees: np.ndarray
 
     @classmethod
-    def of(cls, latency: LatencyModel, stack: Stack, engine: Engine, traces: Sequence[Trace], most: int) -> RoundCosts:
+    def of(cls, latency: CostModel, stack: Stack, engine: Engine, traces: Sequence[Trace], most: int) -> RoundCosts:
         """The costs of a draft.
 
         Args:
             latency: What the parts cost.
             stack: The draft's.
-            engine: Chooses how to verify.
+            engine: Says whether verification resumes from what drafting computed.
             traces: One for each text.
             most: Tokens in the largest draft of any policy.
         """
-        choice = engine.costs
-        share = stack.shared / len(engine.model.sublayers) if engine.resumes else 0.0
-        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
+        share = stack.shared / len(engine.model.sublayers) if engine.resumes and engine.costs else 0.0
+        halfway = [latency.at(trace.prompt_length + trace.new_tokens / 2) for trace in traces]
+        parts = DraftParts.of(stack)
 
         def verification(share: float) -> np.ndarray:
             return np.array(
-                [
-                    [latency.verification(k + 1, share if k else 0.0, context, choice) for k in range(most + 1)]
-                    for context in contexts
-                ]
+                [[costs.verification(k + 1, share if k else 0.0) for k in range(most + 1)] for costs in halfway]
             )
 
         return cls(
-            np.array([latency.prefill(trace.prompt_length) for trace in traces]),
-            np.array([latency.draft_step(stack, context) for context in contexts]),
+            np.array([latency.at(trace.prompt_length).prefill for trace in traces]),
+            np.array([costs.draft_step(parts) for costs in halfway]),
             verification(share),
             verification(0.0),
         )

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
-from pydantic import ValidationError
 
 from layerskip.checkpoints import cache_folder
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
-from layerskip.engine import Engine
+from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.profile import DraftProfile, PromptSet, Provenance
@@ -37,7 +36,6 @@ from search.callbacks import (
     ignore,
 )
 from search.draft_layers import TrainedDraftLayer
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import (
     Measurement,
@@ -69,7 +67,7 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
 
 
@@ -132,13 +130,13 @@ class Tools:
     Args:
         builder: Builds drafts.
         tracer: Traces their agreement with the target model on the scored texts.
-        latency: What the parts of a step cost.
+        costs: What passes cost here.
         predictor: Predicts speedups.
     """
 
     builder: DraftBuilder
     tracer: AcceptanceTracer
-    latency: LatencyModel
+    costs: CostModel
     predictor: SpeedupPredictor
 
 
@@ -261,9 +259,9 @@ class Search:
             builder = DraftBuilder(model, fit_texts(reference, fitted, max_new_tokens=length), self._draft_layers)
             tracer = AcceptanceTracer(model, reference.texts(scored, max_new_tokens=length))
             self._on_event(ReferenceReady(reference.found))
-        latency = self._latency(study)
-        predictor = SpeedupPredictor(self._engine, space, builder, tracer, latency, max_new_tokens=length)
-        return Tools(builder, tracer, latency, predictor)
+        costs = self._costs(study)
+        predictor = SpeedupPredictor(self._engine, space, builder, tracer, costs, max_new_tokens=length)
+        return Tools(builder, tracer, costs, predictor)
 
     def explore(self, study: optuna.Study, tools: Tools) -> None:
         """Look at candidates until there are enough, and measure those that look promising.
@@ -299,15 +297,16 @@ class Search:
                 if progress.seen >= settings.trials:
                     break
 
-    def _latency(self, study: optuna.Study) -> LatencyModel:
+    def _costs(self, study: optuna.Study) -> CostModel:
         try:
-            return LatencyModel.from_json(study.user_attrs[LATENCY_KEY])
-        except (KeyError, ValidationError):  # the study is new, or kept another form
+            return CostModel.from_json(study.user_attrs[COSTS_KEY])
+        except (KeyError, ValueError):  # the study is new, or kept another form
             self._on_event(PhaseStarted("costs"))
+        sizes, most_drafted = self.task.space.vocabulary_sizes, self.task.space.most_drafted
         with self._lock.exclusive():
-            latency = measure_latency(self._engine, self.task.space)
-        study.set_user_attr(LATENCY_KEY, latency.as_json())
-        return latency
+            costs = measure_costs(self._engine, vocabularies=sizes, most_drafted=most_drafted)
+        study.set_user_attr(COSTS_KEY, costs.to_json())
+        return costs
 
     def _sampler(self, study: optuna.Study, tools: Tools) -> BaseSampler:
         settings = self.task.settings
@@ -317,7 +316,7 @@ class Search:
         sampler = settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.latency, tools.builder, context, self._engine.costs)
+            costs = RelativeCosts(tools.costs, tools.builder, context)
             sampler = make_sampler(sampler, self.task.space, costs, seed=seed)
         elif self.task.worker:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
@@ -328,7 +327,7 @@ class Search:
         space, settings = self.task.space, self.task.settings
         alone = SingleSublayerAcceptance(self._engine.model, tools.tracer)
         starts = WarmStartPlan(
-            warm_starts(space, alone, tools.tracer, tools.latency),
+            warm_starts(space, alone, tools.tracer, tools.costs),
             alone,
             space,
             2 * settings.workers,  # a worker that finds none waiting would propose a candidate of its own
@@ -337,7 +336,7 @@ class Search:
         starts(study)
         # What a measurement would take if drafts neither helped nor hurt.
         tokens = settings.max_new_tokens * len(self._prompts.measured)
-        seconds = 2 * tokens * tools.latency.verification(1, 0.0, settings.max_new_tokens, None)
+        seconds = 2 * tokens * tools.costs.at(settings.max_new_tokens).plain_step
         earlier = [trial.number for trial in measured_trials(study)]
         return [starts, MeasurementScheduler(settings.measuring_share, seconds, earlier)]
 
@@ -372,10 +371,10 @@ class Search:
 
     def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
         config = config_of(best.trial)
-        profile = DraftProfile(
+        return DraftProfile.of(
+            config,
+            builder.weights(config),
             model=self.task.identity,
-            skip_set=config.skip_set,
-            **policy_fields(config),
             measured=as_measured(best.summary, best.prompt_set, self.task.settings.max_new_tokens, self._engine),
             provenance=Provenance(
                 study=self._name,
@@ -385,17 +384,6 @@ class Search:
                 training_seconds=builder.training_seconds(config),
             ),
         )
-        return profile.with_assets(builder.weights(config))
-
-
-def policy_fields(config: DraftConfig) -> dict[str, Any]:
-    """The policy of a configuration, by the names of a profile's fields."""
-    return {
-        "draft_exit": config.stopping,
-        "gate": config.target_confidence_threshold,
-        "branches": config.tree,
-        "ngrams": config.prompt_lookup,
-    }
 
 
 def _measured_in_search(study: optuna.Study) -> list[_Finalist]:

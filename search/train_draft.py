@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import fit_bridge, runs_of
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import Engine
+from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -62,13 +63,11 @@ from search.callbacks import (
 )
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
 from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
 from search.replay import RoundCosts, SimulatedSpeedup, replay
-from search.search import policy_fields
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
@@ -95,7 +94,7 @@ class ReplayGround:
     engine: Engine
     texts: Sequence[TargetText]
     space: SearchSpace
-    latency: LatencyModel
+    latency: CostModel
     costs: DraftSeconds | None
     limit: int
 
@@ -246,7 +245,7 @@ class TunedHeads:
         prefix = assets.prefix(self._model)
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
+        rounds = HeadCosts.of(ground.latency, heads, ground.costs, traces, space.most_drafted)
         policies = list(head_policies(config_of(self, assets), traces, heads.count, space))
         best = replay_heads(traces, policies, rounds, limit=limit)
         if not space.prompt_lookup:
@@ -531,17 +530,16 @@ class Tuning:
         return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
 
     def _profile(self, trained: Trained) -> DraftProfile:
-        profile = DraftProfile(
+        return DraftProfile.of(
+            DraftConfig(self._draft.skip_set, stopping=ConfidenceThreshold()),
+            trained.assets,
             model=self._identity,
-            skip_set=self._draft.skip_set,
-            draft_exit=ConfidenceThreshold(),
             provenance=Provenance(
                 created=datetime.now(UTC),
                 tool=f"layerskip {library_versions()['layerskip']}",
                 training_seconds=trained.evaluations[-1].seconds if trained.evaluations else None,
             ),
         )
-        return profile.with_assets(trained.assets)
 
     def _with_figures(self, profile: DraftProfile, assets: DraftWeights) -> tuple[DraftProfile, float]:
         """The profile with the draft exit that replay finds best, measured on held-out prompts."""
@@ -552,17 +550,17 @@ class Tuning:
         here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         best = self._best_policy(here, texts, quiet)
         self._on_event(PolicyChosen(best.config, best.speedup))
-        profile = profile.model_copy(update=policy_fields(best.config))
-        profile = profile.with_assets(assets)
+        profile = DraftProfile.of(best.config, assets, model=profile.model, provenance=profile.provenance)
         summary = self._measured(profile, quiet)
         measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
-        return profile.model_copy(update={"measured": measured}).with_assets(assets), best.speedup
+        return profile.model_copy(update={"measured": measured}), best.speedup
 
     def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
         space = space_for(self._draft, assets, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, assets)
+            latency = measure_costs(self._engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+            costs = self._draft.costs(self._engine, assets)
         ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(assets, ground)
 

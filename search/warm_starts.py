@@ -9,11 +9,11 @@ from itertools import chain
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from search.acceptance import AcceptanceTracer, acceptance
-from search.latency import LatencyModel
 from search.machine_lock import MachineLock
 from search.objective import SOURCE_KEY
 from search.space import SearchSpace
@@ -103,7 +103,7 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def warm_starts(
-    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: LatencyModel
+    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: CostModel
 ) -> Iterator[tuple[str, DraftConfig]]:
     """Candidates, each with where it comes from: those with trained stand-ins, then those that take ever longer to
     work out.
@@ -150,7 +150,7 @@ def _with_draft_layers(
             yield f"{name}, {source}", replace(config, skip_set=skip_set)
 
 
-def _sublayer_costs(num_layers: int, latency: LatencyModel) -> Sequence[float]:
+def _sublayer_costs(num_layers: int, latency: CostModel) -> Sequence[float]:
     step = latency.short.step
     pair = (step.attention, step.mlp)
     smallest = max(*pair, 1e-9) / 100  # a measurement may say that a sublayer costs nothing

@@ -36,8 +36,8 @@ _DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", 
 _FORMAT = 3
 # Attributes of a study: the versions of what it was searched with, one after the other;
 VERSIONS_KEY = "versions"
-# what the parts of a step cost, as search.latency writes it; a study that has it is not measured for;
-LATENCY_KEY = "latency"
+# what the parts of a step cost, as layerskip.costs.CostModel writes it; a study that has it is not measured for;
+COSTS_KEY = "latency"
 # and the acceptance rate of drafts that skip a single sublayer, by what they skip.
 ALONE_KEY = "acceptance_alone"
 _NEWER = "was made by a newer version of layerskip; update layerskip"

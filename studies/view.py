@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from layerskip.costs import CostModel, Costs
 from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     DRAFT_COST_KEY,
@@ -28,9 +29,8 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.statistics import Speedup
-from studies.step_costs import RelativeParts, read_parts
 from studies.storage import ReconnectingStorage
-from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
+from studies.study import ALONE_KEY, COSTS_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
 _KINDS = ("attn", "mlp")
 
@@ -95,7 +95,7 @@ class StudyView:
         correction: By how much predictions were off where candidates were measured.
         measurements: Every prompt that was measured.
         alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
-        parts: What the parts of a step cost; None if that was not measured.
+        costs: What passes cost halfway between the lengths measured, in seconds; None if nothing was measured.
         states: Number of trials in each state.
         began: When its first trial started; None if none did.
         ended: When its last trial so far ended.
@@ -110,7 +110,7 @@ class StudyView:
     correction: float
     measurements: Sequence[MeasurementRecord]
     alone: Mapping[int, float]
-    parts: RelativeParts | None
+    costs: Costs | None
     states: Mapping[str, int]
     began: datetime | None
     ended: datetime | None
@@ -167,7 +167,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
         correction=correction_of(now),
         measurements=records,
         alone=_alone(attributes.get(ALONE_KEY, {})),
-        parts=read_parts(attributes.get(LATENCY_KEY)),
+        costs=costs_from(attributes.get(COSTS_KEY)),
         states=Counter(trial.state.name.lower() for trial in trials),
         began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
         ended=max((trial.datetime_complete for trial in trials if trial.datetime_complete), default=None),
@@ -195,6 +195,22 @@ def _tried(trial: FrozenTrial, finals: Mapping[str, Speedup], costs: Mapping[str
         stopped=STOPPED_KEY in told,
         held_out=finals.get(candidate),
     )
+
+
+def costs_from(kept: str | None) -> Costs | None:
+    """Costs halfway between the two text lengths at which a search measured them.
+
+    Args:
+        kept: The JSON of a :class:`layerskip.costs.CostModel`.
+
+    Returns:
+        None where nothing was kept, or another form.
+    """
+    try:
+        model = CostModel.from_json(kept or "")
+    except ValueError:
+        return None
+    return model.at((model.short.context + model.long.context) / 2)
 
 
 def _alone(recorded: Mapping[str, float]) -> dict[int, float]:

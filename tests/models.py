@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from layerskip import families
+from layerskip import DraftConfig, SkipSet, families
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.heads import heads_of, untrained_heads
 
@@ -212,6 +212,11 @@ def random_layers(model, runs, *, like=1, seed=0):
         }
         layers[start] = DraftLayerWeights(start, stop, like, noise)
     return layers
+
+
+def head_config(model, stopping, **policy):
+    """How to draft with heads: nothing of the stack is skipped."""
+    return DraftConfig(SkipSet(model.num_layers), stopping=stopping, **policy)
 
 
 def random_heads(model, kind, count=3, *, scale=0.1, seed=0):

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.weights import DraftWeights
@@ -16,18 +16,18 @@ from tests.models import random_layers, tiny_llama
 BUSY = 2
 
 
-def profile_with(model, assets, *, skip_set=None, start=4, training_seconds=60.0):
+def profile_with(model, weights, *, skip_set=None, start=4, training_seconds=60.0):
     """A profile as tuning makes one, of an early exit at a sublayer if nothing else is said."""
     if skip_set is None:
         skip_set = SkipSet.from_mask([index >= start for index in range(len(model.sublayers))])
-    return DraftProfile(
+    return DraftProfile.of(
+        DraftConfig(skip_set, stopping=FixedLength(3)),
+        weights,
         model=identify(model, "a model"),
-        skip_set=skip_set,
-        draft_exit=FixedLength(3),
         provenance=Provenance(
             created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test", training_seconds=training_seconds
         ),
-    ).with_assets(assets)
+    )
 
 
 def layer_profile(model, *, start=4, vocabulary=None, seed=0):

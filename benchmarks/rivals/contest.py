@@ -9,7 +9,7 @@ from typing import Any
 
 from layerskip import LayerSkipModel, generate
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.engine import Engine
 from layerskip.utils import device_seconds
 from search.prompts import EncodedPrompt, SearchPrompts
@@ -88,7 +88,7 @@ def decode_seconds_per_token(
     task: Task, config: DraftConfig, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> float:
     """What published searchers score by: decoding some prompts self-speculatively."""
-    drafter = LayerSkipDrafter(task.model, config.skip_set, config.stopping)
+    drafter = make_drafter(task.model, config)
     tokens = 0
     started = device_seconds(task.model.device)
     for prompt in prompts:

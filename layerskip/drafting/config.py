@@ -7,11 +7,37 @@ from typing import ClassVar, Literal
 
 from pydantic import TypeAdapter
 
-from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.skip_set import SkipSet
-from layerskip.token_tree import describe_branches
+from layerskip.token_tree import describe_branches, widths_of
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """When to copy draft tokens from the text, and how many.
+
+    Args:
+        shortest: Shortest n-gram at the end of the text that must have occurred before.
+        longest: Longest n-gram to look for; the longest one that occurred before decides.
+        length: Most tokens in a draft.
+
+    Raises:
+        InvalidInputError: A number is below 1, or ``longest`` below ``shortest``.
+    """
+
+    shortest: int = 2
+    longest: int = 4
+    length: int = 8
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        for name, least in (("shortest", 1), ("length", 1), ("longest", self.shortest)):
+            if getattr(self, name) < least:
+                raise InvalidInputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def __str__(self) -> str:
+        return f"prompt lookup: n-gram ≥ {self.shortest}, up to {self.length} token{'s' * (self.length > 1)}"
 
 
 @dataclass(frozen=True, order=True)
@@ -44,8 +70,8 @@ class DraftConfig:
     The first four fields are the *candidate* that a search tries; the others are its *policy*, which simulation picks.
 
     Args:
-        skip_set: Sublayers that the draft skips; none where draft heads propose. All that a draft layer replaces are
-            added, whether they are named or not.
+        skip_set: Sublayers that the draft skips; none where draft heads propose. With a draft layer, everything above
+            its early exit is skipped, whether it is named or not.
         bridges: Whether runs of skipped sublayers are replaced by bridges, where that is worth one.
         draft_layer: A trained layer in place of everything above an early exit; None without one.
         vocabulary_size: Number of tokens that the draft's head scores; 0 is the whole vocabulary.
@@ -58,7 +84,7 @@ class DraftConfig:
         prompt_lookup: Copies from the text that are tried before the model drafts; None copies nothing.
 
     Raises:
-        InvalidInputError: Nothing would be kept below the draft layer, or it is for another number of layers.
+        InvalidInputError: The threshold or the tree is out of range, or the draft layer does not fit the skip set.
     """
 
     skip_set: SkipSet
@@ -73,15 +99,13 @@ class DraftConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if self.draft_layer is None:
-            return
-        mask = self.skip_set.mask
-        if len(mask) != self.draft_layer.stop:
+        if not 0 <= self.target_confidence_threshold <= 1:
             raise InvalidInputError(
-                f"draft layer: reaches sublayer {self.draft_layer.stop}, but there are {len(mask)}; expected the top"
+                f"target_confidence_threshold: expected a number from 0 to 1, got {self.target_confidence_threshold}"
             )
-        filled = SkipSet.from_mask([skip or index >= self.exit_at for index, skip in enumerate(mask)])
-        object.__setattr__(self, "skip_set", filled)
+        widths_of(self.tree)
+        if self.draft_layer is not None:
+            object.__setattr__(self, "skip_set", _early_exit(self.skip_set, self.draft_layer))
 
     @property
     def exit_at(self) -> int:
@@ -90,39 +114,52 @@ class DraftConfig:
 
     @property
     def skipped_below(self) -> SkipSet:
-        """The skipped sublayers below the draft layer, which bridges may replace; without one, all of them."""
+        """The skipped sublayers that no draft layer replaces."""
         return SkipSet.from_mask([skip and index < self.exit_at for index, skip in enumerate(self.skip_set.mask)])
 
     @property
-    def details(self) -> str:
-        """Everything but the skip set, for people."""
-        policy = [str(self.stopping)]
+    def policy(self) -> str:
+        """When and how much is proposed, for people, such as ``4 tokens; tree 2-2``."""
+        parts = [str(self.stopping)]
         if self.tree:
-            policy.append(f"tree {describe_branches(self.tree)}")
-        if self.prompt_lookup:
-            policy.append(str(self.prompt_lookup))
+            parts.append(f"tree {describe_branches(self.tree)}")
+        if self.prompt_lookup is not None:
+            parts.append(str(self.prompt_lookup))
         if self.target_confidence_threshold:
-            policy.append(f"target confidence at least {self.target_confidence_threshold:g}")
-        parts = [", ".join(policy)]
-        if self.draft_layer:
-            parts.append(str(self.draft_layer))
-        if self.bridges:
-            parts.append("bridges")
-        if self.vocabulary_size:
-            parts.append(f"vocabulary {self.vocabulary_size}")
-        return " · ".join(parts)
+            parts.append(f"no draft where target confidence < {self.target_confidence_threshold:g}")
+        return "; ".join(parts)
+
+    @property
+    def details(self) -> str:
+        """Everything but the skip set, for people, such as ``4 tokens · bridges · vocabulary 8192``."""
+        layer = [] if self.draft_layer is None else [str(self.draft_layer)]
+        vocabulary = [f"vocabulary {self.vocabulary_size}"] * bool(self.vocabulary_size)
+        return " · ".join([self.policy, *layer, *["bridges"] * self.bridges, *vocabulary])
 
     def __str__(self) -> str:
         return f"{self.skip_set} · {self.details}"
 
     def to_json(self) -> str:
         """The configuration as text."""
-        return _JSON.dump_json(self).decode()
+        return _ADAPTER.dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> DraftConfig:
         """The inverse of :meth:`to_json`."""
-        return _JSON.validate_json(text)
+        return _ADAPTER.validate_json(text)
 
 
-_JSON = TypeAdapter(DraftConfig)
+_ADAPTER = TypeAdapter(DraftConfig)
+
+
+def _early_exit(skip_set: SkipSet, layer: DraftLayerRef) -> SkipSet:
+    """The skip set with everything skipped that a draft layer replaces.
+
+    Raises:
+        InvalidInputError: Nothing would be left below the layer, or it does not reach the top of the stack.
+    """
+    if layer.stop != 2 * skip_set.num_layers:
+        raise InvalidInputError(
+            f"draft layer: ends before sublayer {layer.stop}, but there are {2 * skip_set.num_layers}; expected the top"
+        )
+    return SkipSet.from_mask([skip or index >= layer.start for index, skip in enumerate(skip_set.mask)])

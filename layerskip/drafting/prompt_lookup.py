@@ -1,105 +1,74 @@
-"""Drafts for free: what followed the text's last tokens where they came before."""
+"""Drafting without a model: copy what followed the text's last n-gram where it occurred before."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.drafter import Drafter, RoundResult
 from layerskip.engine import DraftStep, Engine
-from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
 
 
-@dataclass(frozen=True)
-class PromptLookup:
-    """When to copy from the text, and how much.
-
-    Args:
-        shortest: Fewest last tokens that must have come before.
-        longest: Most last tokens to look for; the longest that came before decides.
-        length: Most tokens in a draft.
-
-    Raises:
-        InvalidInputError: A number is below 1, or ``longest`` below ``shortest``.
-    """
-
-    shortest: int = 2
-    longest: int = 4
-    length: int = 8
-    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
-
-    def __post_init__(self) -> None:
-        for name in ("shortest", "length"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"ngrams.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.longest < self.shortest:
-            raise InvalidInputError(f"ngrams.longest: expected at least {self.shortest}, got {self.longest}")
-
-    def __str__(self) -> str:
-        return f"up to {self.length} tokens copied where the last {self.shortest} or more came before"
-
-
 class NGramIndex:
-    """A text that grows, and where its runs of tokens came last.
+    """A growing text, and where each of its n-grams occurred last.
 
     Args:
-        ngrams: Which runs to find.
+        lookup: Which n-grams to find.
     """
 
-    def __init__(self, ngrams: PromptLookup) -> None:
-        self._ngrams = ngrams
+    def __init__(self, lookup: PromptLookup) -> None:
+        self._lookup = lookup
         self._text: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}  # where the text goes on behind a run's last occurrence but one
+        self._continuations: dict[tuple[int, ...], int] = {}  # where the text continues an n-gram's last occurrence
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The text goes on."""
+        """Append to the text."""
         for token in tokens:
-            # Runs that end here are found from now on, because something follows them.
-            for run in self._runs():
-                self._behind[run] = len(self._text)
+            # N-grams that end here are found from now on, because something follows them.
+            for ngram in self._last_ngrams():
+                self._continuations[ngram] = len(self._text)
             self._text.append(token)
 
     def copy(self, limit: int) -> list[int]:
-        """What followed the text's longest last run, at most ``limit`` tokens; none if no run came before.
+        """What followed the longest n-gram at the end of the text that occurred before, at most ``limit`` tokens.
 
-        Where that reaches the text's end it goes on with what was copied, as in a text that repeats itself.
+        Where that reaches the text's end it continues with what was copied, as in a text that repeats itself.
         """
-        for run in self._runs():
-            if run in self._behind:
-                start, copied = self._behind[run], list[int]()
-                for place in range(start, start + min(limit, self._ngrams.length)):
+        for ngram in self._last_ngrams():
+            if ngram in self._continuations:
+                start, copied = self._continuations[ngram], list[int]()
+                for place in range(start, start + min(limit, self._lookup.length)):
                     beyond = place - len(self._text)
                     copied.append(self._text[place] if beyond < 0 else copied[beyond])
                 return copied
         return []
 
-    def _runs(self) -> list[tuple[int, ...]]:
-        """The text's last tokens, the longest run first."""
-        longest = min(self._ngrams.longest, len(self._text))
-        return [tuple(self._text[-size:]) for size in range(longest, self._ngrams.shortest - 1, -1)]
+    def _last_ngrams(self) -> list[tuple[int, ...]]:
+        """The n-grams at the end of the text, longest first."""
+        longest = min(self._lookup.longest, len(self._text))
+        return [tuple(self._text[-size:]) for size in range(longest, self._lookup.shortest - 1, -1)]
 
 
 class PromptLookupDrafter:
-    """Proposes what followed the text's last tokens where they came before; nothing where they did not.
+    """Proposes what followed the text's last n-gram where it occurred before; nothing where it did not.
 
     Source: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding.
 
     Args:
-        ngrams: When to copy, and how much.
+        lookup: When to copy, and how many tokens; None takes the defaults.
     """
 
-    def __init__(self, ngrams: PromptLookup | None = None) -> None:
-        self._ngrams = ngrams or PromptLookup()
+    def __init__(self, lookup: PromptLookup | None = None) -> None:
+        self._lookup = lookup or PromptLookup()
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
-        self._index = NGramIndex(self._ngrams)
+        self._index = NGramIndex(self._lookup)
         self._index.extend(prompt.tolist())
         self._knows_newest = False
 
@@ -114,7 +83,7 @@ class PromptLookupDrafter:
 
 
 def _certain(tokens: Sequence[int], sampler: Sampler, device: torch.device) -> Draft:
-    """The draft of tokens that nothing else could have been: a vocabulary of them alone, and each sure in its place."""
+    """A draft of tokens with probability 1, over a vocabulary of these tokens alone."""
     vocabulary = sorted(set(tokens))
     token_ids = torch.tensor(vocabulary, dtype=torch.long, device=device)
     logits = torch.full((len(tokens), len(vocabulary)), -torch.inf)
@@ -124,17 +93,12 @@ def _certain(tokens: Sequence[int], sampler: Sampler, device: torch.device) -> D
     return Draft.of(draws, device, token_ids=token_ids)
 
 
-def with_prompt_lookup(ngrams: PromptLookup | None, drafter: Drafter) -> Drafter:
-    """A drafter that is asked where nothing can be copied; itself where nothing is to be copied."""
-    return drafter if ngrams is None else FallbackDrafter(PromptLookupDrafter(ngrams), drafter)
-
-
 class FallbackDrafter:
-    """Asks one drafter, and another where the first proposes nothing.
+    """Drafts with one drafter, and with another where the first proposes nothing.
 
     Args:
         first: Asked in every round.
-        second: Asked where the first has nothing.
+        second: Asked where the first proposes nothing.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:

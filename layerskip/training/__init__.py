@@ -1,4 +1,4 @@
-"""Training what drafts: stand-ins for skipped sublayers, or heads; on the target model's own texts."""
+"""Training draft layers, bridges and draft heads on the target model's own texts."""
 
 from layerskip.training.data import (
     DataSettings,

@@ -33,7 +33,7 @@ def acceptance(view: StudyView) -> Picture:
     shown = [one for one in (*view.seen, *view.measured) if one.acceptance is not None]
     if not shown:
         return Picture(_ID, _TITLE, "No candidate was looked at yet.", None)
-    measured_v = view.parts is not None
+    measured_v = view.costs is not None
     lines = "solid with v as measured here, dotted with v = 1, where verifying costs no more than one plain step."
     caption = _CAPTION + (lines if measured_v else "for v = 1, as verification was not measured.")
     if any(one.draft_cost is not None for one in shown):
@@ -87,8 +87,8 @@ def _add_ideals(drawn: go.Figure, view: StudyView, costs: Sequence[float], left:
     longest = int(view.context["space"].get("max_draft_length", _DEFAULT_LONGEST))
     rates = np.linspace(left, 1, 101).tolist()
     verifications: list[tuple[str, str, Callable[[int], float]]] = [("ideal, v = 1", "dot", lambda _: 1.0)]
-    if view.parts is not None:
-        verifications.insert(0, ("ideal, v as measured", "solid", view.parts.verifying))
+    if view.costs is not None:
+        verifications.insert(0, ("ideal, v as measured", "solid", view.costs.relative().verification))
     top = drawn.layout.yaxis.range[1]
     for name, dash, verifying in verifications:
         for number, cost in enumerate(costs):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
+from layerskip.costs import Costs, StepCosts
 from studies.figures.picture import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Picture, Table, figure
-from studies.step_costs import RelativeParts
 from studies.view import StudyView
 
 _ID, _TITLE = "costs", "What each sublayer costs here"
@@ -13,21 +13,22 @@ _ID, _TITLE = "costs", "What each sublayer costs here"
 
 def costs(view: StudyView) -> Picture:
     """Parts of a draft step, and verification by width."""
-    parts = view.parts
-    if parts is None:
+    if view.costs is None:
         return Picture(_ID, _TITLE, "What the parts of a step cost was not measured yet.", None)
+    relative = view.costs.relative()
     caption = (
-        f"In units of one plain decoding step ({1000 * parts.plain_seconds:.1f} ms here), measured once by differences "
-        f"between whole passes, behind a text of {parts.context:.0f} tokens; all attention sublayers are taken to cost "
-        "the same, and all MLPs. Below: v, what one pass over several tokens costs. Only the widths that are cheapest "
-        "for some length are measured, and a pass is filled up to the next of them."
+        f"In units of one plain decoding step ({1000 * view.costs.plain_step:.1f} ms here), measured once by "
+        f"differences between whole passes, after a text of {relative.context:.0f} tokens; all attention sublayers are "
+        "taken to cost the same, and all MLPs. Below: v, what one pass over several tokens costs. Only the widths that "
+        "are cheapest for some length are measured, and a pass is padded to the next of them."
     )
-    rows = [*_amounts(parts, view.num_layers), *((f"v of {k} tokens", cost) for k, cost in parts.verification.items())]
+    measured = ((f"v of {k} tokens", relative.passes.cost(k)) for k in relative.passes.sublayers)
+    rows = [*_amounts(relative.step, view.num_layers), *measured]
     table = Table(("part", "plain steps"), [(name, f"{cost:.4f}") for name, cost in rows])
-    return Picture(_ID, _TITLE, caption, _drawn(parts, view.num_layers), table)
+    return Picture(_ID, _TITLE, caption, _drawn(relative, view.num_layers), table)
 
 
-def _amounts(parts: RelativeParts, layers: int) -> list[tuple[str, float]]:
+def _amounts(parts: StepCosts, layers: int) -> list[tuple[str, float]]:
     heads = [(f"head, {size} tokens", cost) for size, cost in sorted(parts.head.items()) if size]
     return [
         ("one attention", parts.attention),
@@ -41,15 +42,15 @@ def _amounts(parts: RelativeParts, layers: int) -> list[tuple[str, float]]:
     ]
 
 
-def _drawn(parts: RelativeParts, layers: int) -> go.Figure:
-    amounts = _amounts(parts, layers)
+def _drawn(relative: Costs, layers: int) -> go.Figure:
+    amounts, widths = _amounts(relative.step, layers), list(relative.passes.sublayers)
     rows, longest = len(amounts), max(cost for _, cost in amounts)
     drawn = figure(
         height=30 * rows + 330,
         # Room for the labels behind the bars.
         xaxis={"title": {"text": "plain steps"}, "range": [0, 1.2 * longest], "tickformat": ".0%"},
         yaxis={"autorange": "reversed", "domain": [0.47, 1], "showgrid": False},
-        xaxis2={"title": {"text": "tokens in a pass"}, "anchor": "y2", "tickvals": list(parts.verification)},
+        xaxis2={"title": {"text": "tokens in a pass"}, "anchor": "y2", "tickvals": widths},
         yaxis2={"title": {"text": "v (plain steps)"}, "domain": [0, 0.33], "rangemode": "tozero", "anchor": "x2"},
         showlegend=False,
     )
@@ -65,12 +66,12 @@ def _drawn(parts: RelativeParts, layers: int) -> go.Figure:
             hovertemplate="%{y}: %{x:.2%} of a plain step<extra></extra>",
         )
     )
-    widest = max(parts.verification)
+    widest = max(widths)
     needed = list(range(1, widest + 1))
     drawn.add_trace(
         go.Scatter(
             x=needed,
-            y=[parts.verifying(k) for k in needed],
+            y=[relative.verification(k) for k in needed],
             xaxis="x2",
             yaxis="y2",
             mode="lines",
@@ -81,8 +82,8 @@ def _drawn(parts: RelativeParts, layers: int) -> go.Figure:
     marker = {"symbol": "square", "color": PURPLE, "size": 9, "line": {"color": BLACK, "width": 0.5}}
     drawn.add_trace(
         go.Scatter(
-            x=list(parts.verification),
-            y=list(parts.verification.values()),
+            x=widths,
+            y=[relative.passes.cost(width) for width in widths],
             xaxis="x2",
             yaxis="y2",
             mode="markers",

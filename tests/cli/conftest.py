@@ -110,7 +110,7 @@ def make_profile(wrapped, model_folder, tmp_path):
         profile = DraftProfile(
             model=identify(wrapped, str(model or model_folder)),
             skip_set=SkipSet(4, attention=(1,), mlp=(2,)),
-            draft_exit=FixedLength(3),
+            stopping=FixedLength(3),
             measured=measured,
             provenance=Provenance(
                 study="s" if speedup else None,

@@ -4,11 +4,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from layerskip import generate
 from layerskip.tokenizer import encode_prompt, encode_raw
+from tests.cli.conftest import ENVIRONMENT
 
 KEYS = {"text", "token_ids", "tokens_per_second", "acceptance_rate", "speculative"}
 COUNT = 24
@@ -171,7 +174,7 @@ def test_compare_says_that_the_text_is_the_same_and_how_fast_both_were(apply, la
     assert result["token_ids"] == expected("hello")
     assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
     done = layerskip("apply", profile, "hello", "--compare", "--max-new-tokens", COUNT)
-    assert "tokens/s and the same text · speedup " in done.err
+    assert "tokens/s, identical output · speedup " in done.err
 
 
 def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip, profile):
@@ -180,7 +183,7 @@ def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip,
     assert result["same_text"] is None
     assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
     done = layerskip("apply", profile, *sampling, "--max-new-tokens", COUNT)
-    assert "tokens/s (texts are sampled: each is another) · speedup " in done.err
+    assert "tokens/s (sampled: outputs differ) · speedup " in done.err
 
 
 def test_a_profile_that_does_not_pay_decodes_plainly_unless_forced(apply, make_profile, expected):
@@ -289,8 +292,19 @@ def test_a_missing_profile_is_a_failure_and_named(apply):
 
 def test_sublayers_are_compiled_when_asked_to_be(apply, profile, expected, monkeypatch):
     compiled = []
-    monkeypatch.setattr("cli.decoding.compile_sublayers", compiled.append)
+    monkeypatch.setattr("layerskip.engine.compile_sublayers", compiled.append)
     assert apply(profile, "hello").object["token_ids"] == expected("hello")
     assert compiled == []
     assert apply(profile, "hello", "--compile").object["token_ids"] == expected("hello")
     assert len(compiled) == 1
+
+
+def test_applying_a_profile_imports_nothing_of_the_search_but_its_settings(profile):
+    code = f"""
+import sys
+from cli import main
+status = main.run(["apply", {profile!r}, "hello", "--max-new-tokens", "4", "--json"])
+print(status, *(name for name in sys.modules if name.startswith(("search.", "studies", "optuna", "plotly"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "0 search.settings"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
 from layerskip.fingerprint import identify
@@ -52,11 +52,11 @@ def test_export_keeps_the_dtype_that_the_model_is_stored_in_unless_told_another(
     assert AutoModelForCausalLM.from_pretrained(elsewhere / "draft", dtype="auto").dtype == expected
 
 
-def saved(model, folder):
-    return DraftProfile(
+def saved(model, folder, weights=None):
+    return DraftProfile.of(
+        DraftConfig(SkipSet(4, attention=(1,), mlp=(1,)), stopping=FixedLength(3)),
+        weights,
         model=identify(LayerSkipModel(model), str(folder)),
-        skip_set=SkipSet(4, attention=(1,), mlp=(1,)),
-        draft_exit=FixedLength(3),
         provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="by hand"),
     )
 
@@ -64,7 +64,7 @@ def saved(model, folder):
 def test_export_leaves_bridges_out_only_when_told_and_says_what_it_leaves_out(layerskip, checkpoint, model_folder):
     size = checkpoint.model.config.hidden_size
     assets = DraftWeights({2: Bridge(2, 4, (torch.eye(size),), torch.zeros(size))}, torch.tensor([1, 2]))
-    saved(checkpoint.model, model_folder).with_assets(assets).save("profile.json")
+    saved(checkpoint.model, model_folder, assets).save("profile.json")
     refused = layerskip("export", "profile.json", "--to", "draft")
     assert refused.status == 2
     assert "--without-bridges" in refused.error

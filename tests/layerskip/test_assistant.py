@@ -97,7 +97,7 @@ def test_bridges_stand_in_for_what_is_skipped(model):
     texts = torch.randint(64, (8, 40), generator=generator).tolist()
     bridges = fit_bridges(wrapper, texts, skip_set)
     assert bridges
-    profile = profile_for(model, skip_set, assets=DraftWeights(bridges))
+    profile = profile_for(model, skip_set, weights=DraftWeights(bridges))
     with torch.inference_mode():
         x = wrapper.embed(torch.tensor(texts[0]))
         stack = wrapper.stack_of(skip_set, stand_ins=bridges)
@@ -118,10 +118,10 @@ def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
     wrapper = LayerSkipModel(model)
     layers = random_layers(wrapper, runs, like=like)
     skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
-    profile = profile_for(model, skip_set, assets=DraftWeights(layers=layers))
+    profile = profile_for(model, skip_set, weights=DraftWeights(layers=layers))
     text = torch.randint(64, (4 * WINDOW,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        stack = wrapper.stack_of(skip_set, stand_ins=profile.assets.stand_ins(wrapper))
+        stack = wrapper.stack_of(skip_set, stand_ins=profile.weights.stand_ins(wrapper))
         context = wrapper.pass_context(len(text), wrapper.new_cache(len(text)))
         drafted = wrapper.logits(stack.run(wrapper.embed(text), context))
         logits = profile.as_assistant(model)(text[None]).logits[0]
@@ -134,12 +134,12 @@ def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
 def test_a_draft_whose_only_attention_is_a_trained_layer_s_can_be_an_assistant(model):
     layers = random_layers(LayerSkipModel(model), {2: 2 * LAYERS})
     skip_set = SkipSet(LAYERS, range(LAYERS), range(1, LAYERS))
-    assistant = profile_for(model, skip_set, assets=DraftWeights(layers=layers)).as_assistant(model)
+    assistant = profile_for(model, skip_set, weights=DraftWeights(layers=layers)).as_assistant(model)
     near_tie_or_same(model, PROMPT, assisted(model, assistant), transformers_greedy(model, PROMPT, 40))
 
 
 def test_a_draft_vocabulary_is_left_out(model):
-    profile = profile_for(model, SKIPPED, assets=DraftWeights(token_ids=torch.arange(5)))
+    profile = profile_for(model, SKIPPED, weights=DraftWeights(token_ids=torch.arange(5)))
     text = torch.tensor([PROMPT])
     with torch.inference_mode():
         whole = profile_for(model, SKIPPED).as_assistant(model)(text).logits

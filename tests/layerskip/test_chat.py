@@ -2,8 +2,8 @@
 
 import pytest
 
-from layerskip import Chat, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import Chat, DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import encode_chat
 from tests.models import LAYERS, tiny_llama, tiny_tokenizer
@@ -27,7 +27,7 @@ def model():
 @pytest.fixture
 def make_chat(model, tokenizer):
     def make(**options):
-        drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), FixedLength(3))
+        drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (1,), (2,)), stopping=FixedLength(3)))
         return Chat(model, tokenizer, **{"drafter": drafter, "max_new_tokens": 8} | options)
 
     return make
@@ -60,7 +60,7 @@ def test_each_answer_is_the_full_models_to_the_whole_conversation(make_chat, mod
 
 
 def test_the_pieces_are_the_text_and_as_many_as_were_accepted_are_marked(make_chat, model):
-    always_right = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    always_right = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3)))
     pieces, answer = said(make_chat(drafter=always_right).ask("one"))
     assert "".join(piece.text for piece in pieces) == answer.text
     assert any(piece.drafted for piece in pieces)

@@ -5,8 +5,16 @@ A difference is excused only where the target model's two best logits lie within
 
 import pytest
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import (
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    DraftConfig,
+    FixedLength,
+    LayerSkipModel,
+    SkipSet,
+    generate,
+)
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from tests.models import near_tie_or_same, transformers_greedy
 
 PROMPTS = [
@@ -49,7 +57,9 @@ def test_on_the_default_model_greedy_output_is_that_of_transformers(smollm2, par
     else:
         prompt = template(chat, add_generation_prompt=True, return_dict=False)
     model = LayerSkipModel(smollm2.model)
-    drafter = LayerSkipDrafter(model, SKIP_SETS[number % 4], DRAFT_EXITS[(number + number // 4) % 4])
+    drafter = LayerSkipDrafter(
+        model, DraftConfig(SKIP_SETS[number % 4], stopping=DRAFT_EXITS[(number + number // 4) % 4])
+    )
     never = {model.vocab_size}  # an end token that cannot come, so that each text has all its tokens
     ours = generate(model, prompt, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=never)
     expected = transformers_greedy(smollm2.model, prompt, LENGTH, never)

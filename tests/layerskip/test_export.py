@@ -171,12 +171,12 @@ def test_the_tokenizer_comes_along(tmp_path, llama, byte_tokenizer):
 
 def with_trained_layers(model, runs, **made):
     skip_set = SkipSet.from_mask([any(start <= i < stop for start, stop in runs.items()) for i in range(2 * LAYERS)])
-    return profile_for(model, skip_set=skip_set).with_assets(DraftWeights(layers=random_layers(model, runs, **made)))
+    return profile_for(model, DraftWeights(layers=random_layers(model, runs, **made)), skip_set=skip_set)
 
 
 @torch.inference_mode()
 def drafted_logits(model, profile, text):
-    stack = model.stack_of(profile.skip_set, stand_ins=profile.assets.stand_ins(model))
+    stack = model.stack_of(profile.skip_set, stand_ins=profile.weights.stand_ins(model))
     context = model.pass_context(len(text), model.new_cache(len(text)))
     return model.logits(stack.run(model.embed(torch.tensor(text)), context))
 
@@ -194,14 +194,14 @@ def test_trained_layers_take_their_place_among_the_kept_ones(tmp_path, gemma2, b
 
 def test_a_trained_layer_is_exported_for_every_family(each_family):
     profile = with_trained_layers(each_family, {1: 5})
-    draft = draft_model_of(each_family, profile.skip_set, profile.assets.layers)
+    draft = draft_model_of(each_family, profile.skip_set, profile.weights.layers)
     torch.testing.assert_close(logits_of(draft, TEXT), drafted_logits(each_family, profile, TEXT), rtol=1e-4, atol=1e-4)
 
 
 def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_tokenizer):
     wider = LayerSkipModel(tiny_llama(hidden_size=64))
-    profile = profile_for(llama, skip_set=SkipSet(LAYERS, (1,), (1,)))
-    foreign = profile.with_assets(DraftWeights(layers=random_layers(wider, {2: 4})))
+    layers = DraftWeights(layers=random_layers(wider, {2: 4}))
+    foreign = profile_for(llama, layers, skip_set=SkipSet(LAYERS, (1,), (1,)))
     with pytest.raises(InvalidInputError, match="stand-in: its weights do not fit a layer of this model"):
         export_draft(llama, byte_tokenizer, foreign, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
@@ -212,7 +212,7 @@ def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_token
 
 @pytest.mark.parametrize("skip_set", [SkipSet(LAYERS, (2,)), SkipSet(LAYERS, (1, 2), (1, 2))], ids=str)
 def test_assisted_generation_with_it_gives_the_model_s_own_text(tmp_path, tiny, byte_tokenizer, skip_set):
-    exported(tiny, byte_tokenizer, tmp_path / "draft", skip_set, draft_exit=FixedLength(3))
+    exported(tiny, byte_tokenizer, tmp_path / "draft", skip_set, stopping=FixedLength(3))
     prompt = torch.tensor([TEXT[:4]])
     out = tiny.hf_model.generate(
         prompt,
@@ -233,7 +233,7 @@ def test_assisted_generation_with_it_gives_the_model_s_own_text(tmp_path, tiny, 
 def test_transformers_drafts_as_many_tokens_as_the_profile_says(
     tmp_path, llama, byte_tokenizer, draft_exit, tokens, threshold
 ):
-    exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,)), draft_exit=draft_exit)
+    exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,)), stopping=draft_exit)
     loaded = stock(tmp_path / "draft").generation_config
     assert (loaded.num_assistant_tokens, loaded.assistant_confidence_threshold) == (tokens, threshold)
     assert loaded.num_assistant_tokens_schedule == "constant"
@@ -245,8 +245,8 @@ def test_transformers_drafts_as_many_tokens_as_the_profile_says(
 def bridged(model):
     size = model.config.hidden_size
     bridge = Bridge(2, 4, (torch.eye(size),), torch.zeros(size))
-    profile = profile_for(model, skip_set=SkipSet(LAYERS, (1,), (1,)))
-    return profile.with_assets(DraftWeights({2: bridge}, torch.tensor([0, 3, 5])))
+    weights = DraftWeights({2: bridge}, torch.tensor([0, 3, 5]))
+    return profile_for(model, weights, skip_set=SkipSet(LAYERS, (1,), (1,)))
 
 
 def test_bridges_are_refused_with_the_reason_and_the_way_out(tmp_path, llama, byte_tokenizer):
@@ -381,7 +381,7 @@ def test_an_export_can_be_moved(tmp_path, llama, byte_tokenizer):
 
 
 def test_the_readme_says_what_it_is_and_how_engines_take_it(tmp_path, llama, byte_tokenizer):
-    exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1, 2), (1,)), draft_exit=FixedLength(6))
+    exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1, 2), (1,)), stopping=FixedLength(6))
     card = (tmp_path / "draft" / "README.md").read_text()
     assert "3 of its 4 layers (0, 2, 3)" in card
     assert "In 1 of these layers one sublayer is skipped" in card

@@ -15,8 +15,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate, load_checkpoint
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate, load_checkpoint
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.errors import UnsupportedModelError
 from layerskip.families import FAMILIES
 from tests.models import (
@@ -170,7 +170,7 @@ def test_the_text_model_of_a_multimodal_gemma_3_decodes_as_the_page_on_families_
     hf_model = load_checkpoint(str(folder), device="cpu").model
     expected = transformers_greedy(multimodal, [1, 2, 3], 24)
     model = LayerSkipModel(hf_model)
-    drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (2,), (1,)), FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,), (1,)), stopping=FixedLength(3)))
     ours = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=24, eos_token_ids=())
     near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected)
     assert len(set(expected)) > 3

@@ -8,6 +8,7 @@ import torch
 from layerskip import (
     AdaptiveThreshold,
     ConfidenceThreshold,
+    DraftConfig,
     FixedLength,
     LayerSkipModel,
     SkipSet,
@@ -15,7 +16,7 @@ from layerskip import (
     load_checkpoint,
 )
 from layerskip.checkpoints import cache_folder
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from tests.models import near_tie_or_same, transformers_greedy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -102,7 +103,7 @@ def test_it_goes_on_as_a_trained_model_does(gemma3, model, prompt, continuation)
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_greedy_output_is_that_of_transformers(gemma3, model, number):
     prompt = gemma3.tokenizer(PROMPTS[number]).input_ids
-    drafter = LayerSkipDrafter(model, SKIP_SETS[number], DRAFT_EXITS[number])
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIP_SETS[number], stopping=DRAFT_EXITS[number]))
     never = {model.vocab_size}  # an end token that cannot come, so that each text has its tokens
     ours = generate(model, prompt, drafter=drafter, max_new_tokens=32, eos_token_ids=never)
     expected = transformers_greedy(gemma3.model, prompt, 32, never)
@@ -114,7 +115,7 @@ def test_a_text_longer_than_the_window_is_continued_as_by_transformers(gemma3, m
     sentence = "The lighthouse keeper counted {} ships before the fog came in from the north. "
     prompt = gemma3.tokenizer("".join(sentence.format(number) for number in range(40))).input_ids
     assert len(prompt) > 1.1 * model.config.sliding_window
-    drafter = LayerSkipDrafter(model, SkipSet(18, (8, 12), (9,)), FixedLength(4))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(18, (8, 12), (9,)), stopping=FixedLength(4)))
     ours = generate(model, prompt, drafter=drafter, max_new_tokens=24)
     near_tie_or_same(gemma3.model, prompt, ours.tokens, transformers_greedy(gemma3.model, prompt, 24))
     assert ours.stats.accepted > 0

@@ -5,8 +5,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, StopStrings, generate, stream
-from layerskip.drafting.drafter import LayerSkipDrafter, NoDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, StopStrings, generate, stream
+from layerskip.drafting.drafter import NoDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookupDrafter
 from layerskip.errors import InvalidInputError
 from tests.models import CONTEXT, VOCABULARY, tiny_llama, transformers_greedy
@@ -15,12 +16,12 @@ from tests.strategies import draft_exits, skip_sets, tokens
 
 def often_right(model, length=5):
     """A drafter whose drafts stand now and then, so that rounds of every kind occur."""
-    return LayerSkipDrafter(model, SkipSet(model.num_layers, (2,)), FixedLength(length))
+    return LayerSkipDrafter(model, DraftConfig(SkipSet(model.num_layers, (2,)), stopping=FixedLength(length)))
 
 
 def always_right(model, length=5):
     """A drafter that leaves nothing out: every draft stands whole, and rounds are as long as can be."""
-    return LayerSkipDrafter(model, SkipSet(model.num_layers), FixedLength(length))
+    return LayerSkipDrafter(model, DraftConfig(SkipSet(model.num_layers), stopping=FixedLength(length)))
 
 
 @pytest.fixture(scope="session")
@@ -223,7 +224,7 @@ def test_a_token_limit_below_one_is_refused(llama, limit):
 @settings(max_examples=30)
 def test_every_token_is_streamed_once_and_in_order(tiny, prompt, skip_set, draft_exit, sampling):
     settings_ = {
-        "drafter": LayerSkipDrafter(tiny, skip_set, draft_exit),
+        "drafter": LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit)),
         "sampling": sampling,
         "max_new_tokens": 14,
         "eos_token_ids": [1, 2, 3],
@@ -266,7 +267,7 @@ def test_the_counters_add_up(tiny, prompt, skip_set, draft_exit, limit, sampling
     generation = generate(
         tiny,
         prompt,
-        drafter=LayerSkipDrafter(tiny, skip_set, draft_exit),
+        drafter=LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit)),
         sampling=sampling,
         max_new_tokens=limit,
         eos_token_ids=[1, 2, 3, 4],

@@ -8,8 +8,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip import ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import ConfidenceThreshold, DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
 from tests.capture import call_directly
 from tests.models import FAMILIES, LAYERS, random_layers
@@ -65,9 +66,9 @@ def engine(request, llama):
     return EagerEngine(llama) if request.param == "eager" else GraphEngine(llama, call_directly)
 
 
-def reads_in_rounds(engine, draft_exit, sampling, skip_set=SKIPPED, **settings):
+def reads_in_rounds(engine, stopping, sampling, skip_set=SKIPPED, weights=None, **policy):
     """Reads of all rounds of a generation, and what it counted."""
-    drafter = LayerSkipDrafter(engine.model, skip_set, draft_exit, **settings)
+    drafter = LayerSkipDrafter(engine.model, DraftConfig(skip_set, stopping=stopping, **policy), weights)
     counts, last = [], None
     for length in (24, 1, 24):  # what is made once for each shape of a draft; then one token, from the prompt alone
         with HostReads() as reads:
@@ -89,27 +90,35 @@ def reads_in_rounds(engine, draft_exit, sampling, skip_set=SKIPPED, **settings):
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(2, 60)], ids=["whole vocabulary", "draft vocabulary"])
 class TestReads:
     def test_a_round_of_fixed_length_reads_once(self, engine, sampling, vocabulary):
-        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary)
+        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, weights=DraftWeights(token_ids=vocabulary))
         assert reads == stats.rounds
 
     def test_branches_add_none(self, engine, sampling, vocabulary):
-        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary, branches=(3, 2))
-        assert reads == stats.rounds
-
-    def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, engine, sampling, vocabulary):
-        reads, stats = reads_in_rounds(engine, ConfidenceThreshold(0.3), sampling, token_ids=vocabulary)
-        assert reads == stats.rounds + stats.drafted
-
-    def test_a_layer_of_the_drafts_own_adds_none(self, engine, sampling, vocabulary):
-        stand_ins = {2: random_layers(engine.model, {2: 2 * LAYERS})[2].build(engine.model, 0)}
-        skip_set = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
         reads, stats = reads_in_rounds(
-            engine, FixedLength(3), sampling, skip_set=skip_set, token_ids=vocabulary, stand_ins=stand_ins
+            engine, FixedLength(3), sampling, weights=DraftWeights(token_ids=vocabulary), tree=(3, 2)
         )
         assert reads == stats.rounds
 
+    def test_a_confidence_exit_reads_once_more_for_each_draft_step(self, engine, sampling, vocabulary):
+        reads, stats = reads_in_rounds(
+            engine, ConfidenceThreshold(0.3), sampling, weights=DraftWeights(token_ids=vocabulary)
+        )
+        assert reads == stats.rounds + stats.drafted
+
+    def test_a_layer_of_the_drafts_own_adds_none(self, engine, sampling, vocabulary):
+        weights = DraftWeights(token_ids=vocabulary, layers=random_layers(engine.model, {2: 2 * LAYERS}))
+        skip_set = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
+        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, skip_set=skip_set, weights=weights)
+        assert reads == stats.rounds
+
     def test_a_gate_reads_once_more_a_round(self, engine, sampling, vocabulary):
-        reads, stats = reads_in_rounds(engine, FixedLength(3), sampling, token_ids=vocabulary, gate=0.2)
+        reads, stats = reads_in_rounds(
+            engine,
+            FixedLength(3),
+            sampling,
+            weights=DraftWeights(token_ids=vocabulary),
+            target_confidence_threshold=0.2,
+        )
         assert reads == 2 * stats.rounds
 
 
@@ -144,7 +153,7 @@ def test_on_a_device_a_round_waits_once(family, captured, sampling):
     """Counted by CUDA's own warnings."""
     model = LayerSkipModel(FAMILIES[family]().to("cuda"))
     engine = GraphEngine(model) if captured else EagerEngine(model)
-    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)))
 
     def decode(length):
         return generate(

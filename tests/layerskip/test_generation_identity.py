@@ -7,8 +7,16 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import (
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    DraftConfig,
+    FixedLength,
+    LayerSkipModel,
+    SkipSet,
+    generate,
+)
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
 
@@ -21,7 +29,7 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, skip_set, dr
     ours = generate(
         each_family,
         prompt,
-        drafter=LayerSkipDrafter(each_family, skip_set, draft_exit),
+        drafter=LayerSkipDrafter(each_family, DraftConfig(skip_set, stopping=draft_exit)),
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos,
     )
@@ -42,7 +50,7 @@ def test_plain_decoding_is_that_of_transformers(each_family, prompt, max_new_tok
 
 def test_drafts_are_in_part_accepted_and_in_part_rejected(each_family):
     """Without this, the identity above could hold because nothing is ever accepted, or nothing ever rejected."""
-    drafter = LayerSkipDrafter(each_family, SkipSet(LAYERS, (2,), (1,)), FixedLength(3))
+    drafter = LayerSkipDrafter(each_family, DraftConfig(SkipSet(LAYERS, (2,), (1,)), stopping=FixedLength(3)))
     stats = [generate(each_family, [first, 3], drafter=drafter, max_new_tokens=24).stats for first in range(8)]
     accepted, drafted = sum(s.accepted for s in stats), sum(s.drafted for s in stats)
     assert 0.05 < accepted / drafted < 0.95
@@ -56,7 +64,7 @@ def test_decoding_leaves_the_model_as_it_was(tiny):
     generate(
         tiny,
         [4, 5],
-        drafter=LayerSkipDrafter(tiny, SkipSet(LAYERS, (0,), (3,)), FixedLength(4)),
+        drafter=LayerSkipDrafter(tiny, DraftConfig(SkipSet(LAYERS, (0,), (3,)), stopping=FixedLength(4))),
         max_new_tokens=16,
     )
     assert hf_model.config.to_dict() == config
@@ -67,7 +75,7 @@ def test_decoding_leaves_the_model_as_it_was(tiny):
 
 
 def test_one_drafter_serves_generation_after_generation(tiny):
-    drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (2,)), AdaptiveThreshold(0.3, max_length=5))
+    drafter = LayerSkipDrafter(tiny, DraftConfig(SkipSet(LAYERS, (2,)), stopping=AdaptiveThreshold(0.3, max_length=5)))
     first, other, again = (
         generate(tiny, prompt, drafter=drafter, max_new_tokens=20) for prompt in ([1, 2], [9] * 7, [1, 2])
     )
@@ -85,6 +93,6 @@ def test_on_cuda_greedy_output_is_that_of_transformers(family):
     model = LayerSkipModel(EVERY_FAMILY[family]().to("cuda"))
     for first, draft_exit in enumerate(DRAFT_EXITS):
         prompt = [first, 3, 5, 7, 11, 13, 17]
-        drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (0, 2), (1,)), draft_exit)
+        drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (0, 2), (1,)), stopping=draft_exit))
         ours = generate(model, prompt, drafter=drafter, max_new_tokens=32).tokens
         near_tie_or_same(model.hf_model, prompt, ours, transformers_greedy(model.hf_model, prompt, 32))

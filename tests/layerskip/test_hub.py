@@ -17,24 +17,10 @@ from layerskip import DraftProfile, LayerSkipModel, generate, load_checkpoint
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
 from tests.hub import TOKEN, FakeHub
-from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_assets, some_assets
+from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_weights, some_weights
 from tests.models import tiny_llama, tiny_tokenizer, transformers_greedy
 
 BASE = "tiny-models/base"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A fake hub that the client in this process talks to."""
-    with FakeHub().running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # files go through the LFS endpoints
-        yield fake
 
 
 @pytest.fixture
@@ -43,9 +29,9 @@ def offline(monkeypatch):
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def published(**parts):
+def published(weights=None, **parts):
     """A profile that says which model on the hub it is for."""
-    return a_profile(**parts).for_base_model(BASE)
+    return a_profile(weights, **parts).for_base_model(BASE)
 
 
 def contents(folder):
@@ -56,10 +42,10 @@ def contents(folder):
 
 
 def test_a_folder_gets_the_profile_its_tensors_and_a_card(tmp_path):
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.save_pretrained(tmp_path / "new" / "folder")
     loaded = DraftProfile.from_pretrained(tmp_path / "new" / "folder")
-    assert same_assets(loaded._assets, some_assets())
+    assert same_weights(loaded._weights, some_weights())
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
     names = [path.name for path in (tmp_path / "new" / "folder").iterdir()]
     assert sorted(names) == sorted(["README.md", "draft_profile.json", profile.tensors.file])
@@ -78,7 +64,7 @@ def test_a_model_s_own_folder_keeps_every_file_as_it_is(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("The model's own card.\n")
     before = contents(tmp_path)
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.save_pretrained(tmp_path)
     assert contents(tmp_path) == before | {
         name: (tmp_path / name).read_bytes() for name in ("draft_profile.json", profile.tensors.file)
@@ -156,7 +142,7 @@ def test_a_file_is_no_folder_to_save_to(tmp_path):
     ],
 )
 def test_a_saved_profile_names_its_model_as_the_hub_does_where_that_is_known(tmp_path, id, base, saved_id, saved_base):
-    profile = a_profile(model=replace(IDENTITY, id=id), base_model_name_or_path=base)
+    profile = a_profile(model=replace(IDENTITY, id=id)).model_copy(update={"base_model_name_or_path": base})
     profile.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "draft_profile.json").read_text())
     assert (saved["model"]["id"], saved["base_model_name_or_path"]) == (saved_id, saved_base)
@@ -201,7 +187,7 @@ def test_the_card_has_the_measured_figures_with_the_machine_and_how_to_use_it(tm
     measured = MEASURED.model_copy(
         update={"device": "An accelerator", "versions": {"torch": "2.13.0", "python": "3.11"}}
     )
-    _, text = card_of(tmp_path, published(measured=measured).for_base_model(BASE, "v2").with_assets(some_assets()))
+    _, text = card_of(tmp_path, published(some_weights(), measured=measured).for_base_model(BASE, "v2"))
     for words in [
         "**1.25×**",
         "1.20 to 1.30",
@@ -210,7 +196,7 @@ def test_the_card_has_the_measured_figures_with_the_machine_and_how_to_use_it(tm
         "On An accelerator in float32, over 8 prompts that the search never saw",
         "torch 2.13.0, python 3.11",
         "attn 1 · mlp 2 (2 of 8 sublayers)",
-        "2 bridges; vocabulary of 3",
+        "2 bridges; draft vocabulary of 3",
         "revision `v2`",
         "0123456789abcdef",
         "study nightly, trial 7",
@@ -249,7 +235,7 @@ def test_the_code_on_the_card_runs(tmp_path, llama, monkeypatch, capsys):
 
 
 def test_a_profile_survives_the_way_to_the_hub_and_back(hub):
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     address = profile.push_to_hub("me/drafts")
     repository = hub.repositories["me/drafts"]
     assert address == f"{hub.url}/me/drafts/commit/{repository.branches['main']}"
@@ -259,7 +245,7 @@ def test_a_profile_survives_the_way_to_the_hub_and_back(hub):
     assert repository.messages[-1] == "Upload draft profile"
     loaded = DraftProfile.from_pretrained("me/drafts")
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
-    assert same_assets(loaded._assets, some_assets())
+    assert same_weights(loaded._weights, some_weights())
     assert "DraftProfile.from_pretrained('me/drafts')" in repository.files()["README.md"].decode()
 
 
@@ -282,7 +268,7 @@ def test_a_model_s_own_repository_keeps_every_file_as_it_is(hub):
         "model.safetensors": b"weights",
     }
     repository = hub.add("tiny-models/base", files)
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.push_to_hub("tiny-models/base")
     after = repository.files()
     assert {name: after[name] for name in files} == files
@@ -303,15 +289,15 @@ def test_the_card_on_the_hub_follows_the_profile_until_somebody_edits_it(hub):
 
 
 def test_a_revision_is_a_branch_to_push_to_and_to_read_from(hub):
-    published(gate=0.1).push_to_hub("me/drafts")
-    published(gate=0.2).push_to_hub("me/drafts", revision="next")
-    published(gate=0.3).push_to_hub("me/drafts", revision="next")
-    assert DraftProfile.from_pretrained("me/drafts").gate == 0.1
-    assert DraftProfile.from_pretrained("me/drafts", revision="next").gate == 0.3
+    published(target_confidence_threshold=0.1).push_to_hub("me/drafts")
+    published(target_confidence_threshold=0.2).push_to_hub("me/drafts", revision="next")
+    published(target_confidence_threshold=0.3).push_to_hub("me/drafts", revision="next")
+    assert DraftProfile.from_pretrained("me/drafts").target_confidence_threshold == 0.1
+    assert DraftProfile.from_pretrained("me/drafts", revision="next").target_confidence_threshold == 0.3
 
 
 def test_profile_and_tensors_are_of_one_commit(hub, monkeypatch):
-    old, new = (published().with_assets(some_assets(seed)) for seed in (0, 1))
+    old, new = (published(some_weights(seed)) for seed in (0, 1))
     old.push_to_hub("me/drafts")
     repository = hub.repositories["me/drafts"]
     read = DraftProfile._read.__func__
@@ -322,7 +308,7 @@ def test_profile_and_tensors_are_of_one_commit(hub, monkeypatch):
         return read(cls, path, source=source)
 
     monkeypatch.setattr(DraftProfile, "_read", classmethod(read_while_somebody_pushes))
-    assert same_assets(DraftProfile.from_pretrained("me/drafts")._assets, some_assets(0))
+    assert same_weights(DraftProfile.from_pretrained("me/drafts")._weights, some_weights(0))
     assert new.tensors != old.tensors
 
 
@@ -353,12 +339,12 @@ def test_a_private_repository_is_for_those_with_a_token(hub):
 
 
 def test_what_was_fetched_once_is_there_without_the_hub(hub, offline):
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.push_to_hub("me/drafts")
     DraftProfile.from_pretrained("me/drafts")
     offline()
     hub.requests.clear()
-    assert same_assets(DraftProfile.from_pretrained("me/drafts")._assets, some_assets())
+    assert same_weights(DraftProfile.from_pretrained("me/drafts")._weights, some_weights())
     assert hub.requests == []
 
 
@@ -410,7 +396,7 @@ def test_a_repository_without_a_profile_says_so(hub):
 
 
 def test_a_repository_without_the_profile_s_tensors_says_so(hub):
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.push_to_hub("me/drafts")
     repository = hub.repositories["me/drafts"]
     hub.add("me/copy", {"draft_profile.json": repository.files()["draft_profile.json"]})
@@ -465,7 +451,7 @@ def test_a_profile_on_the_hub_that_is_none_is_named_by_its_repository(hub):
 
 
 def test_tensors_that_are_not_the_profile_s_are_refused(hub):
-    profile = published().with_assets(some_assets())
+    profile = published(some_weights())
     profile.push_to_hub("me/drafts")
     hub.repositories["me/drafts"].commit("main", {profile.tensors.file: b"other"})
     with pytest.raises(InvalidProfileError, match=r"^me/drafts/draft_profile\.json: tensors\.sha256: "):
@@ -484,7 +470,7 @@ DraftProfile.from_pretrained("me/drafts").save(sys.argv[2])
 
 @pytest.mark.slow
 def test_a_program_of_its_own_pushes_and_fetches(tmp_path):
-    profile = published(model=replace(IDENTITY, id=BASE)).with_assets(some_assets())
+    profile = published(some_weights(), model=replace(IDENTITY, id=BASE))
     profile.save(tmp_path / "one.json")
     with FakeHub().running() as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}

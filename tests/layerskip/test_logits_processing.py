@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layerskip import ConfidenceThreshold, LayerSkipModel, SkipSet, generate
+from layerskip import ConfidenceThreshold, DraftConfig, LayerSkipModel, SkipSet, generate
 from layerskip import logits_processing as processed
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import DraftStep
 from layerskip.logits_processing import GenerationHistory, ProcessorSampler, ProcessorSampling
 from layerskip.sampling import Draft, GreedySampler, RandomSampler
@@ -76,8 +76,8 @@ def by_position(text):
 
 
 def sampling_by(processors, do_sample=True, criteria=(), **kept):
-    transcript = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList(criteria), **kept)
-    return ProcessorSampling(transcript, LogitsProcessorList(processors), do_sample, VOCABULARY)
+    history = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList(criteria), **kept)
+    return ProcessorSampling(history, LogitsProcessorList(processors), do_sample, VOCABULARY)
 
 
 def text_by(sampler, token_ids=None):
@@ -111,7 +111,9 @@ def test_samples_of_a_model_follow_it_under_rules():
     """The same through the whole loop, and without what keeping scores changes."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = LayerSkipModel(tiny_llama(vocab_size=VOCABULARY, num_hidden_layers=2, seed=4, **sizes))
-    drafter = LayerSkipDrafter(model, SkipSet(2, (), (1,)), ConfidenceThreshold(0.5, max_length=3))
+    drafter = LayerSkipDrafter(
+        model, DraftConfig(SkipSet(2, (), (1,)), stopping=ConfidenceThreshold(0.5, max_length=3))
+    )
     rules = RULES["repetition penalty"]
 
     @torch.inference_mode()
@@ -180,7 +182,7 @@ def test_whole_rounds_are_decided_at_once_where_the_text_does_not_matter(process
     assert type(sampler) is kind
 
 
-def test_a_transcript_follows_the_stop_rule_s_tokens():
+def test_a_history_follows_the_stop_rule_s_tokens():
     """Where samplers do not look at the text, the stop rule is what tells of tokens."""
     seen = []
 
@@ -188,6 +190,6 @@ def test_a_transcript_follows_the_stop_rule_s_tokens():
         seen.append(ids.tolist())
         return torch.tensor([ids[0, -1] == 9])
 
-    transcript = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList([criterion]))
-    assert [transcript.ends_after(text) for text in ([4], [4, 8], [4, 8, 9])] == [False, False, True]
+    history = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList([criterion]))
+    assert [history.ends_after(text) for text in ([4], [4, 8], [4, 8, 9])] == [False, False, True]
     assert seen == [[[*PROMPT, 4]], [[*PROMPT, 4, 8]], [[*PROMPT, 4, 8, 9]]]

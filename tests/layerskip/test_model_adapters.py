@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate, speculate
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate, speculate
 from layerskip.drafting.bridges import fit_bridges
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import UnsupportedModelError
 from layerskip.families import FAMILIES
 from layerskip.fingerprint import fingerprint
@@ -49,7 +50,7 @@ def our_logits_of(model):
 
 
 def assert_same_text(peft_model, model, **draft):
-    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3), **draft)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)), DraftWeights(**draft))
     ours = generate(model, PROMPT, drafter=drafter, max_new_tokens=24, eos_token_ids=())
     near_tie_or_same(peft_model, PROMPT, ours.tokens, transformers_greedy(peft_model, PROMPT, 24))
     assert ours.stats.drafted > 0
@@ -119,7 +120,7 @@ def test_bridges_can_be_fitted_to_an_adapted_model():
     model = LayerSkipModel(peft_model)
     bridges = fit_bridges(model, [TEXT, TEXT[::-1]], SKIPPED)
     assert bridges
-    assert_same_text(peft_model, model, stand_ins=bridges)
+    assert_same_text(peft_model, model, bridges=bridges)
 
 
 def test_a_fingerprint_tells_adapters_apart_by_weights_scale_and_whether_they_are_on():

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import fit_bridges
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.families import FAMILIES
 from layerskip.fingerprint import fingerprint
 from tests.models import LAYERS, VOCABULARY, WINDOW, near_tie_or_same, tiny_llama, tiny_model, transformers_greedy
@@ -34,7 +35,7 @@ def our_logits_of(model):
 
 
 def assert_same_text(model, **draft):
-    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3), **draft)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)), DraftWeights(**draft))
     ours = generate(model, PROMPT, drafter=drafter, max_new_tokens=24, eos_token_ids=())
     near_tie_or_same(model.hf_model, PROMPT, ours.tokens, transformers_greedy(model.hf_model, PROMPT, 24))
     assert ours.stats.drafted > 0
@@ -88,7 +89,7 @@ def test_bridges_can_be_fitted_to_a_quantized_model():
     model = LayerSkipModel(in_int8(tiny_llama(intermediate_size=256)))
     bridges = fit_bridges(model, [TEXT, TEXT[::-1]], SKIPPED)
     assert bridges
-    assert_same_text(model, stand_ins=bridges)
+    assert_same_text(model, bridges=bridges)
 
 
 def test_a_fingerprint_tells_quantized_weights_from_the_plain_ones_and_from_each_other():
@@ -117,7 +118,7 @@ def test_a_model_quantized_by_bitsandbytes_decodes_as_transformers_decodes_it(by
     model = LayerSkipModel(by_bitsandbytes)
     torch.testing.assert_close(our_logits_of(model), logits_of(by_bitsandbytes), atol=1e-4, rtol=1e-5)
     bridges = fit_bridges(model, [TEXT, TEXT[::-1]], SKIPPED)
-    assert_same_text(model, stand_ins=bridges, token_ids=torch.arange(3, 40))
+    assert_same_text(model, bridges=bridges, token_ids=torch.arange(3, 40))
 
 
 def test_a_fingerprint_tells_the_scales_that_bitsandbytes_keeps(by_bitsandbytes):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, PrefixCache, SkipSet, generate, stream_rounds
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, PrefixCache, SkipSet, generate, stream_rounds
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine
 from tests.capture import call_directly
 from tests.models import near_tie_or_same, tiny_llama
@@ -47,7 +47,7 @@ def test_a_text_that_goes_on_gives_the_same_tokens_as_one_that_is_run_whole(
     tiny, data, prompt, skip_set, draft_exit, length
 ):
     prompt_cache, engine = PrefixCache(), EagerEngine(tiny)
-    drafter = LayerSkipDrafter(tiny, skip_set, draft_exit)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit))
     for _ in range(3):
         made = decoded(engine, prompt, prompt_cache, drafter=drafter, max_new_tokens=length)
         whole = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
@@ -89,7 +89,10 @@ def test_what_was_forgotten_is_run_again(engine):
 
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_a_generation_that_is_left_in_the_middle_leaves_what_was_certain(engine, rounds):
-    prompt_cache, drafter = PrefixCache(), LayerSkipDrafter(engine.model, SkipSet(4, (2,)), FixedLength(3))
+    prompt_cache, drafter = (
+        PrefixCache(),
+        LayerSkipDrafter(engine.model, DraftConfig(SkipSet(4, (2,)), stopping=FixedLength(3))),
+    )
     begun = rounds_of(engine, [3, 5, 7], prompt_cache, drafter=drafter, max_new_tokens=20)
     certain = [token for _ in range(1 + rounds) for token in next(begun).tokens]
     begun.close()
@@ -100,7 +103,10 @@ def test_a_generation_that_is_left_in_the_middle_leaves_what_was_certain(engine,
 
 
 def test_a_generation_that_fails_in_the_middle_of_a_draft_leaves_what_was_certain_before(engine, monkeypatch):
-    prompt_cache, drafter = PrefixCache(), LayerSkipDrafter(engine.model, SkipSet(4, (2,)), FixedLength(3))
+    prompt_cache, drafter = (
+        PrefixCache(),
+        LayerSkipDrafter(engine.model, DraftConfig(SkipSet(4, (2,)), stopping=FixedLength(3))),
+    )
     verify, calls = engine.verify, []
 
     def interrupted(*args):
@@ -158,7 +164,7 @@ def test_a_cache_that_cannot_grow_is_replaced_when_the_text_outgrows_it():
 @given(tokens(6), skip_sets(), draft_exits(), st.integers(1, 14))
 @settings(max_examples=30)
 def test_rounds_say_which_tokens_were_drafted(tiny, prompt, skip_set, draft_exit, length):
-    drafter = LayerSkipDrafter(tiny, skip_set, draft_exit)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit))
     rounds, generation = finished(
         stream_rounds(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[1, 2])
     )

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import ConfidenceThreshold, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import ConfidenceThreshold, DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
@@ -55,23 +55,19 @@ MEASURED = Measured(
 )
 
 
-def a_profile(**parts):
-    return DraftProfile(
-        **{
-            "model": IDENTITY,
-            "skip_set": SkipSet(LAYERS, (1,), (2,)),
-            "draft_exit": ConfidenceThreshold(0.5, max_length=6),
-            "measured": MEASURED,
-            "provenance": Provenance(
-                study="nightly", trial=7, created=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC), tool="layerskip 0.1.0"
-            ),
-        }
-        | parts
-    )
+PROVENANCE = Provenance(
+    study="nightly", trial=7, created=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC), tool="layerskip 0.1.0"
+)
+SKIP_SET = SkipSet(LAYERS, (1,), (2,))
 
 
-def profile_for(model, **parts):
-    return a_profile(model=identify(model, "my-model"), **parts)
+def a_profile(weights=None, *, model=IDENTITY, skip_set=SKIP_SET, measured=MEASURED, provenance=PROVENANCE, **policy):
+    config = DraftConfig(skip_set, **{"stopping": ConfidenceThreshold(0.5, max_length=6)} | policy)
+    return DraftProfile.of(config, weights, model=model, provenance=provenance, measured=measured)
+
+
+def profile_for(model, weights=None, **parts):
+    return a_profile(weights, model=identify(model, "my-model"), **parts)
 
 
 # The round trip.
@@ -115,7 +111,7 @@ def test_a_profile_survives_saving_and_loading(tmp_path_factory, skip_set, draft
     profile = a_profile(
         model=replace(IDENTITY, id=name),
         skip_set=skip_set,
-        draft_exit=draft_exit,
+        stopping=draft_exit,
         measured=measured,
         provenance=provenance,
     )
@@ -123,15 +119,15 @@ def test_a_profile_survives_saving_and_loading(tmp_path_factory, skip_set, draft
     loaded = DraftProfile.load(path)
     assert loaded == profile
     assert loaded.skip_set == skip_set
-    assert loaded.draft_exit == draft_exit
-    assert type(loaded.draft_exit) is type(draft_exit)
+    assert loaded.stopping == draft_exit
+    assert type(loaded.stopping) is type(draft_exit)
     assert (loaded.measured, loaded.provenance) == (measured, provenance)
 
 
 def test_profiles_that_differ_are_unequal():
     assert a_profile() == a_profile()
     assert a_profile() != a_profile(skip_set=SkipSet(LAYERS))
-    assert a_profile() != a_profile(draft_exit=FixedLength(6))
+    assert a_profile() != a_profile(stopping=FixedLength(6))
     assert a_profile() != "a profile"
 
 
@@ -158,7 +154,7 @@ def test_a_profile_made_by_hand_needs_only_the_model_the_skip_set_and_the_exit(t
     path.write_text(json.dumps(fields))
     loaded = DraftProfile.load(path)
     assert loaded.skip_set == SkipSet(LAYERS, (1,))
-    assert loaded.draft_exit == ConfidenceThreshold(0.5)
+    assert loaded.stopping == ConfidenceThreshold(0.5)
 
 
 # What can be wrong with a file.
@@ -212,16 +208,18 @@ MISSING = "required, but missing"
         ),
         (
             put("branches", value=[2, 0]),
-            "branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 2",
+            "branches: place 2 of the tree: expected at least 1, or a list that may hold 0 after its first number, "
+            "got 0",
         ),
         (
             put("branches", value=[2, []]),
-            "branches: expected numbers from 1 on, or lists that may hold 0 but first, got an empty list for place 2",
+            "branches: place 2 of the tree: expected at least 1, or a list that may hold 0 after its first number, "
+            "got an empty list",
         ),
-        (put("branches", value=[[2, 1]]), "branches: place 1 has 2 numbers, but follows 1 token"),
+        (put("branches", value=[[2, 1]]), "branches: place 1 of the tree: has 2 numbers, but follows 1 token"),
         (
             put("branches", value=[2, [1, 1, 1]]),
-            "branches: place 2 has 3 numbers, but follows 2 tokens",
+            "branches: place 2 of the tree: has 3 numbers, but follows 2 tokens",
         ),
         (put("measured", "luck", value=1), f"measured.luck: {UNKNOWN}"),
         (drop("model"), f"model: {MISSING}"),
@@ -435,7 +433,7 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place, reas
 # Bridges and draft vocabulary.
 
 
-def some_assets(seed=0):
+def some_weights(seed=0):
     generator = torch.Generator().manual_seed(seed)
     size = IDENTITY.hidden_size
     whole = Bridge(2, 4, (torch.randn(size, size, generator=generator),), torch.randn(size, generator=generator))
@@ -443,17 +441,17 @@ def some_assets(seed=0):
     return DraftWeights({2: whole, 5: low_rank}, torch.tensor([0, 3, 5]))
 
 
-def same_assets(one, other):
+def same_weights(one, other):
     return one.to_bytes() == other.to_bytes()
 
 
 def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
-    profile = a_profile(gate=0.5).with_assets(some_assets())
+    profile = a_profile(some_weights(), target_confidence_threshold=0.5)
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
-    assert (loaded.tensors.bridges, loaded.tensors.vocabulary, loaded.gate) == (2, 3, 0.5)
+    assert (loaded.tensors.bridges, loaded.tensors.vocabulary, loaded.target_confidence_threshold) == (2, 3, 0.5)
     assert loaded == profile
-    assert same_assets(loaded._assets, some_assets())
+    assert same_weights(loaded._weights, some_weights())
     assert sorted(path.name for path in tmp_path.iterdir()) == [loaded.tensors.file, "profile.json"]
 
 
@@ -461,7 +459,7 @@ def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
 def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own_tensors(tmp_path):
     path, kept = tmp_path / "profile.json", tmp_path / "kept"
     kept.mkdir()
-    profiles = [a_profile(gate=seed / 10).with_assets(some_assets(seed)) for seed in range(1, 5)]
+    profiles = [a_profile(some_weights(seed), target_confidence_threshold=seed / 10) for seed in range(1, 5)]
     files = [kept / f"{number}.json" for number in range(len(profiles))]
     for profile, file in zip(profiles, files, strict=True):
         profile.save(file)
@@ -477,7 +475,7 @@ def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own
         for _ in range(300):
             loaded = DraftProfile.load(path)
             [same] = [n for n, profile in enumerate(profiles) if profile == loaded]
-            assert same_assets(loaded._assets, profiles[same]._assets)
+            assert same_weights(loaded._weights, profiles[same]._weights)
             seen.add(same)
     finally:
         for saver in savers:
@@ -488,33 +486,33 @@ def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own
 
 
 def test_a_profile_without_them_has_no_file_beside_it(tmp_path):
-    a_profile().with_assets(DraftWeights()).save(tmp_path / "profile.json")
+    a_profile(DraftWeights()).save(tmp_path / "profile.json")
     assert DraftProfile.load(tmp_path / "profile.json").tensors is None
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
 def test_a_new_profile_leaves_the_tensors_of_another_one_alone(tmp_path):
-    first, second = (a_profile().with_assets(some_assets(seed)) for seed in (0, 1))
+    first, second = (a_profile(some_weights(seed)) for seed in (0, 1))
     first.save(tmp_path / "first.json")
     second.save(tmp_path / "second.json")
-    assert same_assets(DraftProfile.load(tmp_path / "first.json")._assets, some_assets(0))
+    assert same_weights(DraftProfile.load(tmp_path / "first.json")._weights, some_weights(0))
 
 
 def test_overwriting_a_profile_leaves_the_tensors_that_a_copy_of_it_needs(tmp_path):
     path, backup = tmp_path / "profile.json", tmp_path / "profile.json.bak"
-    a_profile().with_assets(some_assets()).save(path)
+    a_profile(some_weights()).save(path)
     shutil.copyfile(path, backup)
     a_profile().save(path)
-    assert same_assets(DraftProfile.load(backup)._assets, some_assets())
+    assert same_weights(DraftProfile.load(backup)._weights, some_weights())
 
 
 def test_a_save_that_fails_keeps_the_old_profile_s_tensors(tmp_path):
     path = tmp_path / "profile.json"
-    old = a_profile().with_assets(some_assets())
+    old = a_profile(some_weights())
     old.save(path)
     with files_no_larger_than(100_000), pytest.raises(InvalidProfileError):
         large_profile("a").save(path)
-    assert same_assets(DraftProfile.load(path)._assets, some_assets())
+    assert same_weights(DraftProfile.load(path)._weights, some_weights())
 
 
 @pytest.mark.parametrize(
@@ -528,7 +526,7 @@ def test_a_save_that_fails_keeps_the_old_profile_s_tensors(tmp_path):
 )
 def test_a_missing_or_altered_file_is_an_error_in_one_line(tmp_path, spoil, message):
     path = tmp_path / "profile.json"
-    profile = a_profile().with_assets(some_assets())
+    profile = a_profile(some_weights())
     profile.save(path)
     spoil(tmp_path / profile.tensors.file)
     with pytest.raises(InvalidProfileError) as error:

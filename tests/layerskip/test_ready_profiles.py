@@ -11,7 +11,7 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
 from layerskip.ready_profiles import FOLDER, add_profile, find_profile, ready_profiles
 from layerskip.utils import device_name
-from tests.layerskip.test_profile import MEASURED, a_profile, some_assets
+from tests.layerskip.test_profile import MEASURED, a_profile, some_weights
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def add(folder, tmp_path):
     """Add a profile that was measured on some device to the ready ones."""
 
     def run(name, device_type="cpu", *, assets=None, **measured):
-        profile = a_profile(measured=MEASURED.model_copy(update=measured)).with_assets(assets or DraftWeights())
+        profile = a_profile(assets or DraftWeights(), measured=MEASURED.model_copy(update=measured))
         profile.save(tmp_path / "found.json")
         return add_profile(name, tmp_path / "found.json", device_type)
 
@@ -54,8 +54,8 @@ def test_a_profile_is_found_by_its_name(add, folder):
 
 
 def test_a_ready_profile_brings_its_tensors(add):
-    add("tiny", assets=some_assets())
-    assert load_profile("tiny").assets.to_bytes() == some_assets().to_bytes()
+    add("tiny", assets=some_weights())
+    assert load_profile("tiny").weights.to_bytes() == some_weights().to_bytes()
 
 
 def test_of_several_the_one_from_the_kind_of_device_in_use_is_taken(add, folder):
@@ -83,26 +83,26 @@ def test_from_other_machines_the_fastest_is_taken_and_one_from_a_gpu_is_better_t
 
 
 def test_a_new_profile_from_the_same_machine_takes_the_place_of_the_old_one(add, folder):
-    add("tiny", assets=some_assets(0))
-    add("tiny", assets=some_assets(1), speedup=1.5)
+    add("tiny", assets=some_weights(0))
+    add("tiny", assets=some_weights(1), speedup=1.5)
     add("other")
     assert [(entry.name, entry.speedup) for entry in ready_profiles()] == [("other", 1.25), ("tiny", 1.5)]
-    assert load_profile("tiny").assets.to_bytes() == some_assets(1).to_bytes()
+    assert load_profile("tiny").weights.to_bytes() == some_weights(1).to_bytes()
     assert len(list(folder.glob("draft-*.safetensors"))) == 1
 
 
 def test_a_file_comes_before_a_name(add, tmp_path, monkeypatch):
     add("tiny")
     monkeypatch.chdir(tmp_path)
-    a_profile(gate=0.5).save(tmp_path / "tiny")
-    assert load_profile("tiny").gate == 0.5
+    a_profile(target_confidence_threshold=0.5).save(tmp_path / "tiny")
+    assert load_profile("tiny").target_confidence_threshold == 0.5
 
 
 def test_a_folder_of_that_name_does_not_hide_the_name(add, tmp_path, monkeypatch):
     add("tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert load_profile("tiny").gate == 0.0
+    assert load_profile("tiny").target_confidence_threshold == 0.0
 
 
 def test_an_unknown_name_is_told_which_there_are_and_which_looks_alike(add):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, Sampling, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.errors import InvalidInputError
 from layerskip.sampling import Draft, Draw, GreedySampler
 from tests.models import LAYERS, VOCABULARY
@@ -68,14 +68,14 @@ def test_a_draft_of_no_draws_is_empty():
 @settings(max_examples=25)
 def test_the_same_seed_gives_the_same_output(tiny, prompt, skip_set, draft_exit, seed, drafting):
     def once():
-        drafter = LayerSkipDrafter(tiny, skip_set, draft_exit) if drafting else None
+        drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit)) if drafting else None
         return generate(tiny, prompt, drafter=drafter, sampling=Sampling(1.5, seed=seed), max_new_tokens=8).tokens
 
     assert once() == once()
 
 
 def test_without_a_seed_outputs_vary(llama):
-    drafter = LayerSkipDrafter(llama, SkipSet(LAYERS, (1,)), FixedLength(4))
+    drafter = LayerSkipDrafter(llama, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(4)))
     outputs = {
         tuple(generate(llama, [1], drafter=drafter, sampling=Sampling(3.0), max_new_tokens=12).tokens) for _ in range(5)
     }

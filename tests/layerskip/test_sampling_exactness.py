@@ -10,9 +10,17 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, Sampling, SkipSet
+from layerskip import (
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    DraftConfig,
+    FixedLength,
+    LayerSkipModel,
+    Sampling,
+    SkipSet,
+)
 from layerskip import sampling as sampling_module
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.generation import generate
 from layerskip.sampling import Draft, Draw, Verdict
@@ -94,13 +102,13 @@ EXITS = {
     ids=str,
 )
 def test_self_speculative_samples_follow_the_full_model(model, draft_exit, settings):
-    observed = samples(model, LayerSkipDrafter(model, SKIPPED, EXITS[draft_exit]), settings, 1000)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS[draft_exit])), settings, 1000)
     assert p_value(observed, distribution_of_texts(model, settings)) > DOUBT
 
 
 def test_samples_with_a_layer_of_the_drafts_own_follow_the_full_model(model):
     assets = DraftWeights(layers=random_layers(model, {1: 4}))
-    drafter = LayerSkipDrafter.of(model, SkipSet(2, (1,), (0, 1)), EXITS["fixed"], assets)
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(2, (1,), (0, 1)), stopping=EXITS["fixed"]), assets)
     assert p_value(samples(model, drafter, PLAIN, 1000), distribution_of_texts(model, PLAIN)) > DOUBT
 
 
@@ -146,13 +154,13 @@ def accept_only_the_likeliest(tree, drafted, draft, target, generator):
 @pytest.mark.parametrize("broken", [accept_everything, replace_from_the_target, accept_only_the_likeliest])
 def test_a_broken_acceptance_rule_is_noticed(model, monkeypatch, broken):
     monkeypatch.setattr(sampling_module, "speculative_sampling", broken)
-    observed = samples(model, LayerSkipDrafter(model, SKIPPED, EXITS["fixed"]), PLAIN, 1000)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN, 1000)
     assert p_value(observed, distribution_of_texts(model, PLAIN)) < CERTAINTY
 
 
 def test_a_slow_but_exact_acceptance_rule_passes(model, monkeypatch):
     monkeypatch.setattr(sampling_module, "speculative_sampling", accept_never)
-    observed = samples(model, LayerSkipDrafter(model, SKIPPED, EXITS["fixed"]), PLAIN, 500)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN, 500)
     assert p_value(observed, distribution_of_texts(model, PLAIN)) > DOUBT
 
 
@@ -162,7 +170,7 @@ class KeepsUnsureTokensToItself(LayerSkipDrafter):
     def propose(self, newest, cache, limit, sampler):
         draft = super().propose(newest, cache, limit, sampler)
         sure = len(draft)
-        if sure and self._exit.stops_after(float(draft.distributions[-1][draft.tokens[-1]])):
+        if sure and self._stop.stops_after(float(draft.distributions[-1][draft.tokens[-1]])):
             sure -= 1
         draws = [Draw(draft.tokens[i : i + 1], draft.distributions[i]) for i in range(sure)]
         return Draft.of(draws, newest.device)
@@ -170,7 +178,9 @@ class KeepsUnsureTokensToItself(LayerSkipDrafter):
 
 def test_a_draft_that_keeps_its_unsure_token_to_itself_is_noticed(model):
     """Why a draft exit looks at the highest probability, which is the same whichever token was drawn."""
-    observed = samples(model, KeepsUnsureTokensToItself(model, SKIPPED, EXITS["confidence"]), PLAIN, 1000)
+    observed = samples(
+        model, KeepsUnsureTokensToItself(model, DraftConfig(SKIPPED, stopping=EXITS["confidence"])), PLAIN, 1000
+    )
     assert p_value(observed, distribution_of_texts(model, PLAIN)) < CERTAINTY
 
 

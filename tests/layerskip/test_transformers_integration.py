@@ -47,9 +47,9 @@ def llama_model():
     return tiny_llama()
 
 
-def profile_for(model, skip_set=SKIPPED, draft_exit=FixedLength(3), assets=None):  # noqa: B008
-    profile = a_profile(model=identify(LayerSkipModel(model)), skip_set=skip_set, draft_exit=draft_exit, measured=None)
-    return profile if assets is None else profile.with_assets(assets)
+def profile_for(model, skip_set=SKIPPED, stopping=FixedLength(3), weights=None):  # noqa: B008
+    identity = identify(LayerSkipModel(model))
+    return a_profile(weights, model=identity, skip_set=skip_set, stopping=stopping, measured=None)
 
 
 def generate(model, prompt=PROMPT, **arguments):
@@ -380,7 +380,7 @@ def test_sampling_from_nothing_is_an_error(llama_model):
 
 def test_rules_may_leave_a_draft_nothing_to_propose(llama_model):
     """The draft's vocabulary is one token, and that is suppressed."""
-    decode = speculate(profile_for(llama_model, assets=DraftWeights(token_ids=torch.tensor([5]))))
+    decode = speculate(profile_for(llama_model, weights=DraftWeights(token_ids=torch.tensor([5]))))
     for do_sample in (False, True):
         found = greedy(llama_model, suppress_tokens=[5], do_sample=do_sample, top_k=1, custom_generate=decode)
         assert found == greedy(llama_model, suppress_tokens=[5])
@@ -513,7 +513,7 @@ def test_a_prepared_engine_is_the_one_that_generations_use(tmp_path):
 
 def test_what_is_kept_does_not_keep_the_model():
     model = tiny_llama()
-    decode = speculate(profile_for(model, assets=DraftWeights(token_ids=torch.arange(9))))
+    decode = speculate(profile_for(model, weights=DraftWeights(token_ids=torch.arange(9))))
     generate(model, custom_generate=decode)
     gc.collect()
     references = [weakref.ref(model), *(weakref.ref(weight) for weight in model.parameters())]
@@ -526,7 +526,7 @@ def test_what_is_kept_does_not_keep_the_model():
 
 
 def test_generations_at_the_same_time_do_not_disturb_one_another(llama_model):
-    decode = speculate(profile_for(llama_model, draft_exit=a_profile().draft_exit))
+    decode = speculate(profile_for(llama_model, stopping=a_profile().stopping))
     expected = greedy(llama_model)
     found = []
     workers = [

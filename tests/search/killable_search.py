@@ -18,14 +18,14 @@ from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from studies.storage import open_storage
 from tests.models import tiny_llama
-from tests.search.searches import known_costs, small_search
+from tests.search.searches import known_costs_of, small_search
 
 STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 
 def search(url, folder, on_event=ignore):
     """Three starts, then measurements and what the sampler proposes."""
-    preparation.measure_latency = lambda model, space: known_costs(space)
+    preparation.measure_costs = known_costs_of
     study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}

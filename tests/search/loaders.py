@@ -15,14 +15,14 @@ from search.loading import load_profiles
 from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from tests.models import tiny_llama
-from tests.search.searches import known_costs
+from tests.search.searches import known_costs_of
 
 STARTS = 3
 
 
 def quick_engine():
     """The engine of a tiny model, and costs and starts that need no time."""
-    preparation.measure_latency = lambda engine, space: known_costs(space)
+    preparation.measure_costs = known_costs_of
     study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     return EagerEngine(LayerSkipModel(tiny_llama()))
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
-from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search, SearchTask
 from search.settings import SearchSettings
@@ -56,8 +56,8 @@ def explore(search):
     return study
 
 
-def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
-    """What parts cost on a machine where verification is cheap and the head is dear."""
+def costs_after(context, *, scale=1.0, vocabularies=(0,)):
+    """What parts cost on a machine where verification is cheap and the head is expensive."""
     step = StepCosts(
         fixed=1.0 * scale,
         attention=2.0 * scale,
@@ -66,14 +66,19 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
         head={size: (4.0 if size == 0 else 4.0 * size / VOCABULARY) * scale for size in vocabularies},
     )
     sublayers = {width: (20 + width) * scale for width in range(1, 27)}
-    return CostsBehind(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
+    return Costs(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
 
 
 def known_costs(space=None):
-    """A latency model that is the same on every machine."""
-    vocabularies = (0, *(space.vocabulary_sizes if space else ()))
-    near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
-    return LatencyModel(near, far)
+    """A cost model that is the same on every machine."""
+    return known_costs_of(None, vocabularies=space.vocabulary_sizes if space else (), most_drafted=0)
+
+
+def known_costs_of(engine, *, vocabularies, most_drafted):
+    """The same in the place of :func:`layerskip.engine.measure_costs`."""
+    vocabularies = (0, *vocabularies)
+    near, far = (costs_after(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
+    return CostModel(near, far)
 
 
 def records(storage, study, *, prompt_set=None, trial=None):

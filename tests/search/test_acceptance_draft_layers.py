@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet
-from layerskip.drafting.drafter import LayerSkipDrafter, RoundResult
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.layer_skip import LayerSkipDrafter, RoundResult
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.sampling import Draft, GreedySampler, Verdict
@@ -28,9 +28,9 @@ class Watched(GreedySampler):
     def __init__(self):
         self.steps = []
 
-    def draft(self, step, token_ids, count=1, *, behind=None):
+    def draft(self, step, token_ids, count=1, *, path=None):
         self.steps.append(step)
-        return super().draft(step, token_ids, count, behind=behind)
+        return super().draft(step, token_ids, count, path=path)
 
 
 @torch.inference_mode()
@@ -83,7 +83,7 @@ def test_a_trace_says_at_every_position_what_decoding_is_proposed_there(
     skip_set = SkipSet.from_mask([skip or index >= start for index, skip in enumerate(below)])
     ids = None if vocabulary is None else torch.tensor(vocabulary)
     fitted = bridges(SkipSet.from_mask(below), 1) if bridged else {}
-    drafter = LayerSkipDrafter.of(tiny, skip_set, FixedLength(1), DraftWeights(fitted, ids, layers))
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(1)), DraftWeights(fitted, ids, layers))
     written = references(tiny, drawn)
     traces = all_traces(AcceptanceTracer(tiny, written), drafter._stack)
     for text, trace in zip(written, traces, strict=True):
@@ -97,7 +97,7 @@ def test_what_is_left_out_below_the_exit_shows_in_what_is_remembered(llama):
     found = []
     for attention in ((2, 3), (1, 2, 3)):
         skip_set = SkipSet(LAYERS, attention, (2, 3))
-        drafter = LayerSkipDrafter.of(llama, skip_set, FixedLength(1), DraftWeights(layers=layers))
+        drafter = LayerSkipDrafter(llama, DraftConfig(skip_set, stopping=FixedLength(1)), DraftWeights(layers=layers))
         [trace] = all_traces(AcceptanceTracer(llama, [text]), drafter._stack)
         found.append(trace.confidence)
     assert np.abs(found[0] - found[1]).max() > 1e-2

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.branching import best_comb, branching_policies, gains
@@ -60,7 +59,7 @@ def test_the_gains_say_how_often_a_branch_stands(tiny):
     prompts = [[first, 7, 5] for first in range(6)]
     texts = [record(tiny, p, new) for p, new in zip(prompts, batch_generate(tiny, prompts, 16), strict=True)]
     traces = [trace for part in AcceptanceTracer(tiny, texts).traces(stack) for trace in part]
-    drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (1,), (2,)), FixedLength(1), branches=widths)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(SkipSet(LAYERS, (1,), (2,)), stopping=FixedLength(1), tree=widths))
     stats = [generate(tiny, p, drafter=drafter, max_new_tokens=16, eos_token_ids=[]).stats for p in prompts]
     found = sum(one.accepted for one in stats) / sum(one.drafted for one in stats)
     assert 0 < found < 1

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine
 from search.compare import compare, usable_methods
 from search.decoding_methods import DecodingMethod, layerskip_method, transformers_method
@@ -24,7 +24,7 @@ def model():
 
 
 def methods(model):
-    whole = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    whole = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3)))
     return [
         layerskip_method("plain", EagerEngine(model), None),
         layerskip_method("whole", EagerEngine(model), whole, draft_bytes=7, training_seconds=3.0),

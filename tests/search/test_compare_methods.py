@@ -41,7 +41,7 @@ def test_layerskips_methods_are_plain_decoding_prompt_lookup_and_the_profiles(mo
 
 
 def test_a_profile_is_combined_with_prompt_lookup_unless_it_has_its_own(model, profile):
-    copying = profile.model_copy(update={"ngrams": PromptLookup()})
+    copying = profile.model_copy(update={"prompt_lookup": PromptLookup()})
     methods = layerskip_methods(EagerEngine(model), {"mine": profile, "copying": copying}, combine=True)
     assert names(methods)[2:] == ["mine", "mine + prompt lookup", "copying"]
 
@@ -49,7 +49,7 @@ def test_a_profile_is_combined_with_prompt_lookup_unless_it_has_its_own(model, p
 @pytest.fixture(scope="module")
 def trained(model):
     layers = random_layers(model, {TOP - 2: TOP}, like=LAYERS - 1)
-    return profile_for(model.hf_model, early_exit(LAYERS, LAYERS - 1), assets=DraftWeights(layers=layers))
+    return profile_for(model.hf_model, early_exit(LAYERS, LAYERS - 1), weights=DraftWeights(layers=layers))
 
 
 def test_all_of_them_decode_alike(model, profile, trained):

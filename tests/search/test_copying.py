@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter, with_prompt_lookup
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from layerskip.target_texts import batch_generate
 from search.copying import Copies, settings_of_ngrams, with_copies
 from search.reference import record
@@ -63,11 +61,6 @@ def test_of_copies_that_pay_the_fastest_are_made():
         BEST, lambda config: foretold(config, [longer[config.prompt_lookup] + 0.01 * n for n in range(4)])
     )
     assert found.config.prompt_lookup.length == max(ngrams.length for ngrams in longer)
-
-
-def test_a_drafter_without_copies_is_itself(llama):
-    drafter = LayerSkipDrafter(llama, SkipSet(LAYERS), FixedLength(1))
-    assert with_prompt_lookup(None, drafter) is drafter
 
 
 @pytest.mark.parametrize("new", [[], [4]])

@@ -3,8 +3,8 @@
 import pytest
 from transformers import GenerationConfig
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine
 from search.decoding_methods import layerskip_method, transformers_method
 from tests.layerskip.test_transformers_integration import profile_for
@@ -32,7 +32,7 @@ def everything_kept(model):
 METHODS = {
     "own": lambda name, model: layerskip_method(name, EagerEngine(model), None),
     "own, drafting": lambda name, model: layerskip_method(
-        name, EagerEngine(model), LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        name, EagerEngine(model), LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
     ),
     "plain": transformers_method,
     "prompt lookup": lambda name, model: transformers_method(name, model, prompt_lookup_num_tokens=4),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layerskip import DraftProfile, LayerSkipModel, SkipSet
+from layerskip.costs import DraftParts
 from layerskip.drafting.bridges import Bridge, BridgeFitter
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.weights import DraftWeights
@@ -44,7 +45,7 @@ def test_it_has_the_same_name_wherever_its_profile_was_saved(llama, tmp_path):
     profile.save(tmp_path / "tuned.json")
     assert named(llama, DraftProfile.load(tmp_path / "tuned.json")) == named(llama, profile)
     in_half = LayerSkipModel(tiny_llama().bfloat16())
-    assert named(in_half, profile_with(in_half, profile.assets)) == named(llama, profile)
+    assert named(in_half, profile_with(in_half, profile.weights)) == named(llama, profile)
 
 
 def test_whatever_differs_has_another_name(llama):
@@ -63,7 +64,7 @@ def test_the_profile_of_a_search_that_used_one_has_the_same_one(llama):
     """With more left out below, and a bridge there."""
     tuned = layer_profile(llama, vocabulary=IDS)
     below = Bridge(1, 3, (torch.zeros(32, 32),), torch.zeros(32))
-    found = profile_with(llama, replace(tuned.assets, bridges={1: below}))
+    found = profile_with(llama, replace(tuned.weights, bridges={1: below}))
     assert named(llama, found) == named(llama, tuned)
 
 
@@ -188,22 +189,20 @@ def test_samplers_know_what_a_step_with_a_draft_layer_costs(makers, given, kind,
         DraftConfig(skip_set, bridges, layer, 20) for skip_set in (SkipSet(LAYERS, (1,), (0, 1)), SkipSet(LAYERS, (0,)))
     ]
     latency = known_costs(SearchSpace(LAYERS, vocabulary_sizes=(0, 20)))
-    costs = RelativeCosts(latency, makers, 30, None)
-    plain = latency.verification(1, 0.0, 30, None)
-    expected = [latency.draft_step(makers.stack(candidate), 30) / plain for candidate in candidates]
+    costs = latency.at(30).relative()
+    expected = [costs.draft_step(DraftParts.of(makers.stack(candidate))) for candidate in candidates]
     masks = np.array([candidate.skip_set.mask for candidate in candidates])
-    assert costs.draft_steps(candidates[0], masks) == pytest.approx(expected)
+    assert RelativeCosts(latency, makers, 30).draft_steps(candidates[0], masks) == pytest.approx(expected)
 
 
 def test_a_trained_layer_costs_a_layer_and_a_bridge_a_bridge(makers, given):
     latency = known_costs(SearchSpace(LAYERS, vocabulary_sizes=(0, 20)))
     seconds = {
-        kind: latency.draft_step(makers.stack(DraftConfig(NOTHING, draft_layer=one.ref)), 8)
+        kind: latency.at(8).draft_step(DraftParts.of(makers.stack(DraftConfig(NOTHING, draft_layer=one.ref))))
         for kind, one in given.items()
     }
-    step = latency.short.step
-    assert seconds["layer"] == pytest.approx(step.seconds(3, 3, 0, 0))  # two kept layers and itself
-    assert seconds["bridge"] == pytest.approx(step.seconds(3, 2, 1, 0))
+    assert seconds["layer"] == pytest.approx(latency.short.draft_step(DraftParts(3, 3)))  # two kept layers and itself
+    assert seconds["bridge"] == pytest.approx(latency.short.draft_step(DraftParts(3, 2, 1)))
 
 
 def test_vocabularies_are_no_larger_than_the_model(llama):

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, SkipSet, generate
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.head_drafter import HeadDrafter
+from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.heads import HEAD_KINDS
-from layerskip.drafting.prompt_lookup import with_prompt_lookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.sublayers import DraftLayerStep
@@ -76,8 +75,7 @@ def texts(tiny):
 def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, branches, ids, ngrams):
     """But for how far Hydra's drafts go on behind a wrong token, which a text cannot tell."""
     heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), policy_of(draft_exit, gate, branches, ngrams)
-    drafter = HeadDrafter(tiny, heads, draft_exit, gate=gate, branches=branches, token_ids=IDS[ids])
-    drafter = with_prompt_lookup(ngrams, drafter)
+    drafter = make_drafter(tiny, policy, DraftWeights(token_ids=IDS[ids], heads=heads))
     stack = tiny.stack_of(SkipSet(LAYERS), token_ids=IDS[ids])
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
@@ -101,8 +99,9 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
 @settings(max_examples=10)
 def test_replay_says_what_heads_behind_a_layer_do(tiny, texts, draft_exit, gate, branches, scale):
     heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), policy_of(draft_exit, gate, branches)
-    layer = random_prefix(tiny, scale=scale).build(tiny, 0)
-    drafter = HeadDrafter(tiny, heads, draft_exit, prefix=layer, gate=gate, branches=branches)
+    prefix = random_prefix(tiny, scale=scale)
+    layer = prefix.build(tiny, 0)
+    drafter = make_drafter(tiny, policy, DraftWeights(layers={2 * LAYERS: prefix}, heads=heads))
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
         stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats

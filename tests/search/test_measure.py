@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine
 from layerskip.errors import LosslessnessError
 from search.decoding_methods import Decoded
@@ -47,7 +47,7 @@ def run(model, lock):
     """Measures a drafter; gives what was measured after each prompt."""
 
     def measure(drafter=None, prompts=PROMPTS, *, max_new_tokens=12, repeats=3):
-        drafter = drafter or LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+        drafter = drafter or LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
         return list(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(prompts, max_new_tokens, repeats), lock))
 
     return measure
@@ -86,7 +86,7 @@ def greedy(model, prompt=PROMPT, count=6):
 @given(prompt=tokens(12), skip_set=skip_sets(), draft_exit=draft_exits(), count=st.integers(1, 8))
 @settings(max_examples=30)
 def test_any_candidate_is_measured_on_the_same_tokens(gemma2, lock, prompt, skip_set, draft_exit, count):
-    drafter = LayerSkipDrafter(gemma2, skip_set, draft_exit)
+    drafter = LayerSkipDrafter(gemma2, DraftConfig(skip_set, stopping=draft_exit))
     measured = measure_one(gemma2, drafter, lock, prompt=encoded_prompt("p", prompt), max_new_tokens=count)
     assert measured.prompt == "p"
     assert measured.tokens == measured.draft_tokens == count
@@ -124,7 +124,7 @@ def test_plain_decoding_and_the_draft_take_turns_in_who_goes_first(run, calls):
 
 
 def test_nothing_is_decoded_ahead_of_what_was_asked_for(model, lock, calls):
-    drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (2,)), FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
     next(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
     assert calls == [("a", "plain decoding"), ("a", "draft")]
 
@@ -139,7 +139,7 @@ def test_a_prompt_counts_with_the_median_of_its_repeats(run, changed):
 
 
 def test_accepted_tokens_are_counted_by_the_round(run, model):
-    drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3)))
     measured = run(drafter, repeats=1)
     stats = [generate(model, prompt.tokens, drafter=drafter, max_new_tokens=12).stats for prompt in PROMPTS]
     assert mean_accepted_length(measured) == sum(s.accepted for s in stats) / sum(s.rounds for s in stats)
@@ -165,13 +165,13 @@ def test_a_text_that_ends_early_is_measured_to_its_end(lock):
     model = LayerSkipModel(hf_model)
     hf_model.generation_config.eos_token_id = greedy(model)[2]
     ended = greedy(model, count=20)
-    drafter = LayerSkipDrafter(model, SkipSet(LAYERS, attention=(1,)), FixedLength(4))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, attention=(1,)), stopping=FixedLength(4)))
     measured = measure_one(model, drafter, lock, max_new_tokens=20)
     assert measured.tokens == measured.draft_tokens == len(ended) <= 3
 
 
 def test_a_model_whose_wide_passes_differ_is_found_out(model, lock):
-    drafter = LayerSkipDrafter(model, SkipSet(LAYERS), FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3)))
     with widths_disagree(model), pytest.raises(LosslessnessError) as caught:
         measure_one(model, drafter, lock, max_new_tokens=8)
     assert str(caught.value).startswith("prompt p: ")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import DraftParts
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.engine import EagerEngine
 from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
@@ -194,7 +194,7 @@ class _Counted:
 @settings(max_examples=40)
 def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit, widths):
     policy = policy_of(FixedLength(1), gate, widths)
-    drafter = LayerSkipDrafter(tiny, skip_set, policy.stopping, gate=gate, branches=widths)
+    drafter = LayerSkipDrafter(tiny, replace(policy, skip_set=skip_set))
     real = [counted(tiny, prompt, drafter, limit) for prompt in prompts]
     assert predicted(tiny, tiny.stack_of(skip_set), prompts, policy, limit) == real
 
@@ -202,10 +202,9 @@ def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_se
 @given(prompt=tokens(9), policy=policies, limit=st.integers(1, 12))
 @settings(max_examples=25)
 def test_a_draft_that_skips_nothing_comes_out_as_in_real_decoding(tiny, prompt, policy, limit):
-    nothing, policy = SkipSet(LAYERS), replace(policy, prompt_lookup=None)
-    drafter = LayerSkipDrafter(
-        tiny, nothing, policy.stopping, gate=policy.target_confidence_threshold, branches=policy.tree
-    )
+    policy = replace(policy, prompt_lookup=None)
+    nothing = policy.skip_set
+    drafter = LayerSkipDrafter(tiny, policy)
     assert predicted(tiny, tiny.stack_of(nothing), [prompt], policy, limit) == [counted(tiny, prompt, drafter, limit)]
 
 
@@ -217,7 +216,7 @@ def test_a_text_that_ends_by_itself_comes_out_as_in_real_decoding(length):
     ends = [new[4] for new in batch_generate(model, prompts, 5)]
     hf_model.generation_config.eos_token_id = ends
     policy, nothing = policy_of(FixedLength(length)), SkipSet(LAYERS)
-    drafter = LayerSkipDrafter(model, nothing, policy.stopping)
+    drafter = LayerSkipDrafter(model, policy)
     real = [counted(model, prompt, drafter, 20) for prompt in prompts]
     assert predicted(model, model.stack_of(nothing), prompts, policy, 20) == real
 
@@ -230,12 +229,13 @@ def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
     traces = [Trace(np.zeros(4, int), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
     costs = RoundCosts.of(latency, stack, engine, traces, 2)
     for row, context in enumerate([5.5, 32.5]):
-        assert costs.prefill[row] == latency.prefill(traces[row].prompt_length)
-        assert costs.step[row] == latency.parts(3, 3, 0, 0, context)
-        assert list(costs.verification[row]) == [latency.verification(k + 1, 0, context, None) for k in range(3)]
-    engine.costs = PassCosts({1: 1.0, 2: 9.0, 3: 5.0}, dict.fromkeys((1, 2, 3), 0.0))
+        there = latency.at(context)
+        assert costs.prefill[row] == latency.at(traces[row].prompt_length).prefill
+        assert costs.step[row] == there.draft_step(DraftParts(3, 3))
+        assert list(costs.verification[row]) == [there.verification(k + 1) for k in range(3)]
+    engine.costs = latency.short.passes  # with costs, an engine resumes where that pays
     chosen = RoundCosts.of(latency, stack, engine, traces, 2)
-    plain, *drafted = (latency.verification(n, 0, 5.5, None) for n in (1, 3, 3))
+    plain, *drafted = (latency.at(5.5).verification(n) for n in (1, 2, 3))
     assert chosen.verification[0, 0] == plain  # nothing was drafted, so there is nothing to resume from
     assert all(0 < found < whole for found, whole in zip(chosen.verification[0, 1:], drafted, strict=True))
 

@@ -13,10 +13,10 @@ from optuna.trial import TrialState
 import search.search as preparation
 import search.search as study_module
 import search.space as space_module
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import BridgeFitter
-from layerskip.drafting.config import DraftConfig
-from layerskip.engine import EagerEngine, GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine, measure_costs
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
 from search.callbacks import (
@@ -27,7 +27,6 @@ from search.callbacks import (
     StudyOpened,
     TrialFinished,
 )
-from search.latency import LatencyModel
 from search.measure import Summary
 from search.measurement_scheduler import next_to_measure
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
@@ -58,6 +57,7 @@ from tests.search.searches import (
     explore,
     kind_of,
     known_costs,
+    known_costs_of,
     random_prompts,
     ratio,
     records,
@@ -77,12 +77,12 @@ def costs():
     """Costs that are the same on every machine make predictions the same; one test measures them for real."""
     measured = []
 
-    def known(engine, space):
-        measured.append(engine.model)
-        return known_costs(space)
+    def known(engine, **sizes):
+        measured.append(engine)
+        return known_costs_of(engine, **sizes)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", known)
+        patched.setattr(preparation, "measure_costs", known)
         patched.setattr(study_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
         yield measured
 
@@ -252,7 +252,10 @@ def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
     assert SPACE.config(trial.params) == DraftConfig(profile.skip_set)
     config = config_of(trial)
     assert config.skip_set == profile.skip_set
-    assert (config.stopping, config.target_confidence_threshold) == (profile.draft_exit, profile.gate)
+    assert (config.stopping, config.target_confidence_threshold) == (
+        profile.stopping,
+        profile.target_confidence_threshold,
+    )
 
 
 def test_the_profile_is_that_of_the_fastest_finalist(finished):
@@ -314,15 +317,13 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
     costs.clear()
     name = small_search(llama, storage, trials=1).run().study
     small_search(llama, storage, trials=2).run()
-    assert costs == [llama]
+    assert [engine.model for engine in costs] == [llama]
     kept = load_study(storage, name).user_attrs["latency"]
-    assert LatencyModel.from_json(kept) == known_costs(SPACE)
+    assert CostModel.from_json(kept) == known_costs(SPACE)
 
 
 def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
-    from search.latency import measure_latency
-
-    monkeypatch.setattr(preparation, "measure_latency", measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", measure_costs)
     result = small_search(llama, storage, trials=1, finalists=1).run()
     assert result.profile.measured.speedup > 0
 

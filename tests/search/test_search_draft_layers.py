@@ -18,7 +18,7 @@ from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
-from tests.search.searches import MODEL_ID, completed, explore, known_costs, small_search
+from tests.search.searches import MODEL_ID, completed, explore, known_costs_of, small_search
 from tests.trained import (
     BUSY,
     bridge_profile,
@@ -35,7 +35,7 @@ IDS = list(range(3, 43))
 def costs():
     """Costs that are the same on every machine make predictions the same."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", lambda model, space: known_costs(space))
+        patched.setattr(preparation, "measure_costs", known_costs_of)
         yield
 
 
@@ -137,9 +137,9 @@ def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, stor
     loaded = DraftProfile.load(tmp_path / "found.json")
     assert loaded == profile
     assert (loaded.tensors.layers, loaded.tensors.vocabulary) == (1, 40)
-    assert loaded.assets.token_ids.tolist() == IDS
-    for name, weight in loaded.assets.layers[4].weights.items():
-        assert torch.equal(weight, tuned.assets.layers[4].weights[name])
+    assert loaded.weights.token_ids.tolist() == IDS
+    for name, weight in loaded.weights.layers[4].weights.items():
+        assert torch.equal(weight, tuned.weights.layers[4].weights[name])
     generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=16)
     assert generation.stats.drafted > 0 or loaded.gate
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 16))

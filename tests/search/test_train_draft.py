@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.target_texts import batch_generate
 from search.head_replay import DraftSeconds
-from search.latency import measure_latency
 from search.reference import record
 from search.space import SearchSpace
 from search.train_draft import AboveExit, ReplayGround, TunedHeads, early_exit, exit_of, space_for, trace_of
@@ -38,7 +37,7 @@ class Followed(LayerSkipDrafter):
 def test_a_trace_says_what_stands_in_decoding(tiny, token_ids):
     layers = random_layers(tiny, {TOP - 2: TOP}, like=LAYERS - 1, seed=2)
     assets = DraftWeights(token_ids=token_ids, layers=layers)
-    drafter = Followed.of(tiny, early_exit(LAYERS, LAYERS - 1), FixedLength(1), assets)
+    drafter = Followed(tiny, DraftConfig(early_exit(LAYERS, LAYERS - 1), stopping=FixedLength(1)), assets)
     said = []
     for first in range(4):
         prompt = [first, 7, 5]
@@ -80,7 +79,8 @@ def best_policy(model, draft, assets, space, new):
     """On one text that goes on with these tokens, where drafting itself costs nothing."""
     space = space_for(draft, assets, space)
     engine = EagerEngine(model)
-    latency, costs = measure_latency(engine, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
+    latency = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+    costs = DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
     ground = ReplayGround(engine, [record(model, [1, 2], new)], space, latency, costs, limit=len(new))
     return draft.best_policy(assets, ground).config
 

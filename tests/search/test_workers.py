@@ -29,7 +29,7 @@ TRIALS = 24
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What loading a model changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_latency", preparation.measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
     monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
 
 

@@ -13,7 +13,7 @@ from layerskip.costs import best_speedup
 from layerskip.drafting.config import DraftConfig
 from studies.ranking import best_trials
 from studies.records import MeasurementRecord
-from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
+from studies.study import ALONE_KEY, COSTS_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
 VOCABULARIES = (0, 8192, 16384)
@@ -67,7 +67,7 @@ class StudyInTheMaking:
         self.trials = []  # reading them from the storage again and again takes long
 
     def with_costs(self):
-        self.study.set_user_attr(LATENCY_KEY, latency_of(self.layers))
+        self.study.set_user_attr(COSTS_KEY, latency_of(self.layers))
         return self
 
     def with_sublayers_looked_at(self):

@@ -94,12 +94,12 @@ def test_what_a_draft_layer_does_is_learned_apart_from_the_sublayers_that_it_rep
 DAMAGES = [1.5, 1.0, *[0.05] * 10]  # of each sublayer, in −ln α
 
 
-def looks(damages, count, *, share=0.3):
+def looks(damages, count, *, share=0.3, never=()):
     """Acceptance rates of random candidates of a model to whose sublayers damages add up."""
     source = random.Random(0)
     rates = {}
     while len(rates) < count:
-        mask = [*(source.random() < share for _ in damages[1:]), False]
+        mask = [*(i not in never and source.random() < share for i in range(len(damages) - 1)), False]
         rate = math.exp(-sum(damage for damage, skip in zip(damages, mask, strict=True) if skip))
         rates[DraftConfig(SkipSet.from_mask(mask))] = rate
     return rates
@@ -121,6 +121,7 @@ def test_sublayers_that_do_the_same_are_learned_to_do_the_same():
 
 def test_nothing_is_learned_from_few_candidates_or_of_sublayers_that_were_never_skipped():
     assert learned_acceptance(looks(DAMAGES, LEAST_CANDIDATES - 1)) == {}
+    assert set(learned_acceptance(looks(DAMAGES, LEAST_CANDIDATES, never=(2, 3)))) <= {0, 1, *range(4, 11)}
 
 
 def test_nothing_is_learned_of_sublayers_from_drafts_with_a_draft_layer():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from optuna.storages import RDBStorage
 
-from layerskip import DraftProfile, FixedLength, SkipSet
+from layerskip import DraftConfig, DraftProfile, FixedLength, SkipSet
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
@@ -52,14 +52,14 @@ def make_profile(llama, tmp_path):
     """Save a profile of a study, with tensors beside it."""
 
     def make(study, name="draft_profile.json", token_ids=(1, 2)):
-        profile = DraftProfile(
+        profile = DraftProfile.of(
+            DraftConfig(SkipSet(4, attention=(1,)), stopping=FixedLength(3)),
+            DraftWeights(token_ids=torch.tensor(token_ids)),
             model=identify(llama, "makers/tiny"),
-            skip_set=SkipSet(4, attention=(1,)),
-            draft_exit=FixedLength(3),
             provenance=Provenance(study=study, trial=0, created=datetime(2026, 1, 2, tzinfo=UTC), tool="layerskip"),
         )
         path = tmp_path / name
-        profile.with_assets(DraftWeights(token_ids=torch.tensor(token_ids))).save(path)
+        profile.save(path)
         return path
 
     return make

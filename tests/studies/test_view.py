@@ -5,14 +5,13 @@ from datetime import timedelta
 
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from layerskip.costs import DraftParts
 from layerskip.errors import InvalidInputError
 from studies.ranking import best_trials
-from studies.step_costs import read_parts
+from studies.statistics import speedup_of_all, speedup_of_prompt
 from studies.study import describe_study
-from studies.view import view_study
+from studies.view import costs_from, view_study
 from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
 
 
@@ -75,21 +74,25 @@ def test_studies_of_others_and_of_newer_versions_are_refused(storage):
         view_study(storage, "s")
 
 
-def test_costs_are_in_units_of_a_plain_step_halfway_between_the_lengths_measured():
-    parts = read_parts(latency_of(10))
-    assert parts.context == (64 + 512) / 2
-    assert parts.verifying(1) == pytest.approx(1)
-    whole = parts.fixed + 10 * (parts.attention + parts.mlp) + parts.head[0]
-    assert whole == pytest.approx(1)  # a draft step that leaves nothing out is a plain step
-
-
-@given(st.integers(1, 20))
-def test_a_pass_costs_what_the_cheapest_measured_width_with_room_costs(tokens):
-    parts = read_parts(latency_of(10))
-    widths = [width for width in (1, 2, 4, 8, 12) if width >= tokens] or [12]
-    assert parts.verifying(tokens) == min(parts.verification[width] for width in widths)
+def test_costs_are_those_halfway_between_the_lengths_measured():
+    costs = costs_from(latency_of(10))
+    assert costs.context == (64 + 512) / 2
+    relative = costs.relative()
+    # A draft step that skips nothing is a plain step.
+    assert relative.draft_step(DraftParts(10, 10)) == pytest.approx(relative.plain_step) == 1
 
 
 @pytest.mark.parametrize("kept", [None, "", "no JSON", "{}", "[]", json.dumps({"short": 1, "long": 2})])
 def test_costs_that_were_not_kept_or_in_another_form_are_unknown(kept):
-    assert read_parts(kept) is None
+    assert costs_from(kept) is None
+
+
+def test_the_speedup_of_several_prompts_is_that_of_their_total_times_within_its_interval(searched):
+    for one in searched.ranked[:3]:
+        records = [r for r in searched.measurements if r.prompt_set == "held-out" and r.trial == one.number]
+        speedups = [speedup_of_prompt(record) for record in records]
+        total = speedup_of_all(records)
+        assert min(speedups) <= total.low <= total.value <= total.high <= max(speedups)
+        assert total == speedup_of_all(records)  # the same every time
+        single = speedup_of_all(records[:1])
+        assert single.value == single.low == single.high == pytest.approx(speedups[0])

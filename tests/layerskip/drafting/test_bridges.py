@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 
 import layerskip.drafting.bridges as bridges_module
-from layerskip import ConfidenceThreshold, SkipSet, generate
+from layerskip import ConfidenceThreshold, DraftConfig, SkipSet, generate
 from layerskip.drafting.bridges import Bridge, BridgeFitter, fit_bridges, record_states, runs_of
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import skip_sets, tokens
@@ -119,11 +120,8 @@ def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
     fitter.worth_it = lambda start, stop: True
     drafter = LayerSkipDrafter(
         each_family,
-        skip_set,
-        ConfidenceThreshold(0.1, 4),
-        stand_ins=fitter.fit(skip_set),
-        token_ids=torch.arange(0, VOCABULARY, 2),
-        gate=0.05,
+        DraftConfig(skip_set, stopping=ConfidenceThreshold(0.1, 4), target_confidence_threshold=0.05),
+        DraftWeights(bridges=fitter.fit(skip_set), token_ids=torch.arange(0, VOCABULARY, 2)),
     )
     ours = generate(each_family, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
     expected = transformers_greedy(each_family.hf_model, prompt, 16, set())

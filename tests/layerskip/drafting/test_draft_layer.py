@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.draft_layer import DraftLayerWeights
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.errors import InvalidInputError
@@ -31,7 +31,8 @@ def skip_set_of(runs):
 
 def drafter_with_layers(model, runs, draft_exit, *, like=1, cls=LayerSkipDrafter, token_ids=None, gate=0.0):
     assets = DraftWeights(token_ids=token_ids, layers=random_layers(model, runs, like=like))
-    return cls.of(model, skip_set_of(runs), draft_exit, assets, gate=gate)
+    config = DraftConfig(skip_set_of(runs), stopping=draft_exit, target_confidence_threshold=gate)
+    return cls(model, config, assets)
 
 
 @given(
@@ -100,7 +101,7 @@ def test_rounds_that_stand_whole_are_among_those_followed(llama):
     """A stand-in that is the skipped layers' own proposes what the target model chooses: all of it stands."""
     last = DraftLayerWeights.copied(llama, TOP - 2, TOP, LAYERS - 1)
     skip_set = SkipSet(LAYERS, (LAYERS - 1,), (LAYERS - 1,))
-    drafter = Watched.of(llama, skip_set, FixedLength(3), DraftWeights(layers={TOP - 2: last}))
+    drafter = Watched(llama, DraftConfig(skip_set, stopping=FixedLength(3)), DraftWeights(layers={TOP - 2: last}))
     stats = generate(llama, [1, 5, 7], drafter=drafter, max_new_tokens=24, eos_token_ids=[]).stats
     assert stats.acceptance_rate == 1
     assert stats.rounds < 8
@@ -165,10 +166,12 @@ def test_weights_of_another_model_are_refused_in_one_line(llama):
     small = LayerSkipModel(tiny_llama(intermediate_size=16))
     assets = DraftWeights(layers=random_layers(small, {2: TOP}))
     with pytest.raises(InvalidInputError, match=r"^stand-in: its weights do not fit a layer of this model: .*mlp"):
-        LayerSkipDrafter.of(llama, skip_set_of({2: TOP}), FixedLength(2), assets)
+        LayerSkipDrafter(llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(2)), assets)
     beyond = replace(random_layers(llama, {2: TOP})[2], like=9)
     with pytest.raises(InvalidInputError, match="is like layer 9, but the model has 4 layers"):
-        LayerSkipDrafter.of(llama, skip_set_of({2: TOP}), FixedLength(2), DraftWeights(layers={2: beyond}))
+        LayerSkipDrafter(
+            llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(2)), DraftWeights(layers={2: beyond})
+        )
 
 
 def test_a_layer_of_another_precision_is_no_starting_point():
@@ -207,7 +210,7 @@ def test_an_engine_without_stand_ins_sees_one_token_at_a_time(llama):
             return super().draft_step(tokens, cache, stack)
 
     engine = Counting(llama)
-    skipping = LayerSkipDrafter(llama, SkipSet(LAYERS, (2,)), FixedLength(3))
+    skipping = LayerSkipDrafter(llama, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
     generate(llama, [1, 2, 3], engine=engine, drafter=skipping, max_new_tokens=20)
     assert set(widths) == {1}
     widths.clear()
@@ -220,18 +223,18 @@ def test_an_engine_without_stand_ins_sees_one_token_at_a_time(llama):
 def test_a_profile_brings_its_layers_along(llama, tmp_path):
     in_half = random_layers(llama, {2: TOP})[2].to(torch.empty(0, dtype=torch.bfloat16))
     assets = DraftWeights(token_ids=torch.arange(3, 40), layers={2: in_half})
-    profile = DraftProfile(
+    profile = DraftProfile.of(
+        DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(3)),
+        assets,
         model=identify(llama, "my-model"),
-        skip_set=skip_set_of({2: TOP}),
-        draft_exit=FixedLength(3),
         provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test"),
-    ).with_assets(assets)
+    )
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded == profile
     assert (loaded.tensors.layers, loaded.tensors.bridges) == (1, 0)
-    assert loaded.draft == "3 tokens; 1 trained layer; vocabulary of 37"
+    assert loaded.draft == "3 tokens; 1 draft layer; draft vocabulary of 37"
     ours = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=20, eos_token_ids=[])
-    at_once = LayerSkipDrafter.of(llama, skip_set_of({2: TOP}), FixedLength(3), assets)
+    at_once = LayerSkipDrafter(llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(3)), assets)
     expected = generate(llama, [1, 2, 3], drafter=at_once, max_new_tokens=20, eos_token_ids=[])
     assert (ours.tokens, ours.stats.accepted) == (expected.tokens, expected.stats.accepted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
+from layerskip import DraftProfile, FixedLength, LayerSkipModel, export_draft, generate
 from layerskip.drafting.draft_layer import DraftLayerWeights
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.weights import DraftWeights
@@ -16,7 +16,15 @@ from layerskip.hub import card_of
 from layerskip.profile import Provenance
 from layerskip.training.trainable_draft import _Forgetful
 from search.compare import draft_bytes, transformers_methods
-from tests.models import LAYERS, random_heads, random_layers, random_prefix, tiny_llama, transformers_greedy
+from tests.models import (
+    LAYERS,
+    head_config,
+    random_heads,
+    random_layers,
+    random_prefix,
+    tiny_llama,
+    transformers_greedy,
+)
 
 TOP = 2 * LAYERS
 
@@ -26,12 +34,11 @@ def assets_of(model, **others):
     return DraftWeights(**parts)
 
 
-def profile_for(model):
-    return DraftProfile(
+def profile_for(model, weights=None):
+    return DraftProfile.of(
+        head_config(model, FixedLength(3), tree=(2, 2)),
+        weights,
         model=identify(model, "my-model"),
-        skip_set=SkipSet(LAYERS),
-        draft_exit=FixedLength(3),
-        branches=(2, 2),
         provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test"),
     )
 
@@ -72,13 +79,13 @@ def test_a_model_whose_weights_are_quantized_gives_none(llama):
 
 def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
     in_half = assets_of(llama, token_ids=torch.arange(3, 40)).to(torch.empty(0, dtype=torch.bfloat16))
-    profile = profile_for(llama).with_assets(in_half)
+    profile = profile_for(llama, in_half)
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded == profile
     assert (loaded.tensors.heads, loaded.tensors.layers, loaded.tensors.bridges) == (3, 1, 0)
-    assert loaded.draft == "3 tokens; branches 2-2; 3 draft heads behind a trained layer; vocabulary of 37"
-    [layer], [expected] = loaded.assets.layers.values(), in_half.layers.values()
+    assert loaded.draft == "3 tokens; tree 2-2; 3 draft heads after a draft layer; draft vocabulary of 37"
+    [layer], [expected] = loaded.weights.layers.values(), in_half.layers.values()
     assert (layer.start, layer.stop, layer.like) == (TOP, TOP, LAYERS - 1)
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in layer.weights.items())
     names = load((tmp_path / loaded.tensors.file).read_bytes())
@@ -86,7 +93,7 @@ def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
     drafter = loaded.drafter(llama)
     assert isinstance(drafter, HeadDrafter)
     ours = generate(llama, [1, 2, 3], drafter=drafter, max_new_tokens=20, eos_token_ids=[])
-    at_once = HeadDrafter.of(llama, FixedLength(3), in_half, branches=(2, 2))
+    at_once = HeadDrafter(llama, head_config(llama, FixedLength(3), tree=(2, 2)), in_half)
     expected = generate(llama, [1, 2, 3], drafter=at_once, max_new_tokens=20, eos_token_ids=[])
     assert ours.tokens == transformers_greedy(llama.hf_model, [1, 2, 3], 20)
     assert (ours.tokens, ours.stats.accepted) == (expected.tokens, expected.stats.accepted)
@@ -99,9 +106,9 @@ def test_its_memory_counts(llama):
 
 
 def test_the_card_says_so(llama):
-    card = card_of(profile_for(llama).with_assets(assets_of(llama)), "me/heads")
+    card = card_of(profile_for(llama, assets_of(llama)), "me/heads")
     assert "lets small trained heads on its hidden states propose" in card
-    assert "3 draft heads behind a trained layer" in card
+    assert "3 draft heads after a draft layer" in card
 
 
 # What does not fit.
@@ -109,7 +116,7 @@ def test_the_card_says_so(llama):
 
 def test_heads_and_their_layer_are_no_model_of_their_own(byte_tokenizer, tmp_path):
     model = LayerSkipModel(tiny_llama())
-    profile = profile_for(model).with_assets(assets_of(model))
+    profile = profile_for(model, assets_of(model))
     with pytest.raises(InvalidInputError, match=r"^as_assistant: the profile drafts with heads"):
         profile.as_assistant(model.hf_model)
     with pytest.raises(InvalidInputError, match=r"^the profile drafts with heads"):
@@ -137,15 +144,19 @@ def test_heads_and_their_layer_are_no_model_of_their_own(byte_tokenizer, tmp_pat
             "draft heads: expected one layer before them at most, found 2",
         ),
         (
-            lambda model: HeadDrafter.of(
-                model, FixedLength(2), assets_of(model, layers=random_layers(model, {TOP + 4: TOP + 4}))
+            lambda model: HeadDrafter(
+                model,
+                head_config(model, FixedLength(2)),
+                assets_of(model, layers=random_layers(model, {TOP + 4: TOP + 4})),
             ),
             "draft heads: their layer stands behind 12 sublayers, but the model has 8; train heads for this model with "
             "'layerskip tune'",
         ),
         (
-            lambda model: HeadDrafter.of(
-                model, FixedLength(2), assets_of(model, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS, {})})
+            lambda model: HeadDrafter(
+                model,
+                head_config(model, FixedLength(2)),
+                assets_of(model, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS, {})}),
             ),
             "stand-in: is like layer 4, but the model has 4 layers",
         ),
@@ -162,7 +173,7 @@ def test_a_layer_of_another_shape_is_refused(llama):
     weights["mlp.up_proj.weight"] = torch.zeros(7, 32)
     assets = assets_of(llama, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS - 1, weights)})
     with pytest.raises(InvalidInputError) as error:
-        HeadDrafter.of(llama, FixedLength(2), assets)
+        HeadDrafter(llama, head_config(llama, FixedLength(2)), assets)
     assert str(error.value).startswith("stand-in: its weights do not fit a layer of this model: size mismatch for mlp.")
     assert "\n" not in str(error.value)
 

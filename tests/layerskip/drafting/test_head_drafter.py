@@ -14,7 +14,6 @@ from layerskip import (
     FixedLength,
     LayerSkipModel,
     Sampling,
-    SkipSet,
     generate,
     speculate,
 )
@@ -38,7 +37,14 @@ from tests.layerskip.test_sampling_exactness import (
     samples,
 )
 from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # noqa: F401
-from tests.models import LAYERS, VOCABULARY, near_tie_or_same, random_heads, tiny_llama, transformers_greedy
+from tests.models import (
+    VOCABULARY,
+    head_config,
+    near_tie_or_same,
+    random_heads,
+    tiny_llama,
+    transformers_greedy,
+)
 from tests.strategies import bushes, draft_exits, tokens
 
 kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
@@ -51,7 +57,11 @@ scales = st.sampled_from([0.0, 0.1, 1.0])
 @settings(max_examples=12)
 def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale, draft_exit, widths, gate, ids):
     heads = random_heads(each_family, kind, 4, scale=scale)
-    drafter = HeadDrafter(each_family, heads, draft_exit, token_ids=ids, gate=gate, branches=widths)
+    drafter = HeadDrafter(
+        each_family,
+        head_config(each_family, draft_exit, target_confidence_threshold=gate, tree=widths),
+        DraftWeights(token_ids=ids, heads=heads),
+    )
     ours = generate(each_family, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
     expected = transformers_greedy(each_family.hf_model, prompt, 16, set())
     near_tie_or_same(each_family.hf_model, prompt, ours.tokens, expected)
@@ -61,7 +71,9 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale,
 @settings(max_examples=15)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, kind, widths, length):
     engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
-    drafter = HeadDrafter(tiny, random_heads(tiny, kind), FixedLength(3), branches=widths)
+    drafter = HeadDrafter(
+        tiny, head_config(tiny, FixedLength(3), tree=widths), DraftWeights(heads=random_heads(tiny, kind))
+    )
     ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -90,7 +102,7 @@ def test_drafts_are_what_the_heads_say_behind_the_state_that_chose_the_newest_to
     model = LayerSkipModel(tiny.hf_model)
     engine = GraphEngine(model, like_a_graph, smallest_bucket=8) if captured else None
     heads, widths = random_heads(model, kind, 3, scale=0.05), (5, (4, 0, 2), (2, 1, 0, 0, 3))
-    drafter = Watched(model, heads, FixedLength(3), branches=widths)
+    drafter = Watched(model, head_config(model, FixedLength(3), tree=widths), DraftWeights(heads=heads))
     stats = generate(model, [1, 5, 7], engine=engine, drafter=drafter, max_new_tokens=30, eos_token_ids=[]).stats
     assert stats.accepted
     with torch.inference_mode():
@@ -117,7 +129,7 @@ def test_rules_that_look_at_the_text_see_the_way_to_each_place(llama, kind):
         GenerationHistory(prompt, StoppingCriteriaList()), LogitsProcessorList([rule]), False, VOCABULARY
     )
     heads = random_heads(llama, kind, 3, scale=0.05)
-    drafter = Watched(llama, heads, FixedLength(3), branches=(2, (1, 2), (1, 1, 1)))
+    drafter = Watched(llama, head_config(llama, FixedLength(3), tree=(2, (1, 2), (1, 1, 1))), DraftWeights(heads=heads))
     generate(llama, prompt, drafter=drafter, sampling=sampling, max_new_tokens=20, eos_token_ids=[])
     with torch.inference_mode():
         for text, draft in drafter.said:
@@ -135,7 +147,7 @@ def test_rules_that_look_at_the_text_see_the_way_to_each_place(llama, kind):
 
 
 def test_a_draft_is_no_longer_than_there_are_heads(llama):
-    drafter = Watched(llama, random_heads(llama, "medusa", 2), FixedLength(5))
+    drafter = Watched(llama, head_config(llama, FixedLength(5)), DraftWeights(heads=random_heads(llama, "medusa", 2)))
     generate(llama, [1, 2], drafter=drafter, max_new_tokens=12, eos_token_ids=[])
     assert {len(draft) for _, draft in drafter.said} <= {0, 1, 2}
     assert max(len(draft) for _, draft in drafter.said) == 2
@@ -143,7 +155,9 @@ def test_a_draft_is_no_longer_than_there_are_heads(llama):
 
 @kinds
 def test_a_draft_that_proposes_the_whole_vocabulary_is_right_in_every_round(llama, kind):
-    drafter = HeadDrafter(llama, random_heads(llama, kind), FixedLength(1), branches=(VOCABULARY,))
+    drafter = HeadDrafter(
+        llama, head_config(llama, FixedLength(1), tree=(VOCABULARY,)), DraftWeights(heads=random_heads(llama, kind))
+    )
     stats = generate(llama, [3, 2], drafter=drafter, max_new_tokens=25, eos_token_ids=[]).stats
     assert (stats.rounds, stats.drafted, stats.accepted) == (12, 12, 12)
 
@@ -152,7 +166,7 @@ def test_a_draft_that_proposes_the_whole_vocabulary_is_right_in_every_round(llam
 def test_a_confidence_exit_stops_where_a_head_is_unsure(llama, kind):
     heads, lengths = random_heads(llama, kind, 4, scale=0.02), []
     for threshold in (0.0, 0.3, 1.0):
-        drafter = Watched(llama, heads, ConfidenceThreshold(threshold, 4))
+        drafter = Watched(llama, head_config(llama, ConfidenceThreshold(threshold, 4)), DraftWeights(heads=heads))
         generate(llama, [1, 2], drafter=drafter, max_new_tokens=30, eos_token_ids=[])
         lengths.append(sum(len(draft) for _, draft in drafter.said) / len(drafter.said))
     assert lengths[0] > lengths[1] > lengths[2]
@@ -166,7 +180,9 @@ def test_a_confidence_exit_stops_where_a_head_is_unsure(llama, kind):
 )
 def test_samples_follow_the_full_model(tiny_vocabulary, kind, widths, settings_):  # noqa: F811
     drafter = HeadDrafter(
-        tiny_vocabulary, random_heads(tiny_vocabulary, kind, 3, scale=0.3), FixedLength(3), branches=widths
+        tiny_vocabulary,
+        head_config(tiny_vocabulary, FixedLength(3), tree=widths),
+        DraftWeights(heads=random_heads(tiny_vocabulary, kind, 3, scale=0.3)),
     )
     observed = samples(tiny_vocabulary, drafter, settings_, 1000)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
@@ -176,10 +192,8 @@ def test_samples_follow_the_full_model(tiny_vocabulary, kind, widths, settings_)
 def test_samples_with_a_draft_vocabulary_and_a_confidence_exit_follow_the_full_model(tiny_vocabulary, kind):  # noqa: F811
     drafter = HeadDrafter(
         tiny_vocabulary,
-        random_heads(tiny_vocabulary, kind, 3, scale=0.3),
-        ConfidenceThreshold(0.5, 3),
-        token_ids=torch.tensor([0, 2, 3]),
-        branches=(2,),
+        head_config(tiny_vocabulary, ConfidenceThreshold(0.5, 3), tree=(2,)),
+        DraftWeights(token_ids=torch.tensor([0, 2, 3]), heads=random_heads(tiny_vocabulary, kind, 3, scale=0.3)),
     )
     assert (
         p_value(samples(tiny_vocabulary, drafter, PLAIN, 1000), distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
@@ -189,7 +203,11 @@ def test_samples_with_a_draft_vocabulary_and_a_confidence_exit_follow_the_full_m
 @kinds
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=20, top_p=0.9, seed=1)], ids=["greedy", "random"])
 def test_a_round_reads_from_the_device_once(llama, kind, sampling):
-    drafter = HeadDrafter(llama, random_heads(llama, kind), FixedLength(3), token_ids=torch.arange(2, 60))
+    drafter = HeadDrafter(
+        llama,
+        head_config(llama, FixedLength(3)),
+        DraftWeights(token_ids=torch.arange(2, 60), heads=random_heads(llama, kind)),
+    )
     counts = []
     for length in (24, 1, 24):  # at first what depends on a tree's shape alone comes to the device, to stay
         with HostReads() as reads:
@@ -203,7 +221,7 @@ def test_a_round_reads_from_the_device_once(llama, kind, sampling):
 @kinds
 def test_a_model_in_bfloat16_drafts_with_heads(kind):
     model = LayerSkipModel(tiny_llama().to(torch.bfloat16))
-    drafter = HeadDrafter.of(model, FixedLength(3), DraftWeights(heads=random_heads(model, kind)))
+    drafter = HeadDrafter(model, head_config(model, FixedLength(3)), DraftWeights(heads=random_heads(model, kind)))
     stats = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12, eos_token_ids=[]).stats
     assert stats.drafted
 
@@ -211,12 +229,13 @@ def test_a_model_in_bfloat16_drafts_with_heads(kind):
 def test_generate_of_transformers_decodes_with_heads():
     model = tiny_llama()
     wrapped = LayerSkipModel(model)
-    profile = DraftProfile(
+    provenance = Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test")
+    profile = DraftProfile.of(
+        head_config(wrapped, FixedLength(3)),
+        DraftWeights(heads=random_heads(wrapped, "hydra")),
         model=identify(wrapped, "my-model"),
-        skip_set=SkipSet(LAYERS),
-        draft_exit=FixedLength(3),
-        provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test"),
-    ).with_assets(DraftWeights(heads=random_heads(wrapped, "hydra")))
+        provenance=provenance,
+    )
     out = model.generate(
         torch.tensor([[1, 2, 3]]), max_new_tokens=12, custom_generate=speculate(profile), pad_token_id=0,
         return_dict_in_generate=True,
@@ -228,15 +247,17 @@ def test_generate_of_transformers_decodes_with_heads():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate": 1.5}, "gate: expected a number from 0 to 1, got 1.5"),
+        ({"target_confidence_threshold": 1.5}, "target_confidence_threshold: expected a number from 0 to 1, got 1.5"),
         (
-            {"branches": (0,)},
-            r"branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 1",
+            {"tree": (0,)},
+            r"place 1 of the tree: expected at least 1, or a list that may hold 0 after its first number, got 0",
         ),
-        ({"branches": (2, (1, 1, 1))}, "branches: place 2 has 3 numbers, but follows 2 tokens"),
-        ({"branches": (40, (1,) * 40)}, "branches: expected at most 64 tokens beside the first ones"),
+        ({"tree": (2, (1, 1, 1))}, "place 2 of the tree: has 3 numbers, but follows 2 tokens"),
+        ({"tree": (40, (1,) * 40)}, "tree: expected at most 64 tokens beside the first of each place"),
     ],
 )
 def test_options_out_of_range_are_refused(llama, options, message):
     with pytest.raises(InvalidInputError, match=f"^{message}$"):
-        HeadDrafter(llama, untrained_heads("medusa", 2, 32), FixedLength(2), **options)
+        HeadDrafter(
+            llama, head_config(llama, FixedLength(2), **options), DraftWeights(heads=untrained_heads("medusa", 2, 32))
+        )

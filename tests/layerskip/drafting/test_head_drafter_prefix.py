@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import FixedLength, LayerSkipModel, PrefixCache, PromptLookup, Sampling, generate, stream_rounds
-from layerskip.drafting.head_drafter import HeadDrafter, PrefixState, through_layer
+from layerskip.drafting.head_drafter import HeadDrafter, HeadInput, through_layer
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
@@ -27,16 +27,24 @@ from tests.layerskip.test_sampling_exactness import (
     samples,
 )
 from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # noqa: F401
-from tests.models import LAYERS, near_tie_or_same, random_heads, random_prefix, tiny_llama, transformers_greedy
+from tests.models import (
+    LAYERS,
+    head_config,
+    near_tie_or_same,
+    random_heads,
+    random_prefix,
+    tiny_llama,
+    transformers_greedy,
+)
 from tests.strategies import branches, draft_exits, tokens
 
 TOP = 2 * LAYERS
 scales = st.sampled_from([0.02, 0.1, 1.0])
 
 
-def drafter_behind(model, layer, draft_exit, *, kind="hydra", scale=0.05, cls=HeadDrafter, token_ids=None, **options):
+def drafter_behind(model, layer, draft_exit, *, kind="hydra", scale=0.05, cls=HeadDrafter, token_ids=None, **policy):
     assets = DraftWeights(token_ids=token_ids, layers={TOP: layer}, heads=random_heads(model, kind, 3, scale=scale))
-    return cls.of(model, draft_exit, assets, **options)
+    return cls(model, head_config(model, draft_exit, **policy), assets)
 
 
 @torch.inference_mode()
@@ -59,7 +67,7 @@ def test_in_pieces_it_gives_what_one_pass_over_the_text_gives(each_family, piece
     layer = random_prefix(each_family, like=like).build(each_family, 0)
     length, size = sum(count for count, _ in pieces), each_family.config.hidden_size
     states = torch.randn(length, size, generator=torch.Generator().manual_seed(length))
-    expected, text = whole(each_family, layer, states), PrefixState(each_family, layer)
+    expected, text = whole(each_family, layer, states), HeadInput(each_family, layer)
     position = 0
     with torch.inference_mode():
         for count, asked in [*pieces[:-1], (pieces[-1][0], True)]:
@@ -67,7 +75,7 @@ def test_in_pieces_it_gives_what_one_pass_over_the_text_gives(each_family, piece
             position += count
             if asked:
                 for _ in range(2):  # and again, with nothing new
-                    torch.testing.assert_close(text.state(), expected[position - 1], atol=1e-3, rtol=1e-3)
+                    torch.testing.assert_close(text.last(), expected[position - 1], atol=1e-3, rtol=1e-3)
 
 
 def test_it_attends_to_the_text_before(llama):
@@ -91,7 +99,7 @@ class Watched(HeadDrafter):
     def propose(self, newest, cache, limit, sampler):
         draft = super().propose(newest, cache, limit, sampler)
         if len(draft):
-            self.read.append((list(self.text), self._text.state()))
+            self.read.append((list(self.text), self._input.last()))
         return draft
 
     def observe(self, outcome):
@@ -105,7 +113,7 @@ def assert_read_of_the_whole_text(model, drafter):
     with torch.inference_mode():
         for text, state in drafter.read:
             states = model.forward(torch.tensor(text), model.new_cache(len(text)))[0]
-            expected = whole(model, drafter._prefix, states[drafter.seen :])[-1]
+            expected = whole(model, drafter._prefix_layer, states[drafter.seen :])[-1]
             torch.testing.assert_close(state, expected, atol=2e-3, rtol=2e-3)
 
 
@@ -117,7 +125,9 @@ def test_heads_read_what_the_layer_makes_of_the_whole_text(tiny, gate, captured,
     model = LayerSkipModel(tiny.hf_model)
     engine = GraphEngine(model, like_a_graph, smallest_bucket=8) if captured else None
     layer = random_prefix(model, scale=scale)
-    drafter = drafter_behind(model, layer, FixedLength(3), scale=scale, cls=Watched, gate=gate, branches=(40, 8, 4))
+    drafter = drafter_behind(
+        model, layer, FixedLength(3), scale=scale, cls=Watched, target_confidence_threshold=gate, tree=(40, 8, 4)
+    )
     accepted = 0
     for first in range(3):
         stats = generate(
@@ -144,7 +154,7 @@ def test_it_sees_what_stood_of_copies_too(llama):
 
 
 def test_of_a_text_that_goes_on_it_sees_what_is_new(llama):
-    drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched, branches=(4,))
+    drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), cls=Watched, tree=(4,))
     memory, prompt = PrefixCache(), [3, 5, 7, 9]
     for turn in range(3):
         made = decoded(EagerEngine(llama), prompt, memory, drafter=drafter, max_new_tokens=12)
@@ -158,14 +168,14 @@ def test_of_a_text_that_goes_on_it_sees_what_is_new(llama):
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_it_runs_once_a_round_over_what_stood(llama, kind):
     drafter = drafter_behind(llama, random_prefix(llama), FixedLength(3), kind=kind)
-    widths, run = [], type(drafter._prefix).__call__
+    widths, run = [], type(drafter._prefix_layer).__call__
 
-    class Counted(type(drafter._prefix)):
+    class Counted(type(drafter._prefix_layer)):
         def __call__(self, x, context):
             widths.append(x.shape[1])
             return run(self, x, context)
 
-    drafter._prefix.__class__ = Counted
+    drafter._prefix_layer.__class__ = Counted
     stats = generate(llama, [1, 2, 3, 4, 5], drafter=drafter, max_new_tokens=24, eos_token_ids=[]).stats
     assert widths[0] == 5  # the prompt
     assert stats.rounds - 1 <= len(widths) <= stats.rounds  # there may be no room to draft in the last one
@@ -198,8 +208,8 @@ def test_copies_of_a_drafter_decode_side_by_side(llama):
 @settings(max_examples=12)
 def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale, draft_exit, widths, gate):
     drafter = drafter_behind(
-        each_family, random_prefix(each_family, scale=scale), draft_exit, kind=kind, scale=scale, gate=gate,
-        branches=widths, token_ids=torch.arange(3, 60),
+        each_family, random_prefix(each_family, scale=scale), draft_exit, kind=kind, scale=scale,
+        target_confidence_threshold=gate, tree=widths, token_ids=torch.arange(3, 60),
     )  # fmt: skip
     ours = generate(each_family, prompt, drafter=drafter, max_new_tokens=16, eos_token_ids=[])
     expected = transformers_greedy(each_family.hf_model, prompt, 16, set())
@@ -210,7 +220,7 @@ def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale,
 @settings(max_examples=12)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, scale, widths, length):
     engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
-    drafter = drafter_behind(tiny, random_prefix(tiny, scale=scale), FixedLength(3), branches=widths)
+    drafter = drafter_behind(tiny, random_prefix(tiny, scale=scale), FixedLength(3), tree=widths)
     ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -223,7 +233,7 @@ def test_samples_follow_the_full_model(tiny_vocabulary, widths, settings_):  # n
         layers={start: random_prefix(tiny_vocabulary, scale=0.3, like=like)},
         heads=random_heads(tiny_vocabulary, "hydra", 3, scale=0.3),
     )
-    drafter = HeadDrafter.of(tiny_vocabulary, FixedLength(3), assets, branches=widths)
+    drafter = HeadDrafter(tiny_vocabulary, head_config(tiny_vocabulary, FixedLength(3), tree=widths), assets)
     observed = samples(tiny_vocabulary, drafter, settings_, 1000)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.heads import HEAD_KINDS, HydraHead, HydraHeads, MedusaHeads, heads_of, untrained_heads
 from layerskip.drafting.weights import DraftWeights
@@ -17,7 +17,7 @@ from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
 from layerskip.hub import card_of
 from layerskip.profile import Provenance
-from tests.models import LAYERS, random_heads, random_layers, tiny_llama
+from tests.models import LAYERS, head_config, random_heads, random_layers, tiny_llama
 
 SIZE = 32
 
@@ -107,26 +107,25 @@ def test_assets_without_heads_have_none(llama):
 def test_a_profile_brings_its_heads_along_and_drafts_with_them(llama, tmp_path, kind):
     in_half = random_heads(llama, kind, 3).to(torch.empty(0, dtype=torch.bfloat16))
     assets = DraftWeights(token_ids=torch.arange(3, 40), heads=in_half)
-    profile = profile_for(llama).with_assets(assets)
+    profile = profile_for(llama, assets)
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded == profile
     assert (loaded.tensors.heads, loaded.tensors.layers, loaded.tensors.bridges) == (3, 0, 0)
-    assert loaded.draft == "3 tokens; branches 2-2; 3 draft heads; vocabulary of 37"
+    assert loaded.draft == "3 tokens; tree 2-2; 3 draft heads; draft vocabulary of 37"
     drafter = loaded.drafter(llama)
     assert isinstance(drafter, HeadDrafter)
     ours = generate(llama, [1, 2, 3], drafter=drafter, max_new_tokens=20, eos_token_ids=[])
-    at_once = HeadDrafter.of(llama, FixedLength(3), assets, branches=(2, 2))
+    at_once = HeadDrafter(llama, head_config(llama, FixedLength(3), tree=(2, 2)), assets)
     expected = generate(llama, [1, 2, 3], drafter=at_once, max_new_tokens=20, eos_token_ids=[])
     assert (ours.tokens, ours.stats.accepted) == (expected.tokens, expected.stats.accepted)
 
 
-def profile_for(model, skip_set=None):
-    return DraftProfile(
+def profile_for(model, weights=None, skip_set=None):
+    return DraftProfile.of(
+        DraftConfig(skip_set or SkipSet(LAYERS), stopping=FixedLength(3), tree=(2, 2)),
+        weights,
         model=identify(model, "my-model"),
-        skip_set=skip_set or SkipSet(LAYERS),
-        draft_exit=FixedLength(3),
-        branches=(2, 2),
         provenance=Provenance(created=datetime(2026, 1, 2, tzinfo=UTC), tool="a test"),
     )
 
@@ -171,7 +170,7 @@ def test_a_file_with_wrong_heads_says_which_tensor(tensors, message):
 @kinds
 def test_heads_for_another_size_of_hidden_states_are_refused(llama, kind):
     with pytest.raises(InvalidInputError) as error:
-        HeadDrafter(llama, untrained_heads(kind, 2, 48), FixedLength(2))
+        HeadDrafter(llama, head_config(llama, FixedLength(2)), DraftWeights(heads=untrained_heads(kind, 2, 48)))
     assert str(error.value) == (
         "draft heads: are for hidden states of 48 numbers, but this model's have 32; "
         "train heads for this model with 'layerskip tune'"
@@ -179,8 +178,8 @@ def test_heads_for_another_size_of_hidden_states_are_refused(llama, kind):
 
 
 def test_assets_without_heads_give_no_drafter_with_heads(llama):
-    with pytest.raises(InvalidInputError, match=r"^draft heads: there are none among the draft's tensors$"):
-        HeadDrafter.of(llama, FixedLength(2), DraftWeights())
+    with pytest.raises(InvalidInputError, match=r"^draft heads: the draft's weights have none$"):
+        HeadDrafter(llama, head_config(llama, FixedLength(2)), DraftWeights())
 
 
 def test_nothing_stands_in_beside_heads(llama):
@@ -189,11 +188,11 @@ def test_nothing_stands_in_beside_heads(llama):
 
 
 def test_a_profile_with_heads_leaves_nothing_out(llama, tmp_path):
-    skipping = profile_for(llama, SkipSet(LAYERS, (1,)))
-    with pytest.raises(InvalidInputError, match=r"^draft heads: expected a profile that skips nothing, got attn 1$"):
-        skipping.with_assets(DraftWeights(heads=random_heads(llama, "medusa")))
+    heads = DraftWeights(heads=random_heads(llama, "medusa"))
+    with pytest.raises(InvalidInputError, match=r"^draft heads: expected a skip set that skips nothing, got attn 1$"):
+        profile_for(llama, heads, SkipSet(LAYERS, (1,)))
     path = tmp_path / "profile.json"
-    profile_for(llama).with_assets(DraftWeights(heads=random_heads(llama, "medusa"))).save(path)
+    profile_for(llama, heads).save(path)
     path.write_text(path.read_text().replace('"attention": []', '"attention": [1]'))
     with pytest.raises(InvalidProfileError) as error:
         DraftProfile.load(path)
@@ -202,7 +201,7 @@ def test_a_profile_with_heads_leaves_nothing_out(llama, tmp_path):
 
 def test_heads_are_no_model_of_their_own(llama, byte_tokenizer, tmp_path):
     model = LayerSkipModel(tiny_llama())
-    profile = profile_for(model).with_assets(DraftWeights(heads=random_heads(model, "medusa")))
+    profile = profile_for(model, DraftWeights(heads=random_heads(model, "medusa")))
     with pytest.raises(InvalidInputError, match=r"^as_assistant: the profile drafts with heads .*speculate"):
         profile.as_assistant(model.hf_model)
     with pytest.raises(InvalidInputError, match=r"^the profile drafts with heads .*no checkpoint for other engines"):
@@ -211,6 +210,6 @@ def test_heads_are_no_model_of_their_own(llama, byte_tokenizer, tmp_path):
 
 
 def test_the_card_of_a_profile_says_that_heads_draft(llama):
-    card = card_of(profile_for(llama).with_assets(DraftWeights(heads=random_heads(llama, "medusa"))), "me/heads")
+    card = card_of(profile_for(llama, DraftWeights(heads=random_heads(llama, "medusa"))), "me/heads")
     assert "layerskip lets small trained heads on its hidden states propose a few tokens and verifies them" in card
     assert "leaves out the sublayers" not in card

@@ -1,6 +1,7 @@
 """Drafts copied from the text: from where its last tokens came before, at no cost to the output."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
-from layerskip import FixedLength, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import FallbackDrafter, NGramIndex, PromptLookup, PromptLookupDrafter
+from layerskip import DraftConfig, FixedLength, PromptLookup, Sampling, SkipSet, generate
+from layerskip.drafting.factory import make_drafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.prompt_lookup import FallbackDrafter, NGramIndex, PromptLookupDrafter
 from layerskip.errors import InvalidInputError
 from layerskip.generation import stream_rounds
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
@@ -74,7 +76,7 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, ngrams, length):
 @settings(max_examples=25)
 def test_a_first_try_leaves_the_output_of_transformers(tiny, prompt, ngrams, skip_set, length):
     drafter = FallbackDrafter(
-        PromptLookupDrafter(ngrams), LayerSkipDrafter(tiny, skip_set, FixedLength(3), branches=(2,))
+        PromptLookupDrafter(ngrams), LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=(2,)))
     )
     ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
@@ -84,7 +86,9 @@ def test_a_first_try_leaves_the_output_of_transformers(tiny, prompt, ngrams, ski
 def test_samples_follow_the_full_model(tiny_vocabulary, combined):  # noqa: F811
     drafter = PromptLookupDrafter(PromptLookup(shortest=1, length=2))
     if combined:
-        drafter = FallbackDrafter(drafter, LayerSkipDrafter(tiny_vocabulary, SKIPPED, FixedLength(2)))
+        drafter = FallbackDrafter(
+            drafter, LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(2)))
+        )
     observed = samples(tiny_vocabulary, drafter, PLAIN, 1000)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
 
@@ -98,9 +102,9 @@ def test_copies_are_proposed_whatever_temperature_and_top_p(llama):
 
 def test_processed_text_is_that_of_plain_decoding(llama):
     def text(drafter):
-        transcript = GenerationHistory(torch.tensor([[3, 4, 3, 4, 3]]), StoppingCriteriaList())
+        history = GenerationHistory(torch.tensor([[3, 4, 3, 4, 3]]), StoppingCriteriaList())
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
-        sampling = ProcessorSampling(transcript, processors, do_sample=False, vocab_size=VOCABULARY)
+        sampling = ProcessorSampling(history, processors, do_sample=False, vocab_size=VOCABULARY)
         return generate(llama, [3, 4, 3, 4, 3], drafter=drafter, sampling=sampling, max_new_tokens=16).tokens
 
     assert text(PromptLookupDrafter(PromptLookup(shortest=1))) == text(None)
@@ -130,7 +134,9 @@ def test_a_layer_of_the_second_drafters_own_sees_what_the_first_drafted(tiny):
 
 
 def test_a_copy_of_a_first_try_serves_a_generation_of_its_own(llama):
-    one = FallbackDrafter(PromptLookupDrafter(), LayerSkipDrafter(llama, SkipSet(LAYERS, (1,)), FixedLength(2)))
+    one = FallbackDrafter(
+        PromptLookupDrafter(), LayerSkipDrafter(llama, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(2)))
+    )
     other = copy.copy(one)
     expected = generate(llama, [1, 2, 1], drafter=one, max_new_tokens=9).tokens
     rounds = stream_rounds(llama, [1, 2, 1], drafter=one, max_new_tokens=9)
@@ -142,9 +148,9 @@ def test_a_copy_of_a_first_try_serves_a_generation_of_its_own(llama):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((0,), "ngrams.shortest: expected at least 1, got 0"),
-        ((2, 1), "ngrams.longest: expected at least 2, got 1"),
-        ((2, 3, 0), "ngrams.length: expected at least 1, got 0"),
+        ((0,), "shortest: expected at least 1, got 0"),
+        ((2, 1), "longest: expected at least 2, got 1"),
+        ((2, 3, 0), "length: expected at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(values, message):
@@ -158,3 +164,9 @@ def test_a_text_without_repetition_gives_nothing(prompt):
     index = NGramIndex(PromptLookup(shortest=1))
     index.extend(list(dict.fromkeys(prompt)))
     assert index.copy(5) == []
+
+
+def test_a_draft_without_prompt_lookup_is_the_stacks_alone(llama):
+    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
+    assert isinstance(make_drafter(llama, config), LayerSkipDrafter)
+    assert isinstance(make_drafter(llama, replace(config, prompt_lookup=PromptLookup())), FallbackDrafter)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import AdaptiveThreshold, ConfidenceThreshold, DraftConfig, FixedLength, SkipSet
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.sampling import GreedySampler
@@ -137,7 +137,7 @@ def drafted(model, draft_exit, limit=20):
     """The tokens and confidences of one greedy draft."""
     with torch.inference_mode():
         cache = model.new_cache(1)
-        drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (1,), (2,)), draft_exit)
+        drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (1,), (2,)), stopping=draft_exit))
         drafter.start(EagerEngine(model), torch.tensor([7]), torch.zeros(1, 1))
         tokens = drafter.propose(torch.tensor([7]), cache, limit, GreedySampler()).tokens.tolist()
         cache.rollback(0)
@@ -148,7 +148,7 @@ def drafted(model, draft_exit, limit=20):
 @given(st.integers(1, 9), st.integers(0, 9))
 def test_a_fixed_draft_has_its_length_unless_fewer_tokens_can_be_used(tiny, length, limit):
     with torch.inference_mode():
-        drafter = LayerSkipDrafter(tiny, SkipSet(LAYERS, (1,)), FixedLength(length))
+        drafter = LayerSkipDrafter(tiny, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(length)))
         drafter.start(EagerEngine(tiny), torch.tensor([7]), torch.zeros(1, 1))
         draft = drafter.propose(torch.tensor([7]), tiny.new_cache(1), limit, GreedySampler())
     assert len(draft) == min(length, limit)

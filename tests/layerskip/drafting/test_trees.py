@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, StoppingCriteriaList
 
-from layerskip import FixedLength, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, Sampling, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import DraftStep, GraphEngine
 from layerskip.errors import InvalidInputError
@@ -35,7 +35,7 @@ LIGHT = SkipSet(LAYERS, (1,), (2,))
 @given(tokens(16), skip_sets(), draft_exits(), branches(), st.integers(1, 24))
 @settings(max_examples=40)
 def test_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, draft_exit, widths, length):
-    drafter = LayerSkipDrafter(tiny, skip_set, draft_exit, branches=widths)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit, tree=widths))
     ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -44,7 +44,7 @@ def test_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, draft_exi
 @settings(max_examples=20)
 def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, widths, length):
     engine = GraphEngine(tiny, like_a_graph, smallest_bucket=8)
-    drafter = LayerSkipDrafter(tiny, skip_set, FixedLength(3), branches=widths)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=widths))
     ours = generate(tiny, prompt, engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
@@ -53,14 +53,16 @@ def test_captured_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, 
 def test_branches_take_fewer_rounds(llama, token_ids):
     rounds = []
     for widths in ((), (VOCABULARY,)):
-        drafter = LayerSkipDrafter(llama, LIGHT, FixedLength(2), token_ids=token_ids, branches=widths)
+        drafter = LayerSkipDrafter(
+            llama, DraftConfig(LIGHT, stopping=FixedLength(2), tree=widths), DraftWeights(token_ids=token_ids)
+        )
         runs = [generate(llama, [first, 2], drafter=drafter, max_new_tokens=24, eos_token_ids=[]) for first in range(4)]
         rounds.append(sum(run.stats.rounds for run in runs))
     assert rounds[1] < rounds[0]
 
 
 def test_a_draft_that_proposes_the_whole_vocabulary_is_right_in_every_round(llama):
-    drafter = LayerSkipDrafter(llama, LIGHT, FixedLength(1), branches=(VOCABULARY,))
+    drafter = LayerSkipDrafter(llama, DraftConfig(LIGHT, stopping=FixedLength(1), tree=(VOCABULARY,)))
     stats = generate(llama, [3, 2], drafter=drafter, max_new_tokens=25, eos_token_ids=[]).stats
     assert (stats.rounds, stats.drafted, stats.accepted) == (12, 12, 12)
 
@@ -70,7 +72,7 @@ def test_a_layer_of_the_drafts_own_sees_the_text_whichever_branch_it_took(tiny, 
     """Its proposals are those of a draft that has seen the text from the beginning."""
     assets = DraftWeights(layers=random_layers(tiny, {3: 2 * LAYERS}))
     skip_set = SkipSet.from_mask([index >= 3 for index in range(2 * LAYERS)])
-    drafter = LayerSkipDrafter.of(tiny, skip_set, FixedLength(3), assets, branches=widths)
+    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=widths), assets)
     stack, said = drafter._stack, []
     propose = drafter.propose
 
@@ -107,7 +109,7 @@ def chosen_behind(draft, after):
     ("widths", "settings_"), [((2, 2), PLAIN), ((3, 1, 2), PLAIN), ((4, 4), PLAIN), ((4, 4), WARPED)], ids=str
 )
 def test_samples_follow_the_full_model(tiny_vocabulary, widths, settings_):  # noqa: F811
-    drafter = LayerSkipDrafter(tiny_vocabulary, SKIPPED, FixedLength(3), branches=widths)
+    drafter = LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(3), tree=widths))
     observed = samples(tiny_vocabulary, drafter, settings_, 1000)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
 
@@ -171,28 +173,28 @@ def test_tokens_that_the_draft_could_not_draw_never_stand_by_having_been_propose
 @settings(max_examples=15)
 def test_processed_text_is_that_of_plain_decoding(tiny, prompt, skip_set, widths):
     def text(drafter):
-        transcript = GenerationHistory(torch.tensor([prompt]), StoppingCriteriaList())
+        history = GenerationHistory(torch.tensor([prompt]), StoppingCriteriaList())
         processors = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
-        sampling = ProcessorSampling(transcript, processors, do_sample=False, vocab_size=VOCABULARY)
+        sampling = ProcessorSampling(history, processors, do_sample=False, vocab_size=VOCABULARY)
         return generate(tiny, prompt, drafter=drafter, sampling=sampling, max_new_tokens=12, eos_token_ids=[]).tokens
 
-    assert text(LayerSkipDrafter(tiny, skip_set, FixedLength(3), branches=widths)) == text(None)
+    assert text(LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=widths))) == text(None)
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ((2, 0), "branches: expected numbers from 1 on, or lists that may hold 0 but first, got 0 for place 2"),
-        ((MOST_LEAVES, 3), f"branches: expected at most {MOST_LEAVES} tokens beside the first ones"),
+        ((2, 0), "place 2 of the tree: expected at least 1, or a list that may hold 0 after its first number, got 0"),
+        ((MOST_LEAVES, 3), f"tree: expected at most {MOST_LEAVES} tokens beside the first of each place"),
         (
             (2, (1, 1)),
-            "branches: only draft heads go on behind several tokens of a place; give one number for each place",
+            "tree: only draft heads propose tokens after several tokens of a place; give one number for each place",
         ),
     ],
 )
 def test_branches_out_of_range_are_refused(llama, widths, message):
     with pytest.raises(InvalidInputError) as error:
-        LayerSkipDrafter(llama, LIGHT, FixedLength(2), branches=widths)
+        LayerSkipDrafter(llama, DraftConfig(LIGHT, stopping=FixedLength(2), tree=widths))
     assert str(error.value) == message
 
 

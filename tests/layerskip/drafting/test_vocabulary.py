@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet, generate
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
 from layerskip.drafting.bridges import record_states
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
+from layerskip.drafting.weights import DraftWeights
 from tests.models import LAYERS, VOCABULARY
 
 
@@ -46,7 +47,9 @@ def test_a_token_outside_the_draft_vocabulary_is_never_drafted_and_still_generat
 
     generated = []
     for first in range(8):
-        drafter = Watched(tiny, SkipSet(LAYERS, (2,)), FixedLength(3), token_ids=ids)
+        drafter = Watched(
+            tiny, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)), DraftWeights(token_ids=ids)
+        )
         generated += generate(tiny, [first, 3], drafter=drafter, max_new_tokens=16).tokens
     assert set(drafted) <= set(ids.tolist())
     assert any(token not in set(ids.tolist()) for token in generated)

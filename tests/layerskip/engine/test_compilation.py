@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from layerskip import FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine, compile_sublayers
 from tests.capture import call_directly
 from tests.models import EVERY_FAMILY, FAMILIES, near_tie_or_same, transformers_greedy
@@ -35,7 +35,7 @@ class CountingBackend:
 
 
 def decode(model, skip_set, engine=None):
-    drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(skip_set, stopping=FixedLength(3)))
     return generate(model, PROMPT, engine=engine, drafter=drafter, max_new_tokens=LENGTH, eos_token_ids=[]).tokens
 
 

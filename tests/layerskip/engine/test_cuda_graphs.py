@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip import FixedLength, LayerSkipModel, Sampling, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
 from layerskip.errors import InvalidInputError
 from tests.capture import call_directly, like_a_graph
@@ -31,7 +31,7 @@ def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft
         captured.model,
         prompt,
         engine=captured,
-        drafter=LayerSkipDrafter(captured.model, skip_set, draft_exit),
+        drafter=LayerSkipDrafter(captured.model, DraftConfig(skip_set, stopping=draft_exit)),
         max_new_tokens=length,
         eos_token_ids=[],
     )
@@ -45,7 +45,7 @@ def test_greedy_output_of_every_family_is_that_of_transformers(family):
     engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
     for first, skip_set in enumerate((SKIPPED, SkipSet(LAYERS, (0, 3)), SkipSet(LAYERS, mlp=(0, 2)))):
         prompt = [first, 2, 3]
-        drafter = LayerSkipDrafter(model, skip_set, FixedLength(3))
+        drafter = LayerSkipDrafter(model, DraftConfig(skip_set, stopping=FixedLength(3)))
         ours = generate(model, prompt, engine=engine, drafter=drafter, max_new_tokens=24, eos_token_ids=[])
         near_tie_or_same(model.hf_model, prompt, ours.tokens, transformers_greedy(model.hf_model, prompt, 24))
 
@@ -128,7 +128,7 @@ class Calls(TorchDispatchMode):
 def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
     model, captures = LayerSkipModel(tiny_llama()), []
     engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
-    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(2))
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
     counts = []
     for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
         generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
@@ -153,7 +153,7 @@ def test_captured_drafts_of_old_skip_sets_are_dropped():
     engine = GraphEngine(model, call_directly)
     for layer in range(LAYERS):
         for other in range(1, LAYERS):
-            drafter = LayerSkipDrafter(model, SkipSet(LAYERS, (layer,), (other,)), FixedLength(2))
+            drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (layer,), (other,)), stopping=FixedLength(2)))
             generate(model, [1, 2], engine=engine, drafter=drafter, max_new_tokens=6)
     assert len(engine._drafts) <= 8
 
@@ -167,7 +167,7 @@ def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
                 model,
                 [1, 2, 3],
                 engine=engine,
-                drafter=LayerSkipDrafter(model, SKIPPED, FixedLength(3)),
+                drafter=LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3))),
                 sampling=sampling,
                 max_new_tokens=length,
             )
@@ -193,7 +193,7 @@ def test_on_a_device_captured_greedy_output_is_that_of_the_eager_engine(family):
                 model,
                 [1, 2, 3],
                 engine=engine,
-                drafter=LayerSkipDrafter(model, skip_set, FixedLength(3)),
+                drafter=LayerSkipDrafter(model, DraftConfig(skip_set, stopping=FixedLength(3))),
                 max_new_tokens=30,
             )
             for engine in (captured, eager)
@@ -216,7 +216,7 @@ def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
 
 def test_a_drafter_drafts_with_the_engine_of_each_generation():
     model = LayerSkipModel(tiny_llama())
-    drafter = LayerSkipDrafter(model, SKIPPED, FixedLength(3))
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)))
     expected = generate(model, [1, 2, 3], drafter=drafter, max_new_tokens=12)
     engine = GraphEngine(model, call_directly)
     assert generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=12).tokens == expected.tokens

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, SkipSet, generate
-from layerskip.drafting.drafter import LayerSkipDrafter
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine, PassCosts, SharedPrefix
 from tests.models import near_tie_or_same, transformers_greedy
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -41,7 +41,7 @@ def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs,
         tiny,
         prompt,
         engine=engine_with(tiny, costs),
-        drafter=LayerSkipDrafter(tiny, skip_set, draft_exit),
+        drafter=LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit)),
         max_new_tokens=length,
         eos_token_ids=[],
     )
@@ -87,7 +87,7 @@ def test_resuming_leaves_out_the_shared_sublayers_of_all_tokens_but_one(tiny):
     engine = engine_with(tiny, TOKENS_COST)
     try:
         skip_set = SkipSet(tiny.num_layers, mlp=(tiny.num_layers - 1,))
-        drafter = LayerSkipDrafter(tiny, skip_set, FixedLength(3))
+        drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3)))
         generate(tiny, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=4)
     finally:
         handle.remove()
@@ -101,7 +101,7 @@ def test_the_cheapest_width_is_wide_enough(needed):
         width = costs.cheapest_width(needed)
         assert width >= needed
         wide_enough = [w for w in WIDTHS if w >= needed]
-        assert width == needed if not wide_enough else costs.seconds(width) == min(map(costs.seconds, wide_enough))
+        assert width == needed if not wide_enough else costs.cost(width) == min(map(costs.cost, wide_enough))
 
 
 def test_a_prompt_gives_the_states_of_all_its_tokens_and_scores_behind_the_last(tiny):
