@@ -29,7 +29,7 @@ from search.decoding_methods import DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan
 from studies.comparison import Comparison, advice, described, facts, table
-from studies.figures.compared import compared
+from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page
 
 console = Console(highlight=False, width=170)
@@ -91,7 +91,9 @@ def main(
     console.print(advice(comparison))
     write_json(json, machine | described(comparison))
     if html is not None:
-        page = render_page(f"Ways to decode {model}", advice(comparison), facts(comparison), compared(comparison))
+        page = render_page(
+            f"Ways to decode {model}", advice(comparison), facts(comparison), comparison_figures(comparison)
+        )
         html.write_text(page, encoding="utf-8")
 
 

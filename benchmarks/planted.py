@@ -48,7 +48,7 @@ from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import seen_trials, speedup_of
+from studies.ranking import evaluated_trials, speedup_of
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY
 
@@ -138,7 +138,7 @@ class PlantedProblem:
         self._give_costs(study)
         study.set_user_attr(STARTED_KEY, not warm)
         search.explore(study, search.prepare(study))
-        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in seen_trials(study)]
+        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in evaluated_trials(study)]
 
     def _search(self, settings: SearchSettings) -> Search:
         task = SearchTask(self._identity, self._prompts, settings, self.space, folder=self._folder)

@@ -120,11 +120,11 @@ def compare(
 
 def _page(comparison: Comparison) -> str:
     from studies.comparison import advice, facts
-    from studies.figures.compared import compared
+    from studies.figures.comparison_figures import comparison_figures
     from studies.report import render_page
 
     title = f"Ways to decode {comparison.model}"
-    return render_page(title, advice(comparison), facts(comparison), compared(comparison))
+    return render_page(title, advice(comparison), facts(comparison), comparison_figures(comparison))
 
 
 def _report(comparison: Comparison, out: Path | None) -> None:

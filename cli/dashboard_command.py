@@ -35,7 +35,7 @@ def dashboard(
     from layerskip.checkpoints import cache_folder
     from studies.dashboard import serve
     from studies.storage import open_existing_storage
-    from studies.study import studies_of_ours
+    from studies.study import our_studies
 
     def announce(url: str) -> None:
         if json:
@@ -48,7 +48,7 @@ def dashboard(
         host=host,
         port=port,
         artifacts=artifacts or cache_folder() / "artifacts",
-        profiles=profile or _usual_profile(studies_of_ours(database)),
+        profiles=profile or _usual_profile(our_studies(database)),
         when_ready=announce,
     )
 

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.training import EvalResult, Trained
-from studies.ranking import Basis, HasTrials, basis_of, best_trials, measured_trials, seen_trials, speedup_of
+from studies.ranking import Basis, HasTrials, basis_of, best_trials, evaluated_trials, measured_trials, speedup_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Progress:
         """The progress of a search by its study."""
         best = best_trials(study, 1)
         return cls(
-            seen=len(seen_trials(study)),
+            seen=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             best=speedup_of(best[0]) if best else None,
             basis=basis_of(best[0]) if best else "predicted",

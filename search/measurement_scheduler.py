@@ -15,9 +15,9 @@ from studies.ranking import (
     Snapshot,
     candidate_key,
     correction_of,
+    evaluated_trials,
     fully_measured_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 
@@ -25,7 +25,7 @@ from studies.ranking import (
 def next_to_measure(study: HasTrials) -> FrozenTrial | None:
     """The candidate with the highest prediction that was not measured yet, if it could beat the best measured one."""
     measured = {candidate_key(trial) for trial in measured_trials(study)}
-    unmeasured = [t for t in seen_trials(study) if t.user_attrs[COMPLETE_KEY] and candidate_key(t) not in measured]
+    unmeasured = [t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY] and candidate_key(t) not in measured]
     best = max(unmeasured, key=speedup_of, default=None)
     to_beat = max(map(speedup_of, fully_measured_trials(study)), default=0.0)
     return best if best is not None and speedup_of(best) * correction_of(study) > to_beat else None

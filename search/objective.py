@@ -27,8 +27,8 @@ from studies.ranking import (
     HasTrials,
     Snapshot,
     config_of,
+    evaluated_trials,
     fully_measured_trials,
-    seen_trials,
     speedup_of,
 )
 
@@ -128,7 +128,7 @@ class Objective:
 
 def _best_predicted(study: HasTrials) -> Sequence[float]:
     """The seconds that each text was predicted to take with the best candidate that was seen on all texts."""
-    best = max((t for t in seen_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
+    best = max((t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
     return () if best is None else best.user_attrs[_SECONDS_BY_TEXT_KEY]
 
 
@@ -139,7 +139,7 @@ def _best_measured(study: HasTrials) -> Mapping[str, float]:
 
 
 def _seen_before(trial: optuna.Trial, study: HasTrials) -> FrozenTrial | None:
-    return next((seen for seen in seen_trials(study) if seen.params == trial.params), None)
+    return next((seen for seen in evaluated_trials(study) if seen.params == trial.params), None)
 
 
 def _trial(trial: optuna.Trial, number: int) -> FrozenTrial:

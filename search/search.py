@@ -60,10 +60,10 @@ from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_sta
 from studies.ranking import (
     Snapshot,
     config_of,
+    evaluated_trials,
     finalists,
     fully_measured_trials,
     measured_trials,
-    seen_trials,
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
@@ -226,7 +226,7 @@ class Search:
         best = max(measured or _measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
         return SearchResult(
             study=study.study_name,
-            trials=len(seen_trials(study)),
+            trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             profile=self._profile(best, tools.builder) if best and tools else None,
             interrupted=interrupted,
@@ -271,7 +271,7 @@ class Search:
             tools: From :meth:`prepare`.
         """
         settings = self.task.settings
-        if len(seen_trials(study)) >= settings.trials:
+        if len(evaluated_trials(study)) >= settings.trials:
             return
         study.sampler = self._sampler(study, tools)
         objective = Objective(

@@ -28,7 +28,7 @@ from search.starting_skip_sets import (
     published,
     skipping_below,
 )
-from studies.study import ALONE_KEY
+from studies.study import SINGLE_SUBLAYER_KEY
 
 # A study that has this attribute was given all of them.
 STARTED_KEY = "warm_starts"
@@ -88,8 +88,8 @@ class WarmStartPlan:
         while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
             with self._quiet.shared():
                 start = next(self._starts, None)
-            if len(study.user_attrs.get(ALONE_KEY, ())) < len(self._alone.known):
-                study.set_user_attr(ALONE_KEY, self._alone.known)
+            if len(study.user_attrs.get(SINGLE_SUBLAYER_KEY, ())) < len(self._alone.known):
+                study.set_user_attr(SINGLE_SUBLAYER_KEY, self._alone.known)
             if start is None:
                 study.set_user_attr(STARTED_KEY, True)
                 return

@@ -1,4 +1,4 @@
-"""How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
+"""Engines: how a pass runs. Drafting, verification and decoding know only :class:`Engine`."""
 
 from layerskip.costs import PassCosts
 from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highest_probability

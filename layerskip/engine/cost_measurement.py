@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from layerskip.engine.base import Engine
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
-from layerskip.utils import device_name, device_seconds, library_versions, write_atomically
+from layerskip.utils import device_name, device_seconds, digest, library_versions, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ def _key(engine: Engine) -> str:
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
     what = [config, WIDTHS, _module_kinds(model.hf_model), engine.name, model.compiled, *where]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(what)
 
 
 def _module_kinds(model: nn.Module) -> list[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from cli import search_command
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.weights import DraftWeights
 from search.search import SearchResult
-from studies.ranking import measured_trials, seen_trials
+from studies.ranking import evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -109,7 +109,7 @@ def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, oth
     longer = layerskip("search", *options, *named, "--max-new-tokens", 7)
     assert longer.status == 2
     assert longer.err.splitlines()[-1].startswith(
-        "layerskip: study 'mine': cannot go on, because this differs: max_new"
+        "layerskip: study 'mine': cannot be resumed, because this differs: max_new"
     )
     other = layerskip("search", other_model_folder, *options[1:], *named)
     assert other.status == 2
@@ -332,7 +332,7 @@ def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, op
     assert result["interrupted"] is True
     assert 1 <= result["trials"] < 40
     study = load_study(open_storage(STORAGE), result["study"])
-    assert len(seen_trials(study)) == result["trials"]
+    assert len(evaluated_trials(study)) == result["trials"]
     measured = measured_trials(study)
     assert result["measured"] == len(measured)
     assert (result["profile"] is None) == (not measured)  # the profile reports what was measured, or is not there

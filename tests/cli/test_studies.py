@@ -52,8 +52,8 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
     name, model, candidates, measured, best, basis = line.split()
     assert (name, model, candidates, measured, basis) == ("s", "makers/tiny", "2", "0", "held-out")
     [summary] = layerskip("studies", "list", "--json").object["studies"]
-    assert set(summary) == {"name", "model", "trials", "seen", "measured", "best_speedup", "basis"}
-    assert (summary["name"], summary["trials"], summary["seen"], summary["measured"]) == ("s", 2, 2, 0)
+    assert set(summary) == {"name", "model", "trials", "evaluated", "measured", "best_speedup", "basis"}
+    assert (summary["name"], summary["trials"], summary["evaluated"], summary["measured"]) == ("s", 2, 2, 0)
     assert summary["basis"] == "held-out"
     assert f"{summary['best_speedup']:.3f}×" == best
 

@@ -112,7 +112,7 @@ def test_a_candidate_leaves_out_all_that_its_stand_in_stands_for():
     assert str(candidate) == "attn 2-3 · mlp 0,2-3 · 4 tokens · trained layer after layer 2 (a)"
     with pytest.raises(InvalidInputError, match="at least one"):
         DraftConfig(SkipSet(LAYERS, (0, 1), (0, 1)), draft_layer=layer)
-    with pytest.raises(InvalidInputError, match=r"^draft layer: reaches sublayer 8, but there are 6"):
+    with pytest.raises(InvalidInputError, match=r"^draft layer: ends before sublayer 8, but there are 6"):
         DraftConfig(SkipSet(3), draft_layer=layer)
 
 

@@ -41,8 +41,8 @@ from studies.ranking import (
     candidate_key,
     config_of,
     correction_of,
+    evaluated_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 from studies.storage import open_storage
@@ -113,7 +113,7 @@ def with_no_starts(study):
 
 def test_a_search_looks_at_as_many_candidates_as_it_was_asked_for(finished):
     result, _, _, _, study = finished
-    assert result.trials == len(seen_trials(study)) == STARTS + 8
+    assert result.trials == len(evaluated_trials(study)) == STARTS + 8
     assert result.measured == len(measured_trials(study)) >= 1
     assert len(completed(study)) == result.trials + result.measured
     assert not result.interrupted
@@ -171,7 +171,7 @@ def test_no_candidate_is_measured_twice(finished):
 def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
     study = finished[4]
     first = measured_trials(study)[0]
-    before = seen_trials(study)[: first.number]
+    before = evaluated_trials(study)[: first.number]
     assert first.number >= STARTS
     assert first.user_attrs["predicted_speedup"] == max(map(speedup_of, before))
 
@@ -199,7 +199,7 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
     assert first.user_attrs[SOURCE_KEY] == "nothing skipped"
     assert SPACE.config(first.params).skip_set == SkipSet(LAYERS)
     assert first.user_attrs["acceptance"] == 1
-    sources = [trial.user_attrs.get(SOURCE_KEY) for trial in seen_trials(finished[4])]
+    sources = [trial.user_attrs.get(SOURCE_KEY) for trial in evaluated_trials(finished[4])]
     assert None not in sources[:STARTS]
     assert set(sources[STARTS:]) == {None}
 
@@ -215,7 +215,7 @@ def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monke
 
 
 def test_no_candidate_is_looked_at_twice(finished):
-    looked_at = [candidate_key(trial) for trial in seen_trials(finished[4])]
+    looked_at = [candidate_key(trial) for trial in evaluated_trials(finished[4])]
     assert len(set(looked_at)) == len(looked_at)
 
 
@@ -521,7 +521,7 @@ def refused(search):
     with pytest.raises(InvalidInputError) as caught:
         search.run()
     message = str(caught.value)
-    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert message.startswith("study 's': cannot be resumed, because this differs: ")
     assert "\n" not in message
     return message
 

@@ -14,7 +14,7 @@ from search.objective import SOURCE_KEY
 from search.settings import SAMPLERS
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
+from studies.ranking import best_trials, candidate_key, evaluated_trials, speedup_of
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
@@ -55,20 +55,20 @@ def search_with(model, storage, *profiles, cold=False, **named):
 
 
 def tried(study, search):
-    return [search.task.space.config(trial.params) for trial in seen_trials(study)]
+    return [search.task.space.config(trial.params) for trial in evaluated_trials(study)]
 
 
 @pytest.mark.parametrize(("sampler", "perfect"), [("tpe", perfect_layer), ("greybox", perfect_bridge)])
 def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, storage, sampler, perfect):
     search = search_with(shifting, storage, perfect(shifting), cold=True, trials=40, sampler=sampler)
     study = explore(search)
-    assert not any(SOURCE_KEY in trial.user_attrs for trial in seen_trials(study))
-    best = max(seen_trials(study), key=speedup_of)
+    assert not any(SOURCE_KEY in trial.user_attrs for trial in evaluated_trials(study))
+    best = max(evaluated_trials(study), key=speedup_of)
     candidate = search.task.space.config(best.params)
     assert candidate.draft_layer == search.task.space.draft_layers[0]
     assert candidate.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
     assert best.user_attrs["acceptance"] == 1
-    without = [trial for trial in seen_trials(study) if not trial.params["draft_layer"]]
+    without = [trial for trial in evaluated_trials(study) if not trial.params["draft_layer"]]
     assert speedup_of(best) > max(map(speedup_of, without))
 
 
@@ -77,7 +77,7 @@ def test_every_sampler_tries_stand_ins_and_no_draft_under_two_names(shifting, st
     profiles = (layer_profile(shifting, start=3), perfect_bridge(shifting))
     search = search_with(shifting, storage, *profiles, cold=True, trials=14, sampler=sampler)
     study = explore(search)
-    for trial in seen_trials(study):
+    for trial in evaluated_trials(study):
         candidate = search.task.space.config(trial.params)
         assert search.task.space.parameters(candidate) == trial.params
     assert len({candidate.draft_layer for candidate in tried(study, search)}) >= 2
@@ -95,14 +95,14 @@ def test_a_stand_in_as_it_was_trained_is_the_first_that_is_tried(llama, storage)
     assert second == DraftConfig(SkipSet(LAYERS), vocabulary_size=40, draft_layer=layer)
     below = [(one.draft_layer, len(one.skipped_below)) for one in others]
     assert below == [(bridge, 1), (layer, 1), (layer, 2), (layer, 4), (None, 0)]
-    sources = [trial.user_attrs[SOURCE_KEY] for trial in seen_trials(study)]
+    sources = [trial.user_attrs[SOURCE_KEY] for trial in evaluated_trials(study)]
     assert sources[:3] == [
         "trained draft layer 1 of 2",
         "trained draft layer 2 of 2",
         "trained draft layer 1 of 2, least damage: 1 of 2 sublayers below its exit",
     ]
     assert sources[-1] == "nothing skipped"
-    draft = seen_trials(study)[1].user_attrs["draft"]
+    draft = evaluated_trials(study)[1].user_attrs["draft"]
     assert draft.endswith(f" · {layer} · vocabulary 40")
 
 
@@ -118,7 +118,7 @@ def test_a_candidate_with_a_stand_in_is_called_bridged_only_where_something_belo
     for below in (SkipSet(LAYERS), SkipSet(LAYERS, mlp=(1,))):
         study.enqueue_trial(space.parameters(DraftConfig(below, bridges=True, draft_layer=trained.ref)))
     search.explore(study, search.prepare(study))
-    drafts = [trial.user_attrs["draft"] for trial in seen_trials(study)]
+    drafts = [trial.user_attrs["draft"] for trial in evaluated_trials(study)]
     assert ["bridges" in draft for draft in drafts] == [False, True]
 
 
@@ -160,7 +160,7 @@ def test_a_study_goes_on_with_the_same_stand_ins_in_any_order(llama, storage):
     first = search_with(llama, storage, one, other, trials=2).run()
     second = search_with(llama, storage, other, one, trials=5).run()
     assert (second.study, second.trials) == (first.study, 5)
-    keys = [candidate_key(trial) for trial in seen_trials(load_study(storage, first.study))]
+    keys = [candidate_key(trial) for trial in evaluated_trials(load_study(storage, first.study))]
     assert len(set(keys)) == 5
 
 
@@ -176,7 +176,7 @@ def test_other_stand_ins_make_another_study_and_none_the_one_that_was(llama, sto
 
 def test_a_named_study_does_not_go_on_with_other_stand_ins(llama, storage):
     search_with(llama, storage, layer_profile(llama), trials=1, study="s").run()
-    with pytest.raises(InvalidInputError, match=r"^study 's': cannot go on, because this differs: space \("):
+    with pytest.raises(InvalidInputError, match=r"^study 's': cannot be resumed, because this differs: space \("):
         search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study="s").run()
 
 
@@ -193,7 +193,7 @@ def test_a_candidate_that_keeps_nothing_below_its_exit_is_passed_over(llama, sto
     study.enqueue_trial(dict.fromkeys(search.task.space.bit_names, 1) | {"draft_layer": 1})
     search.explore(study, search.prepare(study))
     assert study.trials[0].state.name == "PRUNED"
-    assert len(seen_trials(study)) == 1
+    assert len(evaluated_trials(study)) == 1
 
 
 def test_the_report_shows_what_a_stand_in_leaves_out_and_learns_nothing_of_sublayers_from_it(shifting, storage):

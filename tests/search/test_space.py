@@ -171,7 +171,7 @@ def test_configurations_read_as_what_they_are():
     skip_set = SkipSet(9, attention=(3, 5, 6, 7), mlp=(2,))
     assert str(DraftConfig(skip_set)) == "attn 3,5-7 · mlp 2 · 4 tokens"
     rich = DraftConfig(skip_set, bridges=True, vocabulary_size=64, target_confidence_threshold=0.3, tree=(3, (2, 1)))
-    assert rich.details == "4 tokens, tree 3-2+1, target confidence at least 0.3 · bridges · vocabulary 64"
+    assert rich.details == "4 tokens; tree 3-2+1; no draft where target confidence < 0.3 · bridges · vocabulary 64"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from search.callbacks import TrialFinished
 from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
 from search.workers import Workers
-from studies.ranking import candidate_key, measured_trials, seen_trials
+from studies.ranking import candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
@@ -82,7 +82,7 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     result = search.run()
     assert failures == []
     study = the_study(database)
-    looked_at = seen_trials(study)
+    looked_at = evaluated_trials(study)
     assert TRIALS <= len(looked_at) <= TRIALS + 2
     assert result.trials == len(looked_at)
     assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.WAITING, TrialState.PRUNED}
@@ -106,7 +106,7 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     assert 16 <= result.trials <= 17
     study = the_study(database)
     assert len(log.of(TrialFinished)) < len(begun(database))
-    assert {trial.params["draft_layer"] for trial in seen_trials(study)} == {0, 1}
+    assert {trial.params["draft_layer"] for trial in evaluated_trials(study)} == {0, 1}
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
@@ -116,7 +116,9 @@ def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
     (one, is_disconnect), (two, broken), (three, differs) = failures
     assert (one, two, three) == (1, 2, 3)
     assert (is_disconnect, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
-    assert differs.startswith("study 's': cannot go on, because this differs: dtype (study: float32, now: bfloat16)")
+    assert differs.startswith(
+        "study 's': cannot be resumed, because this differs: dtype (study: float32, now: bfloat16)"
+    )
 
 
 @pytest.mark.usefixtures("interruptible")

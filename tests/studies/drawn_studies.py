@@ -13,7 +13,7 @@ from layerskip.costs import best_speedup
 from layerskip.drafting.config import DraftConfig
 from studies.ranking import best_trials
 from studies.records import MeasurementRecord
-from studies.study import ALONE_KEY, COSTS_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
 VOCABULARIES = (0, 8192, 16384)
@@ -73,7 +73,7 @@ class StudyInTheMaking:
     def with_sublayers_looked_at(self):
         masks = ([i == one for i in range(2 * self.layers)] for one in range(2 * self.layers))
         alone = {str(SkipSet.from_mask(m)): math.exp(-d) for m, d in zip(masks, self.damage, strict=True)}
-        self.study.set_user_attr(ALONE_KEY, alone)
+        self.study.set_user_attr(SINGLE_SUBLAYER_KEY, alone)
         return self
 
     def looked_at(self, count):

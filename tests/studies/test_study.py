@@ -96,7 +96,7 @@ def test_going_on_in_another_context_is_refused_and_the_difference_named(storage
     with pytest.raises(InvalidInputError) as caught:
         open_study(storage, "s", replace(CONTEXT, **{name: OTHER_VALUES[name]}))
     message = str(caught.value)
-    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert message.startswith("study 's': cannot be resumed, because this differs: ")
     assert f": {name} (study: {getattr(CONTEXT, name)}, now: {OTHER_VALUES[name]}). " in message
     assert "--study" in message
     assert "\n" not in message
@@ -154,7 +154,9 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     optuna.create_study(study_name="a", storage=storage)
 
     def found():
-        return [(s.name, s.model, s.trials, s.seen, s.measured, s.best_speedup, s.basis) for s in list_studies(storage)]
+        return [
+            (s.name, s.model, s.trials, s.evaluated, s.measured, s.best_speedup, s.basis) for s in list_studies(storage)
+        ]
 
     empty = ("a", None, 0, 0, 0, None, None)
     assert found() == [empty, ("b", "makers/model", 4, 3, 0, 1.2, "predicted")]

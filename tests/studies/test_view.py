@@ -17,12 +17,12 @@ from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
 
 def test_what_trials_tried_is_read_from_their_attributes(searched_storage, searched):
     study = optuna.load_study(study_name="s", storage=searched_storage)
-    for one, trial in zip(searched.tried, study.trials, strict=True):
+    for one, trial in zip(searched.trials, study.trials, strict=True):
         assert str(one.config.skip_set) == trial.user_attrs["skip_set"]
         assert one.config.vocabulary_size == trial.params["vocabulary_size"]
         assert one.acceptance == trial.user_attrs["acceptance"]
         assert one.basis == trial.user_attrs["basis"]
-    assert len(searched.seen) == 25
+    assert len(searched.evaluated) == 25
     assert len(searched.measured) == 5
     assert searched.states == {"complete": 30}
     assert (searched.began, searched.ended) == (BEGAN, BEGAN + timedelta(seconds=30))
@@ -56,7 +56,7 @@ def test_a_candidate_keeps_what_it_was_looked_at_with_where_it_is_measured(stora
 
 def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_made_them(storage):
     making = StudyInTheMaking(storage).looked_at(1).finalists(1).measured(1)
-    look, measured = view_study(storage, "s").tried
+    look, measured = view_study(storage, "s").trials
     assert look.number == 0
     assert measured.number == 1
     assert measured.held_out == look.held_out is not None
