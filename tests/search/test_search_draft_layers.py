@@ -199,10 +199,10 @@ def test_a_candidate_that_keeps_nothing_below_its_exit_is_passed_over(llama, sto
 def test_the_report_shows_what_a_stand_in_leaves_out_and_learns_nothing_of_sublayers_from_it(shifting, storage):
     result = search_with(shifting, storage, perfect_bridge(shifting), trials=6).run()
     view = view_study(storage, result.study)
-    first = next(one for one in view.tried if one.source == "trained draft layer 1 of 1")
+    first = next(one for one in view.trials if one.source == "trained draft layer 1 of 1")
     assert first.config.draft_layer
     assert first.config.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
     assert "trained bridge after layer 2" in first.config.details
-    assert any(not one.config.draft_layer for one in view.tried)
+    assert any(not one.config.draft_layer for one in view.trials)
     assert len(completed(load_study(storage, result.study))) == 6
     assert best_trials(load_study(storage, result.study), 1)[0].params["draft_layer"] == 1
