@@ -47,7 +47,7 @@ from layerskip.training import (
     vocabulary_of,
 )
 from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
-from layerskip.utils import cache_write_errors, device_name, library_versions
+from layerskip.utils import cache_write_errors, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
 from search.callbacks import (
@@ -64,11 +64,10 @@ from search.callbacks import (
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
 from search.replay import RoundCosts, SimulatedSpeedup, replay
-from search.search import measured_part
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
@@ -553,13 +552,7 @@ class Tuning:
         self._on_event(PolicyChosen(best.config, best.speedup))
         profile = DraftProfile.of(best.config, assets, model=profile.model, provenance=profile.provenance)
         summary = self._measured(profile, quiet)
-        measured = measured_part(
-            summary,
-            "held-out",
-            max_new_tokens=self._settings.max_new_tokens,
-            device=device_name(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
-        )
+        measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
         return profile.model_copy(update={"measured": measured}), best.speedup
 
     def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:

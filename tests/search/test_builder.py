@@ -13,8 +13,8 @@ from layerskip.drafting.drafter import RoundResult
 from layerskip.engine import EagerEngine, Scored
 from layerskip.sampling import Draft, Verdict
 from search.builder import DraftBuilder
+from search.prompts import SearchPrompts
 from search.reference import record
-from search.search import SearchPrompts
 from search.settings import SearchSettings
 from tests.models import LAYERS, VOCABULARY
 from tests.search.searches import random_prompts
