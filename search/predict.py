@@ -60,7 +60,7 @@ class SpeedupPredictor:
         space: The search space, with the policies to simulate.
         builder: Builds drafts.
         tracer: Traces drafts.
-        latency: What the parts of steps cost.
+        costs: What passes cost.
         max_new_tokens: Most tokens of a generation.
     """
 
@@ -70,17 +70,17 @@ class SpeedupPredictor:
         space: SearchSpace,
         builder: DraftBuilder,
         tracer: AcceptanceTracer,
-        latency: CostModel,
+        costs: CostModel,
         *,
         max_new_tokens: int,
     ) -> None:
         self._engine = engine
+        self._space = space
         self._builder = builder
         self._tracer = tracer
-        self._latency = latency
-        self._limit = max_new_tokens
-        self._space = space
-        self._copies = copies_along(tracer.texts) if space.prompt_lookup else {}
+        self._costs = costs
+        self._max_new_tokens = max_new_tokens
+        self._lookups = trace_lookups(space.prompt_lookups, tracer.texts)
 
     def predict(self, candidate: DraftConfig, to_beat: Sequence[float] = ()) -> Prediction:
         """Trace a candidate on some texts at a time, until all were traced or it cannot win, and simulate it.
@@ -90,19 +90,13 @@ class SpeedupPredictor:
             to_beat: Predicted seconds of the best candidate so far for each text; without them all texts are traced.
         """
         stack, config = self._builder.stack(candidate), self._builder.as_built(candidate)
-        chains = self._space.policies(config)
         traces: list[Trace] = []
-        parts = self._tracer.traces(stack)
+        parts = self._tracer.trace(stack)
         while True:
             traces += next(parts)
-            costs = RoundCosts.of(self._latency, stack, self._engine, traces, self._space.most_drafted)
-            policies = [*chains, *branching_policies(config, traces, self._space)]
-            simulated = replay(traces, policies, costs, limit=self._limit)
-            if self._copies:
-                simulated = with_copies(simulated, partial(self._replayed, traces, costs))
+            costs = RoundCosts.of_stack(self._costs, stack, self._engine, traces, self._space.most_drafted)
+            simulator = Simulator(traces, costs, self._max_new_tokens, self._lookups)
+            simulated = best_policy(config, self._space, simulator)
             complete = len(traces) == self._tracer.num_texts
             if complete or _cannot_win(simulated.seconds, to_beat):
                 return Prediction(acceptance(traces), costs.draft_cost, simulated, complete)
-
-    def _replayed(self, traces: Sequence[Trace], costs: RoundCosts, config: DraftConfig) -> SimulatedSpeedup:
-        return replay(traces, [config], costs, limit=self._limit, copies=self._copies)

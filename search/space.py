@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from layerskip.drafting.config import DraftConfig, DraftLayerRef
+from layerskip.drafting.config import DraftConfig, DraftLayerRef, PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
@@ -27,11 +27,13 @@ _BRIDGES, _VOCABULARY_SIZE = "bridges", "vocabulary_size"
 _VOCABULARY_SIZES = (8192, 16384, 24576)
 _TARGET_CONFIDENCES = (0.3, 0.6)
 _CONFIDENCE_LENGTHS = (2, 4, 8)
-_CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
 # With the token after which is drafted, these make passes of widths that are cheap on many machines.
 _TREE_SIZES = (3, 7, 15, 23)
 _ADAPTIVE_LENGTHS = (4, 8)
 _ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
+_SHORTEST_NGRAMS = (1, 2, 3)
+_LOOKUP_LENGTHS = (3, 7)
 _LISTS = ("vocabulary_sizes", "target_confidence_thresholds", "tree_sizes", "draft_layers")
 
 
@@ -101,7 +103,13 @@ class SearchSpace:
     @property
     def most_drafted(self) -> int:
         """Tokens in the largest draft of any policy."""
-        return max((self.max_draft_length, *self.tree_sizes))
+        return max((self.max_draft_length, *self.tree_sizes, *(lookup.length for lookup in self.prompt_lookups)))
+
+    @property
+    def prompt_lookups(self) -> list[PromptLookup]:
+        """Settings of prompt lookup to try."""
+        choices = itertools.product(_SHORTEST_NGRAMS, _LOOKUP_LENGTHS) if self.prompt_lookup else ()
+        return [PromptLookup(shortest=shortest, length=length) for shortest, length in choices]
 
     @cached_property
     def options(self) -> list[DraftConfig]:
@@ -190,7 +198,7 @@ class SearchSpace:
         longest = self.max_draft_length
         rules: list[DraftStopping] = [FixedLength(length) for length in range(1, longest + 1)]
         for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):
-            rules += [ConfidenceThreshold(threshold, length) for threshold in _CONFIDENCES]
+            rules += [ConfidenceThreshold(threshold, length) for threshold in CONFIDENCES]
         for length in sorted({min(length, longest) for length in _ADAPTIVE_LENGTHS}):
             rules += [AdaptiveThreshold(threshold, length) for threshold in _ADAPTIVE_STARTS]
         return [
