@@ -50,32 +50,31 @@ class DraftBuilder:
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
         self._heads: dict[tuple[int, DraftLayerRef | None], Stack] = {}
-        here = torch.empty(0, dtype=model.dtype, device=model.device)
         self._trained = {one.name: one for one in stand_ins}
-        self._built = {one.name: one.assets.to(here).stand_ins(model) for one in stand_ins}
+        self._built = {one.name: one.weights.placed_on(model).steps for one in stand_ins}
 
     def assets(self, candidate: Candidate) -> DraftWeights:
         """The stand-ins and the draft vocabulary that a candidate asks for; a trained one as it was given."""
         ids = self._head(candidate).token_ids
         bridges = self._bridges(candidate)
         if candidate.stand_in is None:
-            return DraftWeights(bridges, ids)
-        trained = self._trained[candidate.stand_in].assets
-        return DraftWeights({**bridges, **trained.bridges}, ids, trained.layers)
+            return DraftWeights(bridges=bridges, token_ids=ids)
+        trained = self._trained[candidate.stand_in].weights
+        return DraftWeights(bridges=[*bridges, *trained.bridges], layers=trained.layers, token_ids=ids)
 
     def training_seconds(self, candidate: Candidate) -> float | None:
         """How long a candidate's stand-in was trained, if it has one and that is known."""
         return None if candidate.stand_in is None else self._trained[candidate.stand_in].training_seconds
 
-    def _bridges(self, candidate: Candidate) -> dict[int, Bridge]:
-        return self._fitter.fit(candidate.skipped_below) if candidate.bridged else {}
+    def _bridges(self, candidate: Candidate) -> list[Bridge]:
+        return self._fitter.fit(candidate.skipped_below) if candidate.bridged else []
 
     def _head(self, candidate: Candidate) -> Stack:
         """The full stack with the head of a draft vocabulary; made once, because its rows are copied."""
         size, stand_in = candidate.vocabulary, candidate.stand_in
         own = stand_in if stand_in is not None and 0 < stand_in.vocabulary == size else None
         if (size, own) not in self._heads:
-            ids = self._fitted_ids(size) if own is None else self._trained[own].assets.token_ids
+            ids = self._fitted_ids(size) if own is None else self._trained[own].weights.token_ids
             self._heads[size, own] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
         return self._heads[size, own]
 
@@ -92,7 +91,7 @@ class DraftBuilder:
 
     def stack(self, candidate: Candidate) -> Stack:
         """The stack of a candidate's draft."""
-        stand_ins: dict[int, Step] = {**self._bridges(candidate)}
+        stand_ins: dict[int, Step] = {bridge.start: bridge for bridge in self._bridges(candidate)}
         if candidate.stand_in is not None:
             stand_ins |= self._built[candidate.stand_in]
         stack = self._model.stack_of(candidate.skip_set, stand_ins=stand_ins)

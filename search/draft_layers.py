@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from layerskip.drafting.weights import DraftWeights
+from layerskip.drafting.weights import DraftWeights, draft_layer_ref
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.skip_set import SkipSet
-
-# Hexadecimal digits of a checksum that tell one stand-in from another.
-_DIGITS = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -64,12 +58,12 @@ class TrainedDraftLayer:
 
     Args:
         name: What it is called.
-        assets: Itself, and the draft vocabulary that it was trained with; nothing else.
+        weights: Itself, and the draft vocabulary that it was trained with; nothing else.
         training_seconds: How long it was trained, if that is known.
     """
 
     name: DraftLayerRef
-    assets: DraftWeights
+    weights: DraftWeights
     training_seconds: float | None = None
 
 
@@ -91,28 +85,23 @@ def trained_draft_layer(source: str, profile: DraftProfile, model: LayerSkipMode
             f"{source}: has draft heads, which draft without the stack, so that there is nothing for a search to leave "
             "out; 'layerskip compare' measures them beside other drafts"
         )
-    assets = profile.weights
+    try:
+        weights = profile.weights(model)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{source}: {error}") from error
     top = len(model.sublayers)
-    bridges = {start: bridge for start, bridge in assets.bridges.items() if bridge.stop == top}
-    layers = {start: layer for start, layer in assets.layers.items() if layer.stop == top}
-    if not bridges and not layers:
+    own = DraftWeights(
+        bridges=[bridge for bridge in weights.bridges if bridge.stop == top],
+        layers=[layer for layer in weights.layers if layer.stop == top],
+        token_ids=weights.token_ids,
+    )
+    ref = draft_layer_ref(own.tensors(), top)
+    if ref is None:
         raise InvalidInputError(
             f"{source}: has no stand-in for the layers above an early exit; "
             "train one with 'layerskip tune MODEL --exit LAYERS'"
         )
-    own = DraftWeights(bridges, assets.token_ids, layers)
-    try:
-        own.to(torch.empty(0, dtype=model.dtype, device=model.device)).stand_ins(model)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{source}: {error}") from error
-    start = next(iter({**bridges, **layers}))
-    name = DraftLayerRef(
-        start,
-        top,
-        "layer" if layers else "bridge",
-        0 if own.token_ids is None else len(own.token_ids),
-        hashlib.sha256(own.to_bytes()).hexdigest()[:_DIGITS],
-    )
+    name = DraftLayerRef(ref.start, ref.stop, ref.kind, ref.vocabulary_size, ref.sha256)
     return TrainedDraftLayer(name, own, profile.provenance.training_seconds)
 
 

@@ -12,11 +12,12 @@ import torch
 from pydantic import TypeAdapter
 
 from layerskip.drafting.bridges import Bridge, blank_bridge
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.engine import Engine, PassCosts
 from layerskip.engine.cost_measurement import exact_widths
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
-from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack
+from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
 from layerskip.utils import device_seconds
 from search.space import SearchSpace
 
@@ -85,7 +86,7 @@ class LatencyModel:
     def draft_step(self, stack: Stack, context: float) -> float:
         """Seconds of one draft step behind ``context`` positions."""
         bridges = sum(isinstance(step, Bridge) for _, step in stack.steps)
-        layers = sum(isinstance(step, DraftLayerStep) for _, step in stack.steps)
+        layers = sum(isinstance(step, DraftLayer) for _, step in stack.steps)
         sublayers = [step for _, step in stack.steps if isinstance(step, AttentionSublayer | MLPSublayer)]
         attention = sum(isinstance(step, AttentionSublayer) for step in sublayers)
         vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)

@@ -134,7 +134,7 @@ def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: in
 def profile_of(
     best: Finalist,
     candidate: Candidate,
-    assets: DraftWeights,
+    weights: DraftWeights,
     identity: ModelIdentity,
     study: str,
     context: StudyContext,
@@ -146,7 +146,7 @@ def profile_of(
     Args:
         best: What was measured.
         candidate: What its trial tried.
-        assets: Its stand-ins and vocabulary.
+        weights: Its stand-ins and vocabulary.
         identity: The model.
         study: The study's name.
         context: What the study's values depend on.
@@ -154,7 +154,7 @@ def profile_of(
     """
     return DraftProfile.of(
         policy_of(best.trial).config(candidate.skip_set),
-        assets,
+        weights,
         model=identity,
         measured=measured_part(
             best.summary,
