@@ -1,4 +1,4 @@
-"""What ``layerskip compare`` measures, and each profile at the exact width of verification too.
+"""Decoding methods compared as by ``layerskip compare``, and each profile at the exact verification width too.
 
 python -m benchmarks.decoding --profile draft_profile.json --json decoding.json --html decoding.html
 """
@@ -29,15 +29,15 @@ from search.decoding_methods import DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan
 from studies.comparison import Comparison, advice, described, facts, table
-from studies.figures.compared import compared
+from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page
 
 console = Console(highlight=False, width=170)
 
 
 def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
-    """Each profile, verified in passes over no more tokens than there are."""
-    exact = EagerEngine(model)  # without costs, so that it knows no cheaper width
+    """Each profile, verified without padding to a cheaper width."""
+    exact = EagerEngine(model)  # without costs it pads nothing
     return [
         layerskip_method(
             f"{name}, exact width",
@@ -60,7 +60,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Draw the figures here.")] = None,
 ) -> None:
-    """Compare every way to decode."""
+    """Compare the decoding methods."""
     transformers_logging.set_verbosity_error()
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)
@@ -94,7 +94,9 @@ def main(
     console.print(advice(comparison))
     write_json(json, machine | described(comparison))
     if html is not None:
-        page = render_page(f"Ways to decode {model}", advice(comparison), facts(comparison), compared(comparison))
+        page = render_page(
+            f"Ways to decode {model}", advice(comparison), facts(comparison), comparison_figures(comparison)
+        )
         html.write_text(page, encoding="utf-8")
 
 

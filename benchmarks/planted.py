@@ -35,26 +35,24 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.redundant_model import Planted, flat_latency, random_texts, redundant_model
+from benchmarks.redundant_model import Planted, flat_costs, random_texts, redundant_model
 from benchmarks.setting import write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.callbacks import ignore
-from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
-from search.search import Prepared, Search, SearchPrompts, prepare
-from search.settings import SearchSettings
-from search.space import Candidate, SearchSpace
+from search.search import Search, SearchTask
+from search.settings import SAMPLERS, SearchSettings
+from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import seen_trials, speedup_of
+from studies.ranking import evaluated_trials, speedup_of
 from studies.storage import ReconnectingStorage
-from studies.study import LATENCY_KEY
+from studies.study import COSTS_KEY
 
 console = Console(highlight=False, width=150)
-SAMPLERS = ("tpe", "greybox", "random")
 # Half of them are scored; candidates that cannot win are given up after the first four of those.
 _PROMPTS = 16
 _MAX_NEW_TOKENS = 24
@@ -120,48 +118,31 @@ class PlantedProblem:
         self.space = SearchSpace(num_layers)
         self._identity = identify(self.model, "planted")
         self._prompts: PromptSplit = random_texts(seed, search=_PROMPTS)
-        self._latency = flat_latency(num_layers, self.space.most_drafted)
+        self._costs = flat_costs(num_layers, self.space.most_drafted)
         self._folder = folder
 
     def optimum(self) -> Optimum:
         """The best skip set, by trying all."""
-        predictor = self._prepared().predictor
-        speedups = {s: predictor.estimate(Candidate(s)).prediction.speedup for s in skip_sets(self.space.num_layers)}
+        search = self._search(self._settings())
+        study = search.open()
+        self._give_costs(study)
+        predictor = search.prepare(study).predictor
+        speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 
     def search(self, sampler: str, *, warm: bool, trials: int, seed: int) -> list[float]:
         """Predicted speedups in the order in which a search came upon them; 0 for candidates that it gave up."""
-        search = Search(
-            EagerEngine(self.model),
-            self._identity,
-            self._prompts,
-            cast(ReconnectingStorage, _InMemory()),
-            self._settings(trials=trials, sampler=sampler, seed=seed),
-            space=self.space,
-            folder=self._folder,
-        )
+        search = self._search(self._settings(trials=trials, sampler=sampler, seed=seed))
         study = search.open()
         self._give_costs(study)
         study.set_user_attr(STARTED_KEY, not warm)
-        search.explore(study)
-        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in seen_trials(study)]
+        search.explore(study, search.prepare(study))
+        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in evaluated_trials(study)]
 
-    def _prepared(self) -> Prepared:
-        study = optuna.create_study()
-        self._give_costs(study)
-        settings = self._settings()
-        return prepare(
-            EagerEngine(self.model),
-            self._identity.fingerprint,
-            SearchPrompts.of(self._prompts, settings),
-            self.space,
-            settings,
-            study,
-            folder=self._folder,
-            quiet=MachineLock(self._folder, self.model.device),
-            on_event=ignore,
-        )
+    def _search(self, settings: SearchSettings) -> Search:
+        task = SearchTask(self._identity, self._prompts, settings, self.space, folder=self._folder)
+        return Search(EagerEngine(self.model), task, cast(ReconnectingStorage, _InMemory()))
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:
         return SearchSettings(
@@ -169,7 +150,7 @@ class PlantedProblem:
         )
 
     def _give_costs(self, study: optuna.Study) -> None:
-        study.set_user_attr(LATENCY_KEY, self._latency.as_json())
+        study.set_user_attr(COSTS_KEY, self._costs.to_json())
 
 
 def skip_sets(num_layers: int) -> Iterator[SkipSet]:

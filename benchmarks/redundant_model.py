@@ -16,8 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip import LayerSkipModel, SkipSet
-from layerskip.engine import PassCosts
-from search.latency import CostsBehind, LatencyModel, StepCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
 
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS = 256, 64, 128, 4, 2
@@ -124,7 +123,7 @@ def _pairs(strengths: Sequence[float]) -> list[tuple[float, float]]:
     return list(zip(strengths[::2], strengths[1::2], strict=True))
 
 
-def flat_latency(num_layers: int, most_drafted: int) -> LatencyModel:
+def flat_costs(num_layers: int, most_drafted: int) -> CostModel:
     """A machine bound by memory: parts cost their share of the weights, and verifying a token more next to nothing."""
     attention = 2 * HIDDEN * HIDDEN * (1 + KEY_VALUE_HEADS / HEADS)
     mlp, head = 3 * HIDDEN * INTERMEDIATE, HIDDEN * VOCABULARY
@@ -134,8 +133,8 @@ def flat_latency(num_layers: int, most_drafted: int) -> LatencyModel:
     passes = PassCosts(
         {width: 1 - head * weight + _WIDER * (width - 1) for width in widths}, dict.fromkeys(widths, head * weight)
     )
-    costs = CostsBehind(_CONTEXT, step, passes, _PREFILL)
-    return LatencyModel(costs, costs)
+    costs = Costs(_CONTEXT, step, passes, _PREFILL)
+    return CostModel(costs, costs)
 
 
 def random_texts(seed: int, *, search: int, held_out: int = 1, length: int = 12) -> PromptSplit:

@@ -22,39 +22,43 @@ from typing import Annotated, Any
 import numpy as np
 import optuna
 import typer
+from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import write_json
 from layerskip import SkipSet
-from search.samplers import DraftChoices, SpeedupFormula, make_sampler
-from search.samplers.speedup import Floats
+from layerskip.costs import Costs, PassCosts, StepCosts
+from search.samplers import DraftCosts, make_sampler
+from search.samplers.draft_costs import Masks
+from search.space import SearchSpace
 from search.starting_skip_sets import least_damage
 
 console = Console(highlight=False)
 LAYERS = 30
-MAX_DRAFT_LENGTH = 8
+SPACE = SearchSpace(LAYERS)
 _HEAD = 0.15
 _POSITIONS = 1000
 # Agreement by chance, which is left whatever is skipped.
 _CHANCE = 0.02
 
 
-class Costs:
-    """What passes of the simulated model cost."""
+def simulated_costs() -> DraftCosts:
+    """Costs of the simulated model: an MLP costs three times as much as attention, verification is nearly flat."""
+    attention = (1 - _HEAD) / (4 * LAYERS)
+    step = StepCosts(fixed=0.0, attention=attention, mlp=3 * attention, bridge=0.0, head={0: _HEAD})
+    widths = range(1, SPACE.max_draft_length + 2)
+    passes = PassCosts({width: 0.99 - _HEAD + 0.01 * width for width in widths}, dict.fromkeys(widths, _HEAD))
+    return DraftCosts(Costs(0.0, step, passes, 0.0), _no_bridges, SPACE.max_draft_length)
 
-    def __init__(self) -> None:
-        shares = np.array([1.0, 3.0] * LAYERS)
-        self.sublayers: Floats = (1 - _HEAD) * shares / shares.sum()
 
-    def draft_step_cost(self, mask: Sequence[bool], bridged: bool, vocabulary: int, stand_in: int) -> float:
-        """One step of a draft; the simulated model has no bridges, draft vocabularies or trained stand-ins."""
-        return float(_HEAD + self.sublayers[~np.array(mask, dtype=bool)].sum())
+def _sublayer_costs(costs: DraftCosts) -> list[float]:
+    return [costs.costs.step.attention, costs.costs.step.mlp] * LAYERS
 
-    def verification_cost(self, width: int) -> float:
-        """Nearly flat, as where decoding is bound by memory."""
-        return 0.99 + 0.01 * width
+
+def _no_bridges(masks: Masks) -> NDArray[np.intp]:
+    return np.zeros(len(masks), dtype=np.intp)
 
 
 class Problem:
@@ -78,8 +82,7 @@ class Problem:
         self._noise = noise
         self._seed = seed
         self.forget_noise()
-        self.costs = Costs()
-        self._formula = SpeedupFormula.of(self.costs, MAX_DRAFT_LENGTH)
+        self.costs = simulated_costs()
         self.baseline = self.speedup([False] * 2 * LAYERS)
         self.attainable = self._attainable()
 
@@ -95,8 +98,8 @@ class Problem:
 
     def speedup(self, mask: Sequence[bool]) -> float:
         """The true speedup."""
-        step = self.costs.draft_step_cost(mask, False, 0, 0)
-        return float(self._formula(np.array([self.acceptance(mask)]), np.array([step]))[0])
+        step = self.costs.draft_steps(SPACE.options[0], np.array([mask], dtype=bool))
+        return float(self.costs.best_speedups(np.array([self.acceptance(mask)]), step)[0])
 
     def estimate(self, mask: Sequence[bool]) -> float:
         """α over a sample of positions."""
@@ -112,7 +115,7 @@ class Problem:
 
     def _attainable(self) -> float:
         """Of the best mask that prefixes by damage ÷ cost and flips of one and two bits lead to."""
-        order = np.argsort(self._damage / self.costs.sublayers)
+        order = np.argsort(self._damage / _sublayer_costs(self.costs))
         prefixes = [[index in set(order[:count].tolist()) for index in range(2 * LAYERS)] for count in range(60)]
         best = max(prefixes, key=self.speedup)
         while True:
@@ -126,14 +129,9 @@ class Problem:
             yield [skip != (index in pair) for index, skip in enumerate(mask)]
 
 
-def names() -> tuple[str, ...]:
-    """The parameters of the simulated problem."""
-    return tuple(f"skip_{index:02}" for index in range(2 * LAYERS))
-
-
 def ranked_masks(problem: Problem) -> list[tuple[bool, ...]]:
     """Warm starts: those of the search, by a noisy estimate of each sublayer alone."""
-    starts = least_damage(lambda skip_set: problem.estimate(skip_set.mask), problem.costs.sublayers.tolist())
+    starts = least_damage(lambda skip_set: problem.estimate(skip_set.mask), _sublayer_costs(problem.costs))
     return [SkipSet(LAYERS).mask, *(skip_set.mask for _, skip_set in starts)]
 
 
@@ -141,17 +139,17 @@ def search(problem: Problem, sampler: BaseSampler, trials: int, starts: Sequence
     """Search, and say how much of what can be gained the best trial found, and the best of 10 finalists."""
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for mask in starts:
-        study.enqueue_trial({name: int(skip) for name, skip in zip(names(), mask, strict=True)})
+        study.enqueue_trial({name: int(skip) for name, skip in zip(SPACE.bit_names, mask, strict=True)})
 
     def objective(trial: optuna.Trial) -> float:
-        mask = [bool(trial.suggest_categorical(name, (0, 1))) for name in names()]
+        mask = [bool(trial.suggest_categorical(name, (0, 1))) for name in SPACE.bit_names]
         trial.set_user_attr("acceptance", problem.estimate(mask))
         return problem.measure(mask)
 
     started = time.perf_counter()
     study.optimize(objective, n_trials=trials)
     seconds = time.perf_counter() - started
-    masks = {trial.number: [bool(trial.params[name]) for name in names()] for trial in study.trials}
+    masks = {trial.number: [bool(trial.params[name]) for name in SPACE.bit_names] for trial in study.trials}
     ranked = sorted(study.trials, key=lambda trial: trial.value or 0.0, reverse=True)[:10]
     enqueued = max(study.trials[: len(starts)], key=lambda trial: trial.value or 0.0, default=None)
     finalist = max(ranked, key=lambda trial: float(np.mean([problem.measure(masks[trial.number]) for _ in range(10)])))
@@ -166,11 +164,8 @@ def search(problem: Problem, sampler: BaseSampler, trials: int, starts: Sequence
 def contenders() -> dict[str, tuple[str, bool]]:
     """What is compared: a sampler, and whether it is given warm starts."""
     return {
-        "random": ("random", False),
         "tpe": ("tpe", False),
         "tpe, warm": ("tpe", True),
-        "nsga2": ("nsga2", False),
-        "nsga2, warm": ("nsga2", True),
         "greybox": ("greybox", False),
         "greybox, warm": ("greybox", True),
     }
@@ -180,10 +175,7 @@ def run(problem: Problem, sampler: str, warm: bool, *, seed: int, trials: int) -
     """One search of one contender."""
     problem.forget_noise()
     starts = ranked_masks(problem) if warm else []
-    made = make_sampler(
-        sampler, choices=DraftChoices(names()), costs=problem.costs, max_draft_length=MAX_DRAFT_LENGTH, seed=seed
-    )
-    return search(problem, made, trials, starts)
+    return search(problem, make_sampler(sampler, SPACE, problem.costs, seed=seed), trials, starts)
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> Table:

@@ -34,9 +34,8 @@ from search.builder import DraftBuilder, fit_texts
 from search.decoding_methods import PLAIN, layerskip_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, Summary, measure_methods, summarize
-from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+from search.prompts import EncodedPrompt, SearchPrompts, built_in_prompts, split_prompts
 from search.reference import ReferenceRun
-from search.search import SearchPrompts
 from search.settings import SearchSettings
 from search.space import SearchSpace
 
@@ -45,7 +44,7 @@ _SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
 def _plain_space(model: LayerSkipModel) -> SearchSpace:
-    return SearchSpace.of(model, bridges=False, vocabulary=False, gate=False, branches=False, ngrams=False)
+    return SearchSpace(model.num_layers)
 
 
 SEARCHERS: dict[str, Searcher] = {
@@ -104,7 +103,7 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
     drafters: dict[str, Drafter] = {}
     for one in found:
         if label(one.incumbent) not in drafters:
-            drafters[label(one.incumbent)] = makers.drafter(one.incumbent.candidate, one.incumbent.policy)
+            drafters[label(one.incumbent)] = makers.drafter(one.incumbent.config)
     methods = [layerskip_method(name, task.engine, drafter) for name, drafter in {PLAIN: None, **drafters}.items()]
     plan = MeasuringPlan(prompts, task.max_new_tokens)
     measured = measure_methods(task.model, methods, plan, MachineLock(folder, task.model.device))
@@ -114,7 +113,7 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
 
 def label(incumbent: Incumbent) -> str:
     """An incumbent, for people."""
-    return f"{incumbent.candidate} · draft {incumbent.policy}"
+    return str(incumbent.config)
 
 
 def report(found: Sequence[Found], judged: dict[str, Summary]) -> None:

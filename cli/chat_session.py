@@ -1,4 +1,4 @@
-"""``layerskip apply --interactive``: a conversation on the terminal, or over pipes."""
+"""The conversation of ``layerskip apply --interactive``, on the terminal or over pipes."""
 
 from __future__ import annotations
 
@@ -7,108 +7,88 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from rich.style import Style
 
-from cli.common import (
-    counted,
-    print_json,
-    stderr,
-    stdout,
-)
-from cli.decoding import Decoder, described, in_one_line
-from layerskip import Chat
+from cli.common import counted, describe_generation, generation_line, print_json, stderr, stdout
+from layerskip import Chat, StopStrings
 from layerskip.chat import Answer
 from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import TextSegment
 
 _PROMPT = "> "
-_COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
+_COMMANDS = "/reset clears the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 _COMMAND = re.compile(r"/[a-z]+")
 _DRAFTED = Style(color="green")
 
 
-def check_options(
-    interactive: bool, *, show_drafted: bool, json: bool, prompts: Path | None, raw: bool, compare: bool
+def converse(
+    chat: Chat, first: str | None, stop: StopStrings | None, *, speculative: bool, show_drafted: bool, json: bool
 ) -> None:
-    """Refuse options that make no sense together.
-
-    Raises:
-        InvalidInputError: There are such.
-    """
-    for option, given in (("--prompts", prompts is not None), ("--raw", raw), ("--compare", compare)):
-        if interactive and given:
-            raise InvalidInputError(f"{option} cannot be had with --interactive; leave one of them out")
-    if show_drafted and not interactive:
-        raise InvalidInputError("--show-drafted colours the answers of a conversation; add --interactive")
-    if show_drafted and json:
-        raise InvalidInputError("--show-drafted colours answers, and with --json there are none; leave one of them out")
-
-
-def converse(decoder: Decoder, first: str | None, *, show_drafted: bool, json: bool) -> None:
-    """Answer messages from stdin, one a line, until it ends.
+    """Answer messages from stdin, one per line, until it ends.
 
     Args:
-        decoder: Says how to decode.
-        first: A message to begin with; None waits for one.
-        show_drafted: Whether to colour text that was drafted and accepted, where colours can be shown.
-        json: Whether to print one object at the end instead of answers as they come.
-
-    Raises:
-        InvalidInputError: The model has no chat template.
+        chat: The conversation with the model.
+        first: The first message; None reads it from stdin like the others.
+        stop: Ends answers.
+        speculative: Whether the conversation drafts.
+        show_drafted: Whether to colour text that was drafted and accepted, where the terminal can.
+        json: Whether to print one object at the end instead of answers as they are generated.
     """
-    conversation = _Conversation(decoder, _writer(show_drafted, json))
+    session = _Session(chat, stop, speculative, _writer(show_drafted, json))
     if sys.stdin.isatty():
         stderr.print(_COMMANDS, style="dim")
     for line in _messages(first):
-        if not conversation.take(line.strip()):
+        if not session.take(line.strip()):
             break
     if json:
-        print_json({"turns": conversation.turns})
+        print_json({"turns": session.turns})
 
 
-class _Conversation:
-    """What was said, and what it says to the next line."""
+class _Session:
+    """A conversation that is driven by lines of text: messages and commands."""
 
-    def __init__(self, decoder: Decoder, write: Callable[[TextSegment], None]) -> None:
-        self._decoder = decoder
-        self._chat: Chat = decoder.chat()
+    def __init__(
+        self, chat: Chat, stop: StopStrings | None, speculative: bool, write: Callable[[TextSegment], None]
+    ) -> None:
+        self._chat = chat
+        self._stop = stop
+        self._speculative = speculative
         self._write = write
         self.turns: list[dict[str, Any]] = []
 
     def take(self, line: str) -> bool:
-        """Take a line; whether the conversation goes on."""
+        """Answer a message or run a command; return whether the conversation continues."""
         if line in ("/quit", "/exit"):
             return False
         if line == "/reset":
             self._chat.reset()
-            stderr.print("the conversation is forgotten", style="dim")
+            stderr.print("conversation cleared", style="dim")
         elif _COMMAND.fullmatch(line):
-            stderr.print(_COMMANDS if line == "/help" else f"{line}: no such command; {_COMMANDS}", style="dim")
+            stderr.print(_COMMANDS if line == "/help" else f"{line}: unknown command; {_COMMANDS}", style="dim")
         elif line:
             self._answer(line)
         return True
 
     def _answer(self, message: str) -> None:
-        with _stopping() as stopped:
+        with _first_ctrl_c_noted() as stopped:
 
             def stop(tokens: Sequence[int]) -> bool:
-                return stopped() or (self._decoder.stop is not None and self._decoder.stop(tokens))
+                return stopped() or (self._stop is not None and self._stop(tokens))
 
             try:
-                answer = self._written(self._chat.ask(message, stop=stop))
-            except InvalidInputError as error:  # too long, for instance: the conversation can go on without it
+                answer = self._print(self._chat.ask(message, stop=stop))
+            except InvalidInputError as error:  # such as a message that is too long: the conversation can continue
                 stderr.print(f"layerskip: {error}")
                 return
             except KeyboardInterrupt:
-                stderr.print("\nstopped at once; this message is forgotten", style="dim")
+                stderr.print("\ninterrupted; this message is dropped", style="dim")
                 return
-        self._tell(message, answer, stopped())
+        self._report(message, answer, stopped())
 
-    def _written(self, segments: Generator[TextSegment, None, Answer]) -> Answer:
+    def _print(self, segments: Generator[TextSegment, None, Answer]) -> Answer:
         while True:
             try:
                 segment = next(segments)
@@ -117,19 +97,19 @@ class _Conversation:
                 return cast(Answer, end.value)
             self._write(segment)
 
-    def _tell(self, message: str, answer: Answer, stopped: bool) -> None:
-        result = described(answer.generation, answer.text, self._decoder.speculative)
+    def _report(self, message: str, answer: Answer, stopped: bool) -> None:
+        result = describe_generation(answer.generation, answer.text, speculative=self._speculative)
         reason = {"finish_reason": "interrupted"} if stopped else {}
         self.turns.append({"message": message, **result, **reason, "forgotten": answer.forgotten})
         notes = ["stopped"] * stopped + ["the model's context is full"] * (result["finish_reason"] == "context")
-        stderr.print(" · ".join([in_one_line(result), *notes]), style="dim")
+        stderr.print(" · ".join([generation_line(result), *notes]), style="dim")
         if answer.forgotten:
-            what = counted(answer.forgotten, "oldest exchange")
-            stderr.print(f"to fit the model's context, the {what} of the conversation no longer count", style="dim")
+            exchanges = counted(answer.forgotten, "exchange")
+            stderr.print(f"dropped the oldest {exchanges} to fit the model's context", style="dim")
 
 
 def _messages(first: str | None) -> Iterator[str]:
-    """Lines to answer; Ctrl-C throws away the one that is being typed."""
+    """Lines of input; Ctrl-C discards the one that is being typed."""
     if first is not None:
         yield first
     while True:
@@ -148,12 +128,13 @@ def _messages(first: str | None) -> Iterator[str]:
 
 
 def _read_line() -> str | None:
-    """The next line of stdin; None at its end. On a terminal it can be edited, and earlier ones come back."""
+    """The next line of stdin; None at its end. On a terminal, line editing and history work."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        if sys.stdin.isatty():  # the answers go elsewhere, but who types wants to see that it is their turn
+        if sys.stdin.isatty():  # answers are redirected, but the user must see that it is their turn
             stderr.print(_PROMPT, end="")
         return sys.stdin.readline() or None
-    _line_editing()
+    with suppress(ImportError):  # where Python has readline, importing it is all that input() needs
+        import readline  # noqa: F401
     try:
         return input(_PROMPT)
     except EOFError:
@@ -161,15 +142,9 @@ def _read_line() -> str | None:
         return None
 
 
-def _line_editing() -> None:
-    """Where Python was built with readline, importing it is all that input() needs."""
-    with suppress(ImportError):
-        import readline  # noqa: F401
-
-
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """For the enclosed block, the first Ctrl-C is only remembered, and a second one interrupts."""
+def _first_ctrl_c_noted() -> Iterator[Callable[[], bool]]:
+    """Inside the block, the first Ctrl-C only makes the returned function true; a second one interrupts."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:
@@ -186,21 +161,18 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 def _writer(show_drafted: bool, json: bool) -> Callable[[TextSegment], None]:
-    """How pieces of answers are printed."""
+    """The function that prints segments of answers."""
     if json:
-        return lambda piece: None
-    if show_drafted and not _colours():
-        stderr.print("--show-drafted: no colours here, on no terminal or with NO_COLOR set", style="dim")
-    return _write_in_colour if show_drafted and _colours() else _write
+        return lambda segment: None
+    has_colours = stdout.is_terminal and stdout.color_system is not None and not stdout.no_color
+    if show_drafted and not has_colours:
+        stderr.print("--show-drafted: no colours here, as this is no terminal or NO_COLOR is set", style="dim")
+    return _write_in_colour if show_drafted and has_colours else _write
 
 
-def _colours() -> bool:
-    return stdout.is_terminal and stdout.color_system is not None and not stdout.no_color
+def _write(segment: TextSegment) -> None:
+    print(segment.text, end="", flush=True)
 
 
-def _write(piece: TextSegment) -> None:
-    print(piece.text, end="", flush=True)
-
-
-def _write_in_colour(piece: TextSegment) -> None:
-    print(_DRAFTED.render(piece.text) if piece.drafted else piece.text, end="", flush=True)
+def _write_in_colour(segment: TextSegment) -> None:
+    print(_DRAFTED.render(segment.text) if segment.drafted else segment.text, end="", flush=True)

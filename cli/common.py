@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict, dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +17,14 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from cli import completion
+from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.names import DEVICES, DTYPES, ENGINES
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedTokenizerBase
+
+    from layerskip import DraftProfile, LayerSkipModel
+    from layerskip.generation import Generation
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
@@ -107,8 +112,6 @@ RepeatsOption = Annotated[int, typer.Option(help="How often each method decodes 
 
 def check_writable(out: Path) -> None:
     """Raise an ``InvalidInputError`` if a file cannot be written to, before the work whose result it is for."""
-    from layerskip.errors import InvalidInputError
-
     folder = out.absolute().parent
     if out.exists() and not out.is_file():
         raise InvalidInputError(f"--out {out}: is a {'folder' if out.is_dir() else 'device'}; expected a file name")
@@ -133,13 +136,11 @@ def escape_unencodable() -> None:
 
 def quiet_libraries() -> None:
     """Keep progress bars and notices of the libraries off the terminal; errors still show."""
-    import optuna
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error comes at the end
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.basicConfig(format="%(message)s")
 
 
@@ -157,7 +158,6 @@ def print_untruncated(table: Table) -> None:
 
 def write_page(out: Path, page: str) -> None:
     """Write an HTML page to the file of ``--out``."""
-    from layerskip.errors import InvalidInputError
     from layerskip.utils import write_atomically
 
     try:
@@ -192,3 +192,100 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     if measured["prompts"] < FEWEST_PROMPTS:
         return f"No clear gain: {FEW_PROMPTS}."
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
+
+
+def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> None:
+    """Print the speedup of a new profile, its file, and what follows from the speedup.
+
+    Args:
+        profile: The profile; without a measurement, only its file is printed.
+        out: Its file.
+        if_slower: Says that the draft was measured to be slower than plain decoding.
+    """
+    measured = profile.measured
+    if measured is not None:
+        stdout.print(
+            f"speedup   {describe_speedup(measured.model_dump())} on "
+            f"{counted(measured.prompts, f'{measured.prompt_set} prompt')}: "
+            f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
+        )
+        if measured.near_ties:
+            stdout.print(f"near-ties {describe_near_ties(measured.near_ties)}")
+    stdout.print(f"profile   {out}")
+    if not profile.pays:
+        stdout.print(f"{if_slower} 'layerskip apply' will not draft with this profile unless --force is given.")
+    elif measured is not None and (note := no_gain_note(measured.model_dump())):
+        stdout.print(note)
+
+
+def describe_generation(generation: Generation, text: str, *, speculative: bool) -> dict[str, Any]:
+    """A generation as plain values, for JSON and for :func:`generation_line`."""
+    stats = generation.stats
+    return {
+        "text": text,
+        "token_ids": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "speculative": speculative,
+        "tokens_per_second": stats.tokens_per_second,
+        "acceptance_rate": stats.acceptance_rate,
+        **asdict(stats),
+    }
+
+
+def generation_line(result: dict[str, Any]) -> str:
+    """The figures of a generation in one line."""
+    parts = [counted(result["tokens"], "token"), f"{result['tokens_per_second']:.1f} tokens/s"]
+    parts.append("self-speculative" if result["speculative"] else "plain")
+    if result["acceptance_rate"] is not None:
+        parts.append(f"{result['acceptance_rate']:.0%} of {counted(result['drafted'], 'drafted token')} accepted")
+    if "speedup" in result:
+        output = {True: ", identical output", False: ", different output", None: " (sampled: outputs differ)"}
+        parts.append(f"plain decoding: {result['plain_tokens_per_second']:.1f} tokens/s{output[result['same_text']]}")
+        parts.append(f"speedup {result['speedup']:.2f}×")
+    return " · ".join(parts)
+
+
+# Opening a model.
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a model runs, as the options of these names say."""
+
+    device: str
+    dtype: str
+    engine: str
+    compiled: bool = False
+
+
+def open_model(
+    source: str, options: RunOptions, *, revision: str | None = None
+) -> tuple[LayerSkipModel, PreTrainedTokenizerBase]:
+    """Load a model with its tokenizer, after a check that the engine can run it there.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        InvalidInputError: There is no such device, dtype or engine here.
+    """
+    from layerskip import LayerSkipModel, load_checkpoint
+    from layerskip.checkpoints import resolve_device
+    from layerskip.engine import check_engine, compile_sublayers
+
+    check_engine(options.engine, resolve_device(options.device))
+    checkpoint = load_checkpoint(source, device=options.device, dtype=options.dtype, revision=revision)
+    model = LayerSkipModel(checkpoint.model)
+    if options.compiled:
+        compile_sublayers(model)
+    return model, checkpoint.tokenizer
+
+
+def open_model_of(
+    profile: DraftProfile, location: str | None, options: RunOptions
+) -> tuple[LayerSkipModel, PreTrainedTokenizerBase]:
+    """Load the model of a profile, from another location if ``--model`` names one. Raises as :func:`open_model`."""
+    if location is not None:
+        return open_model(location, options)
+    try:
+        return open_model(profile.model.id, options, revision=profile.revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --model names another location of the profile's model") from error

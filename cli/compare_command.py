@@ -18,12 +18,15 @@ from cli.common import (
     MeasuredPromptsOption,
     ModelArgument,
     RepeatsOption,
+    RunOptions,
     check_writable,
+    open_model,
     print_json,
     print_untruncated,
     quiet_libraries,
     stderr,
     stdout,
+    write_page,
 )
 
 if TYPE_CHECKING:
@@ -35,22 +38,21 @@ def compare(
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="A draft profile that takes part; may be repeated. Ready ones of the model do anyway.",
+            help="A draft profile to include; repeatable. The model's ready profiles are always included.",
             show_default=False,
             autocompletion=completion.profiles,
         ),
     ] = None,
-    combine: Annotated[
-        bool, typer.Option("--combine", help="Let each profile also take part with n-grams as a first try.")
-    ] = False,
+    combine: Annotated[bool, typer.Option("--combine", help="Also measure each profile with prompt lookup.")] = False,
     transformers: Annotated[
-        bool, typer.Option("--transformers/--no-transformers", help="Let transformers' own modes take part.")
+        bool, typer.Option("--transformers/--no-transformers", help="Include transformers' own decoding methods.")
     ] = True,
     prompts: MeasuredPromptsOption = None,
     repeats: RepeatsOption = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens for each prompt.", min=1)] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens for each prompt.", min=1)] = 48,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Also write a page with figures here.", show_default=False)
+        Path | None,
+        typer.Option("--out", "-o", help="Also write a page with figures here.", show_default=False),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -59,51 +61,11 @@ def compare(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure every way to decode a model here, on the same prompts in one run, and say which to use."""
-    from studies.comparison import described
-
-    quiet_libraries()
-    if out is not None:
-        check_writable(out)
-    comparison = _compared(
-        model,
-        profile or [],
-        combine=combine,
-        transformers=transformers,
-        prompts=prompts,
-        repeats=repeats,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        compiled=compiled,
-    )
-    if out is not None:
-        _write(comparison, out)
-    if json:
-        print_json(described(comparison) | {"report": None if out is None else str(out)})
-    else:
-        _report(comparison, out)
-
-
-def _compared(
-    source: str,
-    profiles: list[str],
-    *,
-    combine: bool,
-    transformers: bool,
-    prompts: Path | None,
-    repeats: int,
-    max_new_tokens: int,
-    device: str,
-    dtype: str,
-    engine: str,
-    compiled: bool,
-) -> Comparison:
-    from cli.progress import Steps
-    from layerskip import load_checkpoint, load_profile
-    from layerskip.checkpoints import cache_folder, resolve_device
-    from layerskip.engine import check_engine
+    """Measure all decoding methods for a model on this machine, on the same prompts, and recommend one."""
+    from cli.progress import step_bar
+    from layerskip import load_profile
+    from layerskip.checkpoints import cache_folder
+    from layerskip.engine import make_engine
     from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, library_versions
     from search.compare import (
@@ -114,33 +76,31 @@ def _compared(
         transformers_methods,
         usable_methods,
     )
-    from search.loading import engine_of
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
     from search.prompts import prompts_to_measure
-    from studies.comparison import Comparison
+    from studies.comparison import Comparison, described
 
-    check_engine(engine, resolve_device(device))
-    own_prompts = read_prompts(prompts) if prompts else None
-    given = named_profiles(profiles, lambda name: load_profile(name, device=device, dtype=dtype))
-    checkpoint = load_checkpoint(source, device=device, dtype=dtype)
-    runner = engine_of(checkpoint.model, engine, compiled)
-    layers = runner.model
-    taking_part = given | ready_profiles_for(layers, given.values(), device=device, dtype=dtype)
-    methods = layerskip_methods(runner, taking_part, combine=combine)
+    quiet_libraries()
+    if out is not None:
+        check_writable(out)
+    own = read_prompts(prompts) if prompts else None
+    profiles = named_profiles(profile or [], lambda name: load_profile(name, device=device, dtype=dtype))
+    layers, tokenizer = open_model(model, RunOptions(device, dtype, engine, compiled))
+    runner = make_engine(layers, engine)
+    profiles |= ready_profiles_for(layers, profiles.values(), device=device, dtype=dtype)
+    methods = layerskip_methods(runner, profiles, combine=combine)
     left_out: dict[str, str] = {}
     if transformers:
-        theirs, left_out = transformers_methods(layers, taking_part)
-        methods = [*methods, *theirs]
-    chosen = prompts_to_measure(
-        own_prompts, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length
-    )
-    usable, failed = usable_methods(methods, chosen[0])
-    plan = MeasuringPlan(chosen, max_new_tokens, repeats)
-    with Steps("decoding", len(chosen) * repeats) as steps:
-        entries = compare(layers, usable, plan, MachineLock(cache_folder(), layers.device), steps.done)
-    return Comparison(
-        model=source,
+        more, left_out = transformers_methods(layers, profiles)
+        methods = [*methods, *more]
+    encoded = prompts_to_measure(own, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
+    usable, failed = usable_methods(methods, encoded[0])
+    plan = MeasuringPlan(encoded, max_new_tokens, repeats)
+    with step_bar("decoding", len(encoded) * repeats) as show_done:
+        entries = compare(layers, usable, plan, MachineLock(cache_folder(), layers.device), show_done)
+    comparison = Comparison(
+        model=model,
         device=device_name(layers.device),
         dtype=str(layers.dtype).removeprefix("torch."),
         engine=runner.name,
@@ -150,21 +110,21 @@ def _compared(
         entries=entries,
         left_out=left_out | failed,
     )
+    if out is not None:
+        write_page(out, _page(comparison))
+    if json:
+        print_json(described(comparison) | {"report": None if out is None else str(out)})
+    else:
+        _report(comparison, out)
 
 
-def _write(comparison: Comparison, out: Path) -> None:
-    from layerskip.errors import InvalidInputError
-    from layerskip.utils import write_atomically
+def _page(comparison: Comparison) -> str:
     from studies.comparison import advice, facts
-    from studies.figures.compared import compared
+    from studies.figures.comparison_figures import comparison_figures
     from studies.report import render_page
 
     title = f"Ways to decode {comparison.model}"
-    page = render_page(title, advice(comparison), facts(comparison), compared(comparison))
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise InvalidInputError(f"--out {out}: cannot write the report: {error.strerror}") from error
+    return render_page(title, advice(comparison), facts(comparison), comparison_figures(comparison))
 
 
 def _report(comparison: Comparison, out: Path | None) -> None:
@@ -175,7 +135,7 @@ def _report(comparison: Comparison, out: Path | None) -> None:
     for name, value in facts(comparison):
         stdout.print(f"{name:<9} {value}")
     for name, reason in comparison.left_out.items():
-        stderr.print(f"{name} does not take part: {reason}", style="dim")
+        stderr.print(f"{name} is left out: {reason}", style="dim")
     columns, rows = table(comparison)
     shown = Table(box=None)
     for number, column in enumerate(columns):

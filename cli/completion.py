@@ -6,11 +6,11 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
+import layerskip
 from layerskip.names import ALIASES
 
 DEFAULT_STORAGE = "sqlite:///layerskip.db"
@@ -19,7 +19,7 @@ Completer = Callable[[str], list[str]]
 
 
 def one_of(*values: str) -> Completer:
-    """Completes one of some values."""
+    """A completion function for an option that accepts these values."""
 
     def complete(incomplete: str) -> list[str]:
         return _beginning(values, incomplete)
@@ -28,17 +28,17 @@ def one_of(*values: str) -> Completer:
 
 
 def models(incomplete: str) -> list[str]:
-    """Aliases, folders and .gguf files."""
+    """Complete models: aliases, folders and .gguf files."""
     return _beginning(tuple(ALIASES), incomplete) + _paths(incomplete, ".gguf")
 
 
 def profiles(incomplete: str) -> list[str]:
-    """Names of ready profiles, folders and .json files."""
+    """Complete profiles: names of ready ones, folders and .json files."""
     return _beginning(_ready_names(), incomplete) + _paths(incomplete, ".json")
 
 
 def studies(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of the studies in the storage that the command line names, where that is a SQLite file."""
+    """Complete names of studies in the database that the command line or the environment names, if it is SQLite."""
     given = context.params.get("storage")
     url = given if isinstance(given, str) else os.environ.get("LAYERSKIP_STORAGE", DEFAULT_STORAGE)
     file = Path(url.removeprefix("sqlite:///"))
@@ -47,18 +47,15 @@ def studies(context: typer.Context, incomplete: str) -> list[str]:
     try:
         with sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=1) as database:
             rows = database.execute("SELECT study_name FROM studies ORDER BY study_name").fetchall()
-    except sqlite3.Error:  # not a storage of studies, or locked: nothing to offer
+    except sqlite3.Error:  # not a database of studies, or locked
         return []
     return _beginning([name for (name,) in rows], incomplete)
 
 
 def _ready_names() -> list[str]:
-    """From the index itself: to import what reads it would import torch."""
-    package = find_spec("layerskip")
-    if package is None or package.origin is None:
-        return []
+    """Names in the index of ready profiles, read without layerskip's own reader, which imports torch."""
     try:
-        index = json.loads((Path(package.origin).parent / "profiles" / "index.json").read_bytes())
+        index = json.loads((Path(layerskip.__file__).parent / "profiles" / "index.json").read_bytes())
         return sorted({entry["name"] for entry in index["profiles"]})
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -69,7 +66,7 @@ def _beginning(values: list[str] | tuple[str, ...], incomplete: str) -> list[str
 
 
 def _paths(incomplete: str, suffix: str) -> list[str]:
-    """Folders, with a slash behind them, and files with a suffix."""
+    """Folders, with a slash at the end, and files with a suffix."""
     folder, _, beginning = incomplete.rpartition("/")
     try:
         entries = sorted(os.scandir(f"{folder}/" if "/" in incomplete else "."), key=lambda entry: entry.name)

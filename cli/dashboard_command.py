@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.common import DEFAULT_STORAGE, DebugOption, JsonOption, StorageOption, print_json, stderr
+from layerskip.errors import InvalidProfileError
 
 # What a search writes by default.
 _USUAL_PROFILE = Path("draft_profile.json")
@@ -34,7 +35,7 @@ def dashboard(
     from layerskip.checkpoints import cache_folder
     from studies.dashboard import serve
     from studies.storage import open_existing_storage
-    from studies.study import studies_of_ours
+    from studies.study import our_studies
 
     def announce(url: str) -> None:
         if json:
@@ -47,7 +48,7 @@ def dashboard(
         host=host,
         port=port,
         artifacts=artifacts or cache_folder() / "artifacts",
-        profiles=profile or _usual_profile(studies_of_ours(database)),
+        profiles=profile or _usual_profile(our_studies(database)),
         when_ready=announce,
     )
 
@@ -55,7 +56,6 @@ def dashboard(
 def _usual_profile(studies: list[str]) -> list[Path]:
     """The profile in the working folder, if one of these studies found it."""
     from layerskip import DraftProfile
-    from layerskip.errors import InvalidProfileError
 
     try:
         return [_USUAL_PROFILE] * (DraftProfile.load(_USUAL_PROFILE).provenance.study in studies)

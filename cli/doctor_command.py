@@ -22,13 +22,16 @@ from cli.common import (
     DtypeOption,
     EngineOption,
     JsonOption,
+    RunOptions,
     StorageOption,
     counted,
+    open_model,
     print_json,
     quiet_libraries,
     stderr,
     stdout,
 )
+from layerskip.errors import LayerSkipError, first_line
 
 if TYPE_CHECKING:
     from search.break_even import BreakEven
@@ -76,7 +79,7 @@ def doctor(
     if not json:
         _report(result)
     if model is not None and not missing:
-        break_even = _measured(model, device, dtype, engine)
+        break_even = _measured(model, RunOptions(device, dtype, engine))
         shown = {"model": model, **asdict(break_even), "can_pay": break_even.can_pay, "verdict": verdict(break_even)}
         result["model"] = shown
         if not json:
@@ -93,7 +96,7 @@ def _attempt(check: Callable[[], Any], otherwise: Any, problems: list[str]) -> A
     try:
         return check()
     except Exception as error:  # report a failing check, never raise
-        problems.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+        problems.append(first_line(error))
         return otherwise
 
 
@@ -147,7 +150,6 @@ def _cache() -> dict[str, Any]:
 
 
 def _storage(url: str) -> dict[str, Any]:
-    from layerskip.errors import LayerSkipError
     from studies.storage import is_there, open_existing_storage, redacted
     from studies.study import list_studies
 
@@ -161,18 +163,17 @@ def _storage(url: str) -> dict[str, Any]:
         return found | {"reachable": False, "studies": None, "state": str(error)}
 
 
-def _measured(model: str, device: str, dtype: str, engine: str) -> BreakEven:
-    from layerskip.checkpoints import cache_folder, load_checkpoint, resolve_device
-    from layerskip.engine import check_engine
+def _measured(model: str, options: RunOptions) -> BreakEven:
+    from layerskip.checkpoints import cache_folder
+    from layerskip.engine import make_engine
     from search.break_even import measure_break_even
-    from search.loading import engine_of
     from search.machine_lock import MachineLock
 
     quiet_libraries()
-    check_engine(engine, resolve_device(device))
-    runner = engine_of(load_checkpoint(model, device=device, dtype=dtype).model, engine, False)
+    layers, _ = open_model(model, options)
     stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
-    with MachineLock(cache_folder(), runner.model.device).exclusive():
+    runner = make_engine(layers, options.engine)
+    with MachineLock(cache_folder(), layers.device).exclusive():
         return measure_break_even(runner)
 
 

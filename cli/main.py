@@ -32,11 +32,11 @@ from cli.common import (
     debugging,
     escape_unencodable,
 )
+from layerskip.errors import InvalidInputError, LayerSkipError, first_line, out_of_memory
 
 app = typer.Typer(
     name="layerskip",
-    help="Find the sublayers of a language model that can be left out while drafting, and decode faster with them. "
-    "The output never changes.",
+    help="Speculative decoding with a model's own sublayers: search for a draft, decode faster, with unchanged output.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -68,21 +68,21 @@ def _root(
     pass
 
 
-def main(command: typer.Typer = app) -> None:
-    """Run the command line, or another command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     escape_unencodable()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which complains as it is imported
+    for name in ("torchao", "torch.utils._pytree"):  # imported by transformers; both warn at import
         logging.getLogger(name).setLevel(logging.ERROR)
-    sys.exit(run(sys.argv[1:], command))
+    sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str], command: typer.Typer = app) -> int:
+def run(arguments: list[str]) -> int:
     """Run one command and return its exit status. Errors are one line on stderr, unless ``--debug`` asks for more."""
     try:
-        status = command(arguments, standalone_mode=False) or DONE
-        if status == INTERRUPTED:  # which is what Typer makes of Ctrl-C
+        status = app(arguments, standalone_mode=False) or DONE
+        if status == INTERRUPTED:  # as Typer reports Ctrl-C
             print("layerskip: interrupted", file=sys.stderr)
         return int(status)
     except Exception as error:
@@ -99,12 +99,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
         message = error.format_message()
         return f"{message} (see --help)" if message else "", WRONG_USAGE  # without a command, the help says it all
-    from layerskip.errors import InvalidInputError, LayerSkipError, out_of_memory
-
     if isinstance(error, LayerSkipError):
         return str(error), WRONG_USAGE if isinstance(error, InvalidInputError) else FAILED
     shortage = out_of_memory(error)
     if shortage is not None:
         return shortage, FAILED
-    first_line = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where)", FAILED
+    return f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where)", FAILED

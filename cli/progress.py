@@ -1,178 +1,210 @@
-"""How a search goes, on the terminal."""
+"""Progress of long commands on stderr."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
-from cli.common import (
-    counted,
-    stderr,
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+
+from cli.common import counted, stderr
+from layerskip.training import Agreement, EvalResult, Trained
 from layerskip.utils import duration
+from search import callbacks
 from search.callbacks import (
-    Event,
+    Evaluated,
     FinalistMeasured,
     PhaseStarted,
-    Progress,
+    PolicyChosen,
     PromptMeasured,
     ReferenceReady,
     StudyOpened,
+    TextsWritten,
+    TrainingEnded,
+    TrainingStarted,
     TrialFinished,
 )
 from search.objective import SOURCE_KEY
 from studies.ranking import basis_of, speedup_of
 
 
-class SearchProgress:
-    """A progress bar on stderr: candidates seen, measured, the best so far, the time left.
+class ProgressDisplay:
+    """Shows the events of a search or of training a draft: a progress bar, and lines for what is worth keeping.
 
-    A line is printed for every candidate that is better than all before, and for every one that is measured.
+    Of the candidates, those get a line that are better than all before, or that were measured.
 
     Args:
-        trials: Candidates that the study shall have looked at.
-        timeout: Seconds after which no new trial starts, if there is such a limit.
+        trials: Candidates that a search will have evaluated in total.
+        timeout: Seconds after which a search starts no new trial; None for no limit.
     """
 
-    def __init__(self, trials: int, timeout: float | None) -> None:
+    def __init__(self, trials: int = 0, timeout: float | None = None) -> None:
         self._trials = trials
         self._timeout = timeout
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
             console=stderr,
-        )
+        )  # fmt: skip
         self._task: TaskID | None = None
-        self._progress: Progress | None = None
-        self._highest = 0.0
-        self._measuring = ""
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._done_at_start = 0.0
+        self._search: callbacks.Progress | None = None
+        self._highest_prediction = 0.0
+        self._measuring = ""
 
-    def __enter__(self) -> SearchProgress:
+    def __enter__(self) -> ProgressDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._task is not None:  # a bar that never showed anything would leave an empty line in a log
+        if self._task is not None:  # a bar that was never started would leave an empty line in a log
             self._bar.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: callbacks.Event) -> None:
         """Show an event."""
         match event:
             case StudyOpened():
                 self._open(event.name, event.progress)
             case PhaseStarted("reference"):
-                self._say(f"reference run over {counted(event.total, 'prompt')}, to hold drafts against")
+                self._print(f"decoding {counted(event.total, 'reference prompt')}")
             case ReferenceReady():
                 if event.found:
-                    self._say(f"{counted(event.found, 'text')} of an earlier reference run used again")
+                    self._print(f"{counted(event.found, 'reference text')} reused from an earlier search")
             case PhaseStarted("costs"):
-                self._say("measuring what the parts of a step cost here")
+                self._print("profiling step latency on this device")
             case PhaseStarted("trials"):
-                self._began = time.monotonic()
+                self._started = time.monotonic()
+            case PhaseStarted("finalists"):
+                self._timeout = None
+                self._start("finalists", event.total)
+            case PhaseStarted("texts"):
+                self._print("the target model writes texts to train on; texts of earlier runs are reused")
+                self._start("positions", event.total)
+            case TextsWritten():
+                self._advance(event.positions)
+            case TrainingStarted():
+                self._print(
+                    f"training on {event.positions} positions, drafts of {counted(event.vocabulary, 'token')}; "
+                    "held-out agreement:"
+                )
+                self._start("training", 1)
+            case Evaluated():
+                self._evaluated(event.result, event.ideal)
+            case TrainingEnded():
+                self._training_ended(event.trained)
+            case PolicyChosen():
+                self._print(f"predicted {event.predicted:.3f}× with draft {event.config.details}")
+                self._start("prompts", 1)
+            case PromptMeasured(trial=None):
+                self._advance(event.done / event.total, f"{event.done}/{event.total}")
             case PromptMeasured():
                 prompts = f": {event.done}/{event.total} prompts" * (event.done > 0)
                 self._measuring = "" if event.done == event.total else f"decoding trial {event.trial}{prompts}"
-                self._show()
+                self._advance(None)
             case TrialFinished():
-                self._progress, self._measuring = event.progress, ""
+                self._search, self._measuring = event.progress, ""
                 if event.trial.state == TrialState.COMPLETE:
-                    self._tell_of(event.trial)
-                self._show(event.progress.seen)
-            case PhaseStarted("finalists"):
-                self._timeout = None  # limits the search alone
-                self._start("finalists", event.total, 0)
+                    self._trial_completed(event.trial)
+                self._advance(event.progress.seen)
             case FinalistMeasured():
-                self._say(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}×")
-                self._show(event.number)
+                self._print(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}×")
+                self._advance(event.number)
 
-    def _open(self, name: str, progress: Progress) -> None:
-        self._say(
-            f"study {name}: {progress.seen} of {counted(self._trials, 'candidate')} seen, {progress.measured} measured"
+    def _open(self, study: str, progress: callbacks.Progress) -> None:
+        self._print(
+            f"study {study}: {progress.seen} of {counted(self._trials, 'candidate')} seen, {progress.measured} measured"
         )
-        self._progress, self._highest = progress, progress.best or 0.0
+        self._search, self._highest_prediction = progress, progress.best or 0.0
         self._start("candidates", self._trials, progress.seen)
 
-    def _tell_of(self, trial: FrozenTrial) -> None:
+    def _trial_completed(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)
-        if basis == "predicted" and speedup <= self._highest:
-            return
         if basis == "predicted":
-            self._highest = speedup
-        decoded = counted(trial.user_attrs.get("prompts", 0), "prompt")
-        stopped = f", stopped after {decoded}" * ("stopped_early" in trial.user_attrs)
-        source = trial.user_attrs.get(SOURCE_KEY, "sampler")
-        self._say(
-            f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {trial.user_attrs['skip_set']}; "
-            f"draft {trial.user_attrs['draft_exit']}  [{source}]"
+            if speedup <= self._highest_prediction:
+                return
+            self._highest_prediction = speedup
+        attributes = trial.user_attrs
+        decoded = counted(attributes.get("prompts", 0), "prompt")
+        stopped = f", stopped after {decoded}" * ("stopped_early" in attributes)
+        self._print(
+            f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {attributes['skip_set']}; "
+            f"draft {attributes['draft']}  [{attributes.get(SOURCE_KEY, 'sampler')}]"
         )
 
-    def _say(self, line: str) -> None:
+    def _evaluated(self, result: EvalResult, ideal: float) -> None:
+        left = "" if result.seconds_left is None else f", {duration(result.seconds_left)} left"
+        self._print(
+            f"{100 * result.progress:3.0f} %  {format_agreement(result.agreement)}, loss {result.agreement.loss:.3f}, "
+            f"ideal speedup {ideal:.2f}×{left}"
+        )
+        self._advance(result.progress, f"{100 * result.agreement.top[1]:.1f} %")
+
+    def _training_ended(self, trained: Trained) -> None:
+        progress = trained.evaluations[-1].progress
+        if progress < 1 and not trained.interrupted:
+            self._print(f"training stopped at {100 * progress:.0f} %: no gain in the last evaluations; best state kept")
+
+    def _print(self, line: str) -> None:
         self._bar.console.print(line, markup=False)
 
-    def _start(self, phase: str, total: int, completed: int) -> None:
+    def _start(self, phase: str, total: float, done: float = 0) -> None:
+        """Replace the bar by that of another phase."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         else:
             self._bar.start()
         self._task = self._bar.add_task(phase, total=total, note="")
-        self._done_at_start = completed
-        self._began = time.monotonic()
-        self._show(completed)
+        self._done_at_start = done
+        self._started = time.monotonic()
+        self._advance(done)
 
-    def _show(self, done: float | None = None) -> None:
+    def _advance(self, done: float | None, note: str = "") -> None:
+        """Show how much of the phase is done, None for no change, with notes after the bar."""
         if self._task is None:
             return
-        if done is not None:
-            self._bar.update(self._task, completed=done)
-        self._bar.update(self._task, note=" · ".join(part for part in self._notes() if part))
+        self._bar.update(self._task, completed=done)
+        task = self._bar.tasks[-1]
+        notes = [note or f"{task.completed:.0f}/{task.total:.0f}"]
+        if self._search is not None and self._search.best is not None:
+            notes.append(f"{self._search.measured} measured")
+            notes.append(f"best {self._search.best:.3f}× {self._search.basis}")
+        notes += [self._measuring, self._time_left(task.completed, task.total or 0)]
+        self._bar.update(self._task, note=" · ".join(part for part in notes if part))
 
-    def _notes(self) -> list[str]:
-        notes = []
-        if self._progress is not None and self._progress.best is not None:
-            notes.append(f"{self._progress.measured} measured")
-            notes.append(f"best {self._progress.best:.3f}× {self._progress.basis}")
-        left = self._seconds_left()
-        return [*notes, self._measuring, "" if left is None else f"about {duration(left)} left"]
-
-    def _seconds_left(self) -> float | None:
-        """From the pace so far; a time limit may end the search earlier."""
-        task = next(task for task in self._bar.tasks if task.id == self._task)
-        made = task.completed - self._done_at_start
-        if made <= 0:
-            return None
-        elapsed = time.monotonic() - self._began
-        left = elapsed / made * max((task.total or 0) - task.completed, 0)
-        return left if self._timeout is None else max(min(left, self._timeout - elapsed), 0)
+    def _time_left(self, done: float, total: float) -> str:
+        """The remaining time at the pace so far; a time limit may end a search earlier."""
+        if done <= self._done_at_start:
+            return ""
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (done - self._done_at_start) * max(total - done, 0)
+        if self._timeout is not None:
+            left = max(min(left, self._timeout - elapsed), 0)
+        return f"about {duration(left)} left"
 
 
-class Steps:
-    """A progress bar on stderr for work of a known number of steps, gone when it is done.
+def format_agreement(agreement: Agreement) -> str:
+    """How often the target's token is among the draft's best, as ``32.5 / 42.0 / 51.0 % (best 1 / 2 / 4)``.
 
-    Args:
-        what: What is going on.
-        total: Number of steps.
+    With draft heads, for each head, as ``32.5 / 42.0, 20.1 / 31.2 % (best 1 / 2, by head)``.
     """
+    shares = ", ".join(" / ".join(f"{100 * share:.1f}" for share in top.values()) for top in agreement.by_place)
+    return f"{shares} % (best {' / '.join(map(str, agreement.top))}{', by head' * bool(agreement.later)})"
 
-    def __init__(self, what: str, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-        self._task = self._bar.add_task(what, total=total)
 
-    def __enter__(self) -> Steps:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
-
-    def done(self, steps: int) -> None:
-        """So many steps are done."""
-        self._bar.update(self._task, completed=steps)
+@contextmanager
+def step_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A transient progress bar on a terminal; the block receives a function that sets the number of steps done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,36 +19,40 @@ from cli.common import (
     EngineOption,
     JsonOption,
     ModelArgument,
+    RunOptions,
     StorageOption,
     check_writable,
     counted,
-    describe_speedup,
-    no_gain_note,
+    open_model,
     print_json,
+    print_measured_profile,
     quiet_libraries,
     stderr,
     stdout,
 )
+from layerskip.errors import InvalidInputError
 from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
     from search.search import SearchResult
+    from search.workers import Workers
 
 
 def search(
     model: ModelArgument = "smollm2",
-    trials: Annotated[int, typer.Option(help="Candidates that the study shall have looked at in the end.")] = 200,
+    trials: Annotated[int, typer.Option(help="Total candidates to evaluate, earlier runs included.")] = 200,
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds of looking at candidates; preparation and finalists are not counted.", show_default="no limit"
+            help="Seconds to evaluate candidates for; preparation and finalists come on top.",
+            show_default="no limit",
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.", show_default="32 built-in ones"
+            help="Prompts, one per line, or .jsonl with 'prompt' or 'messages'.", show_default="32 built-in ones"
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
@@ -57,44 +60,44 @@ def search(
     finalists: Annotated[int, typer.Option(help="Best candidates to measure again on held-out prompts.")] = 3,
     sampler: Annotated[
         str,
-        typer.Option(
-            help="Who proposes candidates: tpe, greybox, gp, nsga2 or random.",
-            autocompletion=completion.one_of(*SAMPLERS),
-        ),
+        typer.Option(help=f"Proposes candidates: {', '.join(SAMPLERS)}.", autocompletion=completion.one_of(*SAMPLERS)),
     ] = "tpe",
     workers: Annotated[int, typer.Option(help="Processes that search together on this machine.")] = 1,
     devices: Annotated[
         str | None,
-        typer.Option(help="Devices for the workers, such as cuda:0,cuda:1; one worker each.", show_default="--device"),
+        typer.Option(help="Devices of the workers, such as cuda:0,cuda:1; one each.", show_default="--device"),
     ] = None,
     study: Annotated[
         str | None,
         typer.Option(
-            help="Name of the study; the same name goes on.",
+            help="Name of the study; an existing one is resumed.",
             show_default="from model and settings",
             autocompletion=completion.studies,
         ),
     ] = None,
     storage: StorageOption = DEFAULT_STORAGE,
-    out: Annotated[Path, typer.Option(help="Where to write the draft profile.")] = Path("draft_profile.json"),
+    out: Annotated[Path, typer.Option(help="File to write the draft profile to.")] = Path("draft_profile.json"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine: EngineOption = "eager",
     compiled: CompileOption = False,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the proposals repeatable.", show_default="a new one each time")
+        int | None, typer.Option(help="Seed for reproducible proposals.", show_default="a new one each time")
     ] = None,
     bridges: Annotated[bool, typer.Option(help="Try bridges in place of runs of skipped sublayers.")] = True,
-    draft_vocabulary: Annotated[bool, typer.Option(help="Try drafts that score the likeliest tokens only.")] = True,
-    gate: Annotated[bool, typer.Option(help="Try to draft nothing where the target model is unsure.")] = True,
-    branches: Annotated[bool, typer.Option(help="Try drafts that propose several tokens for a place.")] = True,
-    ngrams: Annotated[bool, typer.Option(help="Try to copy from the text before the model drafts.")] = True,
-    stand_in: Annotated[
+    draft_vocabulary: Annotated[bool, typer.Option(help="Try drafts that score only the most frequent tokens.")] = True,
+    target_confidence: Annotated[
+        bool, typer.Option(help="Try not drafting where the target's confidence is below a threshold.")
+    ] = True,
+    trees: Annotated[bool, typer.Option(help="Try token trees: drafts with several tokens for a position.")] = True,
+    prompt_lookup: Annotated[
+        bool, typer.Option(help="Try copying from the text, by prompt lookup, before the model drafts.")
+    ] = True,
+    draft_layer: Annotated[
         list[str] | None,
         typer.Option(
-            "--stand-in",
             metavar="PROFILE",
-            help="Try the trained stand-in of a profile of 'layerskip tune', too; may be repeated.",
+            help="Also try the trained draft layer of a profile from 'layerskip tune'; repeatable.",
             show_default=False,
             autocompletion=completion.profiles,
         ),
@@ -102,29 +105,30 @@ def search(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Search a model for a skip set, and save the best as a draft profile.
+    """Search a model for the fastest draft, and save it as a draft profile.
 
-    Ctrl-C keeps every finished trial and writes the best profile measured so far; the same command goes on where it
-    stopped.
+    Ctrl-C keeps all finished trials and writes the best profile measured so far; the same command resumes the search.
     """
-    from cli.progress import SearchProgress
-    from layerskip import load_checkpoint
+    import optuna
+
+    from cli.progress import ProgressDisplay
     from layerskip.checkpoints import resolve_device
-    from layerskip.engine import check_engine
+    from layerskip.engine import check_engine, make_engine
     from layerskip.fingerprint import identify
     from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
-    from search.loading import engine_of, load_engine, load_profiles
+    from search.loading import load_for_worker, load_profiles
     from search.prompts import built_in_prompts, split_prompts
-    from search.search import Search
+    from search.search import Search, SearchTask
     from search.settings import SearchSettings
     from search.space import SearchSpace
-    from search.workers import Work, Workers
+    from search.workers import Workers
     from studies.storage import open_storage
 
     quiet_libraries()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     check_writable(out)
-    places = [place.strip() for place in devices.split(",")] if devices else [device] * max(workers, 1)
+    places = _places(workers, devices, device)
     for place in set(places):
         check_engine(engine, resolve_device(place))
     settings = SearchSettings(
@@ -134,52 +138,41 @@ def search(
         prompts_per_trial=prompts_per_trial,
         finalists=finalists,
         sampler=sampler,
-        workers=_num_workers(places, workers),
+        workers=len(places),
         seed=seed,
     )
-    chosen = read_prompts(prompts) if prompts else built_in_prompts()
-    tuned = partial(load_profiles, stand_in or (), device, dtype)
-    profiles = tuned()
+    given = read_prompts(prompts) if prompts else built_in_prompts()
+    tuned = load_profiles(draft_layer or (), device, dtype)
     database = open_storage(storage)
     stderr.print(f"loading {model}")
-    checkpoint = load_checkpoint(model, device=places[0], dtype=dtype)
-    first = engine_of(checkpoint.model, engine, compiled)
-    split = split_prompts(
-        chosen, checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=first.model.context_length
-    )
-    stand_ins = trained_draft_layers(profiles, first.model)
+    layers, tokenizer = open_model(model, RunOptions(places[0], dtype, engine, compiled))
+    identity = identify(layers, model)
+    split = split_prompts(given, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
+    trained = trained_draft_layers(tuned, layers)
     space = SearchSpace.of(
-        first.model,
+        layers,
         bridges=bridges,
-        vocabulary=draft_vocabulary,
-        gate=gate,
-        branches=branches,
-        ngrams=ngrams,
-        stand_ins=[one.name for one in stand_ins],
+        vocabularies=draft_vocabulary,
+        target_confidence=target_confidence,
+        trees=trees,
+        prompt_lookup=prompt_lookup,
+        draft_layers=[layer.ref for layer in trained],
     )
-    identity = identify(first.model, checkpoint.source)
+    task = SearchTask(identity, split, settings, space, study)
 
-    def helpers(name: str) -> Workers:
-        ends = None if timeout is None else time.monotonic() + timeout
-        loads = [partial(load_engine, model, place, dtype, engine, compiled) for place in places[1:]]
-        work = [
-            Work(load, identity, split, storage, settings, space, name, ends=ends, load_profiles=tuned)
-            for load in loads
-        ]
-        return Workers(work, lambda number, message: stderr.print(f"worker {number} gave up: {message}", markup=False))
+    def workers_on(task: SearchTask) -> Workers:
+        sources = tuple(draft_layer or ())
+        loads = [partial(load_for_worker, model, place, dtype, engine, compiled, sources) for place in places[1:]]
+        return Workers(loads, task, storage, lambda number, error: stderr.print(f"worker {number} failed: {error}"))
 
-    with SearchProgress(trials, timeout) as progress:
+    with ProgressDisplay(trials, timeout) as progress:
         result = Search(
-            first,
-            identity,
-            split,
+            make_engine(layers, engine),
+            task,
             database,
-            settings,
-            space=space,
-            stand_ins=stand_ins,
-            study_name=study,
+            draft_layers=trained,
             on_event=progress,
-            helpers=helpers,
+            helpers=workers_on,
         ).run()
     if result.profile is not None:
         result.profile.save(out)
@@ -188,41 +181,39 @@ def search(
         raise typer.Exit(INTERRUPTED)
 
 
-def _num_workers(places: list[str], workers: int) -> int:
-    from layerskip.errors import InvalidInputError
-
+def _places(workers: int, devices: str | None, device: str) -> list[str]:
+    """The device of each worker."""
     if workers < 1:
         raise InvalidInputError(f"workers: expected at least 1, got {workers}")
+    if devices is None:
+        return [device] * workers
+    places = [place.strip() for place in devices.split(",")]
     if workers not in (1, len(places)):
         raise InvalidInputError(
             f"--workers {workers}: --devices names {len(places)}, one for each worker; leave --workers out"
         )
-    return len(places) or workers
+    return places
 
 
 def _report(result: SearchResult, out: Path, json: bool) -> None:
-    measured = result.profile.measured if result.profile else None
+    profile = result.profile
     if json:
+        figures = ("speedup", "speedup_low", "speedup_high", "prompt_set", "near_ties")
         print_json(
             {
-                "profile": str(out) if result.profile else None,
+                "profile": None if profile is None else str(out),
                 "study": result.study,
                 "trials": result.trials,
                 "measured": result.measured,
-                "speedup": measured.speedup if measured else None,
-                "speedup_low": measured.speedup_low if measured else None,
-                "speedup_high": measured.speedup_high if measured else None,
-                "prompt_set": measured.prompt_set if measured else None,
-                "near_ties": measured.near_ties if measured else None,
+                **{figure: getattr(profile and profile.measured, figure, None) for figure in figures},
                 "interrupted": result.interrupted,
             }
         )
-        return
-    if result.profile is None:
-        why = "it ended before a candidate was measured" if result.trials else "no trial was completed"
-        stdout.print(f"study {result.study}: {why}, so there is no profile; run the same command again")
-        return
-    _report_profile(result.profile, result, out)
+    elif profile is None:
+        why = "the search ended before a candidate was measured" if result.trials else "no trial was completed"
+        stdout.print(f"study {result.study}: no profile, because {why}; the same command resumes the search")
+    else:
+        _report_profile(profile, result, out)
 
 
 def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> None:
@@ -232,21 +223,6 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     stdout.print(f"study     {result.study}, {counted(result.trials, 'candidate')} seen, {result.measured} measured")
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
-    prompts = counted(measured.prompts, f"{measured.prompt_set} prompt")
-    stdout.print(
-        f"speedup   {describe_speedup(measured.model_dump())} on {prompts}: "
-        f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
-    )
-    if measured.near_ties:
-        ties = counted(measured.near_ties, "output")
-        stdout.print(f"near-ties {ties} parting where the model's two best tokens are as good as tied")
-    stdout.print(f"profile   {out}")
-    if not profile.pays:
-        stdout.print(
-            "No candidate beat plain decoding. The profile has the best one with its true figure; "
-            "'layerskip apply' will decode plainly with it unless told --force."
-        )
-    elif doubt := no_gain_note(measured.model_dump()):
-        stdout.print(doubt)
+    print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")
     if result.interrupted:
-        stdout.print("Interrupted: the same command goes on where it stopped.")
+        stdout.print("Interrupted: the same command resumes the search.")

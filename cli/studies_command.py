@@ -45,7 +45,7 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
     table = Table("study", "model", "candidates", "measured", "best speedup", box=None)
     for summary in summaries:
         best = "" if summary.best_speedup is None else f"{summary.best_speedup:.3f}× {summary.basis}"
-        table.add_row(summary.name, summary.model or "?", str(summary.seen), str(summary.measured), best)
+        table.add_row(summary.name, summary.model or "?", str(summary.evaluated), str(summary.measured), best)
     print_untruncated(table)
 
 
@@ -94,6 +94,6 @@ def _table(trials: list[dict[str, Any]]) -> Table:
             "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×",
             "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}",
             str(trial["skip_set"]),
-            str(trial["draft_exit"]),
+            str(trial["draft"]),
         )
     return table

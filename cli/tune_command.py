@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,16 +17,20 @@ from cli.common import (
     DtypeOption,
     EngineOption,
     JsonOption,
-    describe_speedup,
-    no_gain_note,
+    RunOptions,
+    check_writable,
+    open_model,
     print_json,
+    print_measured_profile,
     quiet_libraries,
     stderr,
     stdout,
 )
 
 if TYPE_CHECKING:
-    from search.train_draft import Tuned
+    from layerskip import DraftProfile
+    from layerskip.training import Loss
+    from search.train_draft import Kind, Tuned, TuningSettings
 
 
 def tune(
@@ -33,7 +38,7 @@ def tune(
         str,
         typer.Argument(
             metavar="MODEL_OR_PROFILE",
-            help="Alias, hub id, folder or .gguf file; or a profile (.json) whose early exit to tune.",
+            help="Alias, Hub id, folder or .gguf file; or a profile (.json) whose early exit to tune.",
         ),
     ] = "smollm2",
     exit_after: Annotated[
@@ -43,61 +48,69 @@ def tune(
     kind: Annotated[
         str,
         typer.Option(
-            help="What stands in for the rest: a decoder layer, or a bridge (an affine map). Or draft heads behind the "
-            "target model: medusa, hydra, or hydra++, which has a decoder layer before them."
+            help="What to train. In place of the layers above the exit: layer, a decoder layer, or bridge, an affine "
+            "map. On top of the target model: medusa or hydra heads, or hydra++, with a decoder layer before the heads."
         ),
     ] = "layer",
     heads: Annotated[
-        int | None, typer.Option(help="Draft heads, each for one more token of a draft.", show_default="4")
+        int | None, typer.Option(help="Number of draft heads; each drafts one token.", show_default="4")
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(help="kl (to the target model), ce (of its choices) or both.", show_default="kl; ce for medusa"),
+        typer.Option(
+            help="kl (to the target's distribution), ce (of its tokens) or both.", show_default="kl; ce for medusa"
+        ),
     ] = None,
-    positions: Annotated[int, typer.Option(help="Positions of the model's own text to learn from.")] = 80_000,
+    positions: Annotated[int, typer.Option(help="Positions of text, written by the model, to train on.")] = 80_000,
     minutes: Annotated[
-        float | None, typer.Option(help="Most minutes of training, behind the writing.", show_default="no limit")
+        float | None,
+        typer.Option(help="Maximum minutes of training, after the texts are written.", show_default="no limit"),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="How often each text is learned from, at most.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the texts.")] = 8,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts to learn from and to measure, one a line, or .jsonl with 'prompt' or 'messages'.",
+            help="Prompts to train on and to measure with, one per line, or .jsonl with 'prompt' or 'messages'.",
             show_default="the model writes its own, and 32 built-in ones are measured",
         ),
     ] = None,
     draft_vocabulary: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that the draft scores; 0 for all.",
-            show_default="8192, or all where there are not twice as many",
+            help="Number of tokens that the draft scores; 0 for all.",
+            show_default="8192, or all if the model has fewer than twice as many",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of each prompt that is measured.")] = 48,
-    out: Annotated[Path, typer.Option(help="Where to write the draft profile.")] = Path("tuned_profile.json"),
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens for each measured prompt.")] = 48,
+    out: Annotated[Path, typer.Option(help="File to write the draft profile to.")] = Path("tuned_profile.json"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine: EngineOption = "eager",
     compiled: CompileOption = False,
-    seed: Annotated[int, typer.Option(help="Makes texts and training repeatable.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for reproducible texts and training.")] = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train what stands in for the layers above an early exit, or draft heads, and save it as a draft profile.
+    """Train a draft layer in place of the layers above an early exit, or draft heads, and save a draft profile.
 
-    The model's own weights do not change. Ctrl-C while it trains keeps the best so far; the same command goes on where
-    it stopped.
+    The model's own weights do not change. Ctrl-C during training keeps the best state; the same command resumes it.
     """
-    from cli.tune_inputs import TuningProgress, checked_settings, opened
-    from search.train_draft import Tuning
+    from cli.progress import ProgressDisplay
+    from layerskip import DraftProfile
+    from layerskip.checkpoints import cache_folder
+    from layerskip.engine import make_engine
+    from layerskip.fingerprint import identify
+    from layerskip.tokenizer import read_prompts
+    from search.prompts import built_in_prompts, split_prompts
+    from search.train_draft import Tuning, TuningSettings
 
     quiet_libraries()
-    settings = checked_settings(
-        out,
+    check_writable(out)
+    settings = TuningSettings(
         exit=exit_after,
-        kind=kind,
+        kind=cast("Kind", kind),  # checked by the settings themselves
         heads=heads,
-        loss=loss,
+        loss=cast("Loss | None", loss),
         positions=positions,
         minutes=minutes,
         epochs=epochs,
@@ -105,79 +118,86 @@ def tune(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    given = opened(source, prompts, settings, device=device, dtype=dtype, engine=engine, compiled=compiled)
+    profile = DraftProfile.load(source) if source.endswith(".json") else None
+    if profile is not None:
+        settings = _completed(settings, profile)
+    given = read_prompts(prompts) if prompts else built_in_prompts()
+    name = profile.model.id if profile else source
+    stderr.print(f"loading {name}")
+    layers, tokenizer = open_model(name, RunOptions(device, dtype, engine, compiled))
+    if profile is not None:
+        profile.check(layers)
+    longest = max(max_new_tokens, settings.answer_tokens if prompts else 0)
+    split = split_prompts(given, tokenizer, max_new_tokens=longest, context_length=layers.context_length)
     try:
-        with TuningProgress() as progress:
+        with ProgressDisplay() as progress:
             tuned = Tuning(
-                given.engine,
-                given.tokenizer,
-                given.identity,
-                given.split,
-                given.settings,
+                make_engine(layers, engine),
+                tokenizer,
+                identify(layers, name),
+                split,
+                settings,
                 given=prompts is not None,
-                folder=given.folder,
+                folder=cache_folder(),
                 on_event=progress,
             ).run()
     except KeyboardInterrupt:
-        stderr.print("texts and training are kept, and no profile was written; the same command goes on")
+        stderr.print("texts and training are kept, no profile was written; the same command resumes")
         raise
     tuned.profile.save(out)
-    _report(tuned, out, json)
+    if json:
+        print_json(_described(tuned, out))
+    else:
+        _report(tuned, out)
     if tuned.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _report(tuned: Tuned, out: Path, json: bool) -> None:
-    profile, agreement, measured = tuned.profile, tuned.agreement, tuned.profile.measured
-    if json:
-        print_json(
-            {
-                "profile": str(out),
-                "exit": tuned.exit,
-                "heads": tuned.heads,
-                "positions": tuned.positions,
-                "agreement": _by_rank(agreement.top),
-                "agreement_by_head": [_by_rank(top) for top in agreement.by_place] if tuned.heads else None,
-                "coverage": agreement.coverage,
-                "ideal_speedup": tuned.ideal,
-                "predicted_speedup": tuned.predicted,
-                "speedup": measured.speedup if measured else None,
-                "speedup_low": measured.speedup_low if measured else None,
-                "speedup_high": measured.speedup_high if measured else None,
-                "acceptance_rate": measured.acceptance_rate if measured else None,
-                "near_ties": measured.near_ties if measured else None,
-                "interrupted": tuned.interrupted,
-            }
-        )
-        return
-    from cli.tune_inputs import in_percent
+def _completed(settings: TuningSettings, profile: DraftProfile) -> TuningSettings:
+    """The settings, with the exit and the draft vocabulary of a profile where none were given."""
+    from search.train_draft import exit_of
 
-    made = f"{tuned.heads}" if tuned.heads else f"after layer {tuned.exit} of {profile.model.num_layers}"
-    stdout.print(f"{'heads' if tuned.heads else 'exit ':9} {made}, on {tuned.positions} positions")
-    stdout.print(f"draft     {profile.draft}")
-    stdout.print(f"agreement {in_percent(agreement)} of {agreement.positions} held-out positions")
-    stdout.print(f"ideal     {tuned.ideal:.2f}×, if verifying cost one plain step and drafting what it reads")
-    if measured is not None:
-        stdout.print(f"predicted {tuned.predicted:.2f}×, by replay and what the parts of a step cost here")
-        stdout.print(
-            f"speedup   {describe_speedup(measured.model_dump())} on {measured.prompts} held-out prompts: "
-            f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
-        )
-        if measured.near_ties:
-            stdout.print(
-                f"near-ties {measured.near_ties} outputs part where the model's two best tokens are as good as tied"
-            )
-    stdout.print(f"profile   {out}")
-    if not profile.pays:
-        stdout.print(
-            "It was measured to be slower than plain decoding here; "
-            "'layerskip apply' will decode plainly with it unless told --force."
-        )
-    elif measured is not None and (doubt := no_gain_note(measured.model_dump())):
-        stdout.print(doubt)
-    if tuned.interrupted:
-        stdout.print("Interrupted: nothing was measured; the same command goes on where it stopped.")
+    own = profile.tensors.vocabulary if profile.tensors is not None else None
+    return replace(
+        settings,
+        exit=None if settings.drafts_with_heads else settings.exit or exit_of(profile.skip_set),
+        vocabulary=own if settings.vocabulary is None else settings.vocabulary,
+    )
+
+
+def _described(tuned: Tuned, out: Path) -> dict[str, Any]:
+    agreement = tuned.agreement
+    figures = ("speedup", "speedup_low", "speedup_high", "acceptance_rate", "near_ties")
+    return {
+        "profile": str(out),
+        "exit": tuned.exit,
+        "heads": tuned.heads,
+        "positions": tuned.positions,
+        "agreement": _by_rank(agreement.top),
+        "agreement_by_head": [_by_rank(top) for top in agreement.by_place] if tuned.heads else None,
+        "coverage": agreement.coverage,
+        "ideal_speedup": tuned.ideal,
+        "predicted_speedup": tuned.predicted,
+        **{figure: getattr(tuned.profile.measured, figure, None) for figure in figures},
+        "interrupted": tuned.interrupted,
+    }
 
 
 def _by_rank(top: Mapping[int, float]) -> dict[str, float]:
     return {str(k): share for k, share in top.items()}
+
+
+def _report(tuned: Tuned, out: Path) -> None:
+    from cli.progress import format_agreement
+
+    profile, agreement = tuned.profile, tuned.agreement
+    exit_layer = f"exit      after layer {tuned.exit} of {profile.model.num_layers}"
+    stdout.print((f"heads     {tuned.heads}" if tuned.heads else exit_layer) + f", on {tuned.positions} positions")
+    stdout.print(f"draft     {profile.draft}")
+    stdout.print(f"agreement {format_agreement(agreement)} on {agreement.positions} held-out positions")
+    stdout.print(f"ideal     {tuned.ideal:.2f}×, if verification cost one plain step and drafting only its weights")
+    if tuned.predicted is not None:
+        stdout.print(f"predicted {tuned.predicted:.2f}×, by simulation with the step latency of this device")
+    print_measured_profile(profile, out, "The draft was measured to be slower than plain decoding here.")
+    if tuned.interrupted:
+        stdout.print("Interrupted: nothing was measured; the same command resumes.")

@@ -62,7 +62,7 @@ def _take_report(browser: Any, url: str, folder: Path) -> None:
 def _take_dashboard(browser: Any, url: str, folder: Path) -> None:
     page = browser.new_page(viewport={"width": WIDTH + 200, "height": HEIGHT + 200})
     page.goto(url)
-    ours = page.locator(".gtitle", has_text="What the best candidates leave out")
+    ours = page.locator(".gtitle", has_text="Sublayers skipped by the best candidates")
     ours.wait_for()
     page.wait_for_load_state("networkidle")
     ours.evaluate("title => title.closest('.js-plotly-plot').scrollIntoView({ block: 'center' })")

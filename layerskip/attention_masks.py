@@ -1,10 +1,13 @@
-"""Which past positions each new position may attend to, in the form that the model's attention function takes.
+"""Attention masks: which positions each new position may attend to, in the form of the model's attention function.
 
 transformers derives masks and positions from layer 0's cache entry. That breaks when attention 0 is skipped and when
 layers' lengths differ while drafting, so they are computed here from the cache's one length.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,109 +31,92 @@ def check_attention_implementation(name: str | None) -> str:
     return name
 
 
-def attention_mask(
-    past: int, width: int, *, window: int | None, implementation: str, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """Mask for ``width`` new positions behind ``past`` known ones.
+@dataclass(frozen=True)
+class AttentionMasks:
+    """Makes a pass's masks, one for each sliding window that the model's layers have.
 
     Args:
-        past: Number of positions already in the cache.
-        width: Number of new positions.
-        window: A position sees itself and the ``window - 1`` positions before it; None sees all.
-        implementation: ``"eager"`` (additive mask) or ``"sdpa"`` (boolean mask, true where attention is allowed).
-        dtype: The hidden states' dtype, for an additive mask.
-        device: Where to build the mask.
-
-    Returns:
-        ``[1, 1, width, past + width]``, or None where the attention function needs no mask.
+        windows: In positions: a position sees itself and the ``window - 1`` positions before it; None sees all.
+        implementation: ``"eager"`` (additive masks) or ``"sdpa"`` (boolean masks, true where attention is allowed).
+        dtype: The hidden states' dtype, for additive masks.
     """
-    total = past + width
-    everything_in_window = window is None or total <= window
-    # One new position sees all the others; sdpa without a mask is causal over a text that starts here.
-    if everything_in_window and (width == 1 or (past == 0 and implementation == "sdpa")):
-        return None
-    positions = torch.arange(past, total, device=device)
-    return mask_at(positions, total, window=window, implementation=implementation, dtype=dtype)
+
+    windows: Collection[int | None]
+    implementation: str
+    dtype: torch.dtype
+
+    def causal(self, past: int, width: int, device: torch.device) -> dict[int | None, Tensor | None]:
+        """For ``width`` new positions after ``past`` known ones.
+
+        Returns:
+            ``[1, 1, width, past + width]``, or None where the attention function needs no mask.
+        """
+        total = past + width
+        # One new position sees all the others; sdpa without a mask is causal over a text that starts here.
+        simple = width == 1 or (past == 0 and self.implementation == "sdpa")
+        unneeded = {window for window in self.windows if simple and (window is None or total <= window)}
+        if len(unneeded) == len(self.windows):
+            return dict.fromkeys(unneeded)
+        masks = self.at(torch.arange(past, total, device=device), total)
+        return {window: None if window in unneeded else mask for window, mask in masks.items()}
+
+    def at(self, positions: Tensor, length: int) -> dict[int | None, Tensor | None]:
+        """For new positions anywhere, over the first ``length`` keys of the cache.
+
+        Args:
+            positions: ``[width]``, the new positions.
+            length: Number of keys, including those after the new positions.
+
+        Returns:
+            ``[1, 1, width, length]``.
+        """
+        query = positions[:, None]  # [width, 1]
+        key = torch.arange(length, device=positions.device)[None, :]  # [1, length]
+        return self._each(lambda window: _within(key, query, window, key <= query)[None, None])
+
+    def tree(self, slots: Tensor, positions: Tensor, ancestors: Tensor, length: int) -> dict[int | None, Tensor | None]:
+        """For a tree: each row sees the text, and of the tree its ancestors.
+
+        Args:
+            slots: ``[n]``, the consecutive places of the rows in the cache.
+            positions: ``[n]``, their positions in the text, which siblings share.
+            ancestors: ``[n, n]``, the ancestors of each row, itself included.
+            length: Number of keys, including those after the tree.
+
+        Returns:
+            ``[1, 1, n, length]``.
+        """
+        key = torch.arange(length, device=slots.device)
+        allowed = (key < slots[0]).expand(len(slots), -1).index_copy(1, slots, ancestors)  # [n, length]
+        key_positions = key.index_copy(0, slots, positions)
+        return self._each(lambda window: _within(key_positions, positions[:, None], window, allowed)[None, None])
+
+    def teacher(self, positions: Tensor, length: int) -> dict[int | None, Tensor | None]:
+        """For a teacher-forced pass: known keys of the positions before, and of the new keys the position's own.
+
+        Args:
+            positions: ``[b, q]``, the new positions in each of ``b`` texts.
+            length: Number of known keys; the ``q`` new ones come after them.
+
+        Returns:
+            ``[b, 1, q, length + q]``.
+        """
+        query = positions[:, None, :, None]  # [b, 1, q, 1]
+        key = torch.arange(length, device=positions.device)
+        own = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
+        own = own.expand(len(positions), 1, -1, -1)
+        return self._each(lambda window: torch.cat([_within(key, query, window, key < query), own], dim=-1))
+
+    def _each(self, allowed: Callable[[int | None], Tensor]) -> dict[int | None, Tensor | None]:
+        return {window: self._as_mask(allowed(window)) for window in self.windows}
+
+    def _as_mask(self, allowed: Tensor) -> Tensor:
+        if self.implementation == "sdpa":
+            return allowed
+        nothing = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        return nothing.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
 
-def mask_at(positions: Tensor, length: int, *, window: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
-    """Mask for new positions that may be anywhere, over the first ``length`` keys of the cache.
-
-    Args:
-        positions: ``[width]``, the new positions.
-        length: Number of keys, those behind the new positions included.
-        window: As in :func:`attention_mask`.
-        implementation: As in :func:`attention_mask`.
-        dtype: As in :func:`attention_mask`.
-
-    Returns:
-        ``[1, 1, width, length]``.
-    """
-    query = positions[:, None]  # [width, 1]
-    key = torch.arange(length, device=positions.device)[None, :]  # [1, length]
-    allowed = key <= query
-    if window is not None:
-        allowed &= key > query - window
-    return _as_mask(allowed[None, None], implementation, dtype)
-
-
-def tree_mask(
-    slots: Tensor,
-    positions: Tensor,
-    ancestors: Tensor,
-    length: int,
-    *,
-    window: int | None,
-    implementation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Mask for a tree: each row sees the text, and of the tree the rows that it comes from.
-
-    Args:
-        slots: ``[n]``, where in the cache the rows are, one behind the other.
-        positions: ``[n]``, their positions in the text, which siblings share.
-        ancestors: ``[n, n]``, which rows each comes from, itself included.
-        length: Number of keys, those behind the tree included.
-        window: As in :func:`attention_mask`.
-        implementation: As in :func:`attention_mask`.
-        dtype: As in :func:`attention_mask`.
-
-    Returns:
-        ``[1, 1, n, length]``.
-    """
-    key = torch.arange(length, device=slots.device)
-    allowed = (key < slots[0]).expand(len(slots), -1).index_copy(1, slots, ancestors)  # [n, length]
-    if window is not None:
-        allowed &= key.index_copy(0, slots, positions) > positions[:, None] - window
-    return _as_mask(allowed[None, None], implementation, dtype)
-
-
-def teacher_mask(
-    positions: Tensor, length: int, *, window: int | None, implementation: str, dtype: torch.dtype
-) -> Tensor:
-    """Mask for a teacher-forced pass: known keys of the positions before, and of the new keys the position's own.
-
-    Args:
-        positions: ``[b, q]``, the new positions in each of ``b`` texts.
-        length: Number of known keys; the ``q`` new ones lie behind them.
-        window: As in :func:`attention_mask`.
-        implementation: As in :func:`attention_mask`.
-        dtype: As in :func:`attention_mask`.
-
-    Returns:
-        ``[b, 1, q, length + q]``.
-    """
-    query = positions[:, None, :, None]  # [b, 1, q, 1]
-    key = torch.arange(length, device=positions.device)
-    known = key < query
-    if window is not None:
-        known &= key > query - window
-    own = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device).expand(len(positions), 1, -1, -1)
-    return _as_mask(torch.cat([known, own], dim=-1), implementation, dtype)
-
-
-def _as_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    if implementation == "sdpa":
-        return allowed
-    nothing = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return nothing.masked_fill_(~allowed, torch.finfo(dtype).min)
+def _within(key: Tensor, query: Tensor, window: int | None, allowed: Tensor) -> Tensor:
+    """Of the allowed keys, those inside the window of each query position."""
+    return allowed if window is None else allowed & (key > query - window)

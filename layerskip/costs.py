@@ -1,13 +1,23 @@
-"""What passes cost on a machine, by width, the sublayers and the head apart; and the speedup that follows."""
+"""What passes cost on a machine, as measured, and the speedup that follows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from pydantic import TypeAdapter
+
+from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
+
+# Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
+# measured, the least that anything costs where the line through the measurements would say that it is free.
+_LEAST_SHARE = 0.01
 
 
 def speedup(acceptance: float, length: int, draft_cost: float, verification: float) -> float:
-    """What a round yields over what it costs: ``(1 - α^(γ + 1)) / (1 - α)`` tokens for ``γ·c + v`` plain steps.
+    """Tokens of a round over its cost: ``(1 - α^(γ + 1)) / (1 - α)`` tokens for ``γ·c + v`` plain steps.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8.
 
     Args:
         acceptance: The acceptance rate α, from 0 to 1.
@@ -31,13 +41,36 @@ def best_speedup(acceptance: float, draft_cost: float, verification: Callable[[i
     return max(speedup(acceptance, n, draft_cost, verification(n + 1)) for n in range(1, longest + 1))
 
 
-# Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it.
-_LEAST_SHARE = 0.01
+@dataclass(frozen=True)
+class DraftParts:
+    """Number of the parts that a draft step runs.
+
+    Args:
+        attention: Attention sublayers.
+        mlp: MLP sublayers.
+        bridges: Bridges.
+        vocabulary: Size of the draft vocabulary; 0 is the whole one.
+    """
+
+    attention: int
+    mlp: int
+    bridges: int = 0
+    vocabulary: int = 0
+
+    @classmethod
+    def of(cls, stack: Stack) -> DraftParts:
+        """The parts of a stack; a draft layer counts as a layer of the model's."""
+        steps = [step for _, step in stack.steps]
+        layers = sum(step.remembers for step in steps)
+        attention = sum(isinstance(step, AttentionSublayer) for step in steps)
+        mlp = sum(isinstance(step, MLPSublayer) for step in steps)
+        vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)
+        return cls(attention + layers, mlp + layers, len(steps) - layers - attention - mlp, vocabulary)
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Seconds of a pass of the target model, by the number of tokens in it.
+    """Cost of a pass of the target model, by the number of tokens in it.
 
     Args:
         sublayers: Of all sublayers together.
@@ -53,22 +86,147 @@ class PassCosts:
         head = {width: min(head[width], (1 - _LEAST_SHARE) * seconds) for width, seconds in whole.items()}
         return cls({width: seconds - head[width] for width, seconds in whole.items()}, head)
 
-    def seconds(self, width: int) -> float:
+    def cost(self, width: int) -> float:
         """Of a whole pass of a measured width."""
         return self.sublayers[width] + self.head[width]
 
-    def relative(self, width: int) -> float:
-        """The verification cost v: seconds of a pass in units of a plain decoding step."""
-        return self.seconds(width) / self.seconds(1)
+    @property
+    def widest(self) -> int:
+        """The largest measured width."""
+        return max(self.sublayers)
 
     def cheapest_width(self, needed: int) -> int:
         """The width, at least ``needed``, whose pass costs least; ``needed`` itself beyond what was measured."""
         wide_enough = [width for width in self.sublayers if width >= needed]
-        return min(wide_enough, key=self.seconds, default=needed)
+        return min(wide_enough, key=self.cost, default=needed)
 
     def saved_by_resuming(self, width: int, share: float) -> float:
-        """Seconds saved if a pass starts behind a share of the sublayers, which only one token has yet to go through.
+        """Cost saved if a pass starts after a share of the sublayers, which only one token has yet to go through.
 
         Negative where that one token costs more than taking all of them along.
         """
-        return share * (self.sublayers.get(width, self.sublayers[max(self.sublayers)]) - self.sublayers[1])
+        return share * (self.sublayers.get(width, self.sublayers[self.widest]) - self.sublayers[1])
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Cost of the parts of a draft step.
+
+    Args:
+        fixed: Of everything else: embedding, rotary embedding, mask and choice.
+        attention: Of one attention sublayer.
+        mlp: Of one MLP sublayer.
+        bridge: Of one bridge.
+        head: Of the final norm and the head, by the size of the draft vocabulary; 0 is the whole one.
+    """
+
+    fixed: float
+    attention: float
+    mlp: float
+    bridge: float
+    head: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What passes cost after a text of some length, in seconds or in plain decoding steps.
+
+    Args:
+        context: The text's length.
+        step: Of the parts of a draft step.
+        passes: Of verifications.
+        prefill: Of running the text itself.
+    """
+
+    context: float
+    step: StepCosts
+    passes: PassCosts
+    prefill: float
+
+    @property
+    def plain_step(self) -> float:
+        """One step of plain decoding."""
+        return self.verification(1)
+
+    def draft_step(self, parts: DraftParts) -> float:
+        """One step of a draft."""
+        step = self.step
+        sublayers = parts.attention * step.attention + parts.mlp * step.mlp
+        return step.fixed + sublayers + parts.bridges * step.bridge + step.head[parts.vocabulary]
+
+    def verification(self, tokens: int, shared: float = 0.0) -> float:
+        """One pass over so many tokens, at the cheapest width that has room for them.
+
+        Args:
+            tokens: The text's last token and the drafted ones; beyond the widest pass that was measured, that counts.
+            shared: Share of the sublayers that drafting computed already, from which the pass resumes if that pays.
+        """
+        width = min(self.passes.cheapest_width(tokens), self.passes.widest)
+        return self.passes.cost(width) - max(self.passes.saved_by_resuming(width, shared), 0.0)
+
+    def relative(self) -> Costs:
+        """The same in plain decoding steps."""
+        plain = self.plain_step
+        return _combined(self, self, lambda cost, _: cost / plain)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What passes cost on this machine, in seconds: measured after texts of two lengths, and on the line through them.
+
+    Args:
+        short: After the shorter text.
+        long: After the longer one; as long as the shorter one where the model's context has no room for two.
+    """
+
+    short: Costs
+    long: Costs
+
+    def at(self, context: float) -> Costs:
+        """After a text of any length."""
+        near, far = self.short.context, self.long.context
+        if near == far:
+            return replace(self.short, context=context)
+        nearest = min(max(context, near), far)
+
+        def on_the_line(short: float, long: float) -> float:
+            # What seems to get cheaper the longer a text is does so by noise: that is not drawn out.
+            place = nearest if long < short else context
+            return max(short + (long - short) * (place - near) / (far - near), _LEAST_SHARE * min(short, long))
+
+        return replace(_combined(self.short, self.long, on_the_line), context=context)
+
+    def to_json(self) -> str:
+        """The model as text, to be kept with a study."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: The text is none of a cost model.
+        """
+        return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(CostModel)
+
+
+def _combined(one: Costs, other: Costs, combine: Callable[[float, float], float]) -> Costs:
+    """Two costs as a third, number by number; its context is the first one's."""
+
+    def by_size(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
+        return {size: combine(cost, b[size]) for size, cost in a.items()}
+
+    step = StepCosts(
+        fixed=combine(one.step.fixed, other.step.fixed),
+        attention=combine(one.step.attention, other.step.attention),
+        mlp=combine(one.step.mlp, other.step.mlp),
+        bridge=combine(one.step.bridge, other.step.bridge),
+        head=by_size(one.step.head, other.step.head),
+    )
+    passes = PassCosts(
+        by_size(one.passes.sublayers, other.passes.sublayers), by_size(one.passes.head, other.passes.head)
+    )
+    return Costs(one.context, step, passes, combine(one.prefill, other.prefill))

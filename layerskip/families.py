@@ -1,8 +1,8 @@
-"""What tells one model family from another: a table of names. The only file that knows families.
+"""Model families: a table of the names by which their modules differ. No other file knows families.
 
-A new family is one more row: where its norms sit around ``self_attn`` and ``mlp``, and which twists it has in between
-the modules. Everything a family does inside them (grouped queries, query and key norms, soft-capping, layers without
-rotary embedding, the embedding scale of Gemma) comes with the modules, which are called and not re-implemented.
+A new family is one more row: where its norms are around ``self_attn`` and ``mlp``, and what it does between modules.
+Everything a family does inside them (grouped queries, query and key norms, soft-capping, layers without rotary
+embedding, the embedding scale of Gemma) comes with the modules, which are called, not re-implemented.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Norms:
     Args:
         before_attention: Before ``self_attn``.
         before_mlp: Before ``mlp``.
-        after_attention: Behind ``self_attn``, before its output is added to the hidden states.
-        after_mlp: Behind ``mlp``, likewise.
+        after_attention: After ``self_attn``, before its output is added to the hidden states.
+        after_mlp: After ``mlp``, likewise.
     """
 
     before_attention: str | None = None
@@ -67,11 +67,11 @@ POST_NORM = Norms(after_attention="post_attention_layernorm", after_mlp="post_fe
 
 @dataclass(frozen=True)
 class Family:
-    """How the modules of a model are put together.
+    """How a model connects its modules.
 
     Args:
         name: The ``model_type`` of its configurations.
-        norms: Where the norms of a decoder layer sit.
+        norms: The norms of a decoder layer.
         window: The sliding window of a layer, in positions; None where it sees the whole text.
         rotary: Which of the model's rotary embeddings a layer takes, by layer type; None where there is only one.
         embedding_multiplier: The setting by which embeddings are multiplied outside of the embedding module.
@@ -152,5 +152,5 @@ def _not_in_the_table(config: PreTrainedConfig) -> str:
 def _rope_types(config: PreTrainedConfig) -> list[str]:
     """One for each layer type that has rotary embeddings of its own, or one for all."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [one for one in parameters.values() if isinstance(one, dict)]
-    return [one.get("rope_type", "default") for one in by_layer_type or [parameters]]
+    by_layer_type = [rope for rope in parameters.values() if isinstance(rope, dict)]
+    return [rope.get("rope_type", "default") for rope in by_layer_type or [parameters]]

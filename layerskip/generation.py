@@ -12,9 +12,10 @@ from torch import Tensor
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
+from layerskip.logits_processing import ProcessorSampling
 from layerskip.model import LayerSkipModel
 from layerskip.prefix_cache import PrefixCache
-from layerskip.sampling import Sampling, SamplingRule
+from layerskip.sampling import Sampling
 from layerskip.utils import PhaseClock
 
 FinishReason = Literal["eos", "stop", "length", "context"]
@@ -106,7 +107,7 @@ class GenerationOptions(TypedDict, total=False):
 
     engine: Engine | None
     drafter: Drafter | None
-    sampling: SamplingRule | None
+    sampling: Sampling | ProcessorSampling | None
     max_new_tokens: int
     eos_token_ids: int | Collection[int] | None
     stop: Callable[[Sequence[int]], bool] | None
@@ -171,7 +172,7 @@ def _rounds(
     *,
     engine: Engine | None = None,
     drafter: Drafter | None = None,
-    sampling: SamplingRule | None = None,
+    sampling: Sampling | ProcessorSampling | None = None,
     max_new_tokens: int = 128,
     eos_token_ids: int | Collection[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,

@@ -1,9 +1,9 @@
-"""Choosing tokens under transformers' logits processors and stopping criteria, which look at the text so far.
+"""Choose tokens under transformers' logits processors and stopping criteria, which look at the text so far.
 
-The target model's logits behind each position are processed with that position's own text, one position after the other
-and only as far as drafted tokens stand. Every processor and criterion is therefore called with what ``generate``'s own
-loop would call it with, once a token and in the same order, so that those that keep a state work too. Drafts are
-processed as well, for they are accepted more often then, but only by processors that are known to keep none.
+The target model's logits at each position are processed with that position's own text, one position after the other and
+only as far as drafted tokens are accepted. Every processor and criterion is therefore called with the arguments that
+``generate``'s own loop would give it, once a token and in the same order, so that those with a state work too. Drafts
+are processed as well, because they are then accepted more often, but only by processors that are known to have none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ from layerskip.engine import DraftStep
 from layerskip.errors import InvalidInputError
 from layerskip.sampling import Draft, Draw, GreedySampler, RandomSampler, Sampler, Verdict, sample, speculative_choice
 
-# They look at each row of scores alone, whatever the text and whichever tokens the columns stand for.
+# They look at each row of scores alone, whatever the text and whichever tokens the columns belong to.
 _WARPERS = frozenset(
     {
         EpsilonLogitsWarper,
@@ -60,7 +59,7 @@ _WARPERS = frozenset(
         TypicalLogitsWarper,
     }
 )
-# Functions of text and scores: calling them for a text that never comes to be changes nothing.
+# Functions of text and scores: calling them with a text that is then rejected changes nothing.
 _STATELESS = _WARPERS | {
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -80,7 +79,7 @@ _STATELESS = _WARPERS | {
 
 @contextmanager
 def _as_in_generate() -> Iterator[None]:
-    """Ordinary tensors without gradients, as ``generate`` has them: others' code may keep and change what it sees."""
+    """Ordinary tensors without gradients, as ``generate`` has them: a caller's code may keep and change them."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -91,8 +90,8 @@ class GenerationHistory:
     Args:
         prompt: ``[1, n]``, token ids.
         criteria: Decide after each new token whether the text is over.
-        keep_scores: Keep the processed scores behind each position.
-        keep_logits: Keep the target model's logits behind each position.
+        keep_scores: Keep the processed scores of each position.
+        keep_logits: Keep the target model's logits of each position.
 
     Attributes:
         ids: ``[1, n + new]``, prompt and new tokens.
@@ -114,11 +113,11 @@ class GenerationHistory:
 
     @property
     def device(self) -> torch.device:
-        """Where processors and criteria work: where the prompt was given."""
+        """Where processors and criteria work: the prompt's device."""
         return self.ids.device
 
     def keep(self, logits: Tensor, scores: Tensor) -> None:
-        """Keep what the next token is chosen by, each ``[1, vocab_size]``."""
+        """Keep the logits and scores by which the next token is chosen, each ``[1, vocab_size]``."""
         if self.logits is not None:
             self.logits += (logits,)
         if self.scores is not None:
@@ -131,99 +130,63 @@ class GenerationHistory:
         self.over = bool(self._criteria(self.ids, self.scores).all())
 
     def ends_after(self, tokens: Sequence[int]) -> bool:
-        """The stop rule for decoding: whether the text ends with these new tokens, which become the transcript's."""
+        """The stop rule for decoding: whether the text ends with these new tokens, which become the history's."""
         if len(tokens) > self.new:
             with _as_in_generate():
                 self.append(torch.tensor(tokens[-1:], device=self.device))
         return self.over and len(tokens) == self.new
 
 
-class Choice(Protocol):
-    """Chooses by scores alone."""
-
-    def draft(self, scores: Tensor, count: int) -> Draw:
-        """Choose tokens to propose by a draft's scores, ``[vocab_size]``."""
-
-    def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
-        """The text's next token, ``[1]``, by the target model's scores; a drafted one if there is one that stands."""
-
-
-class GreedyChoice:
-    """Always the highest score."""
-
-    def draft(self, scores: Tensor, count: int) -> Draw:
-        return Draw(scores.topk(count).indices, None)
-
-    def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
-        return scores.argmax(-1, keepdim=True)
-
-
-class RandomChoice:
-    """Draws from the softmax of the scores.
-
-    Args:
-        generator: Source of randomness, where the scores are.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-
-    def draft(self, scores: Tensor, count: int) -> Draw:
-        distribution = scores.softmax(-1)
-        return Draw(sample(distribution, self._generator, count), distribution)
-
-    def settle(self, drafted: Draw | None, scores: Tensor) -> Tensor:
-        distribution = scores.softmax(-1)
-        if distribution.isnan().any():
-            raise InvalidInputError(
-                "logits processors: left nothing to draw from, every score is -inf or one is not a number; "
-                "relax what they forbid"
-            )
-        if drafted is None:
-            return sample(distribution, self._generator)
-        assert drafted.distribution is not None  # what was drafted under this choice was drawn
-        return speculative_choice(drafted.tokens, drafted.distribution, distribution, self._generator)
-
-
 class ProcessorSampler:
-    """Chooses by logits that processors have seen, each with its own text.
+    """Chooses by logits that processors have changed, each with the text before it.
 
     Args:
-        transcript: Grows by each token that is certain.
+        history: Grows by each token of the text.
         processors: Applied in turn, as in ``generate``.
-        choice: Chooses by what they leave.
+        generator: Source of randomness on the history's device, to draw from the softmax of the processed scores; None
+            takes the highest score.
         vocab_size: Columns of the target model's logits.
     """
 
     def __init__(
-        self, transcript: GenerationHistory, processors: LogitsProcessorList, choice: Choice, vocab_size: int
+        self,
+        history: GenerationHistory,
+        processors: LogitsProcessorList,
+        generator: torch.Generator | None,
+        vocab_size: int,
     ) -> None:
-        self._transcript = transcript
+        self._history = history
         self._processors = processors
         self._draft_processors = LogitsProcessorList([p for p in processors if type(p) in _STATELESS])
-        self._choice = choice
+        self._generator = generator
         self._vocab_size = vocab_size
         self._drafted: list[Tensor] = []  # of this round, the first token of each place, [1]
 
     def draw(self, logits: Tensor) -> Draw:
         with _as_in_generate():
-            token = self._settle(None, logits)
+            token = self._next(None, logits)
         return Draw(token.to(logits.device), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         """Drawn from the whole vocabulary; outside the draft's it has probability 0, unless a processor forces it."""
         with _as_in_generate():
             logits = step.logits.clone()
             if token_ids is not None:
                 logits = logits.new_full((self._vocab_size,), -torch.inf).index_copy_(0, token_ids, logits)
-            way = self._drafted if behind is None else [behind.to(self._transcript.device)]
-            text = torch.cat([self._transcript.ids, *(tokens[None] for tokens in way)], dim=-1)
+            before = self._drafted if path is None else [path.to(self._history.device)]
+            text = torch.cat([self._history.ids, *(tokens[None] for tokens in before)], dim=-1)
             scores = self._draft_processors(text, logits[None].to(text.device))  # type: ignore[arg-type]
             # Processors may leave no token of the draft's vocabulary. The distribution is then not a number, and what
-            # is drawn from it never stands: the target model's own choice takes its place.
-            draw = self._choice.draft(scores[0], min(count, len(step.logits)))
+            # is drawn from it is always rejected: the target model's own choice takes its place.
+            draw = self._draft_by(scores[0], min(count, len(step.logits)))
             self._drafted.append(draw.tokens[:1])
         return Draw(draw.tokens.to(step.logits.device), draw.distribution)
+
+    def _draft_by(self, scores: Tensor, count: int) -> Draw:
+        if self._generator is None:
+            return Draw(scores.topk(count).indices, None)
+        distribution = scores.softmax(-1)
+        return Draw(sample(distribution, self._generator, count), distribution)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         self._drafted = []
@@ -232,42 +195,57 @@ class ProcessorSampler:
         rows, tokens = [0], []
         with _as_in_generate():
             while True:
-                newest = self._settle(siblings.get(rows[-1]), logits[rows[-1]])
+                newest = self._next(siblings.get(rows[-1]), logits[rows[-1]])
                 tokens += newest.tolist()
                 following = draft.tree.children.get(rows[-1], ())
-                stands = [row for row in following if proposed[row - 1] == tokens[-1]]
-                if self._transcript.over or not stands:
+                accepted = [row for row in following if proposed[row - 1] == tokens[-1]]
+                if self._history.over or not accepted:
                     return Verdict(tokens, newest.to(logits.device), tuple(rows))
-                rows.append(stands[0])
+                rows.append(accepted[0])
 
     def _siblings(self, draft: Draft) -> dict[int, Draw]:
-        """What was drafted behind each row that anything follows."""
-        tokens = draft.tokens.to(self._transcript.device)
+        """The drafted tokens after each row that any follow."""
+        tokens = draft.tokens.to(self._history.device)
         drafted = zip(draft.tree.children.items(), draft.distributions, strict=True)
         return {row: Draw(tokens[[child - 1 for child in children]], q) for (row, children), q in drafted}
 
-    def _settle(self, drafted: Draw | None, logits: Tensor) -> Tensor:
+    def _next(self, drafted: Draw | None, logits: Tensor) -> Tensor:
         """The text's next token, ``[1]``, by the target model's logits, ``[vocab_size]``; appended to the history."""
-        row = logits[None].to(self._transcript.device, copy=True)
-        scores: Tensor = self._processors(self._transcript.ids, row)  # type: ignore[arg-type]
-        self._transcript.keep(row, scores)
-        token = self._choice.settle(drafted, scores[0])
-        self._transcript.append(token)
+        row = logits[None].to(self._history.device, copy=True)
+        scores: Tensor = self._processors(self._history.ids, row)  # type: ignore[arg-type]
+        self._history.keep(row, scores)
+        token = self._choose(drafted, scores[0])
+        self._history.append(token)
         return token
+
+    def _choose(self, drafted: Draw | None, scores: Tensor) -> Tensor:
+        """A token, ``[1]``, by the target model's scores; a drafted one if it is accepted."""
+        if self._generator is None:
+            return scores.argmax(-1, keepdim=True)
+        distribution = scores.softmax(-1)
+        if distribution.isnan().any():
+            raise InvalidInputError(
+                "logits processors: left nothing to draw from, every score is -inf or one is not a number; "
+                "relax what they forbid"
+            )
+        if drafted is None:
+            return sample(distribution, self._generator)
+        assert drafted.distribution is not None  # this sampler drew it
+        return speculative_choice(drafted.tokens, drafted.distribution, distribution, self._generator)
 
 
 @dataclass(frozen=True)
 class ProcessorSampling:
-    """How ``generate`` chooses tokens: by processors, and greedily or by drawing from the softmax of what they leave.
+    """How ``generate`` chooses tokens: by processors, then greedily or by drawing from the softmax of the scores.
 
     Args:
-        transcript: The text, its criteria, and what to keep of scores.
+        history: The text, its criteria, and the scores to keep.
         processors: In ``generate``'s order; temperature, top-k and top-p are among them.
         do_sample: Draw; otherwise the highest score wins.
         vocab_size: Columns of the target model's logits.
     """
 
-    transcript: GenerationHistory
+    history: GenerationHistory
     processors: LogitsProcessorList
     do_sample: bool
     vocab_size: int
@@ -275,18 +253,18 @@ class ProcessorSampling:
     @property
     def needs_history(self) -> bool:
         """Whether choosing needs the text, or keeps scores; otherwise whole rounds are decided in one step."""
-        if self.transcript.scores is not None or self.transcript.logits is not None:
+        if self.history.scores is not None or self.history.logits is not None:
             return True
         return not all(self.do_sample and type(processor) in _WARPERS for processor in self.processors)
 
     def sampler(self, device: torch.device) -> Sampler:
         """A fresh sampler for one generation; drawing repeats after ``torch.manual_seed``."""
         if self.needs_history:
-            choice = RandomChoice(_generator(self.transcript.device)) if self.do_sample else GreedyChoice()
-            return ProcessorSampler(self.transcript, self.processors, choice, self.vocab_size)
+            generator = _generator(self.history.device) if self.do_sample else None
+            return ProcessorSampler(self.history, self.processors, generator, self.vocab_size)
         return RandomSampler(self.processors, _generator(device)) if self.do_sample else GreedySampler()
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """A generator of its own on the device, seeded by torch's global one."""
+    """A new generator on the device, seeded by torch's global one."""
     return torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))

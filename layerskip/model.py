@@ -1,75 +1,25 @@
-"""A decoder whose sublayers can be left out, one forward pass at a time."""
+"""A Hugging Face causal language model as a flat stack of sublayers, any of which a forward pass can skip."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from layerskip.attention_masks import (
-    attention_mask,
-    check_attention_implementation,
-    mask_at,
-    teacher_mask,
-    tree_mask,
-)
+from layerskip.adapters import adapted_model
+from layerskip.attention_masks import AttentionMasks, check_attention_implementation
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.families import family_of, setting
 from layerskip.kv_cache import KVCache
 from layerskip.skip_set import SkipSet
-from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, keep, sublayers_of, weights_of
+from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, sublayers_of, weights_of
 from layerskip.token_tree import TokenTree, ancestors_on, numbers_on
-
-# Kinds that act outside of the modules that they replace, by PEFT's names.
-_ACTING_ELSEWHERE = ("ADAPTION_PROMPT", "POLY", "XLORA")
-
-
-def adapted_model(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside a PEFT model, its adapters in place; any other model as it is.
-
-    An adapter that takes the place of modules, as LoRA and its kin do, is called when they would be, so that nothing
-    else needs to know of it. One that does more, such as a learned prompt before the text, would silently do nothing.
-
-    Raises:
-        UnsupportedModelError: An adapter does more than to replace modules.
-    """
-    for config in (getattr(model, "peft_config", None) or {}).values():
-        _check_adapter(config)
-    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
-        return cast(PreTrainedModel, model)
-    return cast(Any, model).get_base_model()  # type: ignore[no-any-return]
-
-
-def check_generating(model: nn.Module) -> None:
-    """Make sure that the model is not inside a PEFT model that generates with it and does more than to replace modules.
-
-    While it generates, a PEFT model puts a method of its own into the model inside it, which knows nothing else of it.
-
-    Raises:
-        UnsupportedModelError: It is.
-    """
-    around = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    if isinstance(around, nn.Module):
-        adapted_model(around)
-
-
-def _check_adapter(config: Any) -> None:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if getattr(config, "alora_invocation_tokens", None) is not None:
-        kind = "activated LoRA"  # on from certain tokens of the prompt on
-    elif not config.is_prompt_learning and kind not in _ACTING_ELSEWHERE:
-        return
-    raise UnsupportedModelError(
-        f"adapter: {kind} does more than to replace modules, so it is not supported; use LoRA or another kind that "
-        "does only that"
-    )
-
 
 # Unit vectors put through the head at a time: keeps [vectors, vocab_size] small.
 _CHUNK = 256
@@ -77,9 +27,9 @@ _CHUNK = 256
 
 @torch.no_grad()
 def lm_head_rows(head: nn.Module, token_ids: Tensor, like: Tensor) -> Tensor:
-    """The weights by which a head without bias scores some tokens.
+    """The rows of an output head, without bias, that score some tokens.
 
-    A quantized head, or one with an adapter, has no such rows to take: what it answers to unit vectors are its weights.
+    A quantized head, or one with an adapter, has no such rows to take: its outputs for unit vectors are its weights.
 
     Args:
         head: The head.
@@ -94,7 +44,7 @@ def lm_head_rows(head: nn.Module, token_ids: Tensor, like: Tensor) -> Tensor:
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
         return head.weight[token_ids]
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=device)
-    return torch.cat([head(some)[:, token_ids].T for some in units.split(_CHUNK)], dim=1)
+    return torch.cat([head(chunk)[:, token_ids].T for chunk in units.split(_CHUNK)], dim=1)
 
 
 class LayerSkipModel:
@@ -112,8 +62,8 @@ class LayerSkipModel:
 
     Raises:
         UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
-            is neither ``eager`` nor ``sdpa``, or has an adapter that is more than modules in place of others.
-        InvalidInputError: It is no model, such as its name or another wrapper; or it is in training mode.
+            is neither ``eager`` nor ``sdpa``, or has an adapter that does more than to replace modules.
+        InvalidInputError: It is not a model, such as a name or another wrapper; or it is in training mode.
     """
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
@@ -145,7 +95,7 @@ class LayerSkipModel:
 
     @property
     def context_length(self) -> int:
-        """Most positions that the model was made for."""
+        """Most positions of a text."""
         return int(self.config.max_position_embeddings)
 
     @property
@@ -155,7 +105,7 @@ class LayerSkipModel:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text, by the model's generation config."""
+        """Tokens that end a text, from the model's generation config."""
         ids = getattr(self.hf_model.generation_config, "eos_token_id", None)
         if ids is None:
             return frozenset()
@@ -163,7 +113,7 @@ class LayerSkipModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the embedding, where token ids go in."""
         device: torch.device = self._embed.weight.device
         return device
 
@@ -187,8 +137,8 @@ class LayerSkipModel:
         """The stack of a draft.
 
         Args:
-            skip_set: Sublayers to leave out.
-            stand_ins: What runs instead of a run of them, by the index of the run's first sublayer.
+            skip_set: Sublayers to skip.
+            stand_ins: Replacements of runs of skipped sublayers, by the index of the run's first sublayer.
             token_ids: ``[n]``, the tokens that the draft's head scores; None for the whole vocabulary.
 
         Raises:
@@ -198,7 +148,7 @@ class LayerSkipModel:
             raise InvalidInputError(
                 f"skip set: is for {skip_set.num_layers} layers, but the model has {self.num_layers}"
             )
-        stack = keep(self.sublayers, skip_set, stand_ins or {})
+        stack = Stack.skipping(self.sublayers, skip_set, stand_ins or {})
         if token_ids is None:
             return stack
         rows = lm_head_rows(self._head, token_ids, self._embed.weight)
@@ -210,12 +160,12 @@ class LayerSkipModel:
         return x if self._embedding_multiplier == 1 else x * self._embedding_multiplier
 
     def forward(self, tokens: Tensor, cache: KVCache, skip_set: SkipSet | None = None) -> Tensor:
-        """Run new tokens through the stack, behind what the cache holds.
+        """Run new tokens through the stack, after the positions in the cache.
 
         Args:
             tokens: ``[n]``, token ids.
             cache: Keys and values of the text before; moves forward by ``n``.
-            skip_set: Sublayers to leave out; None runs the target model.
+            skip_set: Sublayers to skip; None runs the target model.
 
         Returns:
             Hidden states after the last sublayer, ``[1, n, hidden_size]``. :meth:`logits` scores them.
@@ -226,21 +176,19 @@ class LayerSkipModel:
         cache.advance(len(tokens))
         return x
 
+    def pass_context(self, width: int, cache: KVCache) -> PassContext:
+        """The context of a pass over ``width`` new positions after the cache's; makes room for them."""
+        cache.reserve(width)
+        past = cache.length
+        positions = torch.arange(past, past + width, device=self.device)
+        return PassContext(self._rotary_at(positions[None]), self._masks.causal(past, width, self.device), cache)
+
     def context_at(self, positions: Tensor, length: int, cache: KVCache) -> PassContext:
         """Like :meth:`pass_context`, in fixed shapes: positions on the device, ``[n]``, and ``length`` keys to read."""
-        masks = {
-            window: mask_at(positions, length, window=window, implementation=self._attention, dtype=self.dtype)
-            for window in self._windows
-        }
-        return PassContext(self._rotary_at(positions[None]), masks, cache)
+        return PassContext(self._rotary_at(positions[None]), self._masks.at(positions, length), cache)
 
     def tree_context(self, tree: TokenTree, cache: KVCache) -> PassContext:
-        """What a verification of a tree shares; makes room for it.
-
-        Args:
-            tree: The shape of the ``n`` rows behind what the cache holds.
-            cache: Keys and values of the text before.
-        """
+        """The context of the verification of a tree, whose rows come after the cache's positions; makes room for it."""
         depths, ancestors = numbers_on(tree.depths, self.device), ancestors_on(tree, self.device)
         cache.reserve(len(depths))
         slots = torch.arange(cache.length, cache.length + len(depths), device=self.device)
@@ -252,40 +200,27 @@ class LayerSkipModel:
         """Like :meth:`tree_context`, in fixed shapes: the tree on the device, and ``length`` keys to read.
 
         Args:
-            slots: ``[n]``, where in the cache the rows are.
+            slots: ``[n]``, the places of the rows in the cache.
             positions: ``[n]``, their positions in the text.
-            ancestors: ``[n, n]``, which rows each comes from, itself included.
+            ancestors: ``[n, n]``, the ancestors of each row, itself included.
             length: Number of keys.
             cache: Keys and values of the text before.
         """
-        masks: dict[int | None, Tensor | None] = {
-            window: tree_mask(
-                slots,
-                positions,
-                ancestors,
-                length,
-                window=window,
-                implementation=self._attention,
-                dtype=self.dtype,
-            )
-            for window in self._windows
-        }
+        masks = self._masks.tree(slots, positions, ancestors, length)
         return PassContext(self._rotary_at(positions[None]), masks, cache)
 
     def teacher_context(self, positions: Tensor, cache: KVCache) -> PassContext:
-        """What a teacher-forced pass shares: every position sees the texts before it and, of the new ones, itself.
+        """The context of a teacher-forced pass: every position sees the text before it and, of the new ones, itself.
 
         Args:
             positions: ``[b, q]``, positions in each of ``b`` texts, in any order.
-            cache: Keys and values of the texts' ``n`` positions; the pass writes its own behind them.
+            cache: Keys and values of the texts' ``n`` positions; the pass writes its own after them.
         """
-        masks = {
-            window: teacher_mask(
-                positions, cache.length, window=window, implementation=self._attention, dtype=self.dtype
-            )
-            for window in self._windows
-        }
-        return PassContext(self._rotary_at(positions), masks, cache)
+        return PassContext(self._rotary_at(positions), self._masks.teacher(positions, cache.length), cache)
+
+    @property
+    def _masks(self) -> AttentionMasks:
+        return AttentionMasks(self._windows, self._attention, self.dtype)
 
     def _rotary_at(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Cosines and sines, ``[b, n, head_dim]``, of positions ``[b, n]``, by layer type."""
@@ -294,19 +229,6 @@ class LayerSkipModel:
             kind: self._rotary(like, positions) if kind is None else self._rotary(like, positions, kind)
             for kind in self._rotary_kinds
         }
-
-    def pass_context(self, width: int, cache: KVCache) -> PassContext:
-        """What a pass of ``width`` new positions behind what the cache holds shares; makes room for them."""
-        cache.reserve(width)
-        past = cache.length
-        masks = {
-            window: attention_mask(
-                past, width, window=window, implementation=self._attention, dtype=self.dtype, device=self.device
-            )
-            for window in self._windows
-        }
-        positions = torch.arange(past, past + width, device=self.device)[None]
-        return PassContext(self._rotary_at(positions), masks, cache)
 
     def logits(self, x: Tensor, stack: Stack | None = None) -> Tensor:
         """Score the vocabulary.
@@ -330,7 +252,7 @@ class LayerSkipModel:
 
 def _check_module(model: object) -> None:
     if isinstance(model, LayerSkipModel):
-        raise InvalidInputError("model: is wrapped already; give what it wraps, its hf_model")
+        raise InvalidInputError("model: is wrapped already; pass its hf_model")
     if isinstance(model, str | PathLike):
         raise InvalidInputError(
             f"model: expected a loaded model, got the name {str(model)!r}; "
@@ -341,10 +263,10 @@ def _check_module(model: object) -> None:
 
 
 def _output_head(model: PreTrainedModel) -> Any:
-    """What scores the vocabulary.
+    """The model's output head.
 
     Raises:
-        UnsupportedModelError: The model has nothing that does.
+        UnsupportedModelError: It has none.
     """
     head = model.get_output_embeddings()
     if head is None:

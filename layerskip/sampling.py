@@ -1,4 +1,4 @@
-"""How a next token is chosen, and how a draft's choices are checked against the target model's."""
+"""Choose the next token, and verify drafted tokens against the target model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from layerskip.token_tree import TokenTree, siblings_on
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification made of a draft.
+    """The result of verifying a draft.
 
     Args:
-        tokens: The drafted tokens that stand, and behind them the target model's own next token.
+        tokens: The accepted tokens, and after them the target model's own next token.
         newest: ``[1]``, that last token, where the model is.
-        rows: The rows of the draft's tree that the text runs through: row 0, and those of the tokens that stand.
+        rows: The rows of the draft's tree that the text runs through: row 0, and those of the accepted tokens.
     """
 
     tokens: list[int]
@@ -31,17 +31,17 @@ class Verdict:
 
     @property
     def accepted(self) -> int:
-        """How many drafted tokens stand."""
+        """Number of accepted tokens."""
         return len(self.tokens) - 1
 
     @classmethod
     def of(cls, tree: TokenTree, drafted: Tensor, choices: Tensor) -> Verdict:
-        """The verdict by what follows each row.
+        """The verdict by the token that follows each row.
 
         Args:
             tree: The shape of the draft, of ``k`` tokens.
             drafted: ``[k]``, their ids.
-            choices: ``[k + 1]``, the ids that were chosen to follow each row.
+            choices: ``[k + 1]``, the ids chosen to follow each row.
         """
         ids = torch.cat([drafted, choices]).tolist()
         proposed, following = ids[: len(drafted)], ids[len(drafted) :]
@@ -55,7 +55,7 @@ def greedy_match(tree: TokenTree, drafted: Tensor, logits: Tensor) -> Verdict:
     Args:
         tree: The shape of the draft, of ``k`` tokens.
         drafted: ``[k]``, proposed token ids.
-        logits: ``[k + 1, vocab_size]``, the target model's, behind each row.
+        logits: ``[k + 1, vocab_size]``, the target model's, after each row.
     """
     return Verdict.of(tree, drafted, logits.argmax(-1))
 
@@ -76,78 +76,78 @@ def speculative_sampling(
 ) -> Verdict:
     """Accept or replace drafted tokens so that the output is distributed as the target model's own samples.
 
-    Behind each row the drafted siblings are tried in turn. One that was drawn from the draft distribution ``q`` stands
-    with probability ``min(1, p(x) / q(x))`` under the target distribution ``p``. If it does not, ``p`` becomes
-    ``max(p - q, 0)`` and ``q`` loses that token, both normalized, and the next sibling is tried; if none stands, a draw
-    from what is left of ``p`` follows.
+    After each row the drafted siblings are tried in turn. One that was drawn from the draft distribution ``q`` is
+    accepted with probability ``min(1, p(x) / q(x))`` under the target distribution ``p``. If it is rejected, ``p``
+    becomes ``max(p - q, 0)`` and ``q`` loses that token, both normalized, and the next sibling is tried; if none is
+    accepted, a draw from what is left of ``p`` follows.
 
     Sources: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318); for siblings
     drawn without replacement, Jeon et al. 2024 (arXiv 2402.14160), Chen et al. 2024 (Sequoia, arXiv 2402.12374).
 
     Args:
-        tree: The shape of the draft, of ``k`` tokens, ``n`` of whose rows have others behind them.
-        drafted: ``[k]``, proposed token ids; those behind one row were drawn from its row of ``draft`` in turn, without
-            replacement.
+        tree: The shape of the draft, of ``k`` tokens, ``n`` of whose rows are followed by others.
+        drafted: ``[k]``, proposed token ids; those after the same row were drawn from its row of ``draft`` in turn,
+            without replacement.
         draft: ``[n, vocab_size]``, the distributions that the draft drew from.
-        target: ``[k + 1, vocab_size]``, the target model's distributions behind each row.
+        target: ``[k + 1, vocab_size]``, the target model's distributions after each row.
         generator: Source of randomness, on the same device.
     """
-    settled = torch.full((len(target),), -1, device=drafted.device)
+    chosen = torch.full((len(target),), -1, device=drafted.device)
     if len(drafted):
-        inner, indices, there = siblings_on(tree, drafted.device)
-        stands, left = _settle(drafted[indices], there, draft, target.index_select(0, inner), generator)
-        settled, target = settled.index_copy(0, inner, stands), target.index_copy(0, inner, left)
-    # One draw of the clocks for all rows: at most one row's own token comes to be.
+        inner, indices, exists = siblings_on(tree, drafted.device)
+        accepted, left = _accept(drafted[indices], exists, draft, target.index_select(0, inner), generator)
+        chosen, target = chosen.index_copy(0, inner, accepted), target.index_copy(0, inner, left)
+    # One draw of the clocks for all rows: at most one row's own token becomes part of the text.
     clocks = torch.empty_like(target[0]).exponential_(1, generator=generator)
-    return Verdict.of(tree, drafted, torch.where(settled < 0, (target / clocks).argmax(-1), settled))
+    return Verdict.of(tree, drafted, torch.where(chosen < 0, (target / clocks).argmax(-1), chosen))
 
 
 def speculative_choice(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-    """The token that :func:`speculative_sampling` chooses behind one row, ``[1]``.
+    """The token that :func:`speculative_sampling` chooses after one row, ``[1]``.
 
     For target distributions that are known one at a time only, because they depend on the tokens before.
 
     Args:
-        drafted: ``[b]``, the siblings behind the row.
-        draft: ``[vocab_size]``, what they were drawn from.
+        drafted: ``[b]``, the siblings after the row.
+        draft: ``[vocab_size]``, the distribution that they were drawn from.
         target: ``[vocab_size]``, the target model's distribution.
         generator: As in :func:`speculative_sampling`.
     """
-    there = torch.ones_like(drafted, dtype=torch.bool)
-    settled, left = _settle(drafted[None], there[None], draft[None], target[None], generator)
-    return torch.where(settled < 0, sample(left[0], generator), settled)
+    exists = torch.ones_like(drafted, dtype=torch.bool)
+    accepted, left = _accept(drafted[None], exists[None], draft[None], target[None], generator)
+    return torch.where(accepted < 0, sample(left[0], generator), accepted)
 
 
-def _settle(
-    candidates: Tensor, there: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
+def _accept(
+    siblings: Tensor, exists: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Try siblings in turn.
 
     Args:
-        candidates: ``[n, b]``, their ids behind each of ``n`` rows.
-        there: ``[n, b]``, which of them there are.
+        siblings: ``[n, b]``, their ids after each of ``n`` rows.
+        exists: ``[n, b]``, which of them there are.
         draft: ``[n, vocab_size]``.
         target: ``[n, vocab_size]``.
         generator: Source of randomness.
 
     Returns:
-        The one that stands behind each row, ``[n]``, -1 where none does; and what is left of ``target`` there.
+        The accepted token after each row, ``[n]``, -1 where none is; and what is left of ``target`` there.
     """
-    settled = torch.full_like(candidates[:, 0], -1)
-    for number in range(candidates.shape[1]):
-        token = candidates[:, number : number + 1]  # [n, 1]
+    chosen = torch.full_like(siblings[:, 0], -1)
+    for number in range(siblings.shape[1]):
+        token = siblings[:, number : number + 1]  # [n, 1]
         p, q = target.gather(1, token)[:, 0], draft.gather(1, token)[:, 0]
         u = torch.rand(len(token), generator=generator, device=token.device)
-        tried = there[:, number] & (settled < 0)
-        stands = tried & (q > 0) & (u * q < p)  # u < p / q, without the division; where q is 0 nothing was drawn
-        settled = torch.where(stands, token[:, 0], settled)
-        fails = (tried & ~stands)[:, None]
+        tried = exists[:, number] & (chosen < 0)
+        accepted = tried & (q > 0) & (u * q < p)  # u < p / q, without the division; where q is 0 nothing was drawn
+        chosen = torch.where(accepted, token[:, 0], chosen)
+        rejected = (tried & ~accepted)[:, None]
         # A rejection means p(x) < q(x) for some x, so something is left of p - q elsewhere; by rounding, maybe nothing.
         rest = (target - draft).clamp_(min=0)
-        target = torch.where(fails & (rest.sum(-1, keepdim=True) > 0), _normalized(rest), target)
-        if number + 1 < candidates.shape[1]:
-            draft = torch.where(fails, _normalized(draft.scatter(1, token, 0.0)), draft)
-    return settled, target
+        target = torch.where(rejected & (rest.sum(-1, keepdim=True) > 0), _normalized(rest), target)
+        if number + 1 < siblings.shape[1]:
+            draft = torch.where(rejected, _normalized(draft.scatter(1, token, 0.0)), draft)
+    return chosen, target
 
 
 def _normalized(weights: Tensor) -> Tensor:
@@ -205,19 +205,12 @@ class Sampling:
         return warpers
 
 
-class SamplingRule(Protocol):
-    """How to choose tokens: :class:`Sampling`, or rules that look at the text."""
-
-    def sampler(self, device: torch.device) -> Sampler:
-        """A fresh sampler for one generation, for logits on this device."""
-
-
 @dataclass(frozen=True)
 class Draw:
-    """Chosen tokens for one place in the text, and what they were drawn from.
+    """Chosen tokens for one place in the text, and the distribution that they were drawn from.
 
     Args:
-        tokens: ``[b]``, their ids, drawn in turn without replacement; a draft goes on behind the first.
+        tokens: ``[b]``, their ids, drawn in turn without replacement; a draft continues after the first.
         distribution: ``[n]``, the probabilities that they were drawn from, one for each token that was scored; None
             where nothing was drawn.
     """
@@ -228,15 +221,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens proposed for the text to go on with.
+    """Tokens proposed to continue the text.
 
     Args:
         tokens: ``[k]``, their ids; k may be 0.
         tree: Which of them follows which.
-        distributions: For each row of the tree that others follow, in order, the distribution that they were drawn
+        distributions: For each row of the tree that others follow, in order, the distribution that these were drawn
             from, ``[vocab_size]``, or a probability for each of ``token_ids``; None under greedy choice.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
-        shared: What drafting already computed of the target model's pass, if anything.
+        shared: Hidden states of the target model's pass that drafting already computed, if any.
     """
 
     tokens: Tensor
@@ -254,7 +247,7 @@ class Draft:
         token_ids: Tensor | None = None,
         shared: SharedPrefix | None = None,
     ) -> Draft:
-        """The draft of some draws, each behind the first token of the one before: a chain with leaves."""
+        """The draft of some draws, each after the first token of the one before: a chain with leaves."""
         chain, leaves = [d.tokens[:1] for d in draws], [d.tokens[1:] for d in draws]
         tokens = torch.cat([*chain, *leaves]) if draws else torch.empty(0, dtype=torch.long, device=device)
         tree = TokenTree.comb(len(d.tokens) for d in draws)
@@ -285,24 +278,24 @@ class Draft:
 
 
 class Sampler(Protocol):
-    """Chooses tokens for plain decoding and for drafts, and decides which drafted tokens stand.
+    """Chooses tokens for plain decoding and for drafts, and accepts drafted tokens.
 
-    One sampler serves one generation and sees all of it in order: one token is drawn behind the prompt; each round
-    then drafts some, or none, and verifies them.
+    One sampler serves one generation and sees all of it in order: a token is drawn after the prompt; each round then
+    drafts some, or none, and verifies them.
     """
 
     def draw(self, logits: Tensor) -> Draw:
         """Choose a token by the target model's logits, ``[vocab_size]``."""
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         """Choose tokens to propose for one place.
 
         Args:
             step: The draft step before it.
             token_ids: ``[n]``, the draft vocabulary; None is the whole one.
             count: How many different ones, best first.
-            behind: ``[d]``, the drafted tokens on the way to the place; None where each place of the draft is behind
-                the first token of the one before.
+            path: ``[d]``, the drafted tokens before the place; None where each place of the draft follows the first
+                token of the one before.
         """
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
@@ -315,7 +308,7 @@ class GreedySampler:
     def draw(self, logits: Tensor) -> Draw:
         return Draw(logits.argmax(-1, keepdim=True), None)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         if count == 1:
             return Draw(step.likeliest, None)
         columns = step.logits.topk(min(count, len(step.logits))).indices
@@ -326,7 +319,7 @@ class GreedySampler:
 
 
 class RandomSampler:
-    """Draws from the distribution that warpers leave, such as temperature, top-k and top-p.
+    """Draws from the distribution that is left by warpers, such as temperature, top-k and top-p.
 
     Args:
         warpers: Applied in turn to logits ``[n, vocab_size]``; they look at each row alone, and not at the text.
@@ -346,7 +339,7 @@ class RandomSampler:
     def draw(self, logits: Tensor) -> Draw:
         return self._draw(logits, 1)
 
-    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, behind: Tensor | None = None) -> Draw:
+    def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         draw = self._draw(step.logits, min(count, len(step.logits)))
         return draw if token_ids is None else Draw(token_ids[draw.tokens], draw.distribution)
 

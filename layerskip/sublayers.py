@@ -1,4 +1,4 @@
-"""What one pass runs: sublayers in order, and the rows of the head that score what comes out."""
+"""Sublayers, and the stack of them that a pass runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from layerskip.skip_set import SkipSet
 
 @dataclass(frozen=True)
 class PassContext:
-    """What every sublayer of one forward pass shares.
+    """The inputs that all sublayers of one forward pass share.
 
     Args:
         rotary: Cosines and sines of the new positions, each ``[1, n, head_dim]``, by layer type (None: one for all).
         masks: Attention mask by sliding window (None: no window).
-        cache: Where keys and values are kept.
+        cache: Keys and values of the text before.
     """
 
     rotary: Mapping[str | None, tuple[Tensor, Tensor]]
@@ -69,14 +69,14 @@ class AttentionSublayer:
     """``x <- x + after(self_attn(before(x)))``, over the model's own modules.
 
     Args:
-        before: What hidden states go through first.
+        before: Norm of the hidden states; an identity where there is none.
         attention: The attention module.
-        after: What its output goes through before it is added.
+        after: Norm or scale of its output before it is added; likewise.
         window: Its sliding window, in positions; None sees the whole text.
         rotary: The layer type by which it finds its rotary embedding; None where there is one for all.
 
     Attributes:
-        function: What computes it: :func:`attend`, or the same made faster.
+        function: Computes it: :func:`attend`, or a compiled one.
     """
 
     remembers: ClassVar = False
@@ -104,7 +104,7 @@ class MLPSublayer:
     """``x <- x + after(mlp(before(x)))``, over the model's own modules.
 
     Attributes:
-        function: What computes it: :func:`feed_forward`, or the same made faster.
+        function: Computes it: :func:`feed_forward`, or a compiled one.
     """
 
     remembers: ClassVar = False
@@ -136,11 +136,11 @@ def _num_weights(module: nn.Module) -> int:
 
 
 class Scaled(nn.Module):
-    """What hidden states go through, multiplied by a number.
+    """Scale a module's output by a constant.
 
     Args:
-        module: What they go through first.
-        factor: The number.
+        module: The module.
+        factor: The constant.
     """
 
     def __init__(self, module: nn.Module, factor: float) -> None:
@@ -164,7 +164,8 @@ def sublayers_in(
 
     Args:
         layer: The layer.
-        index: The model's layer that it is, or is like: in some families layers differ, such as by their window.
+        index: Its number, or for a draft layer that of the model's layer it is like: layers of some families differ,
+            for instance in their window.
         family: Of the model.
         config: The model's.
     """
@@ -206,11 +207,11 @@ class Step(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The target model's sublayers, or a draft: the same with some left out.
+    """The target model's sublayers, or a draft's: the same with some skipped.
 
     Args:
-        steps: What runs, each with the index of the (first) sublayer that it stands for, ascending.
-        shared: How many sublayers at the bottom are those of the target model; all of them in the target model itself.
+        steps: The steps to run, each with the index of its sublayer or of the first that it replaces, ascending.
+        shared: Number of sublayers at the bottom that are the target model's; all of them in the target model itself.
         token_ids: ``[n]``, the tokens that the head scores; None for the whole vocabulary.
         lm_head_rows: ``[n, hidden_size]``, the head's weights for these tokens.
     """
@@ -219,6 +220,19 @@ class Stack:
     shared: int
     token_ids: Tensor | None = None
     lm_head_rows: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def skipping(cls, sublayers: Sequence[Step], skip_set: SkipSet, stand_ins: Mapping[int, Step]) -> Stack:
+        """The stack of a draft.
+
+        Args:
+            sublayers: The target model's.
+            skip_set: Sublayers to skip.
+            stand_ins: Replacements of runs of skipped sublayers, by the index of the run's first.
+        """
+        kept = {index: sublayers[index] for index in skip_set.kept}
+        shared = skip_set.mask.index(True) if len(skip_set) else len(sublayers)
+        return cls(tuple(sorted((kept | dict(stand_ins)).items(), key=lambda step: step[0])), shared)
 
     @property
     def remembers(self) -> bool:
@@ -235,7 +249,7 @@ class Stack:
 
         Args:
             x: ``[1, n, hidden_size]``, hidden states before sublayer ``start``.
-            context: What the pass shares.
+            context: Of the pass.
             start: Index of the first sublayer to run.
             stop: Index of the first sublayer not to run; None runs to the top.
         """
@@ -243,16 +257,3 @@ class Stack:
             if index >= start and (stop is None or index < stop):
                 x = step(x, context)
         return x
-
-
-def keep(sublayers: Sequence[Step], skip_set: SkipSet, stand_ins: Mapping[int, Step]) -> Stack:
-    """The stack with some sublayers left out.
-
-    Args:
-        sublayers: The target model's.
-        skip_set: What to leave out.
-        stand_ins: What runs instead of a run of skipped sublayers, by the index of the run's first.
-    """
-    kept = {index: sublayers[index] for index in skip_set.kept}
-    shared = skip_set.mask.index(True) if len(skip_set) else len(sublayers)
-    return Stack(tuple(sorted((kept | dict(stand_ins)).items(), key=lambda step: step[0])), shared)

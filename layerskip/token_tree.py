@@ -1,4 +1,4 @@
-"""The shape of a draft: which drafted token follows which. A chain is a tree without branches."""
+"""Token trees: which drafted token follows which. A chain is a tree without branches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from layerskip.errors import InvalidInputError
 
-# Caches have room for so many tokens beside the longest path of a tree.
+# Caches have room for this many tokens beside the longest path of a tree.
 MOST_LEAVES = 64
 
-# How many tokens a draft has for its first place, for its second, and so on: one number where they all follow the first
+# Number of tokens of a draft in its first place, in its second, and so on: one number where they all follow the first
 # token of the place before, several where they follow each of its tokens in turn.
 Branches = Sequence[int | Sequence[int]]
 
@@ -37,9 +37,9 @@ class TokenTree:
 
     @classmethod
     def comb(cls, widths: Iterable[int]) -> TokenTree:
-        """A chain with leaves: at each depth so many siblings, only the first of which goes on.
+        """A chain with leaves: at each depth ``widths`` siblings, of which only the first is followed by others.
 
-        The rows of the chain come first, and behind them the leaves, by depth.
+        The rows of the chain come first, and after them the leaves, by depth.
         """
         widths = tuple(widths)
         leaves = [row for row, width in enumerate(widths) for _ in range(width - 1)]
@@ -47,18 +47,18 @@ class TokenTree:
 
     @classmethod
     def grown(cls, widths: Iterable[Sequence[int]]) -> TokenTree:
-        """Place by place: how many tokens follow each token of the place before, in order; none behind those left."""
+        """A tree place by place: how many tokens follow each token of the place before; missing numbers are 0."""
         parents: list[int] = []
         rows = [0]
         for place in widths:
-            behind = [row for row, width in zip(rows, place, strict=False) for _ in range(width)]
-            rows = [len(parents) + number for number in range(1, len(behind) + 1)]
-            parents += behind
+            following = [row for row, width in zip(rows, place, strict=False) for _ in range(width)]
+            rows = [len(parents) + number for number in range(1, len(following) + 1)]
+            parents += following
         return cls(tuple(parents))
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """For each row how far it lies behind the newest token."""
+        """For each row its distance from the newest token."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
@@ -83,11 +83,11 @@ class TokenTree:
         return dict(sorted(children.items()))
 
     def padded(self, rows: int) -> TokenTree:
-        """The same with more rows behind, so that it has ``rows`` of them. Nothing follows them."""
+        """The same with further rows, ``rows`` in all, that nothing follows."""
         return TokenTree((*self.parents, *(0,) * (rows - 1 - len(self.parents))))
 
     def follow(self, drafted: Sequence[int], choices: Sequence[int]) -> tuple[int, ...]:
-        """The rows that the text runs through, from row 0 on, while what was chosen behind a row was drafted there.
+        """The rows that the text runs through, from row 0 on, while the token chosen after a row was drafted there.
 
         Args:
             drafted: The drafted tokens.
@@ -96,17 +96,17 @@ class TokenTree:
         rows = [0]
         while True:
             following = self.children.get(rows[-1], ())
-            stands = [row for row in following if drafted[row - 1] == choices[rows[-1]]]
-            if not stands:
+            accepted = [row for row in following if drafted[row - 1] == choices[rows[-1]]]
+            if not accepted:
                 return tuple(rows)
-            rows.append(stands[0])
+            rows.append(accepted[0])
 
 
 def widths_of(branches: Branches) -> tuple[tuple[int, ...], ...]:
     """Branches with a row of numbers for every place.
 
     Raises:
-        InvalidInputError: A place has no token behind the first one of the place before, more numbers than that place
+        InvalidInputError: A place has no token after the first one of the place before, more numbers than that place
             has tokens, or there are more tokens than caches have room for.
     """
     widths = tuple((place,) if isinstance(place, int) else tuple(place) for place in branches)
@@ -139,7 +139,7 @@ def branches_of(widths: Iterable[Sequence[int]]) -> tuple[int | tuple[int, ...],
 
 
 def describe_branches(branches: Branches) -> str:
-    """Branches for people, such as ``4-2-1``, or ``4-2+1-1`` where two tokens have others behind them."""
+    """Branches for people, such as ``4-2-1``, or ``4-2+1-1`` where two tokens are followed by others."""
     return "-".join(_shown((place,) if isinstance(place, int) else place) for place in branches)
 
 
@@ -149,30 +149,30 @@ def _shown(place: Sequence[int]) -> str:
 
 @lru_cache(maxsize=256)
 def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers as a tensor that stays on its device: to bring them there makes the host wait."""
+    """Numbers as a tensor that stays on its device: copying them there makes the host wait."""
     return torch.tensor(numbers, device=device)
 
 
 @lru_cache(maxsize=256)
 def ancestors_on(tree: TokenTree, device: torch.device) -> Tensor:
-    """Which rows each row comes from, itself included: ``[rows, rows]``, booleans."""
+    """The ancestors of each row, itself included: ``[rows, rows]``, booleans."""
     rows = len(tree.parents) + 1
-    comes_from = torch.eye(rows, dtype=torch.bool)
+    ancestors = torch.eye(rows, dtype=torch.bool)
     for row, parent in enumerate(tree.parents, start=1):
-        comes_from[row] |= comes_from[parent]
-    return comes_from.to(device)
+        ancestors[row] |= ancestors[parent]
+    return ancestors.to(device)
 
 
 @lru_cache(maxsize=256)
 def siblings_on(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The drafted tokens behind each of the ``n`` rows that any follow.
+    """The drafted tokens after each of the ``n`` rows that any follow.
 
     Returns:
-        The rows, ``[n]``; indices of drafted tokens, ``[n, most siblings]``; and which of them there are: where a row
-        has fewer siblings its first takes their places.
+        The rows, ``[n]``; indices of drafted tokens, ``[n, most siblings]``; and which of them exist: where a row has
+        fewer siblings the first one fills their places.
     """
     most = max(map(len, tree.children.values()))
     indices = [[row - 1 for row in rows] + [rows[0] - 1] * (most - len(rows)) for rows in tree.children.values()]
-    there = [[number < len(rows) for number in range(most)] for rows in tree.children.values()]
+    exists = [[number < len(rows) for number in range(most)] for rows in tree.children.values()]
     rows = torch.tensor(list(tree.children), device=device)
-    return rows, torch.tensor(indices, device=device), torch.tensor(there, device=device)
+    return rows, torch.tensor(indices, device=device), torch.tensor(exists, device=device)

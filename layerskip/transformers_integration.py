@@ -27,15 +27,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from layerskip.adapters import check_generating
 from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidInputError
 from layerskip.generation import DecodingStats, Generation, generate
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
-from layerskip.model import LayerSkipModel, check_generating
+from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 
-# Drafts kept for one model, those used last: each may hold rows of the head.
+# Drafters kept for each model, those used last: each may hold rows of the head.
 _DRAFTERS_KEPT = 4
 
 
@@ -49,47 +50,39 @@ class _Wrapped:
 
 
 _WRAPPED: weakref.WeakKeyDictionary[PreTrainedModel, _Wrapped] = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()
+_LOCK = threading.Lock()
 
 
-def cached_engine(model: PreTrainedModel) -> EagerEngine:
-    """The engine of the model's wrapper: the same for every call, until the model is moved, changed or dropped.
+def engine_and_drafter(profile: DraftProfile, model: PreTrainedModel) -> tuple[EagerEngine, Drafter]:
+    """The engine of a model, and a drafter for one generation with it.
 
-    It does not keep the model alive; keep the model for as long as you use it.
-
-    Raises:
-        UnsupportedModelError: The model cannot be taken apart.
-        InvalidInputError: The model is in training mode.
-    """
-    return _wrapped(model).engine
-
-
-def cached_drafter(profile: DraftProfile, model: PreTrainedModel) -> Drafter:
-    """A drafter for one generation; what is costly about it is made and checked once for a profile and a model.
+    The engine is the same for every call until the model is moved, changed or dropped; until then a profile is checked,
+    and its stack built, once. The engine does not keep the model alive; keep the model for as long as you use it.
 
     Raises:
         InvalidProfileError: The profile is for another model.
+        UnsupportedModelError: The model cannot be split into sublayers.
+        InvalidInputError: The model is in training mode.
     """
     with _LOCK:
         wrapped = _wrapped(model)
-        kept = next((entry for entry in wrapped.drafters if entry[0] == profile), None)
-        if kept is None:
-            kept = profile, profile.drafter(wrapped.engine.model)
-        wrapped.drafters = [*(entry for entry in wrapped.drafters if entry is not kept), kept][-_DRAFTERS_KEPT:]
-        return copy.copy(kept[1])  # its own state, for generations at the same time
+        known = next((entry for entry in wrapped.drafters if entry[0] == profile), None)
+        newest = known or (profile, profile.drafter(wrapped.engine.model))
+        wrapped.drafters = [*(entry for entry in wrapped.drafters if entry is not known), newest][-_DRAFTERS_KEPT:]
+        # A copy with a state of its own, for generations at the same time.
+        return wrapped.engine, copy.copy(newest[1])
 
 
 def _wrapped(model: PreTrainedModel) -> _Wrapped:
     if model.training:
         raise InvalidInputError("the model is in training mode; call model.eval() first")
     state = _state(model)
-    with _LOCK:
-        wrapped = _WRAPPED.get(model)
-        if wrapped is None or wrapped.state != state:
-            # By a proxy: a value that held its key would keep it.
-            wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
-            wrapped = _WRAPPED[model] = _Wrapped(EagerEngine(wrapper), state)
-        return wrapped
+    wrapped = _WRAPPED.get(model)
+    if wrapped is None or wrapped.state != state:
+        # A proxy, because a value that refers to its key keeps it alive.
+        wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
+        wrapped = _WRAPPED[model] = _Wrapped(EagerEngine(wrapper), state)
+    return wrapped
 
 
 def _state(model: PreTrainedModel) -> object:
@@ -101,13 +94,13 @@ def _state(model: PreTrainedModel) -> object:
     return model.config._attn_implementation, weights
 
 
-# What generate() prepares for the model's own forward; layerskip computes positions, masks and cache itself.
+# Prepared by generate() for the model's own forward; layerskip computes positions, masks and cache itself.
 _PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What ``generate`` returns with ``return_dict_in_generate=True``: transformers' output, and counters.
+    """The output of ``generate`` with ``return_dict_in_generate=True``: transformers' own, and counters.
 
     ``past_key_values`` is None: layerskip keeps a cache of its own kind for the generation.
 
@@ -129,7 +122,7 @@ def speculate(
     The output is that of ``generate`` without it: the same tokens when greedy (in float32), samples of the same
     distribution with ``do_sample=True``. Generation config, logits processors, stopping criteria and
     ``return_dict_in_generate`` with ``output_scores`` and ``output_logits`` work as they do there. The model is not
-    changed. What takes time, checking the profile and making the draft, happens in the first call with a model.
+    changed. Checking the profile and building the draft, which take time, happen in the first call with a model.
 
     ``generate`` does not hand its streamer and its tokenizer to a callable, so give them here.
 
@@ -151,7 +144,7 @@ class Speculation:
     """A decoding method for ``generate(custom_generate=...)``; :func:`speculate` makes one.
 
     Attributes:
-        profile: What to draft with, whether or not it was measured to be faster than plain decoding.
+        profile: How to draft, whether or not it was measured to be faster than plain decoding.
         streamer: As in :func:`speculate`.
         tokenizer: As in :func:`speculate`.
     """
@@ -161,7 +154,7 @@ class Speculation:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(self, model: PreTrainedModel) -> EagerEngine:
-        """Do now what the first generation with a model would do: check the profile, and make the draft.
+        """Check the profile and build the draft now, instead of in the first generation with a model.
 
         Returns:
             The engine that runs generations with this model, such as to give it its costs. It does not keep the model
@@ -169,11 +162,10 @@ class Speculation:
 
         Raises:
             InvalidProfileError: The profile is for another model.
-            UnsupportedModelError: The model cannot be taken apart into sublayers.
+            UnsupportedModelError: The model cannot be split into sublayers.
             InvalidInputError: The model is in training mode.
         """
-        cached_drafter(self.profile, model)
-        return cached_engine(model)
+        return engine_and_drafter(self.profile, model)[0]
 
     def __call__(
         self,
@@ -185,16 +177,16 @@ class Speculation:
         stop_strings: str | Sequence[str] | None = None,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        """What ``generate`` calls.
+        """Decode; ``generate`` calls this.
 
         Args:
             model: The model whose ``generate`` it is.
             input_ids: ``[1, n]``, the prompt.
-            logits_processor: Those of the generation config and the caller's.
+            logits_processor: The generation config's and the caller's.
             stopping_criteria: Likewise.
             generation_config: The settings.
             stop_strings: ``generate``'s argument; reaches a callable because it is named here.
-            model_kwargs: Arguments for the model's forward; only what ``generate`` prepares itself is allowed.
+            model_kwargs: Arguments for the model's forward; only those that ``generate`` prepares itself are allowed.
 
         Returns:
             ``[1, n + m]``, prompt and new tokens, or the output that ``return_dict_in_generate`` asks for.
@@ -202,25 +194,23 @@ class Speculation:
         Raises:
             InvalidInputError: A setting or an input is not supported. The message names it.
             InvalidProfileError: The profile is for another model.
-            UnsupportedModelError: The model cannot be taken apart into sublayers, or generates with an adapter that
+            UnsupportedModelError: The model cannot be split into sublayers, or generates with an adapter that
                 does more than to replace modules.
         """
         _check_settings(generation_config)
         check_generating(model)
-        drafter, engine = cached_drafter(self.profile, model), cached_engine(model)
+        engine, drafter = engine_and_drafter(self.profile, model)
         wrapper = engine.model
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
-        transcript = GenerationHistory(
+        history = GenerationHistory(
             input_ids,
             criteria,
             keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
         )
-        sampling = ProcessorSampling(
-            transcript, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size
-        )
-        simple = not sampling.needs_history and all(type(one) in _KNOWN_TO_THE_LOOP for one in criteria)
+        sampling = ProcessorSampling(history, logits_processor, bool(generation_config.do_sample), wrapper.vocab_size)
+        simple = not sampling.needs_history and all(type(criterion) in _KNOWN_TO_THE_LOOP for criterion in criteria)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         generation = generate(
@@ -231,13 +221,13 @@ class Speculation:
             sampling=sampling,
             max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),
             eos_token_ids=_eos_token_ids(criteria) if simple else (),
-            stop=None if simple else transcript.ends_after,
+            stop=None if simple else history.ends_after,
             on_token=None if self.streamer is None else self._put,
         )
         if self.streamer is not None:
             self.streamer.end()
         _warn_if_full(generation, wrapper)
-        return _output(generation, input_ids, transcript, generation_config)
+        return _output(generation, input_ids, history, generation_config)
 
     def _stop_string_criteria(self, stop_strings: str | Sequence[str] | None) -> list[StopStringCriteria]:
         if stop_strings is None:
@@ -255,7 +245,7 @@ class Speculation:
         self.streamer.put(torch.tensor([token]))
 
 
-# Criteria that the loop decides itself, without a look at the device.
+# Criteria that decoding decides itself, without reading from the device.
 _KNOWN_TO_THE_LOOP = frozenset({EosTokenCriteria, MaxLengthCriteria})
 
 
@@ -305,25 +295,26 @@ def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
 
 def _max_new_tokens(criteria: StoppingCriteriaList, input_ids: Tensor, model: LayerSkipModel) -> int:
     """At least one, as in generate; criteria that set no limit leave the model's context."""
-    longest = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
+    longest = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
     return max(min(longest, default=model.context_length + 1) - input_ids.shape[1], 1)
 
 
 def _eos_token_ids(criteria: StoppingCriteriaList) -> set[int]:
-    return {int(id) for one in criteria if isinstance(one, EosTokenCriteria) for id in one.eos_token_id}
+    ending = [criterion for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    return {int(id) for criterion in ending for id in criterion.eos_token_id}
 
 
 def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
     if generation.finish_reason == "context":
         warnings.warn(
             f"the text ends after {len(generation.tokens)} new tokens because the model's context of "
-            f"{model.context_length} is full; generate by itself would go on beyond it",
+            f"{model.context_length} is full; generate by itself would continue beyond it",
             stacklevel=5,  # where generate was called
         )
 
 
 def _output(
-    generation: Generation, input_ids: Tensor, transcript: GenerationHistory, config: GenerationConfig
+    generation: Generation, input_ids: Tensor, history: GenerationHistory, config: GenerationConfig
 ) -> Tensor | SpeculativeOutput:
     new = torch.tensor([generation.tokens], dtype=input_ids.dtype, device=input_ids.device)
     sequences = torch.cat([input_ids, new], dim=-1)
@@ -331,7 +322,7 @@ def _output(
         return sequences
     return SpeculativeOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        scores=transcript.scores,  # type: ignore[arg-type]
-        logits=transcript.logits,  # type: ignore[arg-type]
+        scores=history.scores,  # type: ignore[arg-type]
+        logits=history.logits,  # type: ignore[arg-type]
         stats=generation.stats,
     )

@@ -11,12 +11,15 @@ SWIFT's (arXiv 2410.06916) and EAGLE-2's (arXiv 2406.16858) do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
 from search.acceptance import LAST_RANK, Trace
-from search.space import Policy, SearchSpace
+from search.space import SearchSpace
 
 _DEPTHS = (1, 2, 3, 4, 6)
 _CONFIDENCES = (0.2, 0.4, 0.6)
@@ -53,10 +56,11 @@ def best_comb(gain: np.ndarray, size: int) -> tuple[int, ...]:
     return tuple(widths.tolist())
 
 
-def branching_policies(traces: Sequence[Trace], space: SearchSpace) -> Iterator[Policy]:
+def branching_policies(config: DraftConfig, traces: Sequence[Trace], space: SearchSpace) -> Iterator[DraftConfig]:
     """Drafts that branch, of each size in the space, in the shapes that suit a candidate.
 
     Args:
+        config: The candidate.
         traces: The candidate's.
         space: Gives sizes and gates.
     """
@@ -65,6 +69,7 @@ def branching_policies(traces: Sequence[Trace], space: SearchSpace) -> Iterator[
         exits: list[DraftStopping] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
-        for size in (size for size in space.trees if size > depth):
+        for size in (size for size in space.tree_sizes if size > depth):
             branches = best_comb(deepest[:depth], size)
-            yield from (Policy(draft_exit, gate, branches) for draft_exit in exits for gate in space.gates)
+            for rule, threshold in product(exits, space.target_confidence_thresholds):
+                yield replace(config, stopping=rule, target_confidence_threshold=threshold, tree=branches)

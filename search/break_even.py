@@ -1,48 +1,28 @@
-"""Whether speculation can pay on a machine, before anything is searched: which agreement a draft would need."""
+"""Whether speculation can pay on a machine, and which acceptance rate a draft would need: known before any search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from layerskip.costs import speedup
-from layerskip.engine import Engine
-from search.latency import LatencyModel, measure_latency
+from layerskip.costs import DraftParts, speedup
+from layerskip.engine import Engine, measure_costs
 from search.space import SearchSpace
 
 # A text of usual length.
 _CONTEXT = 128
-# Acceptance rates whose speedup is foretold: a poor draft's, a usual one's, a good one's.
+# Acceptance rates whose speedup is predicted: a poor draft's, a usual one's, a good one's.
 _RATES = (0.6, 0.75, 0.9)
-# Above this, a draft agrees so often only where next to nothing is left out.
+# Drafts reach a higher rate only where next to nothing is skipped.
 _HOPELESS_RATE = 0.97
 
 
 @dataclass(frozen=True)
-class DraftShape:
-    """What a draft is made of, whatever it says.
-
-    Args:
-        name: For people.
-        attention: Attention sublayers that it runs.
-        mlp: MLP sublayers that it runs.
-        bridges: Bridges that it runs.
-        vocabulary: Size of its draft vocabulary; 0 is the whole one.
-    """
-
-    name: str
-    attention: int
-    mlp: int
-    bridges: int
-    vocabulary: int
-
-
-@dataclass(frozen=True)
 class DraftBreakEven:
-    """What a draft of some shape would need, and bring.
+    """The acceptance rate that a kind of draft needs, and the speedups that it would give.
 
     Args:
-        draft: Its shape, for people.
+        draft: The kind of draft, for people.
         cost: Of one draft step, in units of a plain decoding step.
         break_even: Least acceptance rate from which it is no slower than plain decoding; None if even a draft that is
             always right is slower.
@@ -56,6 +36,16 @@ class DraftBreakEven:
     length: int
     speedups: Mapping[float, float]
 
+    @classmethod
+    def of(cls, draft: str, cost: float, verification: Mapping[int, float]) -> DraftBreakEven:
+        """From the costs of a draft step and of verifying ``k`` tokens, by ``k``, in units of a plain step."""
+        lengths = [width - 1 for width in verification if width > 1]
+        rates = {length: break_even(length, cost, verification[length + 1]) for length in lengths}
+        reachable = {length: rate for length, rate in rates.items() if rate is not None}
+        length = min(reachable, key=lambda length: reachable[length], default=lengths[0])
+        speedups = {rate: max(speedup(rate, n, cost, verification[n + 1]) for n in lengths) for rate in _RATES}
+        return cls(draft, cost, reachable.get(length), length, speedups)
+
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -64,7 +54,7 @@ class BreakEven:
     Args:
         step_seconds: Of one plain decoding step.
         verification: Cost v(k) of verifying k tokens, in units of a plain step, by k.
-        drafts: Of typical shapes.
+        drafts: Of typical kinds.
     """
 
     step_seconds: float
@@ -73,43 +63,43 @@ class BreakEven:
 
     @property
     def best(self) -> DraftBreakEven | None:
-        """The draft that needs least agreement to break even; None if none ever does."""
+        """The draft that breaks even at the lowest acceptance rate; None if none ever does."""
         able = [draft for draft in self.drafts if draft.break_even is not None]
         return min(able, key=lambda draft: draft.break_even or 0.0, default=None)
 
     @property
     def can_pay(self) -> bool:
-        """Whether some draft needs an agreement that drafts have been seen to reach."""
+        """Whether some draft breaks even at an acceptance rate that drafts reach."""
         return self.best is not None and (self.best.break_even or 0.0) < _HOPELESS_RATE
 
 
 def measure_break_even(engine: Engine) -> BreakEven:
-    """Measure what the parts of a step cost, which takes up to a minute or so, and work out the rest.
+    """Measure what passes cost, which takes up to a minute or so, and work out the rest.
 
     Args:
         engine: Runs the passes of the model where it would decode, and knows what they cost.
     """
     space = SearchSpace.of(engine.model)
-    latency = measure_latency(engine, space)
-    choice = engine.costs
-    plain = latency.verification(1, 0.0, _CONTEXT, choice)
-    widths = range(1, space.max_draft_length + 2)
-    verification = {width: latency.verification(width, 0.0, _CONTEXT, choice) / plain for width in widths}
-    drafts = [_payoff(shape, _cost(latency, shape) / plain, verification) for shape in typical_drafts(space)]
-    return BreakEven(plain, verification, tuple(drafts))
+    measured = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted).at(_CONTEXT)
+    costs = measured.relative()
+    verification = {width: costs.verification(width) for width in range(1, space.max_draft_length + 2)}
+    drafts = [
+        DraftBreakEven.of(name, costs.draft_step(parts), verification) for name, parts in typical_drafts(space).items()
+    ]
+    return BreakEven(measured.plain_step, verification, tuple(drafts))
 
 
-def typical_drafts(space: SearchSpace) -> list[DraftShape]:
-    """Drafts of the kinds that searches find, from nearly the whole model to a small part of it."""
+def typical_drafts(space: SearchSpace) -> dict[str, DraftParts]:
+    """Drafts of the kinds that searches find, by name, from nearly the whole model to a small part of it."""
     layers = space.num_layers
-    vocabulary = space.vocabularies[len(space.vocabularies) // 2]
+    vocabulary = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     head = f", vocabulary of {vocabulary}" if vocabulary else ""
-    shapes = [DraftShape(f"nothing skipped{head}", layers, layers, 0, vocabulary)] if vocabulary else []
+    drafts = {f"nothing skipped{head}": DraftParts(layers, layers, vocabulary=vocabulary)} if vocabulary else {}
     for share, words in ((4, "a quarter"), (2, "half")):
         kept = layers - layers // share
-        shapes.append(DraftShape(f"{words} of the sublayers skipped", kept, kept, 0, 0))
-    kept, bridges = layers - layers // 2, max(layers // 8, 1)
-    return [*shapes, DraftShape(f"half of the sublayers skipped, bridged{head}", kept, kept, bridges, vocabulary)]
+        drafts[f"{words} of the sublayers skipped"] = DraftParts(kept, kept)
+    half, bridges = layers - layers // 2, max(layers // 8, 1)
+    return drafts | {f"half of the sublayers skipped, bridged{head}": DraftParts(half, half, bridges, vocabulary)}
 
 
 def break_even(length: int, cost: float, verification: float) -> float | None:
@@ -121,16 +111,3 @@ def break_even(length: int, cost: float, verification: float) -> float | None:
         middle = (low + high) / 2
         low, high = (low, middle) if speedup(middle, length, cost, verification) >= 1 else (middle, high)
     return high
-
-
-def _cost(latency: LatencyModel, shape: DraftShape) -> float:
-    return latency.parts(shape.attention, shape.mlp, shape.bridges, shape.vocabulary, _CONTEXT)
-
-
-def _payoff(shape: DraftShape, cost: float, verification: Mapping[int, float]) -> DraftBreakEven:
-    lengths = [width - 1 for width in verification if width > 1]
-    needed = {length: break_even(length, cost, verification[length + 1]) for length in lengths}
-    able = {length: rate for length, rate in needed.items() if rate is not None}
-    length = min(able, key=lambda length: able[length], default=lengths[0])
-    speedups = {rate: max(speedup(rate, n, cost, verification[n + 1]) for n in lengths) for rate in _RATES}
-    return DraftBreakEven(shape.name, cost, able.get(length), length, speedups)

@@ -1,16 +1,18 @@
-"""What candidates' drafts are made of: bridges and draft vocabularies, fitted to reference texts, and trained
-stand-ins.
-"""
+"""Draft builder: makes the weights, the stack and the drafter that a draft configuration asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
+from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
@@ -19,10 +21,9 @@ from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack, Step
 from layerskip.target_texts import TargetText
-from search.draft_layers import DraftLayerRef, TrainedDraftLayer
+from search.draft_layers import TrainedDraftLayer
 from search.prompts import EncodedPrompt
 from search.reference import ReferenceRun
-from search.space import Candidate, Policy
 
 # Positions of hidden states that bridges are fitted to, over all texts.
 _FIT_POSITIONS = 2048
@@ -34,45 +35,85 @@ def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_to
 
 
 class DraftBuilder:
-    """Makes what candidates ask for.
+    """Builds drafts: bridges and draft vocabularies are fitted to reference texts, draft layers were trained before.
 
     Args:
         model: The model.
         texts: What the target model wrote, with hidden states at positions all over them.
-        stand_ins: Trained ones that candidates may ask for.
+        draft_layers: Trained draft layers that configurations may name.
     """
 
     def __init__(
-        self, model: LayerSkipModel, texts: Sequence[TargetText], stand_ins: Sequence[TrainedDraftLayer] = ()
+        self, model: LayerSkipModel, texts: Sequence[TargetText], draft_layers: Sequence[TrainedDraftLayer] = ()
     ) -> None:
         states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
         self._model = model
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
         self._heads: dict[tuple[int, DraftLayerRef | None], Stack] = {}
-        self._trained = {one.name: one for one in stand_ins}
-        self._built = {one.name: one.weights.placed_on(model).steps for one in stand_ins}
+        self._trained = {layer.ref: layer for layer in draft_layers}
+        self._built = {layer.ref: layer.weights.placed_on(model).steps for layer in draft_layers}
 
-    def assets(self, candidate: Candidate) -> DraftWeights:
-        """The stand-ins and the draft vocabulary that a candidate asks for; a trained one as it was given."""
-        ids = self._head(candidate).token_ids
-        bridges = self._bridges(candidate)
-        if candidate.stand_in is None:
+    def as_built(self, config: DraftConfig) -> DraftConfig:
+        """The configuration as its draft is built: without bridges where it skips no run that is worth one."""
+        worthy = config.bridges and self._fitter.worthy_runs(config.skipped_below)
+        return replace(config, bridges=bool(worthy))
+
+    def weights(self, config: DraftConfig) -> DraftWeights:
+        """The bridges, the draft layer and the draft vocabulary of a draft; the layer as it was trained."""
+        ids = self._head(config).token_ids
+        bridges = self._bridges(config)
+        if config.draft_layer is None:
             return DraftWeights(bridges=bridges, token_ids=ids)
-        trained = self._trained[candidate.stand_in].weights
+        trained = self._trained[config.draft_layer].weights
         return DraftWeights(bridges=[*bridges, *trained.bridges], layers=trained.layers, token_ids=ids)
 
-    def training_seconds(self, candidate: Candidate) -> float | None:
-        """How long a candidate's stand-in was trained, if it has one and that is known."""
-        return None if candidate.stand_in is None else self._trained[candidate.stand_in].training_seconds
+    def training_seconds(self, config: DraftConfig) -> float | None:
+        """How long the draft layer was trained, if there is one and that is known."""
+        return None if config.draft_layer is None else self._trained[config.draft_layer].training_seconds
 
-    def _bridges(self, candidate: Candidate) -> list[Bridge]:
-        return self._fitter.fit(candidate.skipped_below) if candidate.bridged else []
+    def stack(self, config: DraftConfig) -> Stack:
+        """The stack that a draft runs."""
+        steps: dict[int, Step] = {bridge.start: bridge for bridge in self._bridges(config)}
+        if config.draft_layer is not None:
+            steps |= self._built[config.draft_layer]
+        stack = self._model.stack_of(config.skip_set, stand_ins=steps)
+        head = self._head(config)
+        return replace(stack, token_ids=head.token_ids, lm_head_rows=head.lm_head_rows)
 
-    def _head(self, candidate: Candidate) -> Stack:
-        """The full stack with the head of a draft vocabulary; made once, because its rows are copied."""
-        size, stand_in = candidate.vocabulary, candidate.stand_in
-        own = stand_in if stand_in is not None and 0 < stand_in.vocabulary == size else None
+    def drafter(self, config: DraftConfig) -> Drafter:
+        """The drafter of a configuration."""
+        return make_drafter(self._model, config, self.weights(config))
+
+    def num_bridges(self, masks: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """How many bridges are fitted for each of several drafts with bridges.
+
+        Args:
+            masks: ``[n, sublayers]``, what each skips below its draft layer.
+
+        Returns:
+            ``[n]``.
+        """
+        edges = np.diff(np.pad(masks, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        (drafts, starts), (_, stops) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+        return np.bincount(drafts[self._worthy[starts, stops]], minlength=len(masks))
+
+    @cached_property
+    def _worthy(self) -> NDArray[np.bool_]:
+        """``[boundaries, boundaries]``, whether a run of skipped sublayers from one to another is worth a bridge."""
+        boundaries = range(len(self._model.sublayers) + 1)
+        return np.array([[self._fitter.worth_it(start, stop) for stop in boundaries] for start in boundaries])
+
+    def _bridges(self, config: DraftConfig) -> dict[int, Bridge]:
+        return self._fitter.fit(config.skipped_below) if config.bridges else {}
+
+    def _head(self, config: DraftConfig) -> Stack:
+        """The full stack with the head of a draft vocabulary; made once, because its rows are copied.
+
+        A draft layer's own vocabulary takes the place of the fitted one of that size.
+        """
+        size, layer = config.vocabulary_size, config.draft_layer
+        own = layer if layer is not None and 0 < layer.vocabulary_size == size else None
         if (size, own) not in self._heads:
             ids = self._fitted_ids(size) if own is None else self._trained[own].weights.token_ids
             self._heads[size, own] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
@@ -80,24 +121,3 @@ class DraftBuilder:
 
     def _fitted_ids(self, size: int) -> Tensor | None:
         return draft_vocabulary(self._frequencies, self._model.eos_token_ids, size) if size else None
-
-    def num_bridges(self, skip_set: SkipSet) -> int:
-        """How many bridges are fitted for a bridged candidate that leaves this out without a trained stand-in."""
-        return len(self._fitter.worthy_runs(skip_set))
-
-    def as_built(self, candidate: Candidate) -> Candidate:
-        """The candidate as its draft is built: without bridges where it skips nothing that is worth one."""
-        return replace(candidate, bridged=candidate.bridged and self.num_bridges(candidate.skipped_below) > 0)
-
-    def stack(self, candidate: Candidate) -> Stack:
-        """The stack of a candidate's draft."""
-        stand_ins: dict[int, Step] = {bridge.start: bridge for bridge in self._bridges(candidate)}
-        if candidate.stand_in is not None:
-            stand_ins |= self._built[candidate.stand_in]
-        stack = self._model.stack_of(candidate.skip_set, stand_ins=stand_ins)
-        head = self._head(candidate)
-        return replace(stack, token_ids=head.token_ids, lm_head_rows=head.lm_head_rows)
-
-    def drafter(self, candidate: Candidate, policy: Policy) -> Drafter:
-        """The drafter of a candidate that drafts by a policy."""
-        return make_drafter(self._model, policy.config(candidate.skip_set), self.assets(candidate))

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerskip.drafting.config import PromptLookup
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.prompt_lookup import NGramIndex
 from layerskip.target_texts import TargetText
-from search.space import Policy
 
 if TYPE_CHECKING:
-    from search.replay import Prediction
+    from search.replay import SimulatedSpeedup
 
 _SHORTEST = (1, 2, 3)
 _LENGTHS = (3, 7)
@@ -65,7 +64,7 @@ def copies_along(texts: Sequence[TargetText]) -> dict[PromptLookup, list[Copies]
     return {ngrams: [Copies.of(text, ngrams) for text in texts] for ngrams in settings_of_ngrams()}
 
 
-def with_copies(best: Prediction, replayed: Callable[[Policy], Prediction]) -> Prediction:
+def with_copies(best: SimulatedSpeedup, replayed: Callable[[DraftConfig], SimulatedSpeedup]) -> SimulatedSpeedup:
     """The prediction with the copies that bring most as a first try; the one without where none clearly bring anything.
 
     A few texts that repeat themselves gain so much by copying that they decide the sum. So copies have to save time
@@ -75,7 +74,7 @@ def with_copies(best: Prediction, replayed: Callable[[Policy], Prediction]) -> P
         best: Without copies.
         replayed: Foretells a policy.
     """
-    tried = [replayed(replace(best.policy, ngrams=ngrams)) for ngrams in settings_of_ngrams()]
+    tried = [replayed(replace(best.config, prompt_lookup=ngrams)) for ngrams in settings_of_ngrams()]
     clear = [one for one in tried if _saves(best.seconds, one.seconds)]
     return max(clear, key=lambda one: one.speedup, default=best)
 

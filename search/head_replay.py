@@ -16,6 +16,7 @@ from itertools import accumulate, product
 import numpy as np
 import torch
 
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.drafter import RoundResult
@@ -34,9 +35,8 @@ from layerskip.token_tree import branches_of, widths_of
 from layerskip.utils import device_seconds
 from search.acceptance import LAST_RANK, ranked
 from search.copying import Copies
-from search.latency import LatencyModel
-from search.replay import Prediction
-from search.space import Policy, SearchSpace
+from search.replay import SimulatedSpeedup
+from search.space import SearchSpace
 
 _CONFIDENCES = (0.1, 0.2, 0.4, 0.6)
 _REPEATS = 11
@@ -145,10 +145,13 @@ def _widths(tree: Set[tuple[int, ...]], depth: int) -> Iterator[list[int]]:
         before = here
 
 
-def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -> Iterator[Policy]:
+def head_policies(
+    config: DraftConfig, traces: Sequence[HeadTrace], heads: int, space: SearchSpace
+) -> Iterator[DraftConfig]:
     """Drafts of every length, with and without a confidence threshold, gates and branches.
 
     Args:
+        config: Everything but the policy.
         traces: Of the heads.
         heads: How many there are.
         space: Gives gates and sizes of trees.
@@ -157,8 +160,9 @@ def head_policies(traces: Sequence[HeadTrace], heads: int, space: SearchSpace) -
         exits: list[DraftStopping] = [FixedLength(depth)]
         if depth > 1:
             exits += [ConfidenceThreshold(confidence, depth) for confidence in _CONFIDENCES]
-        shapes = [(), *(best_tree(traces, depth, size) for size in space.trees if size > depth)]
-        yield from (Policy(one, gate, shape) for one in exits for gate in space.gates for shape in shapes)
+        shapes = [(), *(best_tree(traces, depth, size) for size in space.tree_sizes if size > depth)]
+        for rule, threshold, shape in product(exits, space.target_confidence_thresholds, shapes):
+            yield replace(config, stopping=rule, target_confidence_threshold=threshold, tree=shape)
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,7 @@ class HeadCosts:
     @classmethod
     def of(
         cls,
-        latency: LatencyModel,
-        engine: Engine,
+        latency: CostModel,
         heads: DraftHeads,
         draft: DraftSeconds,
         traces: Sequence[HeadTrace],
@@ -212,16 +215,14 @@ class HeadCosts:
 
         Args:
             latency: What passes of the target model cost.
-            engine: Chooses how to verify.
             heads: The heads.
             draft: As in the class.
             traces: One for each text.
             most: Tokens in the largest draft.
         """
-        choice = engine.costs
-        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
-        verification = [[latency.verification(k + 1, 0.0, at, choice) for k in range(most + 1)] for at in contexts]
-        return cls(draft, [latency.prefill(trace.prompt_length) for trace in traces], verification, heads.at_once)
+        halfway = [latency.at(trace.prompt_length + trace.new_tokens / 2) for trace in traces]
+        verification = [[costs.verification(k + 1) for k in range(most + 1)] for costs in halfway]
+        return cls(draft, [latency.at(trace.prompt_length).prefill for trace in traces], verification, heads.at_once)
 
 
 @torch.inference_mode()
@@ -270,12 +271,12 @@ def _even(ways: int, places: int) -> tuple[int | tuple[int, ...], ...]:
 
 def replay_heads(
     traces: Sequence[HeadTrace],
-    policies: Sequence[Policy],
+    policies: Sequence[DraftConfig],
     costs: HeadCosts,
     *,
     limit: int,
     copies: Mapping[PromptLookup, Sequence[Copies]] | None = None,
-) -> Prediction:
+) -> SimulatedSpeedup:
     """Find the policy with which the heads would have been fastest.
 
     Args:
@@ -290,8 +291,8 @@ def replay_heads(
         for trace, prefill, verification in zip(traces, costs.prefill, costs.verification, strict=True)
     )
 
-    def predicted(policy: Policy) -> Prediction:
-        copied = (copies or {})[policy.ngrams] if policy.ngrams else [None] * len(traces)
+    def predicted(policy: DraftConfig) -> SimulatedSpeedup:
+        copied = (copies or {})[policy.prompt_lookup] if policy.prompt_lookup else [None] * len(traces)
         played = [
             _Played(trace, policy, costs, number, limit, one)
             for number, (trace, one) in enumerate(zip(traces, copied, strict=True))
@@ -299,7 +300,7 @@ def replay_heads(
         seconds = tuple(one.seconds for one in played)
         drafted = sum(one.drafted for one in played)
         rate = sum(one.accepted for one in played) / drafted if drafted else None
-        return Prediction(policy, plain / sum(seconds), rate, seconds)
+        return SimulatedSpeedup(policy, plain / sum(seconds), rate, seconds)
 
     return max(map(predicted, policies), key=lambda prediction: prediction.speedup)
 
@@ -314,15 +315,15 @@ class _Played:
     """
 
     def __init__(
-        self, trace: HeadTrace, policy: Policy, costs: HeadCosts, number: int, limit: int, copies: Copies | None
+        self, trace: HeadTrace, policy: DraftConfig, costs: HeadCosts, number: int, limit: int, copies: Copies | None
     ) -> None:
         self._trace = trace
         self._policy = policy
         self._costs = costs
-        state = policy.draft_exit.new_state()
+        state = policy.stopping.new_state()
         self._longest = min(state.max_length, len(trace.ranks))
         self._threshold = state.threshold
-        self._shape(widths_of(policy.branches))
+        self._shape(widths_of(policy.tree))
         self.seconds, self.drafted, self.accepted = costs.prefill[number], 0, 0
         newest, sure = 0, 1.0
         while newest < trace.new_tokens - 1:
@@ -331,7 +332,7 @@ class _Played:
             if copies and copied:
                 seconds, drafted, tokens, accepted = 0.0, copied, copied, min(copied, int(copies.stand[newest]))
             else:
-                asked = 0 if sure < policy.gate else min(self._longest, room)
+                asked = 0 if sure < policy.target_confidence_threshold else min(self._longest, room)
                 seconds, drafted, tokens, accepted = self._of_heads(newest, asked)
             self.seconds += seconds + costs.verification[number][tokens]
             self.drafted += drafted

@@ -1,29 +1,34 @@
-"""Loading the model that a search is about, with its engine, and profiles, in this process or in a worker's."""
+"""Load what a search works with: a model with its engine, and the draft layers of profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel
 
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
+from search.draft_layers import TrainedDraftLayer, trained_draft_layers
 
 
-def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
-    """The engine of a model by where that comes from, as :func:`engine_of` makes it."""
-    return engine_of(load_checkpoint(source, device=device, dtype=dtype).model, engine, compiled)
+def load_for_worker(
+    source: str, device: str, dtype: str, engine: str, compiled: bool, profiles: Sequence[str]
+) -> tuple[Engine, Sequence[TrainedDraftLayer]]:
+    """Load a model, make its engine, and load the draft layers of some profiles, for :class:`search.workers.Workers`.
 
-
-def engine_of(hf_model: PreTrainedModel, engine: str, compiled: bool) -> Engine:
-    """An engine, by its name, for a loaded model, whose sublayers are compiled if asked."""
-    model = LayerSkipModel(hf_model)
+    Args:
+        source: As :func:`layerskip.load_checkpoint` takes it.
+        device: Likewise.
+        dtype: Likewise.
+        engine: Name of the engine.
+        compiled: Whether to compile the sublayers.
+        profiles: As :func:`layerskip.load_profile` takes them.
+    """
+    model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
-    return make_engine(model, engine)
+    return make_engine(model, engine), trained_draft_layers(load_profiles(profiles, device, dtype), model)
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

@@ -1,4 +1,4 @@
-"""One trial: a candidate is looked at, or one that looked promising is decoded for real."""
+"""One trial: a candidate's speedup is predicted, or that of a promising one is measured."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.errors import InvalidInputError
-from search.builder import DraftBuilder
 from search.machine_lock import MachineLock
 from search.measure import Measurement, hopeless, summarize
-from search.predict import Estimate, SpeedupPredictor
+from search.predict import Prediction, SpeedupPredictor
 from search.prompts import EncodedPrompt
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from studies.ranking import (
     BASIS_KEY,
+    CONFIG_KEY,
     DRAFT_COST_KEY,
     PREDICTED_KEY,
     STOPPED_KEY,
     HasTrials,
     Snapshot,
+    config_of,
+    evaluated_trials,
     fully_measured_trials,
-    seen_trials,
     speedup_of,
 )
 
@@ -38,15 +40,15 @@ COMPLETE_KEY = "complete"
 # Names the sampler that proposed a trial, where there is no other source.
 SAMPLER_KEY = "sampler"
 ACCEPTANCE_KEY = "acceptance"
-_POLICY_KEY = "policy"
-_DRAFT_KEY = "draft_exit"
+# The draft configuration but for its skip set, for people.
+_DRAFT_KEY = "draft"
 _SPEEDUPS_KEY = "speedups"
 _SECONDS_BY_TEXT_KEY = "predicted_seconds"
-# What the measurement of a candidate takes over from the look at it.
-_FORETOLD = (_DRAFT_KEY, _POLICY_KEY, ACCEPTANCE_KEY, PREDICTED_KEY, COMPLETE_KEY, _SECONDS_BY_TEXT_KEY)
+# What the measurement of a candidate takes over from its prediction.
+_PREDICTED = (_DRAFT_KEY, CONFIG_KEY, ACCEPTANCE_KEY, PREDICTED_KEY, COMPLETE_KEY, _SECONDS_BY_TEXT_KEY)
 
 
-Measure = Callable[[int, Candidate, Policy, Sequence[EncodedPrompt]], Iterator[Measurement]]
+Measure = Callable[[int, DraftConfig, Sequence[EncodedPrompt]], Iterator[Measurement]]
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,16 @@ class Objective:
     """What Optuna calls for each trial: the speedup, predicted or measured, of what it chose.
 
     Args:
-        space: What candidates are made of.
-        predictor: Foretells speedups.
-        builder: Builds candidates' drafts.
-        measure: Decodes prompts with a trial's candidate and policy, and records what it measures.
+        space: The search space.
+        predictor: Predicts speedups.
+        measure: Decodes prompts with a trial's draft configuration, and records what it measures.
         lock: Gives measurements the machine to themselves.
         prompts: What measured candidates decode.
-        sampler: Name of who proposes what was not enqueued, for the record.
+        sampler: Name of the sampler that proposes what was not enqueued, for the record.
     """
 
     space: SearchSpace
     predictor: SpeedupPredictor
-    builder: DraftBuilder
     measure: Measure
     lock: MachineLock
     prompts: Sequence[EncodedPrompt]
@@ -85,32 +85,29 @@ class Objective:
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("skip_set", str(candidate.skip_set))
         if MEASURES_KEY in trial.user_attrs:
-            return self._measured(trial, candidate, _trial(trial, trial.user_attrs[MEASURES_KEY]))
+            return self._measured(trial, _trial(trial, trial.user_attrs[MEASURES_KEY]))
         if SOURCE_KEY not in trial.user_attrs:
             trial.set_user_attr(SAMPLER_KEY, self.sampler)
         now = Snapshot(trial.study)
         known = _seen_before(trial, now)
         if known is not None:
-            _note(trial, {key: known.user_attrs[key] for key in (*_FORETOLD, BASIS_KEY)})
+            _note(trial, {key: known.user_attrs[key] for key in (*_PREDICTED, BASIS_KEY)})
             trial.set_user_attr("answered_from", known.number)
             return speedup_of(known)
-        return self._predicted(trial, candidate, to_beat=_best_predicted(now))
-
-    def _predicted(self, trial: optuna.Trial, candidate: Candidate, *, to_beat: Sequence[float]) -> float:
         with self.lock.shared():
-            estimate = self.predictor.estimate(candidate, to_beat)
-        _note(trial, _described(self.builder.as_built(candidate), estimate) | {BASIS_KEY: "predicted"})
-        return estimate.prediction.speedup
+            prediction = self.predictor.predict(candidate, to_beat=_best_predicted(now))
+        _note(trial, _described(prediction) | {BASIS_KEY: "predicted"})
+        return prediction.simulated.speedup
 
-    def _measured(self, trial: optuna.Trial, candidate: Candidate, next_to_measure: FrozenTrial) -> float:
-        _note(trial, {key: next_to_measure.user_attrs[key] for key in _FORETOLD} | {BASIS_KEY: "measured"})
+    def _measured(self, trial: optuna.Trial, predicted: FrozenTrial) -> float:
+        _note(trial, {key: predicted.user_attrs[key] for key in _PREDICTED} | {BASIS_KEY: "measured"})
         started = time.perf_counter()
         with self.lock.exclusive():
-            summary = summarize(self._decode(trial, candidate, policy_of(next_to_measure)))
+            summary = summarize(self._decode(trial, config_of(predicted)))
         _note(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
         return summary.speedup
 
-    def _decode(self, trial: optuna.Trial, candidate: Candidate, policy: Policy) -> list[Measurement]:
+    def _decode(self, trial: optuna.Trial, config: DraftConfig) -> list[Measurement]:
         """Decode prompts in random order until all are done or there is no hope.
 
         A hopeless trial keeps the speedup of the prompts that it did.
@@ -119,7 +116,7 @@ class Objective:
         random.Random(trial.number).shuffle(prompts)
         best = _best_measured(trial.study)
         measured: list[Measurement] = []
-        for measurement in self.measure(trial.number, candidate, policy, prompts):
+        for measurement in self.measure(trial.number, config, prompts):
             measured.append(measurement)
             speedups = {m.prompt: m.speedup for m in measured}
             if len(measured) < len(prompts) and hopeless(speedups, best):
@@ -129,14 +126,9 @@ class Objective:
         return measured
 
 
-def policy_of(trial: FrozenTrial) -> Policy:
-    """The policy with which a trial's candidate was predicted to be, or was, measured."""
-    return Policy.from_json(trial.user_attrs[_POLICY_KEY])
-
-
 def _best_predicted(study: HasTrials) -> Sequence[float]:
     """The seconds that each text was predicted to take with the best candidate that was seen on all texts."""
-    best = max((t for t in seen_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
+    best = max((t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
     return () if best is None else best.user_attrs[_SECONDS_BY_TEXT_KEY]
 
 
@@ -147,25 +139,25 @@ def _best_measured(study: HasTrials) -> Mapping[str, float]:
 
 
 def _seen_before(trial: optuna.Trial, study: HasTrials) -> FrozenTrial | None:
-    return next((seen for seen in seen_trials(study) if seen.params == trial.params), None)
+    return next((seen for seen in evaluated_trials(study) if seen.params == trial.params), None)
 
 
 def _trial(trial: optuna.Trial, number: int) -> FrozenTrial:
     return trial.study.get_trials(deepcopy=False)[number]
 
 
-def _described(candidate: Candidate, estimate: Estimate) -> dict[str, Any]:
-    prediction = estimate.prediction
+def _described(prediction: Prediction) -> dict[str, Any]:
+    simulated = prediction.simulated
     return {
-        _DRAFT_KEY: " · ".join([str(prediction.policy), *candidate.extras]),
-        _POLICY_KEY: prediction.policy.as_json(),
-        ACCEPTANCE_KEY: estimate.acceptance,
-        PREDICTED_KEY: prediction.speedup,
-        DRAFT_COST_KEY: estimate.draft_cost,
-        COMPLETE_KEY: estimate.complete,
-        _SECONDS_BY_TEXT_KEY: prediction.seconds,
-        "predicted_acceptance_rate": prediction.acceptance_rate,
-        "texts": len(prediction.seconds),
+        _DRAFT_KEY: simulated.config.details,
+        CONFIG_KEY: simulated.config.to_json(),
+        ACCEPTANCE_KEY: prediction.acceptance,
+        PREDICTED_KEY: simulated.speedup,
+        DRAFT_COST_KEY: prediction.draft_cost,
+        COMPLETE_KEY: prediction.complete,
+        _SECONDS_BY_TEXT_KEY: simulated.seconds,
+        "predicted_acceptance_rate": simulated.acceptance_rate,
+        "texts": len(simulated.seconds),
     }
 
 

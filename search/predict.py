@@ -1,4 +1,4 @@
-"""What a candidate would bring, foretold without decoding: an estimate of its agreement, replayed at known costs."""
+"""Predict the speedup of a candidate without decoding: simulate it over traces of its agreement, at known costs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from functools import partial
 
 import numpy as np
 
+from layerskip.costs import CostModel
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.branching import branching_policies
 from search.builder import DraftBuilder
 from search.copying import copies_along, with_copies
-from search.latency import LatencyModel
-from search.replay import Prediction, RoundCosts, replay
-from search.space import Candidate, Policy, SearchSpace
+from search.replay import RoundCosts, SimulatedSpeedup, replay
+from search.space import SearchSpace
 
 # A candidate is given up when it is slower than the best one by so many standard errors of the difference.
 _RACING_ERRORS = 2.0
@@ -25,19 +26,19 @@ _SMALLEST_ERROR = 0.01
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What one candidate was found to be worth.
+class Prediction:
+    """The predicted speedup of a candidate.
 
     Args:
         acceptance: Its one-step acceptance rate α.
-        draft_cost: What one of its draft steps costs, c, in units of a plain decoding step.
-        prediction: What replay made of it.
-        complete: Whether all texts were looked at; a candidate that cannot win is given up earlier.
+        draft_cost: Cost c of one of its draft steps, in units of a plain decoding step.
+        simulated: Its speedup with its best policy.
+        complete: Whether it was traced on all texts; a candidate that cannot win is given up earlier.
     """
 
     acceptance: float
     draft_cost: float
-    prediction: Prediction
+    simulated: SimulatedSpeedup
     complete: bool
 
 
@@ -52,13 +53,13 @@ def _cannot_win(seconds: Sequence[float], to_beat: Sequence[float]) -> bool:
 
 
 class SpeedupPredictor:
-    """Foretells speedups.
+    """Predicts speedups.
 
     Args:
         engine: Runs verification, whose width it chooses by its costs.
-        space: The search space, with the policies to replay.
-        makers: Makes drafts' bridges and vocabularies.
-        estimator: Gives drafts' traces.
+        space: The search space, with the policies to simulate.
+        builder: Builds drafts.
+        tracer: Traces drafts.
         latency: What the parts of steps cost.
         max_new_tokens: Most tokens of a generation.
     """
@@ -67,41 +68,41 @@ class SpeedupPredictor:
         self,
         engine: Engine,
         space: SearchSpace,
-        makers: DraftBuilder,
-        estimator: AcceptanceTracer,
-        latency: LatencyModel,
+        builder: DraftBuilder,
+        tracer: AcceptanceTracer,
+        latency: CostModel,
         *,
         max_new_tokens: int,
     ) -> None:
         self._engine = engine
-        self._makers = makers
-        self._estimator = estimator
+        self._builder = builder
+        self._tracer = tracer
         self._latency = latency
         self._limit = max_new_tokens
         self._space = space
-        self._chains = space.policies()
-        self._copies = copies_along(estimator.texts) if space.ngrams else {}
+        self._copies = copies_along(tracer.texts) if space.prompt_lookup else {}
 
-    def estimate(self, candidate: Candidate, to_beat: Sequence[float] = ()) -> Estimate:
-        """Look at a candidate, some texts at a time, until all were seen or it cannot win.
+    def predict(self, candidate: DraftConfig, to_beat: Sequence[float] = ()) -> Prediction:
+        """Trace a candidate on some texts at a time, until all were traced or it cannot win, and simulate it.
 
         Args:
-            candidate: What to look at.
-            to_beat: Predicted seconds of the best candidate so far for each text; without them all texts are looked at.
+            candidate: The candidate.
+            to_beat: Predicted seconds of the best candidate so far for each text; without them all texts are traced.
         """
-        stack = self._makers.stack(candidate)
+        stack, config = self._builder.stack(candidate), self._builder.as_built(candidate)
+        chains = self._space.policies(config)
         traces: list[Trace] = []
-        parts = self._estimator.traces(stack)
+        parts = self._tracer.traces(stack)
         while True:
             traces += next(parts)
             costs = RoundCosts.of(self._latency, stack, self._engine, traces, self._space.most_drafted)
-            policies = [*self._chains, *branching_policies(traces, self._space)]
-            prediction = replay(traces, policies, costs, limit=self._limit)
+            policies = [*chains, *branching_policies(config, traces, self._space)]
+            simulated = replay(traces, policies, costs, limit=self._limit)
             if self._copies:
-                prediction = with_copies(prediction, partial(self._replayed, traces, costs))
-            complete = len(traces) == self._estimator.num_texts
-            if complete or _cannot_win(prediction.seconds, to_beat):
-                return Estimate(acceptance(traces), costs.draft_cost, prediction, complete)
+                simulated = with_copies(simulated, partial(self._replayed, traces, costs))
+            complete = len(traces) == self._tracer.num_texts
+            if complete or _cannot_win(simulated.seconds, to_beat):
+                return Prediction(acceptance(traces), costs.draft_cost, simulated, complete)
 
-    def _replayed(self, traces: Sequence[Trace], costs: RoundCosts, policy: Policy) -> Prediction:
-        return replay(traces, [policy], costs, limit=self._limit, copies=self._copies)
+    def _replayed(self, traces: Sequence[Trace], costs: RoundCosts, config: DraftConfig) -> SimulatedSpeedup:
+        return replay(traces, [config], costs, limit=self._limit, copies=self._copies)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerskip.drafting.config import PromptLookup
+from layerskip.costs import CostModel, DraftParts
+from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold
 from layerskip.engine import Engine
 from layerskip.sublayers import Stack
 from search.acceptance import LAST_RANK, Trace
 from search.copying import Copies
-from search.latency import LatencyModel
-from search.space import Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +36,28 @@ class RoundCosts:
     trees: np.ndarray
 
     @classmethod
-    def of(cls, latency: LatencyModel, stack: Stack, engine: Engine, traces: Sequence[Trace], most: int) -> RoundCosts:
+    def of(cls, latency: CostModel, stack: Stack, engine: Engine, traces: Sequence[Trace], most: int) -> RoundCosts:
         """The costs of a draft.
 
         Args:
             latency: What the parts cost.
             stack: The draft's.
-            engine: Chooses how to verify.
+            engine: Says whether verification resumes from what drafting computed.
             traces: One for each text.
             most: Tokens in the largest draft of any policy.
         """
-        choice = engine.costs
-        share = stack.shared / len(engine.model.sublayers) if engine.resumes else 0.0
-        contexts = [trace.prompt_length + trace.new_tokens / 2 for trace in traces]
+        share = stack.shared / len(engine.model.sublayers) if engine.resumes and engine.costs else 0.0
+        halfway = [latency.at(trace.prompt_length + trace.new_tokens / 2) for trace in traces]
+        parts = DraftParts.of(stack)
 
         def verification(share: float) -> np.ndarray:
             return np.array(
-                [
-                    [latency.verification(k + 1, share if k else 0.0, context, choice) for k in range(most + 1)]
-                    for context in contexts
-                ]
+                [[costs.verification(k + 1, share if k else 0.0) for k in range(most + 1)] for costs in halfway]
             )
 
         return cls(
-            np.array([latency.prefill(trace.prompt_length) for trace in traces]),
-            np.array([latency.draft_step(stack, context) for context in contexts]),
+            np.array([latency.at(trace.prompt_length).prefill for trace in traces]),
+            np.array([costs.draft_step(parts) for costs in halfway]),
             verification(share),
             verification(0.0),
         )
@@ -73,17 +69,17 @@ class RoundCosts:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class SimulatedSpeedup:
     """What replay foretells of a candidate under its best policy.
 
     Args:
-        policy: The policy.
+        config: The candidate with its best policy.
         speedup: Predicted plain seconds ÷ self-speculative seconds.
         acceptance_rate: Accepted ÷ drafted tokens; None if nothing would be drafted.
         seconds: Predicted for each text.
     """
 
-    policy: Policy
+    config: DraftConfig
     speedup: float
     acceptance_rate: float | None
     seconds: tuple[float, ...]
@@ -91,12 +87,12 @@ class Prediction:
 
 def replay(
     traces: Sequence[Trace],
-    policies: Sequence[Policy],
+    policies: Sequence[DraftConfig],
     costs: RoundCosts,
     *,
     limit: int,
     copies: Mapping[PromptLookup, Sequence[Copies]] | None = None,
-) -> Prediction:
+) -> SimulatedSpeedup:
     """Find the policy with which a candidate would have been fastest.
 
     Args:
@@ -111,8 +107,8 @@ def replay(
     speedups = rounds.plain.sum() / rounds.seconds.sum(axis=1)  # [policies]
     best = int(speedups.argmax())
     drafted = rounds.drafted[best].sum()
-    return Prediction(
-        policy=policies[best],
+    return SimulatedSpeedup(
+        config=policies[best],
         speedup=float(speedups[best]),
         acceptance_rate=float(rounds.accepted[best].sum() / drafted) if drafted else None,
         seconds=tuple(rounds.seconds[best].tolist()),
@@ -128,17 +124,17 @@ class _Rounds:
     def __init__(
         self,
         traces: Sequence[Trace],
-        policies: Sequence[Policy],
+        policies: Sequence[DraftConfig],
         costs: RoundCosts,
         limit: int,
         copies: Mapping[PromptLookup, Sequence[Copies]],
     ) -> None:
         self._costs = costs
         self._each = np.arange(len(traces))
-        exits = [policy.draft_exit for policy in policies]
+        exits = [policy.stopping for policy in policies]
         states = [draft_exit.new_state() for draft_exit in exits]
         self._longest = np.array([state.max_length for state in states])[:, None]
-        self._gate = np.array([policy.gate for policy in policies])[:, None]
+        self._gate = np.array([policy.target_confidence_threshold for policy in policies])[:, None]
         width = int(self._longest.max())
         self._shape(policies, width)
         self._room = limit - 1
@@ -157,15 +153,15 @@ class _Rounds:
         tokens = np.array([trace.new_tokens for trace in traces])
         self.plain = costs.prefill + (tokens - 1) * costs.verification[:, 0]
 
-    def _shape(self, policies: Sequence[Policy], width: int) -> None:
+    def _shape(self, policies: Sequence[DraftConfig], width: int) -> None:
         """By policy and depth: how many tokens are proposed there, and how many down to there."""
         self._branches = np.ones((len(policies), width + 1), dtype=int)
         for row, policy in enumerate(policies):
-            here = policy.branches[:width]
+            here = policy.tree[:width]
             self._branches[row, : len(here)] = here
         none = np.zeros((len(policies), 1), dtype=int)
         self._tokens = np.concatenate([none, self._branches[:, :width].cumsum(axis=1)], axis=1)
-        self._branching = np.array([[bool(policy.branches)] for policy in policies])
+        self._branching = np.array([[bool(policy.tree)] for policy in policies])
         self._policy = np.arange(len(policies))[:, None]
 
     def _tabulate(self, traces: Sequence[Trace], width: int) -> None:
@@ -189,7 +185,9 @@ class _Rounds:
         windows = np.lib.stride_tricks.sliding_window_view(self._confidence, width, axis=1)
         self._windows = np.ascontiguousarray(windows)  # [n, positions + 1, width]
 
-    def _tabulate_copies(self, policies: Sequence[Policy], copies: Mapping[PromptLookup, Sequence[Copies]]) -> None:
+    def _tabulate_copies(
+        self, policies: Sequence[DraftConfig], copies: Mapping[PromptLookup, Sequence[Copies]]
+    ) -> None:
         """By n-grams, text and position: how many tokens are copied, and how many of them stand. Row 0 copies none."""
         shape = (len(copies) + 1, *self._stand.shape)
         self._copied, self._copies_stand = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
@@ -198,7 +196,7 @@ class _Rounds:
                 self._copied[number, row, : len(one.drafted)] = one.drafted
                 self._copies_stand[number, row, : len(one.stand)] = one.stand
         numbers = {None: 0} | {ngrams: number for number, ngrams in enumerate(copies, start=1)}
-        self._ngrams = np.array([[numbers[policy.ngrams]] for policy in policies])
+        self._ngrams = np.array([[numbers[policy.prompt_lookup]] for policy in policies])
 
     def play(self) -> None:
         """Run rounds until every text has ended under every policy."""

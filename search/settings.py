@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from layerskip.errors import InvalidInputError
 
-SAMPLERS = ("tpe", "greybox", "gp", "nsga2", "random")
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+# Names of samplers; search.samplers makes them.
+SAMPLERS = ("tpe", "greybox")
 # Optuna's samplers take seeds below this.
 SEEDS = 2**32
 
@@ -23,7 +28,7 @@ class SearchSettings:
         finalists: Best candidates to measure again on held-out prompts.
         held_out_prompts: Most held-out prompts to measure each finalist on.
         measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1.
-        sampler: Who proposes candidates.
+        sampler: What proposes candidates: one of ``SAMPLERS``, or any sampler of Optuna's.
         workers: Processes of this machine that work on the study together.
         seed: Makes the proposals repeatable (measured speeds never are).
 
@@ -38,7 +43,7 @@ class SearchSettings:
     finalists: int = 3
     held_out_prompts: int = 16
     measuring_share: float = 1 / 3
-    sampler: str = "tpe"
+    sampler: str | BaseSampler = "tpe"
     workers: int = 1
     seed: int | None = None
 
@@ -50,7 +55,12 @@ class SearchSettings:
             raise InvalidInputError(f"timeout: expected a number of seconds above 0, got {self.timeout}")
         if not 0 <= self.measuring_share <= 1:
             raise InvalidInputError(f"measuring_share: expected a number from 0 to 1, got {self.measuring_share}")
-        if self.sampler not in SAMPLERS:
+        if isinstance(self.sampler, str) and self.sampler not in SAMPLERS:
             raise InvalidInputError(f"sampler '{self.sampler}' is unknown; expected {', '.join(SAMPLERS)}")
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise InvalidInputError(f"seed: expected a whole number from 0 to {SEEDS - 1}, got {self.seed}")
+
+    @property
+    def sampler_name(self) -> str:
+        """Name of the sampler."""
+        return self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__

@@ -1,150 +1,69 @@
-"""What a search may choose: one bit for each sublayer, and what stands in for what is left out.
+"""Search space: the draft configurations that a study may try, as parameters of Optuna's trials.
 
-When a draft ends is not searched by trials: replay finds the best policy for each candidate with no model run.
+A trial chooses a *candidate*: skip set, bridges, draft layer and draft vocabulary. When and how much to draft, its
+*policy*, is not searched by trials: simulation finds the best policy of each candidate without running the model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import optuna
-from pydantic import TypeAdapter
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from layerskip.drafting.config import DraftConfig, PromptLookup
+from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
+from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
-from layerskip.token_tree import describe_branches
-from search.draft_layers import DraftLayerRef
 
-_VOCABULARIES = (8192, 16384, 24576)
-_GATES = (0.3, 0.6)
+DRAFT_LAYER = "draft_layer"
+_BRIDGES, _VOCABULARY_SIZE = "bridges", "vocabulary_size"
+
+_VOCABULARY_SIZES = (8192, 16384, 24576)
+_TARGET_CONFIDENCES = (0.3, 0.6)
 _CONFIDENCE_LENGTHS = (2, 4, 8)
 _CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-# With the token behind which is drafted, these make passes of widths that are cheap on many machines.
-_TREES = (3, 7, 15, 23)
+# With the token after which is drafted, these make passes of widths that are cheap on many machines.
+_TREE_SIZES = (3, 7, 15, 23)
 _ADAPTIVE_LENGTHS = (4, 8)
 _ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What one trial tries.
-
-    Args:
-        skip_set: What the draft leaves out; with a stand-in, all that this stands for, whether it is named or not.
-        bridged: Whether bridges stand in for runs of skipped sublayers that are worth one.
-        vocabulary: Size of the draft vocabulary; 0 is the whole one. Where it is the size of the stand-in's own, it is
-            that one.
-        stand_in: A trained one, which runs in place of everything above an early exit.
-
-    Raises:
-        InvalidInputError: Nothing would be left below the stand-in, or it is for another number of layers.
-    """
-
-    skip_set: SkipSet
-    bridged: bool = False
-    vocabulary: int = 0
-    stand_in: DraftLayerRef | None = None
-
-    def __post_init__(self) -> None:
-        if self.stand_in is not None:
-            object.__setattr__(self, "skip_set", self.stand_in.with_run(self.skip_set))
-
-    @property
-    def skipped_below(self) -> SkipSet:
-        """What is left out and has no trained stand-in."""
-        return self.skip_set if self.stand_in is None else self.stand_in.without_run(self.skip_set)
-
-    @property
-    def extras(self) -> list[str]:
-        """Everything but the skip set, for people."""
-        trained = [] if self.stand_in is None else [str(self.stand_in)]
-        return trained + ["bridged"] * self.bridged + [f"vocabulary {self.vocabulary}"] * bool(self.vocabulary)
-
-    def __str__(self) -> str:
-        return " · ".join([str(self.skip_set), *self.extras])
-
-
-@dataclass(frozen=True)
-class Policy:
-    """When to draft.
-
-    Args:
-        draft_exit: When a draft ends.
-        gate: Confidence of the target model below which the next round drafts nothing.
-        branches: How many tokens are proposed for the first place of a draft, for the second, and so on; as in
-            :class:`layerskip.drafting.head_drafter.HeadDrafter`.
-        ngrams: What to copy from the text before the model is asked to draft; None copies nothing.
-    """
-
-    draft_exit: DraftStopping
-    gate: float = 0.0
-    branches: tuple[int | tuple[int, ...], ...] = ()
-    ngrams: PromptLookup | None = None
-
-    def __str__(self) -> str:
-        return (
-            str(self.draft_exit)
-            + f", branches {describe_branches(self.branches)}" * bool(self.branches)
-            + f", {self.ngrams}" * bool(self.ngrams)
-            + f", gate {self.gate:g}" * bool(self.gate)
-        )
-
-    def config(self, skip_set: SkipSet) -> DraftConfig:
-        """How to draft with a skip set by this policy."""
-        return DraftConfig(
-            skip_set,
-            stopping=self.draft_exit,
-            target_confidence_threshold=self.gate,
-            tree=self.branches,
-            prompt_lookup=self.ngrams,
-        )
-
-    def as_json(self) -> str:
-        """The policy as text, to be kept with a trial."""
-        return _POLICY.dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> Policy:
-        """The inverse of :meth:`as_json`."""
-        return _POLICY.validate_json(text)
-
-
-_POLICY = TypeAdapter(Policy)
+_LISTS = ("vocabulary_sizes", "target_confidence_thresholds", "tree_sizes", "draft_layers")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The choices of a search.
+    """The draft configurations that a search chooses among.
 
     Args:
-        num_layers: Decoder layers of the model; twice as many bits are searched.
+        num_layers: Decoder layers of the model; a trial has one bit for each of its ``2 * num_layers`` sublayers.
         max_draft_length: Longest draft to try.
         bridges: Whether to try bridges.
-        vocabularies: Sizes of the draft vocabulary to try; 0 is the whole one.
-        gates: Target-confidence gates to try; 0 is none.
-        trees: Sizes of drafts that branch to try, in tokens; none are chains alone.
-        ngrams: Whether to try to copy from the text first.
-        stand_ins: Trained ones to try.
+        vocabulary_sizes: Sizes of the draft vocabulary to try; 0 is the whole one.
+        target_confidence_thresholds: Target-confidence thresholds to try; 0 is none.
+        tree_sizes: Sizes of token trees to try, in tokens; without any, drafts are chains.
+        prompt_lookup: Whether to try prompt lookup before the model drafts.
+        draft_layers: Trained draft layers to try.
     """
 
     num_layers: int
     max_draft_length: int = 8
     bridges: bool = False
-    vocabularies: tuple[int, ...] = (0,)
-    gates: tuple[float, ...] = (0.0,)
-    trees: tuple[int, ...] = ()
-    ngrams: bool = False
-    stand_ins: tuple[DraftLayerRef, ...] = ()
+    vocabulary_sizes: tuple[int, ...] = (0,)
+    target_confidence_thresholds: tuple[float, ...] = (0.0,)
+    tree_sizes: tuple[int, ...] = ()
+    prompt_lookup: bool = False
+    draft_layers: tuple[DraftLayerRef, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vocabularies", tuple(self.vocabularies))  # lists, where they come from JSON
-        object.__setattr__(self, "gates", tuple(self.gates))
-        object.__setattr__(self, "trees", tuple(self.trees))
-        object.__setattr__(self, "stand_ins", tuple(map(_stand_in, self.stand_ins)))
+        for name in _LISTS:  # lists of plain values, where they come from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        layers = (layer if isinstance(layer, DraftLayerRef) else DraftLayerRef(**layer) for layer in self.draft_layers)
+        object.__setattr__(self, "draft_layers", tuple(layers))
 
     @classmethod
     def of(
@@ -152,93 +71,130 @@ class SearchSpace:
         model: LayerSkipModel,
         *,
         bridges: bool = True,
-        vocabulary: bool = True,
-        gate: bool = True,
-        branches: bool = True,
-        ngrams: bool = True,
-        stand_ins: Sequence[DraftLayerRef] = (),
+        vocabularies: bool = True,
+        target_confidence: bool = True,
+        trees: bool = True,
+        prompt_lookup: bool = True,
+        draft_layers: Sequence[DraftLayerRef] = (),
     ) -> SearchSpace:
-        """The space for a model, with all that drafts can have or with a part of it.
+        """The space for a model, with every drafting option or without some.
 
-        With draft vocabularies, those that the stand-ins were trained with are among the sizes to try.
+        With draft vocabularies, those that the draft layers were trained with are among the sizes to try.
         """
-        wanted = {*_VOCABULARIES, *(one.vocabulary for one in stand_ins if one.vocabulary)}
+        wanted = {*_VOCABULARY_SIZES, *(layer.vocabulary_size for layer in draft_layers)} - {0}
         sizes = (size for size in sorted(wanted) if size < model.vocab_size)
         return cls(
             model.num_layers,
             bridges=bridges,
-            vocabularies=(0, *sizes) if vocabulary else (0,),
-            gates=(0.0, *_GATES) if gate else (0.0,),
-            trees=_TREES if branches else (),
-            ngrams=ngrams,
-            stand_ins=tuple(stand_ins),
+            vocabulary_sizes=(0, *sizes) if vocabularies else (0,),
+            target_confidence_thresholds=(0.0, *_TARGET_CONFIDENCES) if target_confidence else (0.0,),
+            tree_sizes=_TREE_SIZES if trees else (),
+            prompt_lookup=prompt_lookup,
+            draft_layers=tuple(draft_layers),
         )
 
     def describe(self) -> dict[str, Any]:
-        """The space as plain values, to tell one from another."""
-        lists = ("vocabularies", "gates", "trees", "stand_ins")
+        """The space as plain values of JSON."""
         described = asdict(self)
-        described |= {name: list(described[name]) for name in lists}
-        if not self.stand_ins:  # studies of earlier versions have none, and go on
-            del described["stand_ins"]
-        return described
+        return described | {name: list(described[name]) for name in _LISTS}
 
     @property
     def most_drafted(self) -> int:
         """Tokens in the largest draft of any policy."""
-        return max((self.max_draft_length, *self.trees))
+        return max((self.max_draft_length, *self.tree_sizes))
 
-    def policies(self) -> list[Policy]:
-        """Every policy without branches that replay tries."""
-        longest = self.max_draft_length
-        exits: list[DraftStopping] = [FixedLength(length) for length in range(1, longest + 1)]
-        for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):
-            exits += [ConfidenceThreshold(threshold, length) for threshold in _CONFIDENCES]
-        for length in sorted({min(length, longest) for length in _ADAPTIVE_LENGTHS}):
-            exits += [AdaptiveThreshold(threshold, length) for threshold in _ADAPTIVE_STARTS]
-        return [Policy(draft_exit, gate) for gate in self.gates for draft_exit in exits]
+    @cached_property
+    def options(self) -> list[DraftConfig]:
+        """Every choice beside the skip set, as configurations that skip only what their draft layer replaces."""
+        with_bridges = (False, True) if self.bridges else (False,)
+        nothing = SkipSet(self.num_layers)
+        choices = itertools.product(with_bridges, self.vocabulary_sizes, (None, *self.draft_layers))
+        return [DraftConfig(nothing, bridges, layer, size) for bridges, size, layer in choices]
 
-    def suggest(self, trial: optuna.trial.BaseTrial) -> Candidate:
-        """Let a trial choose.
+    @cached_property
+    def bit_names(self) -> tuple[str, ...]:
+        """Names of the parameters that say whether a sublayer is skipped, in stack order."""
+        width = len(str(self.num_layers - 1))
+        return tuple(f"skip_{kind}_{layer:0{width}}" for layer in range(self.num_layers) for kind in ("attn", "mlp"))
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The parameters of a trial, as Optuna describes them.
+
+        The draft layer comes first: samplers know by it which bits matter.
+        """
+        described: dict[str, BaseDistribution] = {}
+        if self.draft_layers:
+            described[DRAFT_LAYER] = CategoricalDistribution(tuple(range(len(self.draft_layers) + 1)))
+        described |= {name: CategoricalDistribution((0, 1)) for name in self.bit_names}
+        if self.bridges:
+            described[_BRIDGES] = CategoricalDistribution((False, True))
+        if len(self.vocabulary_sizes) > 1:
+            described[_VOCABULARY_SIZE] = CategoricalDistribution(self.vocabulary_sizes)
+        return described
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> DraftConfig:
+        """Let a trial choose a candidate.
 
         Raises:
             InvalidInputError: The trial chose to skip every sublayer.
         """
-        # Before the bits: a sampler may know by it which of them matter.
-        number = trial.suggest_categorical("stand_in", tuple(range(len(self.stand_ins) + 1))) if self.stand_ins else 0
-        mask = [trial.suggest_categorical(name, (0, 1)) for name in self.bit_names()]
-        sizes = self.vocabularies
-        # All before the mask is looked at: samplers forget parameters that some trial lacks.
-        bridged = trial.suggest_categorical("bridged", (False, True)) if self.bridges else False
-        vocabulary = sizes[0] if len(sizes) == 1 else trial.suggest_categorical("vocabulary", sizes)
-        stand_in = self.stand_ins[number - 1] if number else None
-        if stand_in is not None:
-            mask = [bit if index < stand_in.start else 1 for index, bit in enumerate(mask)]
-        return Candidate(SkipSet.from_mask(mask), bridged, vocabulary, stand_in)
+        # All of them before any is looked at: samplers forget parameters that some trial lacks.
+        distributions = self.distributions.items()
+        return self.config({name: trial.suggest_categorical(name, d.choices) for name, d in distributions})  # type: ignore[attr-defined]
 
-    def parameters(self, candidate: Candidate) -> dict[str, int | float | str]:
-        """A candidate as the parameters of a trial; the inverse of :meth:`candidate`."""
-        chosen: dict[str, int | float | str] = {
-            name: int(skip) for name, skip in zip(self.bit_names(), candidate.skip_set.mask, strict=True)
-        }
+    def config(self, parameters: Mapping[str, Any]) -> DraftConfig:
+        """The candidate that a trial with these parameters tried.
+
+        Raises:
+            InvalidInputError: The parameters skip every sublayer.
+        """
+        layer = self.draft_layer(parameters.get(DRAFT_LAYER, 0))
+        exit_at = layer.start if layer else 2 * self.num_layers
+        mask = [bool(parameters[name]) or index >= exit_at for index, name in enumerate(self.bit_names)]
+        return DraftConfig(
+            SkipSet.from_mask(mask),
+            bridges=parameters.get(_BRIDGES, False),
+            draft_layer=layer,
+            vocabulary_size=parameters.get(_VOCABULARY_SIZE, self.vocabulary_sizes[0]),
+        )
+
+    def tried(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
+        """The candidate that a trial with these parameters tried; None if it chose only some, or skipped everything."""
+        if not self.distributions.keys() <= parameters.keys():
+            return None
+        try:
+            return self.config(parameters)
+        except InvalidInputError:
+            return None
+
+    def parameters(self, config: DraftConfig) -> dict[str, int | float | str]:
+        """A candidate as the parameters of a trial; the inverse of :meth:`config`."""
+        chosen: dict[str, int | float | str] = {}
+        if self.draft_layers:
+            layer = config.draft_layer
+            chosen[DRAFT_LAYER] = 0 if layer is None else self.draft_layers.index(layer) + 1
+        chosen |= dict(zip(self.bit_names, map(int, config.skip_set.mask), strict=True))
         if self.bridges:
-            chosen["bridged"] = candidate.bridged
-        if len(self.vocabularies) > 1:
-            chosen["vocabulary"] = candidate.vocabulary
-        if self.stand_ins:
-            chosen["stand_in"] = 0 if candidate.stand_in is None else self.stand_ins.index(candidate.stand_in) + 1
+            chosen[_BRIDGES] = config.bridges
+        if len(self.vocabulary_sizes) > 1:
+            chosen[_VOCABULARY_SIZE] = config.vocabulary_size
         return chosen
 
-    def candidate(self, parameters: Mapping[str, Any]) -> Candidate:
-        """What a finished trial with these parameters tried."""
-        return self.suggest(optuna.trial.FixedTrial(dict(parameters)))
+    def draft_layer(self, number: int) -> DraftLayerRef | None:
+        """The draft layer of a number from 1 on; None for 0."""
+        return self.draft_layers[number - 1] if number else None
 
-    def bit_names(self) -> list[str]:
-        """One parameter for each sublayer, in stack order."""
-        width = len(str(self.num_layers - 1))
-        return [f"skip_{kind}_{layer:0{width}}" for layer in range(self.num_layers) for kind in ("attn", "mlp")]
-
-
-def _stand_in(value: DraftLayerRef | Mapping[str, Any]) -> DraftLayerRef:
-    """Itself, or what it was described as."""
-    return value if isinstance(value, DraftLayerRef) else DraftLayerRef(**value)
+    def policies(self, config: DraftConfig) -> list[DraftConfig]:
+        """A candidate with every policy without a tree that simulation tries."""
+        longest = self.max_draft_length
+        rules: list[DraftStopping] = [FixedLength(length) for length in range(1, longest + 1)]
+        for length in sorted({min(length, longest) for length in _CONFIDENCE_LENGTHS}):
+            rules += [ConfidenceThreshold(threshold, length) for threshold in _CONFIDENCES]
+        for length in sorted({min(length, longest) for length in _ADAPTIVE_LENGTHS}):
+            rules += [AdaptiveThreshold(threshold, length) for threshold in _ADAPTIVE_STARTS]
+        return [
+            replace(config, stopping=rule, target_confidence_threshold=threshold)
+            for threshold in self.target_confidence_thresholds
+            for rule in rules
+        ]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import fit_bridge, runs_of
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import Engine
+from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.model import LayerSkipModel
@@ -43,7 +44,7 @@ from layerskip.training import (
     vocabulary_of,
 )
 from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
-from layerskip.utils import cache_write_errors, device_name, library_versions
+from layerskip.utils import cache_write_errors, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
 from search.callbacks import (
@@ -59,13 +60,11 @@ from search.callbacks import (
 )
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
-from search.latency import LatencyModel, measure_latency
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
-from search.replay import Prediction, RoundCosts, replay
-from search.search import measured_part
+from search.replay import RoundCosts, SimulatedSpeedup, replay
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
@@ -92,7 +91,7 @@ class ReplayGround:
     engine: Engine
     texts: Sequence[TargetText]
     space: SearchSpace
-    latency: LatencyModel
+    latency: CostModel
     costs: DraftSeconds | None
     limit: int
 
@@ -127,7 +126,7 @@ class TunedDraft(Protocol):
     def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
-    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         """When its drafts should end and how they should branch, by replay.
 
         Args:
@@ -182,16 +181,18 @@ class AboveExit:
     def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
         return None
 
-    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         stack = self._model.stack_of(self.skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
         rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
-        best = replay(traces, [*space.policies(), *branching_policies(traces, space)], rounds, limit=limit)
-        if not space.ngrams:
+        config = config_of(self, weights)
+        policies = [*space.policies(config), *branching_policies(config, traces, space)]
+        best = replay(traces, policies, rounds, limit=limit)
+        if not space.prompt_lookup:
             return best
         copies = copies_along(ground.texts)
-        return with_copies(best, lambda policy: replay(traces, [policy], rounds, limit=limit, copies=copies))
+        return with_copies(best, lambda config: replay(traces, [config], rounds, limit=limit, copies=copies))
 
 
 class TunedHeads:
@@ -235,7 +236,7 @@ class TunedHeads:
     def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
         return measure_drafts(engine, weights)
 
-    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> Prediction:
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         heads = weights.heads
         assert heads is not None
         assert ground.costs is not None
@@ -243,12 +244,19 @@ class TunedHeads:
         prefix = weights.prefix_layer
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
-        rounds = HeadCosts.of(ground.latency, ground.engine, heads, ground.costs, traces, space.most_drafted)
-        best = replay_heads(traces, list(head_policies(traces, heads.count, space)), rounds, limit=limit)
-        if not space.ngrams:
+        rounds = HeadCosts.of(ground.latency, heads, ground.costs, traces, space.most_drafted)
+        policies = list(head_policies(config_of(self, weights), traces, heads.count, space))
+        best = replay_heads(traces, policies, rounds, limit=limit)
+        if not space.prompt_lookup:
             return best
         copies = copies_along(ground.texts)
-        return with_copies(best, lambda policy: replay_heads(traces, [policy], rounds, limit=limit, copies=copies))
+        return with_copies(best, lambda config: replay_heads(traces, [config], rounds, limit=limit, copies=copies))
+
+
+def config_of(draft: TunedDraft, weights: DraftWeights) -> DraftConfig:
+    """How a trained draft drafts, but for its policy."""
+    size = 0 if weights.token_ids is None else len(weights.token_ids)
+    return DraftConfig(draft.skip_set, vocabulary_size=size)
 
 
 def space_for(draft: TunedDraft, weights: DraftWeights, space: SearchSpace) -> SearchSpace:
@@ -261,7 +269,7 @@ def space_for(draft: TunedDraft, weights: DraftWeights, space: SearchSpace) -> S
     """
     size = 0 if weights.token_ids is None else len(weights.token_ids)
     longest = max(space.max_draft_length, draft.heads)
-    return replace(space, vocabularies=(0, size) if size else (0,), max_draft_length=longest)
+    return replace(space, vocabulary_sizes=(0, size) if size else (0,), max_draft_length=longest)
 
 
 def early_exit(num_layers: int, layers: int) -> SkipSet:
@@ -540,24 +548,18 @@ class Tuning:
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
         here = weights.placed_on(self._model)
         best = self._best_policy(here, texts, quiet)
-        self._on_event(PolicyChosen(best.policy, best.speedup))
-        config = best.policy.config(profile.skip_set)
-        profile = DraftProfile.of(config, weights, model=profile.model, provenance=profile.provenance)
+        self._on_event(PolicyChosen(best.config, best.speedup))
+        profile = DraftProfile.of(best.config, weights, model=profile.model, provenance=profile.provenance)
         summary = self._measured(profile, quiet)
-        measured = measured_part(
-            summary,
-            "held-out",
-            max_new_tokens=self._settings.max_new_tokens,
-            device=device_name(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
-        )
+        measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
         return profile.model_copy(update={"measured": measured}), best.speedup
 
-    def _best_policy(self, weights: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> Prediction:
+    def _best_policy(self, weights: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
         space = space_for(self._draft, weights, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
-            latency, costs = measure_latency(self._engine, space), self._draft.costs(self._engine, weights)
+            latency = measure_costs(self._engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+            costs = self._draft.costs(self._engine, weights)
         ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
         return self._draft.best_policy(weights, ground)
 

@@ -9,13 +9,14 @@ from itertools import chain
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.costs import CostModel
+from layerskip.drafting.config import DraftConfig
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from search.acceptance import AcceptanceTracer, acceptance
-from search.latency import LatencyModel
 from search.machine_lock import MachineLock
 from search.objective import SOURCE_KEY
-from search.space import Candidate, SearchSpace
+from search.space import SearchSpace
 from search.starting_skip_sets import (
     different,
     early_exits,
@@ -27,7 +28,7 @@ from search.starting_skip_sets import (
     published,
     skipping_below,
 )
-from studies.study import ALONE_KEY
+from studies.study import SINGLE_SUBLAYER_KEY
 
 # A study that has this attribute was given all of them.
 STARTED_KEY = "warm_starts"
@@ -70,7 +71,7 @@ class WarmStartPlan:
 
     def __init__(
         self,
-        starts: Iterator[tuple[str, Candidate]],
+        starts: Iterator[tuple[str, DraftConfig]],
         alone: SingleSublayerAcceptance,
         space: SearchSpace,
         ahead: int,
@@ -87,8 +88,8 @@ class WarmStartPlan:
         while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
             with self._quiet.shared():
                 start = next(self._starts, None)
-            if len(study.user_attrs.get(ALONE_KEY, ())) < len(self._alone.known):
-                study.set_user_attr(ALONE_KEY, self._alone.known)
+            if len(study.user_attrs.get(SINGLE_SUBLAYER_KEY, ())) < len(self._alone.known):
+                study.set_user_attr(SINGLE_SUBLAYER_KEY, self._alone.known)
             if start is None:
                 study.set_user_attr(STARTED_KEY, True)
                 return
@@ -102,8 +103,8 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def warm_starts(
-    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: LatencyModel
-) -> Iterator[tuple[str, Candidate]]:
+    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: CostModel
+) -> Iterator[tuple[str, DraftConfig]]:
     """Candidates, each with where it comes from: those with trained stand-ins, then those that take ever longer to
     work out.
 
@@ -114,7 +115,7 @@ def warm_starts(
         latency: What sublayers cost.
     """
     costs = _sublayer_costs(space.num_layers, latency)
-    yield from _with_stand_ins(space, alone, costs)
+    yield from _with_draft_layers(space, alone, costs)
     text = estimator.versions()
     families = (
         nothing_skipped(space.num_layers),
@@ -125,32 +126,31 @@ def warm_starts(
         most_similar_paths(text.states, text.run_sublayer, costs),
         least_damage(alone, costs),
     )
-    vocabulary = space.vocabularies[len(space.vocabularies) // 2]
+    size = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     for source, skip_set in different(chain.from_iterable(families)):
-        yield source, Candidate(skip_set, bridged=space.bridges, vocabulary=vocabulary)
+        yield source, DraftConfig(skip_set, bridges=space.bridges, vocabulary_size=size)
 
 
-def _with_stand_ins(
+def _with_draft_layers(
     space: SearchSpace, alone: Callable[[SkipSet], float], costs: Sequence[float]
-) -> Iterator[tuple[str, Candidate]]:
-    """Each stand-in as it was trained, then with a little left out below its exit."""
-    trained = [
-        Candidate(
+) -> Iterator[tuple[str, DraftConfig]]:
+    """Each draft layer as it was trained, then with a few sublayers skipped below its exit."""
+    sizes = space.vocabulary_sizes
+    trained = {
+        f"trained draft layer {number} of {len(space.draft_layers)}": DraftConfig(
             SkipSet(space.num_layers),
-            vocabulary=one.vocabulary if one.vocabulary in space.vocabularies else space.vocabularies[0],
-            stand_in=one,
+            draft_layer=layer,
+            vocabulary_size=layer.vocabulary_size if layer.vocabulary_size in sizes else sizes[0],
         )
-        for one in space.stand_ins
-    ]
-    for number, candidate in enumerate(trained, start=1):
-        yield f"trained stand-in {number} of {len(trained)}", candidate
-    for number, candidate in enumerate(trained, start=1):
-        exit_at = space.stand_ins[number - 1].start
-        for source, skip_set in skipping_below(exit_at, alone, costs):
-            yield f"trained stand-in {number} of {len(trained)}, {source}", replace(candidate, skip_set=skip_set)
+        for number, layer in enumerate(space.draft_layers, start=1)
+    }
+    yield from trained.items()
+    for name, config in trained.items():
+        for source, skip_set in skipping_below(config.exit_at, alone, costs):
+            yield f"{name}, {source}", replace(config, skip_set=skip_set)
 
 
-def _sublayer_costs(num_layers: int, latency: LatencyModel) -> Sequence[float]:
+def _sublayer_costs(num_layers: int, latency: CostModel) -> Sequence[float]:
     step = latency.short.step
     pair = (step.attention, step.mlp)
     smallest = max(*pair, 1e-9) / 100  # a measurement may say that a sublayer costs nothing

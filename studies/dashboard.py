@@ -1,4 +1,4 @@
-"""The Optuna dashboard on a storage, with what layerskip has to show of its studies."""
+"""The Optuna dashboard on a storage, with figures, notes and draft profiles attached to our studies."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from optuna.exceptions import ExperimentalWarning
 
 from layerskip.errors import InvalidInputError, MissingDependencyError
 from layerskip.profile import DraftProfile
-from studies.figures import Picture, pictures
+from studies.figures import Picture, study_figures
 from studies.report import facts, verdict
 from studies.storage import ReconnectingStorage
-from studies.study import load_study, studies_of_ours
+from studies.study import load_study, our_studies
 from studies.view import StudyView, view_study
 
-# Attributes of a study: digests of the figures and the note that were attached, and ids of artifacts by their content.
+# Attributes of a study: digests of the attached figures and note, and ids of artifacts by the digest of their content.
 _ATTACHED_KEY = "layerskip:attached"
 _ARTIFACTS_KEY = "layerskip:artifacts"
 _NOTE, _OBJECTIVES = "note", "objectives"
@@ -38,22 +38,22 @@ _LEGEND_PIXELS = 44  # of two rows
 def attach_figures(storage: ReconnectingStorage, name: str) -> None:
     """Attach a study's figures and a note, as far as they changed, and name its objective once.
 
-    A note that somebody else wrote stays.
+    A note that somebody edited is not overwritten.
 
     Args:
         storage: Where the study lives.
         name: Its name.
 
     Raises:
-        InvalidInputError: There is no such study, or this version of layerskip did not make it.
+        InvalidInputError: There is no such study, or this version of layerskip did not create it.
     """
     from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
     study, view = load_study(storage, name), view_study(storage, name)
-    shown = pictures(view, _MOST_CANDIDATES)
+    pictures = study_figures(view, _MOST_CANDIDATES)
     before = _attribute(storage, study, _ATTACHED_KEY)
     attached = dict(before)
-    for picture in shown:
+    for picture in pictures:
         if picture.figure is not None:
             figure = _titled(picture.figure, picture.title)
             attached[picture.id] = _digest(figure.to_json().encode())
@@ -62,8 +62,8 @@ def attach_figures(storage: ReconnectingStorage, name: str) -> None:
     if _OBJECTIVES not in before:
         _name_objective(study)
         attached[_OBJECTIVES] = _OBJECTIVE
-    note, there = _note(view, shown), get_note(study)
-    if there != note and (not there or _digest(there.encode()) == before.get(_NOTE)):
+    note, current = _note(view, pictures), get_note(study)
+    if current != note and (not current or _digest(current.encode()) == before.get(_NOTE)):
         save_note(study, note)
         attached[_NOTE] = _digest(note.encode())
     if attached != before:
@@ -77,34 +77,34 @@ def _name_objective(study: optuna.Study) -> None:
 
 
 def artifact_store(folder: Path) -> FileSystemArtifactStore:
-    """A folder for artifacts, made if it is not there.
+    """A folder for artifacts, created if it does not exist.
 
     Raises:
-        InvalidInputError: It cannot be made.
+        InvalidInputError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInputError(f"--artifacts {folder}: cannot make the folder: {error.strerror}") from error
+        raise InvalidInputError(f"--artifacts {folder}: cannot create the folder: {error.strerror}") from error
     return FileSystemArtifactStore(str(folder))
 
 
 def attach_profile(storage: ReconnectingStorage, path: Path, store: FileSystemArtifactStore) -> None:
-    """Attach a draft profile, and the tensors beside it, to the study that it comes from; once.
+    """Attach a draft profile, and the tensors beside it, to the study that it comes from, once.
 
     Args:
         storage: Where the study lives.
         path: The profile.
-        store: Where copies are kept.
+        store: Where copies are stored.
 
     Raises:
-        InvalidProfileError: It is no valid profile.
+        InvalidProfileError: It is not a valid profile.
         InvalidInputError: It comes from no study of this storage, or cannot be copied.
     """
     profile = DraftProfile.load(path)
     if profile.provenance.study is None:
         raise InvalidInputError(
-            f"{path}: the profile was {profile.provenance.origin}; only those of a study can be attached to it"
+            f"{path}: the profile was {profile.provenance.origin}; only profiles of a study can be attached to it"
         )
     study = load_study(storage, profile.provenance.study)
     before = _attribute(storage, study, _ARTIFACTS_KEY)
@@ -132,7 +132,7 @@ def _has(store: FileSystemArtifactStore, artifact: str) -> bool:
 
 
 def _titled(figure: go.Figure, title: str) -> go.Figure:
-    """A figure that says itself what it is, and fills the box that the dashboard has for it."""
+    """A figure with its title in it, as large as the box that the dashboard has for it."""
     heading = {"text": f"<b>{title}</b>", "font": {"size": 15}, "pad": {"t": 12, "l": 12}}
     above = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}
     legend_above = figure.layout.showlegend is not False and figure.layout.legend.y is None
@@ -140,10 +140,10 @@ def _titled(figure: go.Figure, title: str) -> go.Figure:
     return go.Figure(figure).update_layout(height=None, title=heading | above, margin={"t": room})
 
 
-def _note(view: StudyView, shown: Sequence[Picture]) -> str:
-    """The study in Markdown, with nothing in it that a browser would take for HTML."""
+def _note(view: StudyView, pictures: Sequence[Picture]) -> str:
+    """The study's result in Markdown that holds nothing that a browser would take for HTML."""
     lines = [f"**{verdict(view)}**", "", *(f"- {name}: {escape(value, quote=False)}" for name, value in facts(view))]
-    for picture in shown:
+    for picture in pictures:
         lines += ["", f"**{picture.title}**: {escape(picture.caption, quote=False)}"]
     return "\n".join(lines)
 
@@ -167,7 +167,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers requests in threads of their own, so that Ctrl-C always reaches the one that serves."""
+    """Answers requests in threads of their own, so that Ctrl-C always reaches the main thread."""
 
     daemon_threads = True
 
@@ -181,13 +181,13 @@ def serve(
     profiles: Sequence[Path] = (),
     when_ready: Callable[[str], None],
 ) -> None:
-    """Serve the dashboard until interrupted, after attaching figures and notes to the studies that layerskip made.
+    """Serve the dashboard until interrupted, after attaching figures and notes to our studies.
 
     Args:
-        storage: What to show.
+        storage: The storage to show.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        artifacts: Folder for copies of profiles; made if it is not there.
+        port: Port to listen on; 0 takes a free port.
+        artifacts: Folder for copies of profiles; created if it does not exist.
         profiles: Draft profiles to attach to the studies that they come from.
         when_ready: Called with the dashboard's address as soon as it can be opened.
 
@@ -212,7 +212,7 @@ def serve(
         raise InvalidInputError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --host and --port"
         ) from error
-    for name in studies_of_ours(storage):
+    for name in our_studies(storage):
         attach_figures(storage, name)
     with server:
         when_ready(f"http://{host}:{server.server_port}/")

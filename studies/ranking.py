@@ -1,4 +1,4 @@
-"""Which trials of a study are best, and whether their speedups were measured or predicted."""
+"""Ranking a study's trials by measured or predicted speedup."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from layerskip.drafting.config import DraftConfig
+
 Basis = Literal["measured", "predicted"]
-# What the best figure for a candidate rests on.
-Standing = Literal["held-out", "measured", "predicted"]
+# The basis of a candidate's best speedup.
+BestBasis = Literal["held-out", "measured", "predicted"]
 BASIS_KEY = "basis"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"
 DRAFT_COST_KEY = "draft_cost"
+# The draft configuration with which a candidate was predicted, or measured, as JSON.
+CONFIG_KEY = "config"
 
 
 class HasTrials(Protocol):
@@ -27,7 +31,7 @@ class HasTrials(Protocol):
 
 
 class Snapshot:
-    """A study's trials as they are at one moment: every reading of a study asks its database anew.
+    """A study's trials at one moment, read from its database once.
 
     Args:
         study: The study.
@@ -41,41 +45,46 @@ class Snapshot:
         return [trial for trial in self._trials if states is None or trial.state in states]
 
 
+def config_of(trial: FrozenTrial) -> DraftConfig:
+    """The draft configuration with which a trial's candidate was predicted, or measured: its best policy included."""
+    return DraftConfig.from_json(trial.user_attrs[CONFIG_KEY])
+
+
 def completed_trials(study: HasTrials) -> Sequence[FrozenTrial]:
-    """The trials that have a value."""
+    """The trials with a value."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
 def basis_of(trial: FrozenTrial) -> Basis:
-    """Whether a trial's speedup was measured or predicted; one that says nothing was measured."""
+    """Whether a trial's speedup was measured or predicted; measured if the trial does not say."""
     basis: Basis = trial.user_attrs.get(BASIS_KEY, "measured")
     return basis
 
 
-def seen_trials(study: HasTrials) -> list[FrozenTrial]:
-    """The trials that looked at a candidate; a measurement of it later is a trial of its own."""
+def evaluated_trials(study: HasTrials) -> list[FrozenTrial]:
+    """The trials that predicted a candidate's speedup; a later measurement of it is a trial of its own."""
     return [trial for trial in completed_trials(study) if basis_of(trial) == "predicted"]
 
 
 def measured_trials(study: HasTrials) -> list[FrozenTrial]:
-    """The trials that decoded for real."""
+    """The trials that measured a candidate's speedup."""
     return [trial for trial in completed_trials(study) if basis_of(trial) == "measured"]
 
 
 def fully_measured_trials(study: HasTrials) -> list[FrozenTrial]:
-    """Those that decoded all prompts; the speedup of a hopeless one is that of some prompts, which may be easy ones."""
+    """The trials that measured all prompts, for some prompts alone may be easy ones."""
     return [trial for trial in measured_trials(study) if STOPPED_KEY not in trial.user_attrs]
 
 
 def correction_of(study: HasTrials) -> float:
-    """How far predictions are off: the median of measured ÷ predicted speedup so far; 1 without measurements."""
+    """The median of measured ÷ predicted speedup so far; 1 without measurements."""
     measured = [trial for trial in fully_measured_trials(study) if PREDICTED_KEY in trial.user_attrs]
     ratios = [speedup_of(trial) / trial.user_attrs[PREDICTED_KEY] for trial in measured]
     return statistics.median(ratios) if ratios else 1.0
 
 
 def candidate_key(trial: FrozenTrial) -> str:
-    """The same for trials of the same candidate, and different for all others."""
+    """A key that trials have in common exactly if their candidate is the same."""
     return json.dumps(trial.params, sort_keys=True)
 
 
@@ -87,8 +96,8 @@ def speedup_of(trial: FrozenTrial) -> float:
 def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
     """The candidates with the highest speedups, best first, one trial for each.
 
-    Where a candidate was measured, that counts, and what was predicted of it before does not. Predictions are corrected
-    by :func:`correction_of` before they are held against measurements. What was found hopeless goes last.
+    A candidate's measurement replaces its prediction. Predictions are corrected by :func:`correction_of` for the
+    comparison with measurements. Candidates whose measurement was stopped early come last.
     """
     correction = correction_of(study)
     best: dict[str, FrozenTrial] = {}
@@ -105,9 +114,9 @@ def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
 
 
 def finalists(study: HasTrials, count: int) -> list[FrozenTrial]:
-    """The candidates to decide among: the best ones, and always the one that was measured to be fastest.
+    """The candidates to measure on held-out prompts: the best, always including the fastest measured candidate.
 
-    The highest of many predictions are the luckiest, too; a measurement was not chosen for its luck.
+    The highest of many predictions are also the most overestimated; a single measurement is not.
     """
     best = best_trials(study, count)
     measured = max(fully_measured_trials(study), key=speedup_of, default=None)

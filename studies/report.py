@@ -1,4 +1,4 @@
-"""A study as one HTML file that works without a network."""
+"""Reports as single HTML files that work without a network."""
 
 from __future__ import annotations
 
@@ -12,60 +12,59 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
-from studies.figures import pictures
-from studies.figures.picture import Picture, Table
-from studies.statistics import CROSSES_ONE
-from studies.view import StudyView, TrialSummary
+from studies.figures import Picture, Table, study_figures
+from studies.statistics import CROSSES_ONE, Speedup
+from studies.view import StudyView
 
 
 def verdict(view: StudyView) -> str:
-    """The best candidate's speedup, what it rests on, and whether it pays."""
+    """The best candidate's speedup, its basis, and whether it is a gain."""
     if not view.ranked:
-        return "No candidate was looked at yet."
+        return "No candidate was evaluated yet."
     best = view.ranked[0]
     basis = {
-        "held-out": "measured on prompts that the search never saw",
-        "measured": "measured on the search's own prompts, by which it was chosen: expect a little less",
+        "held-out": "measured on held-out prompts",
+        "measured": "measured on the search's own prompts, which selected it: expect slightly less",
         "predicted": "predicted; nothing was measured yet",
     }
-    expected = best.figure.value
-    if best.standing == "predicted" and view.measured:
+    expected = best.best_speedup.value
+    if best.best_basis == "predicted" and view.measured:
         expected *= view.correction
-        basis["predicted"] = "predicted; what was measured was slower"
+        basis["predicted"] = "predicted; measured candidates were slower"
         if view.correction != 1:
-            basis["predicted"] += f", and {view.correction:.2f} times what was predicted of it"
-    said = f"Best speedup: {_figure(best)}, {basis[best.standing]}."
+            basis["predicted"] += f", {view.correction:.2f} times their predictions (median)"
+    sentence = f"Best speedup: {_speedup(best.best_speedup)}, {basis[best.best_basis]}."
     if expected <= 1:
-        return f"{said} No candidate beat plain decoding."
-    return said if best.standing == "predicted" or best.figure.low > 1 else f"{said} {CROSSES_ONE}"
+        return f"{sentence} No candidate beat plain decoding."
+    is_gain = best.best_basis == "predicted" or best.best_speedup.low > 1
+    return sentence if is_gain else f"{sentence} {CROSSES_ONE}"
 
 
 def facts(view: StudyView) -> list[tuple[str, str]]:
-    """What one wants to know of a study beside its figures, as (name, value)."""
+    """The conditions and the best candidate of a study, as (name, value)."""
     context = view.context
-    told = [("model", f"{context['model']}, {view.num_layers} layers (fingerprint {context['fingerprint']})")]
+    lines = [("model", f"{context['model']}, {view.num_layers} layers (fingerprint {context['fingerprint']})")]
     if view.ranked:
         best = view.ranked[0]
-        skipped = f"{best.skip_set} ({len(best.skip_set)} of {2 * view.num_layers} sublayers)"
-        told += [
+        skipped = f"{best.config.skip_set} ({len(best.config.skip_set)} of {2 * view.num_layers} sublayers)"
+        lines += [
             ("best candidate", f"trial {best.number}"),
-            ("left out", skipped),
-            ("draft", best.draft or "not recorded"),
+            ("skipped", skipped),
+            ("draft", best.config.details or "not recorded"),
         ]
     prompts = f"{context['prompts_per_trial']} a measurement, at most {context['max_new_tokens']} new tokens each"
     return [
-        *told,
+        *lines,
         ("machine", f"{context['device']}, {context['dtype']}"),
-        ("versions", "; ".join(_versions(one) for one in view.versions) or "not recorded"),
+        ("versions", "; ".join(map(_versions, view.versions)) or "not recorded"),
         ("prompts", prompts),
         ("trials", _trials(view)),
         ("searched", _when(view)),
     ]
 
 
-def _figure(best: TrialSummary) -> str:
-    has_interval = best.figure.low < best.figure.high
-    return str(best.figure) if has_interval else f"{best.figure.value:.2f}×"
+def _speedup(speedup: Speedup) -> str:
+    return str(speedup) if speedup.low < speedup.high else f"{speedup.value:.2f}×"
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -73,10 +72,10 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 
 def _trials(view: StudyView) -> str:
-    counts = [f"{len(view.seen)} candidates looked at", f"{len(view.measured)} measured"]
+    counts = [f"{len(view.evaluated)} candidates evaluated", f"{len(view.measured)} measured"]
     names = {"fail": "failed or interrupted", "waiting": "queued", "running": "running", "pruned": "pruned"}
     counts += [f"{view.states[state]} {name}" for state, name in names.items() if view.states.get(state)]
-    return f"{', '.join(counts)}; {len(view.measurements)} prompts decoded both ways"
+    return f"{', '.join(counts)}; {len(view.measurements)} prompts measured"
 
 
 def _when(view: StudyView) -> str:
@@ -94,14 +93,14 @@ def render_page(
     *,
     now: datetime | None = None,
 ) -> str:
-    """A page: HTML with Plotly, styles and data in it, which a browser is told to load nothing for.
+    """An HTML page with Plotly, styles and data in it, for which a browser may load nothing.
 
     Args:
         title: Its heading.
-        verdict: What it comes to, in a sentence or two.
-        facts: What else one wants to know, as (name, value).
-        pictures: What it shows.
-        now: When the page is made, in any time zone; None is now.
+        verdict: The result, in a sentence or two.
+        facts: Further facts, as (name, value).
+        pictures: The figures.
+        now: Time of writing, in any time zone; None is now.
     """
     code = (get_plotlyjs(), _resource("report.js"))
     head = [
@@ -119,7 +118,7 @@ def render_page(
         *_contents(pictures),
         *(line for picture in pictures for line in _section(picture)),
         "</main>",
-        f"<footer>Made {now or datetime.now(UTC):%Y-%m-%d %H:%M %Z} by layerskip {version('layerskip')}.</footer>",
+        f"<footer>Written {now or datetime.now(UTC):%Y-%m-%d %H:%M %Z} by layerskip {version('layerskip')}.</footer>",
         *(f"<script>{script}</script>" for script in code),
     ]
     return "\n".join(
@@ -128,7 +127,7 @@ def render_page(
 
 
 def _policy(scripts: Iterable[str]) -> str:
-    """A content security policy: nothing is loaded, and no scripts run but these."""
+    """A content security policy under which nothing is loaded and no other scripts run."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
@@ -142,17 +141,17 @@ def _resource(name: str) -> str:
 
 
 def _summary(title: str, verdict: str, facts: Sequence[tuple[str, str]]) -> list[str]:
-    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     return [
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict)}</p>',
-        f"<dl>{told}</dl>",
-        "<noscript><p>Without JavaScript there are no figures; the tables say the same.</p></noscript></header>",
+        f"<dl>{terms}</dl>",
+        "<noscript><p>Without JavaScript there are no figures; the tables have the same data.</p></noscript></header>",
     ]
 
 
-def _contents(shown: Sequence[Picture]) -> list[str]:
-    links = "".join(f'<li><a href="#{picture.id}">{escape(picture.title)}</a></li>' for picture in shown)
+def _contents(pictures: Sequence[Picture]) -> list[str]:
+    links = "".join(f'<li><a href="#{picture.id}">{escape(picture.title)}</a></li>' for picture in pictures)
     return [f'<nav aria-label="Figures"><ul>{links}</ul></nav>']
 
 
@@ -180,11 +179,11 @@ def _scrolling(table: Table) -> str:
 
 
 def render_report(view: StudyView, best: int, *, now: datetime | None = None) -> str:
-    """The report of a study, as :func:`studies.report.render_page` makes pages.
+    """The report of a study, as a page of :func:`render_page`.
 
     Args:
         view: The study.
         best: Most candidates in the skip map.
-        now: When the report is made, in any time zone; None is now.
+        now: Time of writing, in any time zone; None is now.
     """
-    return render_page(view.name, verdict(view), facts(view), pictures(view, best), now=now)
+    return render_page(view.name, verdict(view), facts(view), study_figures(view, best), now=now)

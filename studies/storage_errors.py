@@ -1,4 +1,4 @@
-"""What goes wrong with a study's database, in one line."""
+"""Errors of a study's database, as one-line messages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from layerskip.errors import LayerSkipError, first_line
 
 NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
-MALFORMED = (ArgumentError, ValueError)  # a ValueError is a port that is no number
-# Options of drivers that hold no secret. Any other may: odbc_connect has a password in it, and drivers have tokens.
+MALFORMED = (ArgumentError, ValueError)  # a ValueError: the port is not a number
+# Options of drivers that hold no secret. Any other may: odbc_connect contains a password, and drivers have tokens.
 _HARMLESS_OPTIONS = (
     "application_name",
     "cache",
@@ -59,7 +59,7 @@ def storage_error(url: str | URL, error: Exception) -> StorageError:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from or in the handling of, and so on."""
+    """An error, its cause or context, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

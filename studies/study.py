@@ -1,4 +1,4 @@
-"""Studies: creating one, and making sure that a resumed one still means the same."""
+"""Studies: creating and listing them, and refusing to resume a study under other conditions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from optuna.trial import FrozenTrial, TrialState
 from layerskip.errors import InvalidInputError
 from layerskip.utils import library_versions
 from studies.ranking import (
+    BestBasis,
     HasTrials,
-    Standing,
     basis_of,
     best_trials,
     candidate_key,
     completed_trials,
+    evaluated_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 from studies.records import MeasurementRecord
@@ -31,24 +31,24 @@ from studies.statistics import Speedup, speedup_of_all
 from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
-# What a study's description tells of a trial, as far as the trial says it.
-_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft_exit", "source")
-_FORMAT = 2
-# Attributes of a study: the versions of what it was searched with, one after the other;
+# Attributes of a trial that a study's description includes.
+_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft", "source")
+_FORMAT = 3
+# Attributes of a study: library versions that it was searched with, in order;
 VERSIONS_KEY = "versions"
-# what the parts of a step cost, as search.latency writes it; a study that has it is not measured for;
-LATENCY_KEY = "latency"
-# and the acceptance rate of drafts that skip a single sublayer, by what they skip.
-ALONE_KEY = "acceptance_alone"
+# measured costs of passes, as layerskip.costs.CostModel writes them;
+COSTS_KEY = "latency"
+# acceptance rates of drafts that skip a single sublayer, by its name.
+SINGLE_SUBLAYER_KEY = "acceptance_alone"
 _NEWER = "was made by a newer version of layerskip; update layerskip"
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What the values of a study depend on. Trials that differ in any of it cannot be compared.
+    """The conditions of a study. Trials under different conditions cannot be compared.
 
     Args:
-        model: Id of the model, for people.
+        model: Id of the model, for display.
         fingerprint: Hash of the model's configuration and weights.
         dtype: Floating-point type of the model.
         device: What it runs on.
@@ -69,12 +69,12 @@ class StudyContext:
 
     @property
     def digest(self) -> str:
-        """A short hash of everything but the model's id."""
+        """A short hash of all conditions but the model's id."""
         values = {name: value for name, value in asdict(self).items() if name != "model"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
-        """How this context differs from a recorded one, a phrase each."""
+        """How these conditions differ from recorded ones, a phrase each."""
         return [
             f"{name} (study: {recorded.get(name)}, now: {value})"
             for name, value in asdict(self).items()
@@ -88,10 +88,10 @@ def open_study(storage: ReconnectingStorage, name: str, context: StudyContext) -
     Args:
         storage: Where it lives.
         name: Its name.
-        context: What its values depend on.
+        context: Its conditions.
 
     Raises:
-        InvalidInputError: A study of that name exists, and was made in another context or by something else.
+        InvalidInputError: A study of that name exists, with other conditions or made by another program.
     """
     study = _open(storage, name, context)
     earlier, now = study.user_attrs.get(VERSIONS_KEY, []), library_versions()
@@ -108,7 +108,7 @@ def _open(storage: ReconnectingStorage, name: str, context: StudyContext) -> opt
     if recorded is None and not study.get_trials(deepcopy=False) and _maximizes(study):
         study.set_user_attr(_CONTEXT_KEY, {"format": _FORMAT, **asdict(context)})
         return study
-    if recorded is None:  # another worker may have made it in between
+    if recorded is None:  # another worker may have created it in between
         recorded = study.user_attrs.get(_CONTEXT_KEY, {})
     if _is_newer(recorded):
         raise InvalidInputError(f"study '{name}': {_NEWER}, or choose another name with --study")
@@ -119,8 +119,8 @@ def _open(storage: ReconnectingStorage, name: str, context: StudyContext) -> opt
     differences = context.differences(recorded)
     if differences:
         raise InvalidInputError(
-            f"study '{name}': cannot go on, because this differs: {'; '.join(differences)}. "
-            "Search with what the study was made with, or choose another name with --study"
+            f"study '{name}': cannot be resumed, because this differs: {'; '.join(differences)}. "
+            "Search under the study's conditions, or choose another name with --study"
         )
     return study
 
@@ -134,7 +134,7 @@ def _maximizes(study: optuna.Study) -> bool:
 
 
 def context_of(study: optuna.Study) -> dict[str, Any]:
-    """What a study's values depend on: the fields of :class:`StudyContext`.
+    """The conditions of a study: the fields of :class:`StudyContext`.
 
     Raises:
         InvalidInputError: This version of layerskip did not make it.
@@ -149,25 +149,25 @@ def context_of(study: optuna.Study) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """A study at a glance.
+    """A study in one line.
 
     Args:
         name: Its name.
         model: Id of its model; None if layerskip did not make it.
-        trials: Trials that ran or run.
-        seen: Candidates looked at.
-        measured: Candidates decoded for real.
+        trials: Trials that ran or are running.
+        evaluated: Candidates evaluated.
+        measured: Candidates measured.
         best_speedup: The highest speedup of finalists on held-out prompts; without any, that of the best candidate.
-        basis: What that figure rests on.
+        basis: The basis of that speedup.
     """
 
     name: str
     model: str | None
     trials: int
-    seen: int
+    evaluated: int
     measured: int
     best_speedup: float | None
-    basis: Standing | None
+    basis: BestBasis | None
 
 
 def list_studies(storage: ReconnectingStorage) -> list[StudySummary]:
@@ -175,7 +175,7 @@ def list_studies(storage: ReconnectingStorage) -> list[StudySummary]:
     return sorted((_summary(storage, study) for study in _studies(storage)), key=lambda summary: summary.name)
 
 
-def studies_of_ours(storage: ReconnectingStorage) -> list[str]:
+def our_studies(storage: ReconnectingStorage) -> list[str]:
     """Names of the studies that this version of layerskip made."""
     ours = [study for study in _studies(storage) if study.user_attrs.get(_CONTEXT_KEY, {}).get("format") == _FORMAT]
     return sorted(study.study_name for study in ours)
@@ -186,23 +186,23 @@ def _studies(storage: ReconnectingStorage) -> list[optuna.Study]:
 
 
 def _summary(storage: ReconnectingStorage, study: optuna.Study) -> StudySummary:
-    speedup, basis = _best_figure(storage, study) if _maximizes(study) else (None, None)
+    speedup, basis = _best_speedup(storage, study) if _maximizes(study) else (None, None)
     return StudySummary(
         name=study.study_name,
         model=study.user_attrs.get(_CONTEXT_KEY, {}).get("model"),
         trials=sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)),
-        seen=len(seen_trials(study)),
+        evaluated=len(evaluated_trials(study)),
         measured=len(measured_trials(study)),
         best_speedup=speedup,
         basis=basis,
     )
 
 
-def _best_figure(storage: ReconnectingStorage, study: optuna.Study) -> tuple[float, Standing] | tuple[None, None]:
-    """The speedup that a report would tell of a study, and what it rests on."""
-    finals = held_out_speedups(study, storage.records.of(study.study_name))
-    if finals:
-        return max(final.value for final in finals.values()), "held-out"
+def _best_speedup(storage: ReconnectingStorage, study: optuna.Study) -> tuple[float, BestBasis] | tuple[None, None]:
+    """The speedup that a report would show for a study, and its basis."""
+    held_out = held_out_speedups(study, storage.records.of(study.study_name))
+    if held_out:
+        return max(speedup.value for speedup in held_out.values()), "held-out"
     best = best_trials(study, 1)
     return (speedup_of(best[0]), basis_of(best[0])) if best else (None, None)
 
@@ -211,7 +211,7 @@ def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
     """An existing study.
 
     Raises:
-        InvalidInputError: There is none of that name; the message lists those that are.
+        InvalidInputError: There is no study of that name; the message lists the studies there are.
     """
     try:
         return optuna.load_study(study_name=name, storage=storage)
@@ -221,7 +221,7 @@ def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
 
 
 def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[str, Any]:
-    """What there is to say about a study, as plain values.
+    """A study and its best trials, as values for JSON.
 
     Args:
         storage: Where the study lives.
@@ -239,10 +239,14 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
     held_out = held_out_speedups(study, records)
 
     def described(trial: FrozenTrial) -> dict[str, Any]:
-        told: dict[str, Any] = {"number": trial.number, "speedup": speedup_of(trial), "basis": basis_of(trial)}
-        final = held_out.get(candidate_key(trial))
-        told |= {"held_out_speedup": final.value if final else None}
-        return told | {key: trial.user_attrs.get(key) for key in _DESCRIBED}
+        speedup = held_out.get(candidate_key(trial))
+        return {
+            "number": trial.number,
+            "speedup": speedup_of(trial),
+            "basis": basis_of(trial),
+            "held_out_speedup": speedup.value if speedup else None,
+            **{key: trial.user_attrs.get(key) for key in _DESCRIBED},
+        }
 
     return {
         "study": name,
@@ -254,18 +258,18 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
 
 
 def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:
-    """What candidates measured on held-out prompts, of all times that they were, whichever of their trials it was.
+    """Speedups of candidates on held-out prompts, over all measurements of any of their trials.
 
     Args:
         study: The study, or a snapshot of it.
-        records: Everything that was measured in it.
+        records: All measurements of the study.
 
     Returns:
         By :func:`studies.ranking.candidate_key`.
     """
     candidates = {trial.number: candidate_key(trial) for trial in completed_trials(study)}
-    finals: dict[str, list[MeasurementRecord]] = {}
+    held_out: dict[str, list[MeasurementRecord]] = {}
     for record in records:
         if record.prompt_set == "held-out" and record.trial in candidates:
-            finals.setdefault(candidates[record.trial], []).append(record)
-    return {candidate: speedup_of_all(ones) for candidate, ones in finals.items()}
+            held_out.setdefault(candidates[record.trial], []).append(record)
+    return {candidate: speedup_of_all(measurements) for candidate, measurements in held_out.items()}

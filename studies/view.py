@@ -1,8 +1,7 @@
-"""A study as its pictures need it: plain values, read once."""
+"""A study read once, as plain values for figures and reports."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,28 +10,28 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from layerskip.skip_set import SkipSet
+from layerskip.costs import CostModel, Costs
+from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     DRAFT_COST_KEY,
     PREDICTED_KEY,
     STOPPED_KEY,
     Basis,
+    BestBasis,
     Snapshot,
-    Standing,
     basis_of,
     best_trials,
     candidate_key,
     completed_trials,
+    config_of,
     correction_of,
     speedup_of,
 )
 from studies.records import MeasurementRecord
 from studies.statistics import Speedup
-from studies.step_costs import RelativeParts, read_parts
 from studies.storage import ReconnectingStorage
-from studies.study import ALONE_KEY, LATENCY_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
+from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
 
-_BIT = re.compile(r"skip_(attn|mlp)_(\d+)")
 _KINDS = ("attn", "mlp")
 
 
@@ -44,18 +43,14 @@ class TrialSummary:
         number: Its number.
         candidate: The same for trials of the same candidate.
         basis: Whether its speedup was measured or predicted.
-        speedup: That speedup, with its interval where it was measured on several prompts.
-        predicted: What was predicted of it.
-        acceptance: The one-step acceptance rate α that it was looked at with.
-        draft_cost: What a draft step costs, c, in units of a plain step; None where that was not kept.
-        skip_set: What it leaves out.
-        bridged: Whether it has bridges.
-        vocabulary: Size of its draft vocabulary; 0 is the whole one.
-        draft: Everything else about the draft, for people.
-        source: Who proposed it.
-        stopped: Whether it was found hopeless and stopped after some prompts.
-        held_out: What it measured on held-out prompts, if it is a finalist.
-        trained: Whether a trained stand-in runs in place of the top of what it leaves out.
+        speedup: That speedup, with its interval if it was measured on several prompts.
+        predicted: Its predicted speedup.
+        acceptance: The one-step acceptance rate α of its prediction.
+        draft_cost: c, the cost of a draft step in units of a plain step; None if that was not stored.
+        config: How it drafts.
+        source: The warm start or sampler that proposed it.
+        stopped: Whether its measurement was stopped early, because it could not win.
+        held_out: Its speedup on held-out prompts, if it is a finalist.
     """
 
     number: int
@@ -65,29 +60,25 @@ class TrialSummary:
     predicted: float | None
     acceptance: float | None
     draft_cost: float | None
-    skip_set: SkipSet
-    bridged: bool
-    vocabulary: int
-    draft: str
+    config: DraftConfig
     source: str
     stopped: bool
     held_out: Speedup | None = None
-    trained: bool = False
 
     @property
-    def standing(self) -> Standing:
-        """What the best figure for it rests on."""
+    def best_basis(self) -> BestBasis:
+        """The basis of its best speedup."""
         return "held-out" if self.held_out else self.basis
 
     @property
-    def figure(self) -> Speedup:
-        """The best figure for it: held out, or else measured, or else predicted."""
+    def best_speedup(self) -> Speedup:
+        """Its most trustworthy speedup: on held-out prompts, or else measured, or else predicted."""
         return self.held_out or self.speedup
 
     @property
-    def told(self) -> str:
-        """That figure with what it rests on, as ``0.96× held-out``."""
-        return f"{self.figure.value:.3f}× {self.standing}"
+    def label(self) -> str:
+        """Its best speedup with the basis, such as ``0.960× held-out``."""
+        return f"{self.best_speedup.value:.3f}× {self.best_basis}"
 
 
 @dataclass(frozen=True)
@@ -96,51 +87,47 @@ class StudyView:
 
     Args:
         name: Its name.
-        context: What its values depend on, see :class:`studies.study.StudyContext`.
-        versions: Of what it was searched with, one after the other.
+        context: Its conditions, see :class:`studies.study.StudyContext`.
+        versions: Library versions that it was searched with, in order.
         num_layers: Decoder layers of the model.
-        tried: Completed trials, by number.
-        ranked: The best trial of each candidate: finalists by what they measured on held-out prompts, then the others.
-        correction: By how much predictions were off where candidates were measured.
-        measurements: Every prompt that was measured.
-        alone: Acceptance rate of drafts that skip one sublayer alone, by the sublayer's index in the stack.
-        parts: What the parts of a step cost; None if that was not measured.
+        trials: Completed trials, by number.
+        ranked: The best trial of each candidate: finalists by their speedup on held-out prompts, then the others.
+        correction: Median of measured ÷ predicted speedup; 1 without measurements.
+        measurements: Every measured prompt.
+        single_sublayer_acceptance: Acceptance rate of drafts that skip a single sublayer, by its index in the stack.
+        costs: What passes cost halfway between the lengths measured, in seconds; None if nothing was measured.
         states: Number of trials in each state.
-        began: When its first trial started; None if none did.
-        ended: When its last trial so far ended.
+        began: Start of its first trial; None if none started.
+        ended: End of its last trial so far.
     """
 
     name: str
     context: Mapping[str, Any]
     versions: Sequence[Mapping[str, str]]
     num_layers: int
-    tried: Sequence[TrialSummary]
+    trials: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
     correction: float
     measurements: Sequence[MeasurementRecord]
-    alone: Mapping[int, float]
-    parts: RelativeParts | None
+    single_sublayer_acceptance: Mapping[int, float]
+    costs: Costs | None
     states: Mapping[str, int]
     began: datetime | None
     ended: datetime | None
 
     @property
-    def seen(self) -> Sequence[TrialSummary]:
-        """The first look at each candidate."""
-        looks: dict[str, TrialSummary] = {}
-        for one in self.tried:
-            if one.basis == "predicted":
-                looks.setdefault(one.candidate, one)
-        return list(looks.values())
+    def evaluated(self) -> Sequence[TrialSummary]:
+        """The first prediction of each candidate."""
+        first: dict[str, TrialSummary] = {}
+        for trial in self.trials:
+            if trial.basis == "predicted":
+                first.setdefault(trial.candidate, trial)
+        return list(first.values())
 
     @property
     def measured(self) -> Sequence[TrialSummary]:
-        """Trials that decoded for real."""
-        return [one for one in self.tried if one.basis == "measured"]
-
-    def records_of(self, number: int, prompt_set: str) -> Sequence[MeasurementRecord]:
-        """The measurements of a trial on the search's or the held-out prompts."""
-        return [one for one in self.measurements if (one.trial, one.prompt_set) == (number, prompt_set)]
+        """Trials that measured a candidate."""
+        return [trial for trial in self.trials if trial.basis == "measured"]
 
 
 def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
@@ -151,15 +138,15 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
         name: Its name.
 
     Raises:
-        InvalidInputError: There is no study of that name, or layerskip, or this version of it, did not make it.
+        InvalidInputError: There is no study of that name, or this version of layerskip did not make it.
     """
     study = load_study(storage, name)
     context = context_of(study)
     now = Snapshot(study)
     records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
-    finals, costs = held_out_speedups(now, records), _draft_costs(now)
-    tried = {trial.number: _tried(trial, num_layers, finals, costs) for trial in completed_trials(now)}
+    held_out, costs = held_out_speedups(now, records), _draft_costs(now)
+    summaries = {trial.number: _summary(trial, held_out, costs) for trial in completed_trials(now)}
     attributes = study.user_attrs
     trials = now.get_trials()
     return StudyView(
@@ -167,16 +154,16 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
         context=context,
         versions=attributes.get(VERSIONS_KEY, []),
         num_layers=num_layers,
-        tried=list(tried.values()),
+        trials=list(summaries.values()),
         ranked=sorted(
-            (tried[trial.number] for trial in best_trials(now, len(tried))),
-            key=lambda one: one.held_out.value if one.held_out else 0.0,
+            (summaries[trial.number] for trial in best_trials(now, len(summaries))),
+            key=lambda trial: trial.held_out.value if trial.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
         correction=correction_of(now),
         measurements=records,
-        alone=_alone(attributes.get(ALONE_KEY, {})),
-        parts=read_parts(attributes.get(LATENCY_KEY)),
+        single_sublayer_acceptance=_by_index(attributes.get(SINGLE_SUBLAYER_KEY, {})),
+        costs=costs_from(attributes.get(COSTS_KEY)),
         states=Counter(trial.state.name.lower() for trial in trials),
         began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
         ended=max((trial.datetime_complete for trial in trials if trial.datetime_complete), default=None),
@@ -184,43 +171,46 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
 
 
 def _draft_costs(study: Snapshot) -> dict[str, float]:
-    """By candidate: it is noted where one is looked at, not where it is measured."""
+    """By candidate: the cost is stored with its prediction, not with its measurement."""
     trials = completed_trials(study)
     return {candidate_key(t): t.user_attrs[DRAFT_COST_KEY] for t in trials if DRAFT_COST_KEY in t.user_attrs}
 
 
-def _tried(
-    trial: FrozenTrial, num_layers: int, finals: Mapping[str, Speedup], costs: Mapping[str, float]
-) -> TrialSummary:
-    told, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
+def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup], costs: Mapping[str, float]) -> TrialSummary:
+    attributes, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
     return TrialSummary(
         number=trial.number,
         candidate=candidate,
         basis=basis_of(trial),
-        speedup=Speedup(value, told.get("speedup_low", value), told.get("speedup_high", value)),
-        predicted=told.get(PREDICTED_KEY),
-        acceptance=told.get("acceptance"),
+        speedup=Speedup(value, attributes.get("speedup_low", value), attributes.get("speedup_high", value)),
+        predicted=attributes.get(PREDICTED_KEY),
+        acceptance=attributes.get("acceptance"),
         draft_cost=costs.get(candidate),
-        skip_set=_skip_set(trial.params, num_layers),
-        bridged=bool(trial.params.get("bridged", False)),
-        vocabulary=int(trial.params.get("vocabulary", 0)),
-        draft=str(told.get("draft_exit", "")),
-        source=str(told.get("source") or told.get("sampler") or "sampler"),
-        stopped=STOPPED_KEY in told,
-        held_out=finals.get(candidate),
-        trained=bool(trial.params.get("stand_in", 0)),
+        config=config_of(trial),
+        source=str(attributes.get("source") or attributes.get("sampler") or "sampler"),
+        stopped=STOPPED_KEY in attributes,
+        held_out=held_out.get(candidate),
     )
 
 
-def _skip_set(parameters: Mapping[str, Any], num_layers: int) -> SkipSet:
-    bits = {match.groups(): bool(value) for name, value in parameters.items() if (match := _BIT.fullmatch(name))}
-    skipped = {(kind, int(layer)) for (kind, layer), skip in bits.items() if skip}
-    attention, mlp = (tuple(layer for of, layer in sorted(skipped) if of == kind) for kind in _KINDS)
-    return SkipSet(num_layers, attention, mlp)
+def costs_from(kept: str | None) -> Costs | None:
+    """Costs halfway between the two text lengths at which a search measured them.
+
+    Args:
+        kept: The JSON of a :class:`layerskip.costs.CostModel`.
+
+    Returns:
+        None where nothing was kept, or another form.
+    """
+    try:
+        model = CostModel.from_json(kept or "")
+    except ValueError:
+        return None
+    return model.at((model.short.context + model.long.context) / 2)
 
 
-def _alone(recorded: Mapping[str, float]) -> dict[int, float]:
-    """By index, from rates by what was skipped, such as ``attn 3``."""
+def _by_index(recorded: Mapping[str, float]) -> dict[int, float]:
+    """Rates by a sublayer's index, from rates by its name, such as ``attn 3``."""
     rates = {}
     for skipped, rate in recorded.items():
         kind, _, layer = skipped.partition(" ")

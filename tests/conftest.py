@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from layerskip import LayerSkipModel, load_checkpoint
 from tests.models import EVERY_FAMILY, FAMILIES, tiny_gemma2, tiny_llama, tiny_tokenizer
 
-pytest_plugins = ["tests.browser", "tests.postgres", "tests.unprivileged"]
+pytest_plugins = ["tests.browser", "tests.hub", "tests.postgres", "tests.unprivileged"]
 
 # Examples are drawn the same way on every run, so that a failure is a failure for everybody.
 settings.register_profile(

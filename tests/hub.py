@@ -10,7 +10,9 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 OWNER = "me"
 TOKEN = "hf_of_the_owner"
@@ -230,3 +232,17 @@ def _upload_mode(path):
 
 def _json(value):
     return {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fake hub that the client in this process talks to."""
+    with FakeHub().running() as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # files go through the LFS endpoints
+        yield fake

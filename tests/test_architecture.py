@@ -20,8 +20,6 @@ KNOWN_CIRCLES = [
     {"layerskip.hub", "layerskip.profile"},
     {"search.copying", "search.replay"},
 ]
-# File names that still occur twice. This list only ever gets shorter, too.
-KNOWN_DUPLICATES = {"acceptance.py", "costs.py", "damage.py", "prompts.py", "sublayers.py"}
 
 
 @cache
@@ -131,8 +129,7 @@ def test_no_modules_import_each_other():
 def test_no_file_name_occurs_twice_in_the_product():
     names = Counter(file.name for file, _ in sources().values())
     twice = {name for name, count in names.items() if count > 1} - {"__init__.py"}
-    assert twice - KNOWN_DUPLICATES == set()
-    assert KNOWN_DUPLICATES - twice == set(), "these names occur once by now: take them off KNOWN_DUPLICATES"
+    assert twice == set()
 
 
 def test_the_runtime_imports_nothing_that_only_searching_needs():

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip import LayerSkipModel, SkipSet, generate
+from layerskip import LayerSkipModel, generate
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.factory import make_drafter
 from layerskip.engine import Engine
 from layerskip.utils import device_seconds
-from search.prompts import EncodedPrompt
-from search.search import SearchPrompts
-from search.space import Candidate, Policy
+from search.prompts import EncodedPrompt, SearchPrompts
 
 
 @dataclass(frozen=True)
@@ -44,34 +43,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Incumbent:
-    """The best that a searcher had found at some time.
+    """The best draft that a searcher had found at some time.
 
     Args:
         seconds: Since it began.
-        candidate: What the draft leaves out.
-        policy: When it drafts.
+        config: How the draft drafts.
     """
 
     seconds: float
-    candidate: Candidate
-    policy: Policy
+    config: DraftConfig
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "seconds": self.seconds,
-            "skip_set": self.candidate.skip_set.mask,
-            "bridged": self.candidate.bridged,
-            "vocabulary": self.candidate.vocabulary,
-            "policy": self.policy.as_json(),
-        }
+        return {"seconds": self.seconds, "config": self.config.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Incumbent:
         """The inverse of :meth:`as_json`."""
-        skip_set = SkipSet.from_mask(values["skip_set"])
-        candidate = Candidate(skip_set, bridged=values["bridged"], vocabulary=values["vocabulary"])
-        return cls(values["seconds"], candidate, Policy.from_json(values["policy"]))
+        return cls(values["seconds"], DraftConfig.from_json(values["config"]))
 
 
 Searcher = Callable[[Task], Iterator[Incumbent]]
@@ -96,10 +85,10 @@ class Stopwatch:
 
 
 def decode_seconds_per_token(
-    task: Task, skip_set: SkipSet, policy: Policy, prompts: Sequence[EncodedPrompt], max_new_tokens: int
+    task: Task, config: DraftConfig, prompts: Sequence[EncodedPrompt], max_new_tokens: int
 ) -> float:
     """What published searchers score by: decoding some prompts self-speculatively."""
-    drafter = make_drafter(task.model, policy.config(skip_set))
+    drafter = make_drafter(task.model, config)
     tokens = 0
     started = device_seconds(task.model.device)
     for prompt in prompts:

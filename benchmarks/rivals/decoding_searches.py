@@ -11,11 +11,11 @@ from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task, decode_seconds_per_token
 from layerskip import AdaptiveThreshold, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.errors import InvalidInputError
-from search.space import Candidate, Policy
 
 # Draft & Verify's adaptive draft exit, with its published numbers.
-_POLICY = Policy(AdaptiveThreshold())
+_STOPPING = AdaptiveThreshold()
 
 
 def tpe(task: Task) -> Iterator[Incumbent]:
@@ -61,8 +61,9 @@ def _search(
         except InvalidInputError:  # everything skipped
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
-        seconds = decode_seconds_per_token(task, skip_set, _POLICY, decoded, max_new_tokens)
+        config = DraftConfig(skip_set, stopping=_STOPPING)
+        seconds = decode_seconds_per_token(task, config, decoded, max_new_tokens)
         study.tell(trial, seconds)
         if seconds < best:
             best = seconds
-            yield Incumbent(watch.seconds, Candidate(skip_set), _POLICY)
+            yield Incumbent(watch.seconds, config)

@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import FixedLength, SkipSet
+from layerskip.costs import CostModel, DraftParts, speedup
+from layerskip.drafting.config import DraftConfig
+from layerskip.engine import measure_costs
 from search.acceptance import AcceptanceTracer, Versions
-from search.latency import LatencyModel, measure_latency
 from search.reference import ReferenceRun
-from search.space import Candidate, Policy, SearchSpace
 from search.starting_skip_sets import most_similar_paths
 
 _LENGTHS = range(1, 9)
@@ -23,31 +24,27 @@ _LENGTHS = range(1, 9)
 def knapspec(task: Task) -> Iterator[Incumbent]:
     """Attention and MLP sublayers at their measured costs; the cosine similarity stands in for the acceptance rate."""
     watch, model = Stopwatch(task), task.model
-    latency = measure_latency(task.engine, SearchSpace(model.num_layers))
-    step = latency.short.step
+    measured = measure_costs(task.engine, most_drafted=max(_LENGTHS))
+    step = measured.short.step
     costs = [step.attention, step.mlp] * model.num_layers
     with tempfile.TemporaryDirectory() as folder:
         run = ReferenceRun(model, Path(folder), task.fingerprint)
         texts = run.texts(task.prompts.scored[:1], max_new_tokens=task.max_new_tokens)
         text = AcceptanceTracer(model, texts).versions()
         skip_sets = [skip_set for _, skip_set in most_similar_paths(text.states, text.run_sublayer, costs)]
-        scored = [_best(latency, task, text, skip_set) for skip_set in skip_sets]
+        scored = [_best(measured, task, text, skip_set) for skip_set in skip_sets]
     if scored:
         _, skip_set, length = max(scored, key=lambda one: one[0])
-        yield Incumbent(watch.seconds, Candidate(skip_set), Policy(FixedLength(length)))
+        yield Incumbent(watch.seconds, DraftConfig(skip_set, stopping=FixedLength(length)))
 
 
-def _best(latency: LatencyModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:
+def _best(measured: CostModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:
     """The expected speedup of a draft at its best length."""
     context = float(len(task.prompts.scored[0].tokens))
-    plain = latency.verification(1, 0.0, context, None)
-    cost = latency.draft_step(task.model.stack_of(skip_set), context) / plain
+    costs = measured.at(context).relative()
+    cost = costs.draft_step(DraftParts.of(task.model.stack_of(skip_set)))
     alpha = _similarity(text, skip_set)
-    speedups = {
-        length: sum(alpha**i for i in range(length + 1))
-        / (length * cost + latency.verification(length + 1, 0.0, context, None) / plain)
-        for length in _LENGTHS
-    }
+    speedups = {length: speedup(alpha, length, cost, costs.verification(length + 1)) for length in _LENGTHS}
     length = max(speedups, key=lambda one: speedups[one])
     return speedups[length], skip_set, length
 

@@ -13,13 +13,13 @@ from optuna.exceptions import ExperimentalWarning
 
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import ConfidenceThreshold, SkipSet
+from layerskip.drafting.config import DraftConfig
 from search.acceptance import AcceptanceTracer, acceptance
 from search.reference import ReferenceRun
-from search.space import Candidate, Policy
 
 _SKIP_RATIO = 0.45
 _BAYESIAN_EVERY = 25
-_POLICY = Policy(ConfidenceThreshold(0.8, 8))
+_STOPPING = ConfidenceThreshold(0.8, 8)
 _TEXTS = 4
 
 
@@ -48,7 +48,7 @@ def swift(task: Task) -> Iterator[Incumbent]:
             study.tell(trial, match)
             if match > best:
                 best = match
-                yield Incumbent(watch.seconds, Candidate(skip_set), _POLICY)
+                yield Incumbent(watch.seconds, DraftConfig(skip_set, stopping=_STOPPING))
 
 
 def _highest(scores: list[float], layers: int, count: int) -> SkipSet:

@@ -158,7 +158,7 @@ class BridgeFitter:
 
     def worthy_runs(self, skip_set: SkipSet) -> list[tuple[int, int]]:
         """The maximal runs of skipped sublayers that cost clearly more than a bridge."""
-        return [run for run in runs_of(skip_set) if self._worth_it(*run)]
+        return [run for run in runs_of(skip_set) if self.worth_it(*run)]
 
     def _bridge(self, start: int, stop: int) -> Bridge:
         """Fitted once: skip sets that a search tries one after the other share most of their runs."""
@@ -169,7 +169,8 @@ class BridgeFitter:
         self._fitted.move_to_end((start, stop))
         return self._fitted[start, stop]
 
-    def _worth_it(self, start: int, stop: int) -> bool:
+    def worth_it(self, start: int, stop: int) -> bool:
+        """Whether a run of sublayers costs clearly more than a bridge in its place."""
         return _bridge_weights(self._states.shape[-1]) <= _WORTH * sum(self._weights[start:stop])
 
     @torch.no_grad()  # not in inference mode: tensors that were made there cannot be trained

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from pydantic import TypeAdapter
+
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.skip_set import SkipSet
@@ -106,10 +108,14 @@ class DraftConfig:
             object.__setattr__(self, "skip_set", _early_exit(self.skip_set, self.draft_layer))
 
     @property
+    def exit_at(self) -> int:
+        """Index of the first sublayer that the draft layer replaces; without one, the number of all sublayers."""
+        return 2 * self.skip_set.num_layers if self.draft_layer is None else self.draft_layer.start
+
+    @property
     def skipped_below(self) -> SkipSet:
         """The skipped sublayers that no draft layer replaces."""
-        top = len(self.skip_set.mask) if self.draft_layer is None else self.draft_layer.start
-        return SkipSet.from_mask([skip and index < top for index, skip in enumerate(self.skip_set.mask)])
+        return SkipSet.from_mask([skip and index < self.exit_at for index, skip in enumerate(self.skip_set.mask)])
 
     @property
     def policy(self) -> str:
@@ -122,6 +128,28 @@ class DraftConfig:
         if self.target_confidence_threshold:
             parts.append(f"no draft where target confidence < {self.target_confidence_threshold:g}")
         return "; ".join(parts)
+
+    @property
+    def details(self) -> str:
+        """Everything but the skip set, for people, such as ``4 tokens · bridges · vocabulary 8192``."""
+        layer = [] if self.draft_layer is None else [str(self.draft_layer)]
+        vocabulary = [f"vocabulary {self.vocabulary_size}"] * bool(self.vocabulary_size)
+        return " · ".join([self.policy, *layer, *["bridges"] * self.bridges, *vocabulary])
+
+    def __str__(self) -> str:
+        return f"{self.skip_set} · {self.details}"
+
+    def to_json(self) -> str:
+        """The configuration as text."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> DraftConfig:
+        """The inverse of :meth:`to_json`."""
+        return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(DraftConfig)
 
 
 def _early_exit(skip_set: SkipSet, layer: DraftLayerRef) -> SkipSet:

@@ -132,7 +132,7 @@ class HeadDrafter(BaseDrafter):
             inner = {path: width for path, width in widths if width}
             steps = [DraftStep.of(scores, token_ids, None) for scores in score(place, _rows(paths, inner))]
             here = {
-                path: sampler.draft(step, token_ids, width, behind=paths[path, 1:])
+                path: sampler.draft(step, token_ids, width, path=paths[path, 1:])
                 for step, (path, width) in zip(steps, inner.items(), strict=True)
             }
             draws += here.values()

@@ -1,9 +1,9 @@
-"""How a step runs: the one place that decides it. Drafting, verification and decoding know only :class:`Engine`."""
+"""Engines: how a pass runs. Drafting, verification and decoding know only :class:`Engine`."""
 
 from layerskip.costs import PassCosts
 from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highest_probability
 from layerskip.engine.compilation import compile_sublayers
-from layerskip.engine.cost_measurement import load_costs, measure_costs
+from layerskip.engine.cost_measurement import load_costs, measure_costs, measure_passes
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.selection import check_engine, make_engine
@@ -22,4 +22,5 @@ __all__ = [
     "load_costs",
     "make_engine",
     "measure_costs",
+    "measure_passes",
 ]

@@ -1,4 +1,4 @@
-"""What drafting and decoding ask of an engine."""
+"""The interface of an engine: what drafting and decoding ask of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerskip.token_tree import TokenTree
 
 @dataclass(frozen=True)
 class DraftStep:
-    """What one draft step gives.
+    """The output of one draft step.
 
     Args:
         logits: ``[n]``, scores in float32, one for each token of the draft's vocabulary.
@@ -33,12 +33,12 @@ class DraftStep:
 
     @classmethod
     def of(cls, logits: Tensor, token_ids: Tensor | None, prefix: Tensor | None) -> DraftStep:
-        """The step that these logits make, by tensor operations alone, so that it can be captured.
+        """The step with these logits, by tensor operations alone, so that it can be captured.
 
         Args:
             logits: ``[n]``.
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
-            prefix: As in the step.
+            prefix: As in the class.
         """
         column = logits.argmax(-1, keepdim=True)
         likeliest = column if token_ids is None else token_ids[column]
@@ -52,7 +52,7 @@ def highest_probability(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What drafting already computed of the verification's pass.
+    """The part of the verification's pass that drafting already computed.
 
     Args:
         states: ``[1, k, hidden_size]``, the hidden states of the text's last token and of all drafted tokens but the
@@ -66,12 +66,12 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a pass of the target model gives.
+    """The output of a pass of the target model.
 
     Args:
-        logits: ``[n, vocab_size]``, scores behind each of ``n`` tokens, in float32; of a prompt, ``[1, vocab_size]``,
-            behind the last of them.
-        states: ``[n, hidden_size]``, the hidden states behind the last sublayer, of each token.
+        logits: ``[n, vocab_size]``, scores after each of ``n`` tokens, in float32; of a prompt, ``[1, vocab_size]``,
+            after the last of them.
+        states: ``[n, hidden_size]``, the hidden states after the last sublayer, of each token.
     """
 
     logits: Tensor
@@ -82,11 +82,10 @@ class Engine(Protocol):
     """Runs passes of one model. One engine serves one generation at a time.
 
     Attributes:
-        name: What it is called.
+        name: Its name, by which it is chosen.
         model: The model whose passes it runs.
-        captures: Whether the first decoding takes longer than later ones, because passes are captured or compiled in
-            it.
-        resumes: Whether verification can start behind what drafting already computed.
+        captures: Whether the first decoding takes longer than later ones, because it captures or compiles passes.
+        resumes: Whether verification can resume from the hidden states that drafting computed.
         costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
             needs.
     """
@@ -103,13 +102,13 @@ class Engine(Protocol):
         """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
 
     def has_room(self, cache: KVCache, capacity: int) -> bool:
-        """Whether a cache that it made has room for ``capacity`` positions, or can make it."""
+        """Whether a cache of this engine has room for ``capacity`` positions, or can grow."""
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
         """Run a prompt, or the rest of one, ``[n]``.
 
         Returns:
-            Scores behind its last token, and the hidden states of all its tokens, which later passes leave alone.
+            Scores after its last token, and the hidden states of all its tokens, which later passes leave alone.
         """
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
@@ -117,12 +116,12 @@ class Engine(Protocol):
 
         Args:
             tokens: A new token, and before it the last ``m - 1`` of the text that the stack has not seen yet: more
-                than one only where it remembers.
+                than one only if the stack keeps keys and values of its own.
             cache: Keys and values of the text before the new token.
             stack: The draft's.
 
         Returns:
-            The step behind the last token.
+            The step after the last token.
         """
 
     def verify(
@@ -133,9 +132,9 @@ class Engine(Protocol):
         Args:
             tokens: The tokens.
             cache: Keys and values of the text before; moves forward by ``k + 1``.
-            shared: What drafting already computed of it, if anything; of no use where the tree branches.
+            shared: The part that drafting already computed, if any; unused where the tree branches.
             tree: Which token follows which; None is a chain.
 
         Returns:
-            What comes out behind each of them. The next pass may overwrite it.
+            Scores and hidden states after each of them. The next pass may overwrite them.
         """

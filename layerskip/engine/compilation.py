@@ -1,4 +1,4 @@
-"""Compiling the two kinds of sublayer, once for all layers and all skip sets."""
+"""Compile the two kinds of sublayer, once for all layers and all skip sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layerskip.sublayers import AttentionSublayer, attend, feed_forward
 
 
 def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let a model's sublayers run compiled; the Hugging Face model stays as it is.
+    """Compile a model's sublayers; the Hugging Face model stays as it is.
 
     Attention and MLP are compiled as one function each, which takes the modules of its layer as arguments, so that the
     number of compilations depends neither on the number of layers nor on the skip set, only on the shapes: a prompt,
@@ -21,7 +21,7 @@ def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] =
     left out of the compiled code, because its length changes with every pass.
 
     Sets ``torch._dynamo.config.allow_unspec_int_on_nn_module`` for the process: without it every layer would be
-    compiled by itself, because transformers' attention knows its layer's number.
+    compiled separately, because transformers' attention knows its layer's number.
 
     Args:
         model: The model. Make its engine afterwards, because passes cost something else now.

@@ -1,85 +1,41 @@
-"""Measuring what an engine's passes cost on this machine, once."""
+"""Measure what an engine's passes cost on this machine."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from layerskip.checkpoints import cache_folder
-from layerskip.costs import PassCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
+from layerskip.drafting.bridges import blank_bridge
 from layerskip.engine.base import Engine
 from layerskip.model import LayerSkipModel
-from layerskip.utils import device_name, device_seconds, library_versions, write_atomically
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import Stack
+from layerskip.utils import device_name, device_seconds, digest, library_versions, write_atomically
 
 logger = logging.getLogger(__name__)
 
 # Wide enough for the largest tree that a search tries, and for the dips that CPUs have.
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24)
-# A text of usual length; attention is a small part of a pass until contexts are much longer.
+# A text of usual length, after which an engine's own costs are measured; attention is a small part of a pass until
+# contexts are much longer.
 _CONTEXT = 128
 _REPEATS = 7
+# The lengths of a cost model, and its repeats. Prompts cost much more than steps, and less depends on them.
+_CONTEXTS = (64, 512)
+_MODEL_REPEATS = 11
+_PREFILL_REPEATS = 3
 
-
-@torch.inference_mode()
-def measure_costs(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
-    """Measure the passes of an engine: medians of interleaved repeats after a text of usual length.
-
-    Whole passes are the engine's own verifications. The head is timed by itself, and the sublayers are the rest.
-
-    Args:
-        engine: The engine; it must not be in the middle of a generation.
-        widths: Numbers of tokens to measure; 1 is among them.
-    """
-    context = max(min(_CONTEXT, engine.model.context_length - max(widths)), 1)
-    with exact_widths(engine):
-        whole, head = _measure(engine, widths, context)
-    return PassCosts.of(whole, head)
-
-
-@contextmanager
-def exact_widths(engine: Engine) -> Iterator[None]:
-    """Let an engine verify at the width that is needed meanwhile, as it does without costs."""
-    costs, engine.costs = engine.costs, None
-    try:
-        yield
-    finally:
-        engine.costs = costs
-
-
-def _measure(engine: Engine, widths: Sequence[int], context: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Median seconds of whole passes and of the head, by width."""
-    model = engine.model
-    cache = engine.new_cache(context + max(widths))
-    tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
-    engine.prefill(tokens[:context], cache)
-    states = model.embed(tokens[: max(widths)])
-
-    def verify(width: int) -> None:
-        engine.verify(tokens[:width], cache)
-        cache.rollback(context)
-
-    def score(width: int) -> None:
-        model.logits(states[:, :width])
-
-    for width in widths:  # the first pass of a width is slow: buffers are made, or a graph is captured
-        verify(width)
-        score(width)
-    whole: dict[int, list[float]] = {width: [] for width in widths}
-    head: dict[int, list[float]] = {width: [] for width in widths}
-    for _ in range(_REPEATS):
-        for width in widths:
-            whole[width].append(_seconds(model, verify, width))
-            head[width].append(_seconds(model, score, width))
-    return _medians(whole), _medians(head)
+_PASS_COSTS = TypeAdapter(PassCosts)
 
 
 def load_costs(engine: Engine, folder: Path | None = None) -> PassCosts:
@@ -96,31 +52,27 @@ def load_costs(engine: Engine, folder: Path | None = None) -> PassCosts:
     folder = folder or cache_folder()
     file = folder / f"costs-{_key(engine)}.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return PassCosts(*({int(width): seconds for width, seconds in kept[part].items()} for part in _PARTS))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not there, or not ours
-        costs = measure_costs(engine)
+        return _PASS_COSTS.validate_json(file.read_bytes())
+    except (OSError, ValueError):  # not there, or not ours
+        costs = measure_passes(engine)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(asdict(costs), indent=2) + "\n")
+        write_atomically(file, _PASS_COSTS.dump_json(costs, indent=2).decode() + "\n")
     except OSError as error:
         logger.warning("%s: cannot keep what passes cost: %s; the next start measures again", file, error.strerror)
     return costs
 
 
-_PARTS = ("sublayers", "head")
-
-
 def _key(engine: Engine) -> str:
-    """Changes with whatever passes take longer or shorter by."""
+    """Changes with everything that the duration of a pass depends on."""
     model = engine.model
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
-    what = [config, WIDTHS, _made_of(model.hf_model), engine.name, model.compiled, *where]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    what = [config, WIDTHS, _module_kinds(model.hf_model), engine.name, model.compiled, *where]
+    return digest(what)
 
 
-def _made_of(model: nn.Module) -> list[tuple[str, ...]]:
+def _module_kinds(model: nn.Module) -> list[tuple[str, ...]]:
     """The kinds of modules and of their weights, which tell an adapted or a quantized model from the plain one."""
     kinds = set()
     for module in model.modules():
@@ -129,11 +81,135 @@ def _made_of(model: nn.Module) -> list[tuple[str, ...]]:
     return sorted(kinds)
 
 
-def _seconds(model: LayerSkipModel, run: Callable[[int], None], width: int) -> float:
+@torch.inference_mode()
+def measure_passes(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
+    """Measure an engine's verifications after a text of usual length: medians of interleaved repeats.
+
+    Args:
+        engine: The engine; it must not be in the middle of a generation.
+        widths: Numbers of tokens to measure; 1 is among them.
+    """
+    context = _fitting(engine.model, _CONTEXT, widths)
+    _, medians = _medians_after(engine, context, widths, {}, _REPEATS)
+    return _pass_costs(widths, medians)
+
+
+@torch.inference_mode()
+def measure_costs(engine: Engine, *, vocabularies: Iterable[int] = (0,), most_drafted: int) -> CostModel:
+    """Measure all that drafting with parts of the model costs: medians of interleaved repeats.
+
+    Args:
+        engine: The engine; it must not be in the middle of a generation. Of the widths at which drafts could be
+            verified, those are measured that it chooses.
+        vocabularies: Sizes of draft vocabularies; 0 is the whole one.
+        most_drafted: Most tokens in a draft.
+    """
+    needed = range(1, most_drafted + 2)
+    widths = sorted({1, *(needed if engine.costs is None else map(engine.costs.cheapest_width, needed))})
+    contexts = [_fitting(engine.model, context, widths) for context in _CONTEXTS]
+    short, long = (_costs_after(engine, context, widths, list(vocabularies)) for context in contexts)
+    return CostModel(short, long)
+
+
+def _fitting(model: LayerSkipModel, context: int, widths: Sequence[int]) -> int:
+    """The length of a text that leaves the model's context room for passes of these widths."""
+    return max(min(context, model.context_length - max(widths)), 1)
+
+
+def _costs_after(engine: Engine, context: int, widths: Sequence[int], vocabularies: Sequence[int]) -> Costs:
+    stacks = _sample_stacks(engine.model, vocabularies)
+    prefill, medians = _medians_after(engine, context, widths, stacks, _MODEL_REPEATS)
+    step = _step_costs(engine.model.num_layers, vocabularies, medians)
+    return Costs(context, step, _pass_costs(widths, medians), prefill)
+
+
+def _pass_costs(widths: Sequence[int], medians: Mapping[str, float]) -> PassCosts:
+    whole, head = ({width: medians[f"{part} {width}"] for width in widths} for part in ("verify", "head"))
+    return PassCosts.of(whole, head)
+
+
+def _sample_stacks(model: LayerSkipModel, vocabularies: Sequence[int]) -> dict[str, Stack]:
+    """Stacks whose differences tell what the parts cost, as far from the whole model as drafts are."""
+    nothing_skipped = SkipSet(model.num_layers)
+    every_second = tuple(range(0, model.num_layers, 2))
+    no_mlp = SkipSet(model.num_layers, mlp=every_second)
+    bridge = blank_bridge(model)
+    stacks = {
+        "whole": model.stack_of(nothing_skipped),
+        "half of attention": model.stack_of(SkipSet(model.num_layers, attention=every_second)),
+        "half of mlp": model.stack_of(no_mlp),
+        "bridged": model.stack_of(no_mlp, stand_ins={2 * layer + 1: bridge for layer in every_second}),
+    }
+    for size in filter(None, vocabularies):
+        token_ids = torch.linspace(0, model.vocab_size - 1, size).long()
+        stacks[f"vocabulary {size}"] = model.stack_of(nothing_skipped, token_ids=token_ids)
+    return stacks
+
+
+def _step_costs(num_layers: int, vocabularies: Sequence[int], medians: Mapping[str, float]) -> StepCosts:
+    """From the seconds of the sample stacks, and of the head alone."""
+    whole, head = medians["whole"], medians["head 1"]
+    half = len(range(0, num_layers, 2))
+    attention = (whole - medians["half of attention"]) / half
+    mlp = (whole - medians["half of mlp"]) / half
+    shorter = {size: max(head + medians[f"vocabulary {size}"] - whole, 0.0) for size in vocabularies if size}
+    return StepCosts(
+        fixed=max(whole - num_layers * (attention + mlp) - head, 0.0),
+        attention=max(attention, 0.0),
+        mlp=max(mlp, 0.0),
+        bridge=max((medians["bridged"] - medians["half of mlp"]) / half, 0.0),
+        head=shorter | {0: head},
+    )
+
+
+def _medians_after(
+    engine: Engine, context: int, widths: Sequence[int], stacks: Mapping[str, Stack], repeats: int
+) -> tuple[float, dict[str, float]]:
+    """Median seconds of running a text, and after it of draft steps, and of verifications and heads by width.
+
+    All interleaved: a machine that is slower for a while is then slower for every part.
+    """
+    model = engine.model
+    cache = engine.new_cache(context + max(widths))
+    tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
+    prefill = []
+    for _ in range(_PREFILL_REPEATS if stacks else 1):
+        cache.rollback(0)
+        prefill.append(_seconds(model, lambda: engine.prefill(tokens[:context], cache)))
+    states = model.embed(tokens[: max(widths)])
+
+    def step(stack: Stack) -> None:
+        engine.draft_step(tokens[:1], cache, stack)
+        cache.rollback(context)
+
+    def verify(width: int) -> None:
+        engine.verify(tokens[:width], cache)
+        cache.rollback(context)
+
+    runs: dict[str, Callable[[], object]] = {name: partial(step, stack) for name, stack in stacks.items()}
+    runs |= {f"verify {width}": partial(verify, width) for width in widths}
+    runs |= {f"head {width}": partial(model.logits, states[:, :width]) for width in widths}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with _exact_widths(engine):
+        for repeat in range(repeats + 1):
+            for name, run in runs.items():
+                taken = _seconds(model, run)
+                if repeat:  # the first run of a pass is slow: buffers are made, or a graph is captured
+                    seconds[name].append(taken)
+    return statistics.median(prefill), {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+@contextmanager
+def _exact_widths(engine: Engine) -> Iterator[None]:
+    """Let an engine verify at the width that is needed inside the block, as it does without costs."""
+    costs, engine.costs = engine.costs, None
+    try:
+        yield
+    finally:
+        engine.costs = costs
+
+
+def _seconds(model: LayerSkipModel, run: Callable[[], object]) -> float:
     started = device_seconds(model.device)
-    run(width)
+    run()
     return device_seconds(model.device) - started
-
-
-def _medians(measured: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    return {width: statistics.median(seconds) for width, seconds in measured.items()}

@@ -1,4 +1,4 @@
-"""Passes captured once as CUDA graphs and replayed: the host starts a whole step with one call."""
+"""The CUDA-graph engine: passes are captured once and replayed, so that the host starts a whole step with one call."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from layerskip.token_tree import MOST_LEAVES, TokenTree, ancestors_on, numbers_o
 
 
 class GraphCache(KVCache):
-    """Keys and values at addresses that stay, read in buckets of the context.
+    """Keys and values at fixed addresses, read in buckets of the context.
 
-    Outside captured passes it is an ordinary cache. In one, new keys and values go to the positions in a tensor, and
-    attention reads the whole bucket: a mask leaves out what lies behind the text.
+    Outside captured passes it is an ordinary cache. In a captured pass, new keys and values go to the positions in a
+    tensor, and attention reads the whole bucket: a mask excludes what comes after the text.
 
     Args:
         num_layers: Number of decoder layers.
@@ -64,7 +64,7 @@ class GraphCache(KVCache):
         return buffer[:, :, : self._bucket]
 
     def _allocate(self, like: Tensor) -> Tensor:
-        # Zeros, because what the mask leaves out is still multiplied by 0, and 0 times whatever lay there may be NaN.
+        # Zeros, because masked values are still multiplied by 0, and 0 times uninitialized memory may be NaN.
         return like.new_zeros((*like.shape[:2], self.capacity, like.shape[3]))
 
 
@@ -75,7 +75,7 @@ class CapturedVerification:
     Args:
         tokens: ``[width]``, where it reads the tokens.
         positions: ``[width]``, where it reads their positions.
-        replay: Runs it; the next replay overwrites what it gives.
+        replay: Runs it; the next replay overwrites its output.
     """
 
     tokens: Tensor
@@ -83,7 +83,7 @@ class CapturedVerification:
     replay: Callable[[], Scored]
 
     def __call__(self, tokens: Tensor, past: int) -> Scored:
-        """The pass of up to ``width`` tokens behind ``past`` others; behind them, of whatever was there before."""
+        """The pass of up to ``width`` tokens after ``past`` others, padded with whatever was there before."""
         self.tokens[: len(tokens)].copy_(tokens)
         torch.arange(past, past + len(self.positions), out=self.positions)
         return self.replay()
@@ -95,10 +95,10 @@ class CapturedTree:
 
     Args:
         tokens: ``[width]``, where it reads the tokens.
-        slots: ``[width]``, where it reads where in the cache they go.
+        slots: ``[width]``, where it reads their places in the cache.
         positions: ``[width]``, where it reads their positions in the text.
-        ancestors: ``[width, width]``, where it reads which rows each comes from.
-        replay: Runs it; the next replay overwrites what it gives.
+        ancestors: ``[width, width]``, where it reads the ancestors of each row.
+        replay: Runs it; the next replay overwrites its output.
     """
 
     tokens: Tensor
@@ -108,7 +108,7 @@ class CapturedTree:
     replay: Callable[[], Scored]
 
     def __call__(self, tokens: Tensor, past: int, tree: TokenTree) -> Scored:
-        """The pass of a tree behind ``past`` tokens; behind its rows, of whatever was there before."""
+        """The pass of a tree after ``past`` tokens, padded with whatever was there before."""
         width, device = len(self.tokens), self.tokens.device
         tree = tree.padded(width)
         self.tokens[: len(tokens)].copy_(tokens)
@@ -119,29 +119,29 @@ class CapturedTree:
 
 
 class CapturedDraft:
-    """A draft step of one stack and bucket, which leaves its choice and its next position where it will read them.
+    """A draft step of one stack and bucket, which writes its choice and its next position where it will read them.
 
     Args:
-        token: ``[1]``, where it reads the token and leaves its likeliest next one.
-        position: ``[1]``, where it reads the position and leaves the next.
-        replay: Runs it; the next replay overwrites what it gives.
+        token: ``[1]``, where it reads the token and writes its likeliest next one.
+        position: ``[1]``, where it reads the position and writes the next.
+        replay: Runs it; the next replay overwrites its output.
     """
 
     def __init__(self, token: Tensor, position: Tensor, replay: Callable[[], DraftStep]) -> None:
         self._token, self._position, self._replay = token, position, replay
-        # What the buffers hold, so that a step that goes on from the last one has nothing to set.
+        # The buffers' content, so that a step that continues the last one has nothing to set.
         self._next_token: Tensor | None = None
         self._next_past: int | None = None
 
     def __call__(self, token: Tensor, past: int) -> DraftStep:
-        """The step of a token behind ``past`` others."""
+        """The step of a token after ``past`` others."""
         if token is not self._next_token:
             self._token.copy_(token)
         if past != self._next_past:
             self._position.fill_(past)
-        self._next_token = self._next_past = None  # should the replay be interrupted, nobody knows
+        self._next_token = self._next_past = None  # unknown, should the replay be interrupted
         step = self._replay()
-        # Kept to the draft's end, while the next replay writes to the same buffer.
+        # Used until the draft's end, while the next replay writes to the same buffer.
         step = replace(step, likeliest=step.likeliest.clone())
         self._next_token, self._next_past = step.likeliest, past + 1
         return step
@@ -193,14 +193,14 @@ class CudaGraphCapture:
 
 
 class GraphEngine:
-    """Runs draft steps and verifications as captured graphs, and prompts, whose lengths all differ, eagerly.
+    """Runs draft steps and verifications as CUDA graphs, and prompts, whose lengths all differ, eagerly.
 
     It owns one cache for all generations, because captured passes write to fixed addresses; a generation that needs a
-    larger one replaces it and drops what was captured.
+    larger one replaces it and drops the captured passes.
 
-    Where a stand-in has to see more than one token at once, that draft step runs eagerly.
+    A draft step in which a draft layer has to see more than one token runs eagerly.
 
-    Verification does not resume behind what drafting computed of the shared prefix. Each skip set would need captured
+    Verification does not resume from the hidden states that drafting computed. Each skip set would need captured
     verifications of its own, from its own depth. And graphs are used where the verification cost v is nearly flat, so
     that resuming could save at most ``share * (v(width) - 1)`` plain steps, next to nothing.
 
@@ -211,7 +211,7 @@ class GraphEngine:
             fits, so that a short text does not pay for the longest context.
 
     Raises:
-        InvalidInputError: The model is not on one CUDA device and no other way to capture is given.
+        InvalidInputError: The model is not on one CUDA device, and ``capture`` is None.
     """
 
     name = "cuda-graphs"
@@ -266,7 +266,7 @@ class GraphEngine:
         return self._eager.prefill(tokens, cache)
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        if len(tokens) > 1:  # what a stand-in has not seen, of any length: once a round at most
+        if len(tokens) > 1:  # tokens that a draft layer has not seen, of any length: once a round at most
             return replace(self._eager.draft_step(tokens, cache, stack), prefix=None)
         own, bucket = self._room_for(1, cache)
         steps = self._steps_of(stack)
@@ -300,13 +300,13 @@ class GraphEngine:
         return self._trees[width, bucket]
 
     def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
-        """The cache, and the bucket that a pass of this width behind it needs."""
+        """The cache, and the bucket that a pass of this width needs."""
         assert isinstance(cache, GraphCache)  # every cache of this engine is its own
         cache.reserve(width)
         return cache, self.bucket_of(cache.length + width)
 
     def _steps_of(self, stack: Stack) -> dict[int, CapturedDraft]:
-        """A stack's captured steps by bucket; those of stacks that were used long ago are dropped."""
+        """A stack's captured steps by bucket; those of the stacks used longest ago are dropped."""
         steps = self._drafts[stack] = self._drafts.pop(stack, {})
         for old in list(self._drafts)[:-_STACKS_KEPT]:
             del self._drafts[old]
@@ -356,5 +356,5 @@ class GraphEngine:
         """Tokens and positions of a pass, ``[width]`` each."""
         device = self.model.device
         tokens = torch.zeros(width, dtype=torch.long, device=device)
-        # Behind the text, where a trial run before the capture does no harm.
+        # After the text, where a trial run before the capture does no harm.
         return tokens, torch.arange(cache.length, cache.length + width, device=device)

@@ -1,4 +1,4 @@
-"""Passes run module by module: on every device, and always the reference."""
+"""The eager engine: passes run module by module, on every device; the reference for every other engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerskip.token_tree import MOST_LEAVES, TokenTree
 
 
 class EagerEngine:
-    """Runs every pass as it comes.
+    """Runs every pass module by module.
 
     Args:
         model: The model.
@@ -69,7 +69,7 @@ class EagerEngine:
         return Scored(scored.logits[:needed], scored.states[:needed])
 
     def _context(self, tree: TokenTree, width: int, cache: KVCache) -> PassContext:
-        # What a chain sees is simpler, and faster where no mask is needed.
+        # A chain's context is simpler, and faster where no mask is needed.
         if tree.is_chain:
             return self.model.pass_context(width, cache)
         return self.model.tree_context(tree.padded(width), cache)
@@ -82,10 +82,10 @@ class EagerEngine:
         return self.costs is not None and self.costs.saved_by_resuming(width, share) > 0
 
     def _resume(self, tokens: Tensor, cache: KVCache, shared: SharedPrefix) -> Tensor:
-        """Hidden states of all tokens before sublayer ``shared.depth``: the last one alone has to be computed."""
-        behind = cache.length
+        """Hidden states of all tokens before sublayer ``shared.depth``: only the last one has to be computed."""
+        past = cache.length
         cache.advance(len(tokens) - 1)
         context = self.model.pass_context(1, cache)
         last = self.model.target_stack.run(self.model.embed(tokens[-1:]), context, stop=shared.depth)
-        cache.rollback(behind)
+        cache.rollback(past)
         return torch.cat([shared.states, last], dim=1)

@@ -1,4 +1,4 @@
-"""Choosing an engine by name."""
+"""Make an engine by its name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from layerskip.names import ENGINES
 
 
 def check_engine(name: str, device: torch.device) -> None:
-    """Find out before a model is loaded that it could not run by an engine.
+    """Check, before a model is loaded, that an engine can run it.
 
     Args:
-        name: The engine.
+        name: The engine's name.
         device: Where the model will be.
 
     Raises:

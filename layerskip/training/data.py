@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +113,7 @@ def _seeded(name: str, device: torch.device) -> Iterator[None]:
     """Seed torch's random state by a name inside the block, and restore it after."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:15], 16))
+        torch.manual_seed(int(digest(name)[:15], 16))
         yield
 
 

@@ -1,24 +1,19 @@
-"""Pictures of a study: functions from a :class:`studies.view.StudyView` to a figure and what is said about it."""
+"""Figures of studies and comparisons, each with a caption and a table."""
 
 from __future__ import annotations
 
-from studies.figures.acceptance import acceptance
-from studies.figures.costs import costs
-from studies.figures.history import history
-from studies.figures.picture import Picture, Table
-from studies.figures.predictions import predictions
-from studies.figures.prompts import prompts
-from studies.figures.skip_map import skip_map
-from studies.figures.sublayers import sublayers
+from studies.figures.candidate_figures import history, predictions, prompts, skip_map
+from studies.figures.style import Picture, Table
+from studies.figures.sublayer_figures import acceptance, costs, sublayers
 from studies.view import StudyView
 
-__all__ = ["Picture", "Table", "pictures"]
+__all__ = ["Picture", "Table", "study_figures"]
 
 _MOST_ROWS_OF_PROMPTS = 12
 
 
-def pictures(view: StudyView, best: int) -> list[Picture]:
-    """All pictures of a study, in the order in which they are read.
+def study_figures(view: StudyView, best: int) -> list[Picture]:
+    """All figures of a study, in reading order.
 
     Args:
         view: The study.

@@ -4,11 +4,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from layerskip import generate
 from layerskip.tokenizer import encode_prompt, encode_raw
+from tests.cli.conftest import ENVIRONMENT
 
 KEYS = {"text", "token_ids", "tokens_per_second", "acceptance_rate", "speculative"}
 COUNT = 24
@@ -26,7 +29,7 @@ def apply(layerskip):
 
 @pytest.fixture
 def expected(wrapped, checkpoint):
-    """What the target model says to a prompt, decoded plainly."""
+    """What the target model generates for a prompt, without a draft."""
 
     def answer(prompt, *, raw=False, count=COUNT):
         encode = encode_raw if raw else encode_prompt
@@ -45,7 +48,7 @@ def stdin(monkeypatch):
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_the_answer_is_the_full_models_and_one_object_says_how_it_was_made(apply, profile, expected, text_of):
+def test_the_answer_is_the_target_models_and_one_object_says_how_it_was_made(apply, profile, expected, text_of):
     done = apply(profile, "hello")
     assert (done.status, done.err) == (0, "")
     result = done.object
@@ -112,9 +115,9 @@ def test_messages_cannot_be_raw(apply, profile, tmp_path):
 
 def test_the_model_may_lie_elsewhere(apply, make_profile, model_folder, expected, tmp_path):
     moved = make_profile(1.25, model="/no/longer/there")
-    is_disconnect = apply(moved, "hello")
-    assert is_disconnect.status == 1
-    assert "/no/longer/there" in is_disconnect.error
+    lost = apply(moved, "hello")
+    assert lost.status == 1
+    assert "/no/longer/there" in lost.error
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     assert apply(moved, "hello", "--model", tmp_path / "elsewhere").object["token_ids"] == expected("hello")
 
@@ -171,7 +174,7 @@ def test_compare_says_that_the_text_is_the_same_and_how_fast_both_were(apply, la
     assert result["token_ids"] == expected("hello")
     assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
     done = layerskip("apply", profile, "hello", "--compare", "--max-new-tokens", COUNT)
-    assert "tokens/s and the same text · speedup " in done.err
+    assert "tokens/s, identical output · speedup " in done.err
 
 
 def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip, profile):
@@ -180,10 +183,10 @@ def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip,
     assert result["same_text"] is None
     assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
     done = layerskip("apply", profile, *sampling, "--max-new-tokens", COUNT)
-    assert "tokens/s (texts are sampled: each is another) · speedup " in done.err
+    assert "tokens/s (sampled: outputs differ) · speedup " in done.err
 
 
-def test_a_profile_that_does_not_pay_decodes_plainly_unless_forced(apply, make_profile, expected):
+def test_a_profile_that_does_not_pay_does_not_draft_unless_forced(apply, make_profile, expected):
     slow = make_profile(0.8)
     plain = apply(slow, "hello")
     assert plain.status == 0
@@ -209,7 +212,7 @@ def test_a_profile_that_does_not_pay_can_be_compared(apply, make_profile):
     assert result["same_text"] is True
 
 
-def test_the_text_ends_behind_a_stop_string(apply, profile, expected, checkpoint):
+def test_the_text_ends_after_a_stop_string(apply, profile, expected, checkpoint):
     whole = expected("hello")
     # A string that one of the later tokens completes, and none before it.
     for end in range(6, COUNT):
@@ -289,8 +292,19 @@ def test_a_missing_profile_is_a_failure_and_named(apply):
 
 def test_sublayers_are_compiled_when_asked_to_be(apply, profile, expected, monkeypatch):
     compiled = []
-    monkeypatch.setattr("cli.decoding.compile_sublayers", compiled.append)
+    monkeypatch.setattr("layerskip.engine.compile_sublayers", compiled.append)
     assert apply(profile, "hello").object["token_ids"] == expected("hello")
     assert compiled == []
     assert apply(profile, "hello", "--compile").object["token_ids"] == expected("hello")
     assert len(compiled) == 1
+
+
+def test_applying_a_profile_imports_nothing_of_the_search_but_its_settings(profile):
+    code = f"""
+import sys
+from cli import main
+status = main.run(["apply", {profile!r}, "hello", "--max-new-tokens", "4", "--json"])
+print(status, *(name for name in sys.modules if name.startswith(("search.", "studies", "optuna", "plotly"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "0 search.settings"

@@ -41,14 +41,14 @@ def bench(layerskip, prompts):
     return run
 
 
-def test_the_figures_here_stand_beside_the_profiles_own(bench, profile):
+def test_the_profiles_own_figures_are_printed_too(bench, profile):
     done = bench(profile)
     assert done.status == 0
     assert f"profile   {profile}, for " in done.out
     assert "prompts   3 prompts of at most 12 tokens, 2 times each" in done.out
     assert "accepted  " in done.out
     assert "speedup   " in done.out
-    assert "profile's 1.25× (95 %: 1.15 to 1.35) on a processor, float32, 8 held-out prompts" in done.out
+    assert "recorded  1.25× (95 %: 1.15 to 1.35) on a processor, float32, 8 held-out prompts" in done.out
 
 
 def test_one_object_has_all_the_figures(bench, profile):
@@ -68,8 +68,8 @@ def test_a_profile_that_does_not_pay_is_measured_with_its_draft_all_the_same(ben
     assert bench(make_profile(0.8), "--json").object["drafted"] > 0
 
 
-def test_a_profile_that_was_never_measured_has_no_figures_to_stand_beside(bench, make_profile):
-    assert "profile's none: it was never measured" in bench(make_profile(None)).out
+def test_a_profile_that_was_never_measured_has_no_recorded_figures(bench, make_profile):
+    assert "recorded  none: the profile was never measured" in bench(make_profile(None)).out
     assert bench(make_profile(None), "--json").object["profile_measured"] is None
 
 
@@ -109,7 +109,7 @@ def test_one_prompt_has_no_interval(layerskip, profile, tmp_path):
 def test_a_speedup_that_shows_nothing_is_said_to_show_nothing(capsys, low, prompts, doubt):
     figures = {"speedup": 1.2, "speedup_low": low, "speedup_high": 1.3, "prompts": prompts}
     command._report(HERE | figures, built_in=False)
-    assert capsys.readouterr().out.endswith(f"profile's none: it was never measured\n{doubt}")
+    assert capsys.readouterr().out.endswith(f"recorded  none: the profile was never measured\n{doubt}")
 
 
 def test_a_prompt_that_does_not_fit_is_named(layerskip, profile, tmp_path):

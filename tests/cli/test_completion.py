@@ -18,7 +18,7 @@ from tests.cli.conftest import COMMAND, ENVIRONMENT
 
 
 def completed(line, shell="bash", **environment):
-    """What the installed command offers behind the last word of a command line."""
+    """What the installed command offers after the last word of a command line."""
     words = line.split(" ")
     asked = {
         "bash": {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
@@ -86,7 +86,7 @@ def test_no_study_is_offered_where_none_can_be_looked_up_and_no_file_is_made(els
 
 
 def test_values_of_options_are_completed():
-    assert completed("layerskip search --sampler g").split() == ["greybox", "gp"]
+    assert completed("layerskip search --sampler g").split() == ["greybox"]
     assert completed("layerskip apply p.json --dtype b").split() == ["bfloat16"]
     assert completed("layerskip export p.json --dtype f").split() == ["float32", "float16"]
     assert completed("layerskip bench p.json --engine ").split() == ["eager", "cuda-graphs"]

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from layerskip import DraftProfile
-from tests.hub import FakeHub
 
 
 def test_show_prints_what_a_profile_holds(layerskip, profile, model_folder):
@@ -80,15 +78,6 @@ def test_a_bad_profile_is_named_with_what_was_expected(layerskip, profile, comma
     assert done.status == 1
     assert done.error.startswith(f"{profile}: ")
     assert expected in done.error
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with FakeHub().running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield fake
 
 
 def test_push_publishes_a_profile_under_its_model_s_name_on_the_hub(layerskip, hub, profile, model_folder):

@@ -11,7 +11,7 @@ import pytest
 
 from cli import main
 from studies.storage import open_storage
-from studies.study import ALONE_KEY, VERSIONS_KEY, load_study
+from studies.study import SINGLE_SUBLAYER_KEY, VERSIONS_KEY, load_study
 from studies.view import view_study
 
 STORAGE = "sqlite:///layerskip.db"
@@ -45,10 +45,10 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert verdict.startswith("Best speedup: ")
     assert written == "report    found.html"
     view = view_study(open_storage(STORAGE), study)
-    assert set(view.alone) == set(range(2 * view.num_layers))
-    assert view.parts is not None
-    assert all(one.draft_cost > 0 for one in view.seen)
-    assert {one.source for one in view.tried} > {"nothing skipped", "tpe"}
+    assert set(view.single_sublayer_acceptance) == set(range(2 * view.num_layers))
+    assert view.costs is not None
+    assert all(trial.draft_cost > 0 for trial in view.evaluated)
+    assert {trial.source for trial in view.trials} > {"nothing skipped", "tpe"}
     assert [*view.versions[0]] == ["python", "layerskip", "torch", "transformers"]
     visited = visit(Path("found.html").absolute().as_uri())
     assert visited.page.locator(".verdict").inner_text() == verdict
@@ -57,12 +57,12 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert visited.complaints == []
 
 
-def test_going_on_with_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
+def test_resuming_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
     options = ["--prompts", "prompts.txt", "--max-new-tokens", 6, "--finalists", 1, "--trials", 26]
     assert layerskip("search", model_folder, *options).status == 0
     attributes = load_study(open_storage(STORAGE), study).user_attrs
     assert len(attributes[VERSIONS_KEY]) == 1
-    assert len(attributes[ALONE_KEY]) == 8
+    assert len(attributes[SINGLE_SUBLAYER_KEY]) == 8
 
 
 def test_report_writes_report_html_unless_told_otherwise(layerskip, study):

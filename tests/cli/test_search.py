@@ -13,7 +13,7 @@ from cli import search_command
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.weights import DraftWeights
 from search.search import SearchResult
-from studies.ranking import measured_trials, seen_trials
+from studies.ranking import evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -56,8 +56,8 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert first.startswith("trial 0: predicted ")
     assert first.endswith("  [nothing skipped]")
     # With few prompts, all do everything.
-    reference = said.index("reference run over 8 prompts, to hold drafts against")
-    assert said[reference + 1] == "measuring what the parts of a step cost here"
+    reference = said.index("decoding 8 reference prompts")
+    assert said[reference + 1] == "profiling step latency on this device"
     assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
@@ -72,7 +72,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert lines[1] == f"skipped   {profile.skip_set}"
     assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× on 1 held-out prompt: ")
     assert "profile   found.json" in lines
-    said = any(line.startswith("No candidate beat plain decoding.") for line in lines)
+    said = any(line.startswith("No candidate beat plain decoding;") for line in lines)
     assert said == (profile.measured.speedup <= 1)
 
 
@@ -92,24 +92,24 @@ def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys
     assert lines[lines.index("profile   found.json") + 1 :] == said
 
 
-def test_the_same_command_with_more_trials_goes_on(layerskip, options):
+def test_the_same_command_with_more_trials_resumes(layerskip, options):
     first = layerskip("search", *options, "--trials", 1, "--json").object
     done = layerskip("search", *options, "--trials", 2, "--json")
     assert done.object["study"] == first["study"]
     assert done.object["trials"] == 2
     assert f"study {first['study']}: 1 of 2 candidates seen, 0 measured" in done.err
-    assert "8 texts of an earlier reference run used again" in done.err.splitlines()
-    assert "measuring what the parts of a step cost here" not in done.err
+    assert "8 reference texts reused from an earlier search" in done.err.splitlines()
+    assert "profiling step latency on this device" not in done.err
     assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
 
 
-def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, other_model_folder):
+def test_a_study_resumes_only_with_the_settings_it_was_made_with(layerskip, options, other_model_folder):
     named = ["--study", "mine", "--trials", 1]
     assert layerskip("search", *options, *named).status == 0
     longer = layerskip("search", *options, *named, "--max-new-tokens", 7)
     assert longer.status == 2
     assert longer.err.splitlines()[-1].startswith(
-        "layerskip: study 'mine': cannot go on, because this differs: max_new"
+        "layerskip: study 'mine': cannot be resumed, because this differs: max_new"
     )
     other = layerskip("search", other_model_folder, *options[1:], *named)
     assert other.status == 2
@@ -117,7 +117,7 @@ def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, oth
 
 
 def last_line(done):
-    """The error of a search: the last line of stderr, behind what it said it was doing."""
+    """The error of a search: the last line of stderr, after what it was doing."""
     assert done.out == ""
     assert "Traceback" not in done.err
     *said, error = done.err.splitlines()
@@ -159,7 +159,7 @@ def test_a_folder_without_write_permission_is_found_out_before_the_search(layers
         (["--dtype", "float3"], "dtype 'float3' is unknown"),
         (["--max-new-tokens", 600], "prompt 1: "),
         (["--seed", -1], "seed: "),
-        (["--sampler", "dice"], "sampler 'dice' is unknown; expected tpe, greybox, "),
+        (["--sampler", "dice"], "sampler 'dice' is unknown; expected tpe, greybox"),
         (["--workers", 0], "workers: expected at least 1, got 0"),
         (["--workers", 3, "--devices", "cpu,cpu"], "--workers 3: --devices names 2, "),
         (["--devices", "abacus,cpu"], "device 'abacus' is not available"),
@@ -219,10 +219,11 @@ def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
 
 
 def test_what_a_draft_can_have_is_left_out_on_request(layerskip, options):
-    plain = ["--no-bridges", "--no-draft-vocabulary", "--no-gate", "--no-branches", "--no-ngrams"]
+    plain = ["--no-bridges", "--no-draft-vocabulary", "--no-target-confidence", "--no-trees", "--no-prompt-lookup"]
     name = layerskip("search", *options, "--trials", 1, *plain, "--json").object["study"]
     space = load_study(open_storage(STORAGE), name).user_attrs["layerskip"]["space"]
-    assert (space["bridges"], space["vocabularies"], space["gates"], space["trees"]) == (False, [0], [0.0], [])
+    assert (space["bridges"], space["vocabulary_sizes"], space["tree_sizes"]) == (False, [0], [])
+    assert (space["target_confidence_thresholds"], space["prompt_lookup"]) == ([0.0], False)
     other = layerskip("search", *options, "--trials", 1, "--json").object["study"]
     assert other != name
 
@@ -234,21 +235,21 @@ def tuned(wrapped, tmp_path):
     return tmp_path / "tuned.json"
 
 
-def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wrapped, tmp_path):
+def test_a_trained_draft_layer_is_tried_on_request(layerskip, options, tuned, wrapped, tmp_path):
     bridge_profile(wrapped, start=6).save(tmp_path / "bridge.json")
-    both = ["--stand-in", tuned, "--stand-in", tmp_path / "bridge.json"]
+    both = ["--draft-layer", tuned, "--draft-layer", tmp_path / "bridge.json"]
     done = layerskip("search", *options, "--trials", 2, *both, "--json")
     assert done.status == 0, done.err
     study = load_study(open_storage(STORAGE), done.object["study"])
     space = study.user_attrs["layerskip"]["space"]
-    assert [(one["kind"], one["start"], one["vocabulary"]) for one in space["stand_ins"]] == [
+    assert [(one["kind"], one["start"], one["vocabulary_size"]) for one in space["draft_layers"]] == [
         ("layer", 4, 195),
         ("bridge", 6, 0),
     ]
-    assert 195 in space["vocabularies"]
+    assert 195 in space["vocabulary_sizes"]
     [line] = [line for line in done.err.splitlines() if line.startswith("trial 0: ")]
     assert "trained layer after layer 2 (" in line
-    assert line.endswith("  [trained stand-in 1 of 2]")
+    assert line.endswith("  [trained draft layer 1 of 2]")
     profile = DraftProfile.load("draft_profile.json")
     assert profile.tensors.layers + profile.tensors.bridges == 1
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
@@ -258,17 +259,19 @@ def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wra
     assert layerskip("search", *options, "--trials", 1, "--json").object["study"] != done.object["study"]
 
 
-def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
+def test_a_profile_without_a_draft_layer_is_refused_in_one_line(
     layerskip, options, profile, wrapped, other_model_folder, tmp_path
 ):
     def refusal(file, *model):
-        done = layerskip("search", *(model or options[:1]), *options[1:], "--trials", 1, "--stand-in", file)
+        done = layerskip("search", *(model or options[:1]), *options[1:], "--trials", 1, "--draft-layer", file)
         assert not Path("draft_profile.json").exists()
         return done.status, last_line(done)
 
     status, plain = refusal(profile)
     assert status == 2
-    assert plain.startswith(f"layerskip: {profile}: has no stand-in for the layers above an early exit; train one with")
+    assert plain.startswith(
+        f"layerskip: {profile}: has no draft layer in place of the layers above an early exit; train one with"
+    )
     heads = profile_with(wrapped, DraftWeights(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
     heads.save(tmp_path / "heads.json")
     assert "'layerskip compare' measures them" in refusal(tmp_path / "heads.json")[1]
@@ -285,20 +288,20 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_several_workers_search_with_a_stand_in(layerskip, options, tuned):
-    more = ["--stand-in", tuned, "--workers", 2, "--sampler", "random", "--json"]
+def test_several_workers_search_with_a_draft_layer(layerskip, options, tuned):
+    more = ["--draft-layer", tuned, "--workers", 2, "--sampler", "tpe", "--json"]
     done = layerskip("search", *options, "--trials", 16, *more)
     assert done.status == 0
     assert 16 <= done.object["trials"] <= 17
-    assert "gave up" not in done.err
+    assert "failed" not in done.err
 
 
 @pytest.mark.slow
 def test_several_workers_search_together(layerskip, options):
-    done = layerskip("search", *options, "--trials", 16, "--workers", 2, "--sampler", "random", "--json")
+    done = layerskip("search", *options, "--trials", 16, "--workers", 2, "--sampler", "tpe", "--json")
     assert done.status == 0
     assert 16 <= done.object["trials"] <= 17
-    assert "gave up" not in done.err
+    assert "failed" not in done.err
     assert "[I " not in done.err
 
 
@@ -313,7 +316,7 @@ def wait_for(process, beginning):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, options, model_folder):
+def test_ctrl_c_keeps_finished_trials_and_the_same_command_resumes(layerskip, options, model_folder):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:
@@ -329,7 +332,7 @@ def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, op
     assert result["interrupted"] is True
     assert 1 <= result["trials"] < 40
     study = load_study(open_storage(STORAGE), result["study"])
-    assert len(seen_trials(study)) == result["trials"]
+    assert len(evaluated_trials(study)) == result["trials"]
     measured = measured_trials(study)
     assert result["measured"] == len(measured)
     assert (result["profile"] is None) == (not measured)  # the profile reports what was measured, or is not there

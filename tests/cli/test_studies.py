@@ -17,8 +17,9 @@ from optuna.trial import create_trial
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
+from search.space import SearchSpace
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -31,8 +32,9 @@ def searched_folder(wrapped, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    storage = open_storage(f"sqlite:///{folder}/layerskip.db")
-    Search(EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
+    space = SearchSpace(wrapped.num_layers)
+    task = SearchTask(identify(wrapped, "makers/tiny"), prompts, settings, space, "s")
+    Search(EagerEngine(wrapped), task, open_storage(f"sqlite:///{folder}/layerskip.db")).run()
     return folder
 
 
@@ -50,8 +52,8 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
     name, model, candidates, measured, best, basis = line.split()
     assert (name, model, candidates, measured, basis) == ("s", "makers/tiny", "2", "0", "held-out")
     [summary] = layerskip("studies", "list", "--json").object["studies"]
-    assert set(summary) == {"name", "model", "trials", "seen", "measured", "best_speedup", "basis"}
-    assert (summary["name"], summary["trials"], summary["seen"], summary["measured"]) == ("s", 2, 2, 0)
+    assert set(summary) == {"name", "model", "trials", "evaluated", "measured", "best_speedup", "basis"}
+    assert (summary["name"], summary["trials"], summary["evaluated"], summary["measured"]) == ("s", 2, 2, 0)
     assert summary["basis"] == "held-out"
     assert f"{summary['best_speedup']:.3f}×" == best
 
@@ -59,7 +61,7 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
 def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(layerskip, searched):
     study = load_study(open_storage(URL), "s")
     second = study.trials[1]
-    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft_exit", "acceptance", "predicted_speedup")}
+    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft", "acceptance", "predicted_speedup")}
     study.add_trial(
         create_trial(
             value=0.75,

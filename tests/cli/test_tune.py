@@ -42,7 +42,7 @@ def test_a_model_is_tuned_and_its_profile_applied(layerskip, model_folder, promp
     applied = layerskip("apply", "t.json", "Hello", "--force", "--json", "--max-new-tokens", 8)
     assert applied.object["speculative"]
     shown = layerskip("profile", "show", "t.json")
-    assert "1 trained layer" in shown.out
+    assert "1 draft layer" in shown.out
 
 
 def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
@@ -127,25 +127,25 @@ def test_a_profile_that_is_no_early_exit_is_refused(layerskip, profile):
 
 def press_ctrl_c(patched, when):
     """Press Ctrl-C at the events for which ``when`` holds, once they are shown."""
-    from cli.tune_inputs import TuningProgress
+    from cli.progress import ProgressDisplay
 
-    show = TuningProgress.__call__
+    show = ProgressDisplay.__call__
 
     def press(self, event):
         show(self, event)
         if when(event):
             raise KeyboardInterrupt
 
-    patched.setattr(TuningProgress, "__call__", press)
+    patched.setattr(ProgressDisplay, "__call__", press)
 
 
-def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_after_the_training_says_that_the_same_command_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 6, "--out", "m.json", *QUICK)
     with monkeypatch.context() as patched:
         press_ctrl_c(patched, lambda event: event == PhaseStarted("costs"))
         stopped = layerskip(*arguments)
     assert (stopped.status, stopped.out) == (130, "")
-    assert "texts and training are kept, and no profile was written; the same command goes on" in stopped.err
+    assert "texts and training are kept, no profile was written; the same command resumes" in stopped.err
     assert not Path("m.json").exists()
     assert layerskip(*arguments).status == 0
     assert DraftProfile.load("m.json").measured is not None
@@ -154,21 +154,21 @@ def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip
 @pytest.mark.parametrize(
     ("progress", "interrupted", "said"),
     [
-        (0.485, False, "training ends at 48 %: the last looks gained nothing; the best state is kept\n"),
+        (0.485, False, "training stopped at 48 %: no gain in the last evaluations; best state kept\n"),
         (1.0, False, ""),
         (0.5, True, ""),
     ],
 )
 def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said):
-    from cli.tune_inputs import TuningProgress
+    from cli.progress import ProgressDisplay
 
     agreement = Agreement(positions=100, loss=1.0, coverage=1.0, top={1: 0.5})
     trained = Trained(DraftWeights(), agreement, [EvalResult(progress, 1.0, agreement, best=False)], interrupted)
-    TuningProgress()(TrainingEnded(trained))
+    ProgressDisplay()(TrainingEnded(trained))
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_keeps_the_best_and_the_next_run_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)
 
     with monkeypatch.context() as patched:

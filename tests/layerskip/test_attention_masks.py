@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip.attention_masks import attention_mask, check_attention_implementation
+from layerskip.attention_masks import AttentionMasks, check_attention_implementation
 from layerskip.errors import UnsupportedModelError
 
 
@@ -33,15 +33,13 @@ def seen(mask, past, width, implementation):
     st.sampled_from(["eager", "sdpa"]),
 )
 def test_each_new_position_sees_exactly_the_past_in_its_window(past, width, window, implementation):
-    mask = attention_mask(
-        past, width, window=window, implementation=implementation, dtype=torch.float32, device=torch.device("cpu")
-    )
+    mask = AttentionMasks([window], implementation, torch.float32).causal(past, width, torch.device("cpu"))[window]
     assert seen(mask, past, width, implementation) == may_see(past, width, window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_additive_mask_has_the_model_s_dtype_and_no_infinities(dtype):
-    mask = attention_mask(2, 3, window=None, implementation="eager", dtype=dtype, device=torch.device("cpu"))
+    mask = AttentionMasks([None], "eager", dtype).causal(2, 3, torch.device("cpu"))[None]
     assert mask.dtype == dtype
     assert mask.isfinite().all()
     assert mask.softmax(-1)[0, 0, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0], abs=1e-2)

@@ -1,100 +1,134 @@
-"""What passes cost is measured once and kept."""
+"""Costs add up by parts, are drawn out to other lengths of text, and tell how a pass is run."""
 
 import json
+import math
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from layerskip import LayerSkipModel
-from layerskip.engine import (
-    EagerEngine,
-    GraphEngine,
-    PassCosts,
-    cost_measurement,
-    load_costs,
-    make_engine,
-    measure_costs,
-)
-from tests.capture import call_directly
-from tests.models import tiny_llama
+from layerskip import SkipSet
+from layerskip.costs import CostModel, Costs, DraftParts, PassCosts, StepCosts
+from layerskip.drafting.bridges import blank_bridge
+from layerskip.drafting.weights import DraftWeights
+from tests.models import LAYERS, VOCABULARY, random_layers
+from tests.strategies import skip_sets
 
-
-def test_costs_are_measured_for_each_width_and_are_times(llama):
-    costs = measure_costs(EagerEngine(llama), widths=(1, 2, 5))
-    assert set(costs.sublayers) == set(costs.head) == {1, 2, 5}
-    assert all(seconds > 0 for part in (costs.sublayers, costs.head) for seconds in part.values())
-    assert costs.relative(1) == 1
+seconds = st.floats(1e-6, 10)
+by_width = st.lists(seconds, min_size=9, max_size=9).map(lambda drawn: dict(enumerate(drawn, start=1)))
+passes = st.builds(PassCosts, by_width, by_width)
+steps = st.builds(StepCosts, seconds, seconds, seconds, seconds, st.fixed_dictionaries({0: seconds, 32: seconds}))
+counts = st.integers(0, 40)
+parts = st.builds(DraftParts, counts, counts, counts, st.sampled_from([0, 32]))
 
 
-def test_passes_are_measured_as_the_engine_runs_them_at_exact_widths(monkeypatch):
-    model = LayerSkipModel(tiny_llama())
-    engine = GraphEngine(model, call_directly)
-    engine.costs = kept = PassCosts({1: 9.0, 4: 1.0}, {1: 1.0, 4: 1.0})
-    assert set(measure_costs(engine, widths=(1, 3)).sublayers) == {1, 3}
-    assert {width for width, _ in engine._verifications} == {1, 3}
-    assert engine.costs is kept
+def costs_after(context):
+    return st.builds(Costs, st.just(float(context)), steps, passes, seconds)
 
 
-def test_a_head_that_seems_to_take_longer_than_the_pass_leaves_something_for_the_sublayers(llama, monkeypatch):
-    monkeypatch.setattr(
-        cost_measurement, "_measure", lambda engine, widths, context: ({1: 1.0, 2: 4.0}, {1: 2.0, 2: 1.0})
-    )
-    costs = measure_costs(EagerEngine(llama), widths=(1, 2))
+models = st.builds(CostModel, costs_after(64), costs_after(512))
+
+
+def test_a_head_that_seems_to_take_longer_than_the_pass_leaves_something_for_the_sublayers():
+    costs = PassCosts.of({1: 1.0, 2: 4.0}, {1: 2.0, 2: 1.0})
     assert costs.sublayers[1] > 0
-    assert costs.seconds(1) == pytest.approx(1.0)
+    assert costs.cost(1) == pytest.approx(1.0)
     assert (costs.sublayers[2], costs.head[2]) == (3.0, 1.0)
 
 
-def test_another_engine_has_costs_of_its_own(tmp_path):
-    model = LayerSkipModel(tiny_llama())
-    load_costs(EagerEngine(model), tmp_path)
-    load_costs(GraphEngine(model, call_directly), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+@given(models)
+@settings(max_examples=50)
+def test_a_cost_model_survives_the_way_through_the_database(model):
+    assert CostModel.from_json(model.to_json()) == model
 
 
-def test_costs_are_measured_once_and_kept(llama, tmp_path):
-    first = load_costs(EagerEngine(llama), tmp_path / "new")
-    [file] = (tmp_path / "new").iterdir()
-    assert load_costs(EagerEngine(llama), tmp_path / "new") == first
-    file.write_text(json.dumps({"sublayers": {"1": 2.0}, "head": {"1": 3.0}}))
-    assert load_costs(EagerEngine(llama), tmp_path / "new").seconds(1) == 5.0
+@pytest.mark.parametrize("text", ["", "no JSON", "{}", "[]", json.dumps({"short": 1, "long": 2})])
+def test_a_text_that_is_no_cost_model_is_refused(text):
+    with pytest.raises(ValueError, match="CostModel"):
+        CostModel.from_json(text)
 
 
-def test_another_model_has_costs_of_its_own(llama, gemma2, tmp_path):
-    load_costs(EagerEngine(llama), tmp_path)
-    load_costs(EagerEngine(gemma2), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+@given(costs_after(64), parts, parts)
+def test_parts_add_up(costs, one, other):
+    both = DraftParts(one.attention + other.attention, one.mlp + other.mlp, one.bridges + other.bridges, one.vocabulary)
+    nothing = DraftParts(0, 0, vocabulary=one.vocabulary)
+    apart = sum(
+        costs.draft_step(p) for p in (one, DraftParts(other.attention, other.mlp, other.bridges, one.vocabulary))
+    )
+    assert math.isclose(costs.draft_step(both) + costs.draft_step(nothing), apart)
+    assert math.isclose(costs.draft_step(nothing), costs.step.fixed + costs.step.head[one.vocabulary])
 
 
-def test_a_quantized_model_has_costs_of_its_own(llama, tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    hf_model = tiny_llama()
-    quantization.quantize_(hf_model, quantization.Int8WeightOnlyConfig())
-    load_costs(EagerEngine(llama), tmp_path)
-    load_costs(EagerEngine(LayerSkipModel(hf_model)), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+@given(skip_set=skip_sets(), bridged=st.booleans(), small=st.booleans())
+@settings(max_examples=40)
+def test_a_stack_consists_of_what_runs(llama, skip_set, bridged, small):
+    stand_ins = {skip_set.mask.index(True): blank_bridge(llama)} if bridged else {}
+    token_ids = torch.arange(VOCABULARY // 2) if small else None
+    stack = llama.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
+    kept = (LAYERS - len(skip_set.attention), LAYERS - len(skip_set.mlp))
+    assert DraftParts.of(stack) == DraftParts(*kept, len(stand_ins), VOCABULARY // 2 if small else 0)
 
 
-@pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"sublayers": 1, "head": 2}'])
-def test_a_damaged_file_is_measured_and_written_anew(llama, tmp_path, content):
-    load_costs(EagerEngine(llama), tmp_path)
-    [file] = tmp_path.iterdir()
-    file.write_text(content)
-    assert load_costs(EagerEngine(llama), tmp_path).seconds(1) > 0
-    assert json.loads(file.read_text())["sublayers"]
+def test_a_layer_of_the_drafts_own_counts_as_one_of_the_models(llama):
+    exited = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
+    stand_ins = DraftWeights(layers=random_layers(llama, {2: 2 * LAYERS})).steps
+    assert DraftParts.of(llama.stack_of(exited, stand_ins=stand_ins)) == DraftParts(2, 2)
 
 
-def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(llama, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    assert load_costs(EagerEngine(llama), tmp_path / "file").seconds(1) > 0
-    assert "cannot keep what passes cost" in caplog.text
+@given(models, parts, st.floats(64, 512))
+def test_between_two_lengths_costs_lie_on_the_line(model, parts, context):
+    near, far = (costs.draft_step(parts) for costs in (model.short, model.long))
+    assert math.isclose(model.at(64).draft_step(parts), near)
+    assert math.isclose(model.at(512).draft_step(parts), far)
+    share = (context - 64) / (512 - 64)
+    assert math.isclose(model.at(context).draft_step(parts), near + share * (far - near))
 
 
-def test_an_engine_that_is_made_has_costs_and_one_of_its_own_has_none(llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
-    assert EagerEngine(llama).costs is None
-    assert make_engine(llama).costs == load_costs(EagerEngine(llama), tmp_path)
+@given(models, st.integers(1, 200_000))
+@settings(max_examples=300)
+def test_no_length_makes_anything_free(model, context):
+    costs = model.at(context)
+    assert costs.draft_step(DraftParts(1, 1, 1, 0)) > 0
+    assert costs.verification(4) > 0
+    assert costs.prefill > 0
 
 
-def test_a_model_with_a_short_context_can_be_measured():
-    model = LayerSkipModel(tiny_llama(max_position_embeddings=4))
-    assert measure_costs(EagerEngine(model)).seconds(1) > 0
+@given(models)
+def test_what_seems_to_get_cheaper_with_the_length_of_the_text_is_not_drawn_out(model):
+    shorter, longer = model.at(1).step.attention, model.at(10**6).step.attention
+    if model.long.step.attention < model.short.step.attention:
+        assert math.isclose(shorter, model.short.step.attention)
+        assert math.isclose(longer, model.long.step.attention)
+
+
+@given(costs_after(64), st.integers(1, 9), st.floats(0, 1))
+def test_a_verification_costs_what_the_cheapest_way_to_run_it_costs(costs, tokens, shared):
+    width = costs.passes.cheapest_width(tokens)
+    assert costs.verification(tokens) == min(costs.passes.cost(wide) for wide in range(tokens, 10))
+    expected = costs.passes.cost(width) - max(costs.passes.saved_by_resuming(width, shared), 0)
+    assert math.isclose(costs.verification(tokens, shared), expected)
+
+
+@given(st.integers(1, 20))
+def test_a_pass_costs_what_the_cheapest_measured_width_with_room_costs(tokens):
+    sublayers = {width: 1 + 0.04 * (width - 1) for width in (1, 2, 4, 8, 12)}
+    passes = PassCosts(sublayers, dict.fromkeys(sublayers, 0.01))
+    costs = Costs(64.0, StepCosts(0.0, 0.0, 0.0, 0.0, {}), passes, 0.1)
+    widths = [width for width in sublayers if width >= tokens] or [12]
+    assert costs.verification(tokens) == min(map(passes.cost, widths))
+
+
+def test_a_model_that_cannot_tell_two_lengths_apart_has_one_cost_for_all():
+    costs = Costs(20.0, StepCosts(1.0, 2.0, 3.0, 0.5, {0: 4.0}), PassCosts({1: 20.0}, {1: 4.0}), 20.0)
+    model = CostModel(costs, costs)
+    assert {model.at(length).prefill for length in (1, 20, 300)} == {20}
+
+
+@given(costs_after(64), parts, st.integers(1, 9))
+def test_relative_costs_are_in_plain_decoding_steps(costs, parts, tokens):
+    relative = costs.relative()
+    assert math.isclose(relative.plain_step, 1)
+    assert relative.context == costs.context
+    assert math.isclose(relative.draft_step(parts), costs.draft_step(parts) / costs.plain_step)
+    assert math.isclose(relative.verification(tokens), costs.verification(tokens) / costs.plain_step)

@@ -64,7 +64,7 @@ def test_any_changed_weight_changes_the_fingerprint(tiny, data):
     at = data.draw(st.integers(0, weight.numel() - 1))
     before, flat = fingerprint(tiny), weight.data.view(-1)
     old = float(flat[at])
-    # The smallest change is a step of bfloat16, what fingerprints are made of.
+    # The smallest change is a step of bfloat16: weights are hashed as bfloat16.
     new = data.draw(st.sampled_from([0.0, -old, old * (1 + 2**-6), old + 1]).filter(lambda value: value != old))
     try:
         flat[at] = new

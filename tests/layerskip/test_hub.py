@@ -24,20 +24,6 @@ BASE = "tiny-models/base"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A fake hub that the client in this process talks to."""
-    with FakeHub().running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # files go through the LFS endpoints
-        yield fake
-
-
-@pytest.fixture
 def offline(monkeypatch):
     """From a call on, as with HF_HUB_OFFLINE=1."""
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

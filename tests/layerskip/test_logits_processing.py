@@ -76,8 +76,8 @@ def by_position(text):
 
 
 def sampling_by(processors, do_sample=True, criteria=(), **kept):
-    transcript = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList(criteria), **kept)
-    return ProcessorSampling(transcript, LogitsProcessorList(processors), do_sample, VOCABULARY)
+    history = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList(criteria), **kept)
+    return ProcessorSampling(history, LogitsProcessorList(processors), do_sample, VOCABULARY)
 
 
 def text_by(sampler, token_ids=None):
@@ -182,7 +182,7 @@ def test_whole_rounds_are_decided_at_once_where_the_text_does_not_matter(process
     assert type(sampler) is kind
 
 
-def test_a_transcript_follows_the_stop_rule_s_tokens():
+def test_a_history_follows_the_stop_rule_s_tokens():
     """Where samplers do not look at the text, the stop rule is what tells of tokens."""
     seen = []
 
@@ -190,6 +190,6 @@ def test_a_transcript_follows_the_stop_rule_s_tokens():
         seen.append(ids.tolist())
         return torch.tensor([ids[0, -1] == 9])
 
-    transcript = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList([criterion]))
-    assert [transcript.ends_after(text) for text in ([4], [4, 8], [4, 8, 9])] == [False, False, True]
+    history = GenerationHistory(torch.tensor([PROMPT]), StoppingCriteriaList([criterion]))
+    assert [history.ends_after(text) for text in ([4], [4, 8], [4, 8, 9])] == [False, False, True]
     assert seen == [[[*PROMPT, 4]], [[*PROMPT, 4, 8]], [[*PROMPT, 4, 8, 9]]]

@@ -224,7 +224,7 @@ def test_on_cuda_the_logits_are_those_of_transformers(family):
 
 
 def test_a_wrapped_model_is_not_wrapped_again(llama):
-    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; give what it wraps, its hf_model$"):
+    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; pass its hf_model$"):
         LayerSkipModel(llama)
 
 

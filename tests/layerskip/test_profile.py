@@ -362,7 +362,7 @@ def test_a_model_that_is_not_wrapped_is_refused_with_the_way_to_wrap_it(llama, u
 
 
 def test_an_assistant_is_made_of_the_model_and_not_of_its_wrapper(llama):
-    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; give what it wraps, its hf_model$"):
+    with pytest.raises(InvalidInputError, match=r"^model: is wrapped already; pass its hf_model$"):
         profile_for(llama).as_assistant(llama)
 
 

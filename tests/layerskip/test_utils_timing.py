@@ -1,4 +1,4 @@
-"""Clocks count the phases that they are told of. Nothing here depends on how fast anything is."""
+"""Clocks count their own phases. Nothing here depends on how fast anything is."""
 
 import pytest
 import torch

@@ -18,19 +18,19 @@ from search.predict import SpeedupPredictor
 from search.warm_starts import warm_starts
 from studies.storage import open_storage
 from tests.models import tiny_llama
-from tests.search.searches import known_costs, small_search
+from tests.search.searches import known_costs_of, small_search
 
 STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 
 def search(url, folder, on_event=ignore):
     """Three starts, then measurements and what the sampler proposes."""
-    preparation.measure_latency = lambda model, space: known_costs(space)
+    preparation.measure_costs = known_costs_of
     study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
     model = LayerSkipModel(tiny_llama())
-    return small_search(model, storage, study_name=STUDY, folder=Path(folder), on_event=on_event, **settings)
+    return small_search(model, storage, study=STUDY, folder=Path(folder), on_event=on_event, **settings)
 
 
 def stand_still(*_):
@@ -46,13 +46,13 @@ def stand_still_measuring(event):
 
 def stand_still_looking():
     """Stand still when the third candidate is looked at."""
-    original, looked = SpeedupPredictor.estimate, []
+    original, looked = SpeedupPredictor.predict, []
 
-    def estimate(*arguments, **named):
+    def predict(*arguments, **named):
         looked.append(1)
         return stand_still() if len(looked) == 3 else original(*arguments, **named)
 
-    SpeedupPredictor.estimate = estimate
+    SpeedupPredictor.predict = predict
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
+from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
-from search.latency import CostsBehind, LatencyModel, StepCosts
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
+from search.space import SearchSpace
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -32,20 +33,31 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
-# The search's own parameters; the others are settings.
-_OWN = ("study_name", "on_event", "space", "stand_ins", "folder", "helpers")
+# Parameters of the search and of its task; the others are settings.
+_SEARCH = ("draft_layers", "on_event", "helpers")
+_TASK = ("space", "study", "folder")
 
 
 def small_search(model, storage, *, prompts=None, **named):
     """A search of three trials that takes a fraction of a second on a tiny model; it measures finalists alone."""
     engine = named.pop("engine", None) or EagerEngine(model)
-    own = {name: named.pop(name) for name in _OWN if name in named}
+    own = {name: named.pop(name) for name in _SEARCH if name in named}
+    task = {"space": SearchSpace(model.num_layers)} | {name: named.pop(name) for name in _TASK if name in named}
     settings = SearchSettings(**QUICK | named)
-    return Search(engine, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
+    return Search(
+        engine, SearchTask(identify(model, MODEL_ID), prompts or random_prompts(), settings, **task), storage, **own
+    )
 
 
-def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
-    """What parts cost on a machine where verification is cheap and the head is dear."""
+def explore(search):
+    """Let a search try its candidates and measure no finalists; the study."""
+    study = search.open()
+    search.explore(study, search.prepare(study))
+    return study
+
+
+def costs_after(context, *, scale=1.0, vocabularies=(0,)):
+    """What parts cost on a machine where verification is cheap and the head is expensive."""
     step = StepCosts(
         fixed=1.0 * scale,
         attention=2.0 * scale,
@@ -54,14 +66,19 @@ def costs_behind(context, *, scale=1.0, vocabularies=(0,)):
         head={size: (4.0 if size == 0 else 4.0 * size / VOCABULARY) * scale for size in vocabularies},
     )
     sublayers = {width: (20 + width) * scale for width in range(1, 27)}
-    return CostsBehind(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
+    return Costs(context, step, PassCosts(sublayers, dict.fromkeys(sublayers, 4.0 * scale)), context * scale)
 
 
 def known_costs(space=None):
-    """A latency model that is the same on every machine."""
-    vocabularies = (0, *(space.vocabularies if space else ()))
-    near, far = (costs_behind(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
-    return LatencyModel(near, far)
+    """A cost model that is the same on every machine."""
+    return known_costs_of(None, vocabularies=space.vocabulary_sizes if space else (), most_drafted=0)
+
+
+def known_costs_of(engine, *, vocabularies, most_drafted):
+    """The same in the place of :func:`layerskip.engine.measure_costs`."""
+    vocabularies = (0, *vocabularies)
+    near, far = (costs_after(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
+    return CostModel(near, far)
 
 
 def records(storage, study, *, prompt_set=None, trial=None):

@@ -28,9 +28,9 @@ class Watched(GreedySampler):
     def __init__(self):
         self.steps = []
 
-    def draft(self, step, token_ids, count=1, *, behind=None):
+    def draft(self, step, token_ids, count=1, *, path=None):
         self.steps.append(step)
-        return super().draft(step, token_ids, count, behind=behind)
+        return super().draft(step, token_ids, count, path=path)
 
 
 @torch.inference_mode()

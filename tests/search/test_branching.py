@@ -67,13 +67,13 @@ def test_the_gains_say_how_often_a_branch_stands(tiny):
 
 
 def test_every_size_is_tried_at_every_depth_and_gate():
-    space = SearchSpace(4, max_draft_length=2, gates=(0.0, 0.5), trees=(3, 7))
-    policies = list(branching_policies([trace([0, 1, 0, 3, 0])], space))
-    assert {(sum(p.branches), len(p.branches), p.gate) for p in policies} == set(
+    space = SearchSpace(4, max_draft_length=2, target_confidence_thresholds=(0.0, 0.5), tree_sizes=(3, 7))
+    policies = list(branching_policies(DraftConfig(SkipSet(4)), [trace([0, 1, 0, 3, 0])], space))
+    assert {(sum(p.tree), len(p.tree), p.target_confidence_threshold) for p in policies} == set(
         itertools.product((3, 7), (1, 2), (0.0, 0.5))
     )
     assert len(set(policies)) == len(policies)
 
 
 def test_a_space_without_trees_has_none():
-    assert not list(branching_policies([trace([0, 1])], SearchSpace(4)))
+    assert not list(branching_policies(DraftConfig(SkipSet(4)), [trace([0, 1])], SearchSpace(4)))

@@ -12,8 +12,6 @@ from layerskip.engine import make_engine
 from search.break_even import (
     BreakEven,
     DraftBreakEven,
-    DraftShape,
-    _payoff,
     break_even,
     measure_break_even,
     typical_drafts,
@@ -52,48 +50,48 @@ def test_at_the_break_even_rate_a_draft_is_as_fast_as_none(length, cost, verific
 @given(costs, st.lists(verifications, min_size=8, max_size=8))
 def test_the_draft_length_is_the_one_that_needs_least_agreement(cost, measured):
     verification = {1: 1.0} | dict(enumerate(measured, start=2))
-    payoff = _payoff(DraftShape("any", 1, 1, 0, 0), cost, verification)
+    found = DraftBreakEven.of("any", cost, verification)
     needed = [break_even(length, cost, verification[length + 1]) for length in range(1, 9)]
     possible = [rate for rate in needed if rate is not None]
-    assert payoff.break_even == min(possible, default=None)
+    assert found.break_even == min(possible, default=None)
     if possible:
-        assert needed[payoff.length - 1] == payoff.break_even
-    for rate, best in payoff.speedups.items():
+        assert needed[found.length - 1] == found.break_even
+    for rate, best in found.speedups.items():
         assert best == max(speedup(rate, length, cost, verification[length + 1]) for length in range(1, 9))
 
 
-def a_payoff(*rates):
+def a_found(*rates):
     drafts = tuple(DraftBreakEven(str(rate), 0.5, rate, 4, {}) for rate in rates)
     return BreakEven(0.01, {1: 1.0}, drafts)
 
 
 def test_speculation_can_pay_where_some_draft_breaks_even_at_a_rate_that_drafts_reach():
-    assert a_payoff(None, 0.9, 0.7).best.draft == "0.7"
-    assert a_payoff(None, 0.9, 0.7).can_pay
-    assert a_payoff(None, 0.99).best.draft == "0.99"
-    assert not a_payoff(None, 0.99).can_pay
-    assert a_payoff(None, None).best is None
-    assert not a_payoff(None, None).can_pay
+    assert a_found(None, 0.9, 0.7).best.draft == "0.7"
+    assert a_found(None, 0.9, 0.7).can_pay
+    assert a_found(None, 0.99).best.draft == "0.99"
+    assert not a_found(None, 0.99).can_pay
+    assert a_found(None, None).best is None
+    assert not a_found(None, None).can_pay
 
 
 def test_typical_drafts_are_parts_of_the_model():
-    space = SearchSpace(30, vocabularies=(0, 8192, 16384))
-    shapes = typical_drafts(space)
-    assert shapes[0].vocabulary == 8192
-    assert [(shape.attention, shape.mlp) for shape in shapes] == [(30, 30), (23, 23), (15, 15), (15, 15)]
-    without = typical_drafts(SearchSpace(1))
-    assert all(0 < shape.attention <= 1 and shape.vocabulary == 0 for shape in without)
+    space = SearchSpace(30, vocabulary_sizes=(0, 8192, 16384))
+    drafts = list(typical_drafts(space).values())
+    assert drafts[0].vocabulary == 8192
+    assert [(parts.attention, parts.mlp) for parts in drafts] == [(30, 30), (23, 23), (15, 15), (15, 15)]
+    without = typical_drafts(SearchSpace(1)).values()
+    assert all(0 < parts.attention <= 1 and parts.vocabulary == 0 for parts in without)
 
 
 def test_what_a_model_costs_is_measured_in_its_own_steps():
     model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
-    payoff = measure_break_even(make_engine(model))
-    assert payoff.step_seconds > 0
-    assert payoff.verification[1] == pytest.approx(1)
-    assert sorted(payoff.verification) == list(range(1, 10))
-    assert [draft.draft for draft in payoff.drafts] == [
+    found = measure_break_even(make_engine(model))
+    assert found.step_seconds > 0
+    assert found.verification[1] == pytest.approx(1)
+    assert sorted(found.verification) == list(range(1, 10))
+    assert [draft.draft for draft in found.drafts] == [
         "a quarter of the sublayers skipped",
         "half of the sublayers skipped",
         "half of the sublayers skipped, bridged",
     ]
-    assert all(draft.cost > 0 for draft in payoff.drafts)
+    assert all(draft.cost > 0 for draft in found.drafts)

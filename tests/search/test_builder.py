@@ -1,18 +1,21 @@
 """What candidates' drafts are made of."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from layerskip import FixedLength, SkipSet
 from layerskip.drafting.bridges import BridgeFitter
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import RoundResult
 from layerskip.engine import EagerEngine, Scored
 from layerskip.sampling import Draft, Verdict
 from search.builder import DraftBuilder
+from search.prompts import SearchPrompts
 from search.reference import record
-from search.search import SearchPrompts
 from search.settings import SearchSettings
-from search.space import Candidate, Policy
 from tests.models import LAYERS, VOCABULARY
 from tests.search.searches import random_prompts
 
@@ -21,27 +24,36 @@ MIDDLE = SkipSet(LAYERS, attention=(1, 2), mlp=(1, 2))
 
 @pytest.fixture
 def makers(llama, monkeypatch):
-    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
     texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
     return DraftBuilder(llama, texts)
 
 
 def test_a_candidate_gets_what_it_asks_for_and_nothing_else(makers):
-    assert not makers.assets(Candidate(MIDDLE)).tensors()
-    bridged = makers.assets(Candidate(MIDDLE, bridged=True))
+    assert not makers.weights(DraftConfig(MIDDLE)).tensors()
+    bridged = makers.weights(DraftConfig(MIDDLE, bridges=True))
     assert ([bridge.start for bridge in bridged.bridges], bridged.token_ids) == ([2], None)
-    small = makers.assets(Candidate(MIDDLE, vocabulary=7))
+    small = makers.weights(DraftConfig(MIDDLE, vocabulary_size=7))
     assert (len(small.bridges), len(small.token_ids)) == (0, 7)
 
 
 @pytest.mark.parametrize("skip_set", [MIDDLE, SkipSet(LAYERS), SkipSet(LAYERS, attention=(0, 3), mlp=(0,))])
 def test_the_number_of_bridges_is_known_before_they_are_made(makers, skip_set):
-    assert makers.num_bridges(skip_set) == len(makers.assets(Candidate(skip_set, bridged=True)).bridges)
+    config = DraftConfig(skip_set, bridges=True)
+    fitted = len(makers.weights(config).bridges)
+    assert makers.num_bridges(np.array([skip_set.mask, SkipSet(LAYERS).mask])).tolist() == [fitted, 0]
+    assert makers.as_built(config) == replace(config, bridges=fitted > 0)
 
 
 def test_what_is_estimated_is_what_is_decoded_with(llama, makers):
-    candidate = Candidate(MIDDLE, bridged=True, vocabulary=VOCABULARY // 2)
-    stack, drafter = makers.stack(candidate), makers.drafter(candidate, Policy(FixedLength(3), gate=0.5))
+    config = DraftConfig(
+        MIDDLE,
+        bridges=True,
+        vocabulary_size=VOCABULARY // 2,
+        stopping=FixedLength(3),
+        target_confidence_threshold=0.5,
+    )
+    stack, drafter = makers.stack(config), makers.drafter(config)
     assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps] == [0, 1, 2, 6, 7]
     assert torch.equal(drafter._stack.token_ids, stack.token_ids)
     drafter.start(EagerEngine(llama), torch.tensor([1]), torch.zeros(1, 8))

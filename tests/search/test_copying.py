@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import FixedLength, generate
+from layerskip import DraftConfig, FixedLength, SkipSet, generate
 from layerskip.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from layerskip.target_texts import batch_generate
 from search.copying import Copies, settings_of_ngrams, with_copies
 from search.reference import record
-from search.replay import Prediction
-from search.space import Policy
+from search.replay import SimulatedSpeedup
+from tests.models import LAYERS
 
 ngrams = st.builds(lambda least, more, length: PromptLookup(least, least + more, length), *[st.integers(1, 3)] * 3)
 
@@ -33,11 +33,11 @@ def test_copies_along_a_text_are_those_of_decoding(tiny, prompt, one, length):
     assert (stats.drafted, stats.accepted) == (drafted, accepted)
 
 
-def foretold(policy, seconds):
-    return Prediction(policy, 40 / sum(seconds), None, tuple(seconds))
+def foretold(config, seconds):
+    return SimulatedSpeedup(config, 40 / sum(seconds), None, tuple(seconds))
 
 
-BEST = foretold(Policy(FixedLength(2)), [10.0, 10.0, 10.0, 10.0])
+BEST = foretold(DraftConfig(SkipSet(LAYERS), stopping=FixedLength(2)), [10.0, 10.0, 10.0, 10.0])
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,17 @@ BEST = foretold(Policy(FixedLength(2)), [10.0, 10.0, 10.0, 10.0])
     ],
 )
 def test_copies_are_made_where_they_save_time_over_the_texts_one_by_one(seconds, pays):
-    found = with_copies(BEST, lambda policy: foretold(policy, seconds))
-    assert (found.policy.ngrams is not None) == pays
-    assert found.policy == BEST.policy or replace(found.policy, ngrams=None) == BEST.policy
+    found = with_copies(BEST, lambda config: foretold(config, seconds))
+    assert (found.config.prompt_lookup is not None) == pays
+    assert found.config == BEST.config or replace(found.config, prompt_lookup=None) == BEST.config
 
 
 def test_of_copies_that_pay_the_fastest_are_made():
     longer = {ngrams: 9.0 - 0.1 * ngrams.length for ngrams in settings_of_ngrams()}
-    found = with_copies(BEST, lambda policy: foretold(policy, [longer[policy.ngrams] + 0.01 * n for n in range(4)]))
-    assert found.policy.ngrams.length == max(ngrams.length for ngrams in longer)
+    found = with_copies(
+        BEST, lambda config: foretold(config, [longer[config.prompt_lookup] + 0.01 * n for n in range(4)])
+    )
+    assert found.config.prompt_lookup.length == max(ngrams.length for ngrams in longer)
 
 
 @pytest.mark.parametrize("new", [[], [4]])

@@ -1,18 +1,21 @@
 """Which stand-in of a profile a search may use, and what its drafts are made of and cost."""
 
+import numpy as np
 import pytest
 import torch
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet
+from layerskip import DraftProfile, LayerSkipModel, SkipSet
+from layerskip.costs import DraftParts
 from layerskip.drafting.bridges import Bridge, BridgeFitter
+from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from search.builder import DraftBuilder
-from search.draft_layers import DraftLayerRef, trained_draft_layer, trained_draft_layers
+from search.draft_layers import trained_draft_layer, trained_draft_layers
 from search.reference import record
-from search.relative_costs import RelativeCosts
-from search.space import Candidate, Policy, SearchSpace
+from search.samplers import DraftCosts
+from search.space import SearchSpace
 from tests.models import LAYERS, VOCABULARY, random_heads, random_layers, tiny_llama
 from tests.search.searches import known_costs, random_prompts
 from tests.trained import bridge_profile, layer_profile, profile_with
@@ -23,15 +26,15 @@ NOTHING = SkipSet(LAYERS)
 
 
 def named(model, profile):
-    return trained_draft_layer("tuned.json", profile, model).name
+    return trained_draft_layer("tuned.json", profile, model).ref
 
 
 def test_a_stand_in_is_named_by_what_it_is(llama):
     name = named(llama, layer_profile(llama, start=4, vocabulary=IDS))
-    assert (name.start, name.stop, name.kind, name.vocabulary, len(name.sha256)) == (4, TOP, "layer", 20, 16)
+    assert (name.start, name.stop, name.kind, name.vocabulary_size, len(name.sha256)) == (4, TOP, "layer", 20, 16)
     assert str(name) == f"trained layer after layer 2 ({name.sha256[:8]})"
     other = named(llama, bridge_profile(llama, start=3))
-    assert (other.start, other.kind, other.vocabulary) == (3, "bridge", 0)
+    assert (other.start, other.kind, other.vocabulary_size) == (3, "bridge", 0)
     assert str(other) == f"trained bridge after attn 1 ({other.sha256[:8]})"
 
 
@@ -68,7 +71,7 @@ def test_the_same_ones_in_another_order_are_the_same(llama):
     one, other = layer_profile(llama), bridge_profile(llama, start=6)
     ordered = trained_draft_layers({"a": one, "b": other, "c": one}, llama)
     again = trained_draft_layers({"b": other, "a": one}, llama)
-    assert [each.name for each in ordered] == [each.name for each in again]
+    assert [each.ref for each in ordered] == [each.ref for each in again]
     assert len(ordered) == 2
     assert [each.training_seconds for each in ordered] == [60.0, 60.0]
 
@@ -81,11 +84,13 @@ def test_a_profile_without_one_above_an_exit_is_refused_in_one_line(llama):
         return str(caught.value)
 
     plain = profile_with(llama, DraftWeights())
-    assert refusal(plain).startswith("some.json: has no stand-in for the layers above an early exit; train one with ")
+    assert refusal(plain).startswith(
+        "some.json: has no draft layer in place of the layers above an early exit; train one with "
+    )
     middle = profile_with(
         llama, DraftWeights(layers=random_layers(llama, {2: 4})), skip_set=SkipSet(LAYERS, (1,), (1,))
     )
-    assert "has no stand-in" in refusal(middle)
+    assert "has no draft layer" in refusal(middle)
     heads = profile_with(llama, DraftWeights(heads=random_heads(llama, "medusa")), skip_set=NOTHING)
     assert refusal(heads).startswith("some.json: has draft heads, which draft without the stack")
     assert "'layerskip compare'" in refusal(heads)
@@ -97,63 +102,63 @@ def test_a_profile_without_one_above_an_exit_is_refused_in_one_line(llama):
 
 
 def test_a_candidate_leaves_out_all_that_its_stand_in_stands_for():
-    stand_in = DraftLayerRef(4, TOP, "layer", 0, "a")
-    candidate = Candidate(SkipSet(LAYERS, mlp=(0, 2)), stand_in=stand_in)
+    layer = DraftLayerRef(4, TOP, "layer", 0, "a")
+    candidate = DraftConfig(SkipSet(LAYERS, mlp=(0, 2)), draft_layer=layer)
     assert candidate.skip_set == SkipSet(LAYERS, (2, 3), (0, 2, 3))
     assert candidate.skipped_below == SkipSet(LAYERS, mlp=(0,))
-    assert candidate == Candidate(SkipSet(LAYERS, (3,), (0,)), stand_in=stand_in)
-    assert str(candidate) == "attn 2-3 · mlp 0,2-3 · trained layer after layer 2 (a)"
+    assert candidate == DraftConfig(SkipSet(LAYERS, (3,), (0,)), draft_layer=layer)
+    assert candidate.exit_at == 4
+    assert str(candidate) == "attn 2-3 · mlp 0,2-3 · 4 tokens · trained layer after layer 2 (a)"
     with pytest.raises(InvalidInputError, match="at least one"):
-        Candidate(SkipSet(LAYERS, (0, 1), (0, 1)), stand_in=stand_in)
-    with pytest.raises(InvalidInputError, match=r"^stand-in: reaches sublayer 8, but there are 6"):
-        Candidate(SkipSet(3), stand_in=stand_in)
+        DraftConfig(SkipSet(LAYERS, (0, 1), (0, 1)), draft_layer=layer)
+    with pytest.raises(InvalidInputError, match=r"^draft layer: ends before sublayer 8, but there are 6"):
+        DraftConfig(SkipSet(3), draft_layer=layer)
 
 
 def test_the_space_of_a_model_has_the_vocabularies_of_its_stand_ins(llama):
     names = [named(llama, layer_profile(llama, vocabulary=IDS)), named(llama, bridge_profile(llama))]
-    space = SearchSpace.of(llama, stand_ins=names)
-    assert space.vocabularies == (0, 20)
-    assert SearchSpace.of(llama, vocabulary=False, stand_ins=names).vocabularies == (0,)
-    assert space.describe()["stand_ins"][0] == {
+    space = SearchSpace.of(llama, draft_layers=names)
+    assert space.vocabulary_sizes == (0, 20)
+    assert SearchSpace.of(llama, vocabularies=False, draft_layers=names).vocabulary_sizes == (0,)
+    assert space.describe()["draft_layers"][0] == {
         "start": 4,
         "stop": TOP,
         "kind": "layer",
-        "vocabulary": 20,
+        "vocabulary_size": 20,
         "sha256": names[0].sha256,
     }
-    assert "stand_ins" not in SearchSpace.of(llama).describe()  # or studies of earlier versions could not go on
 
 
 @pytest.fixture
 def given(llama):
     profiles = {"layer": layer_profile(llama, vocabulary=IDS), "bridge": bridge_profile(llama, start=5)}
-    return {one.name.kind: one for one in trained_draft_layers(profiles, llama)}
+    return {one.ref.kind: one for one in trained_draft_layers(profiles, llama)}
 
 
 @pytest.fixture
 def makers(llama, given, monkeypatch):
-    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
     texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
     return DraftBuilder(llama, texts, list(given.values()))
 
 
 def test_a_candidate_gets_its_stand_in_and_what_it_asks_for_below(makers, given):
     layer = given["layer"]
-    alone = makers.assets(Candidate(NOTHING, stand_in=layer.name))
+    alone = makers.weights(DraftConfig(NOTHING, draft_layer=layer.ref))
     assert ([layer.start for layer in alone.layers], len(alone.bridges), alone.token_ids) == ([4], 0, None)
     assert all(torch.equal(w, layer.weights.layers[0].state_dict()[n]) for n, w in alone.layers[0].state_dict().items())
     below = SkipSet(LAYERS, (1,), (1,))  # next to what the stand-in stands for
-    bridged = makers.assets(Candidate(below, bridged=True, stand_in=layer.name))
+    bridged = makers.weights(DraftConfig(below, bridges=True, draft_layer=layer.ref))
     assert {bridge.start: bridge.stop for bridge in bridged.bridges} == {2: 4}
-    both = makers.assets(Candidate(below, bridged=True, stand_in=given["bridge"].name))
+    both = makers.weights(DraftConfig(below, bridges=True, draft_layer=given["bridge"].ref))
     assert {bridge.start: bridge.stop for bridge in both.bridges} == {2: 4, 5: TOP}
     assert len(both.layers) == 0
 
 
 def test_its_own_vocabulary_stands_for_the_fitted_one_of_that_size(makers, given):
     def ids(vocabulary, kind):
-        stand_in = given[kind].name if kind else None
-        return makers.assets(Candidate(NOTHING, vocabulary=vocabulary, stand_in=stand_in)).token_ids
+        layer = given[kind].ref if kind else None
+        return makers.weights(DraftConfig(NOTHING, vocabulary_size=vocabulary, draft_layer=layer)).token_ids
 
     assert ids(20, "layer").tolist() == IDS
     fitted = ids(20, None).tolist()
@@ -166,38 +171,40 @@ def test_its_own_vocabulary_stands_for_the_fitted_one_of_that_size(makers, given
 
 @pytest.mark.parametrize("kind", ["layer", "bridge"])
 def test_what_is_estimated_with_a_stand_in_is_what_is_decoded_with(makers, given, kind):
-    candidate = Candidate(SkipSet(LAYERS, (1,)), bridged=True, vocabulary=20, stand_in=given[kind].name)
+    candidate = DraftConfig(SkipSet(LAYERS, (1,)), bridges=True, vocabulary_size=20, draft_layer=given[kind].ref)
     stack = makers.stack(candidate)
-    drafter = makers.drafter(candidate, Policy(FixedLength(3)))
+    drafter = makers.drafter(candidate)
     assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps]
     assert torch.equal(drafter._stack.token_ids, stack.token_ids)
     assert drafter._stack.remembers == stack.remembers == (kind == "layer")
-    assert isinstance(dict(stack.steps)[given[kind].name.start], DraftLayer if kind == "layer" else Bridge)
+    assert isinstance(dict(stack.steps)[given[kind].ref.start], DraftLayer if kind == "layer" else Bridge)
 
 
 @pytest.mark.parametrize("kind", ["layer", "bridge", None])
-@pytest.mark.parametrize("bridged", [False, True])
-def test_samplers_know_what_a_step_with_a_stand_in_costs(makers, given, kind, bridged):
-    names = [one.name for one in given.values()]
-    stand_in = given[kind].name if kind else None
-    candidate = Candidate(SkipSet(LAYERS, (1,), (0, 1)), bridged, 20, stand_in)
-    latency = known_costs(SearchSpace(LAYERS, vocabularies=(0, 20)))
-    costs = RelativeCosts(latency, makers, 30, None, names)
-    number = 0 if stand_in is None else names.index(stand_in) + 1
-    expected = latency.draft_step(makers.stack(candidate), 30) / latency.verification(1, 0.0, 30, None)
-    assert costs.draft_step_cost(candidate.skip_set.mask, bridged, 20, number) == pytest.approx(expected)
+@pytest.mark.parametrize("bridges", [False, True])
+def test_samplers_know_what_a_step_with_a_draft_layer_costs(makers, given, kind, bridges):
+    layer = given[kind].ref if kind else None
+    candidates = [
+        DraftConfig(skip_set, bridges, layer, 20) for skip_set in (SkipSet(LAYERS, (1,), (0, 1)), SkipSet(LAYERS, (0,)))
+    ]
+    latency = known_costs(SearchSpace(LAYERS, vocabulary_sizes=(0, 20)))
+    costs = latency.at(30).relative()
+    expected = [costs.draft_step(DraftParts.of(makers.stack(candidate))) for candidate in candidates]
+    masks = np.array([candidate.skip_set.mask for candidate in candidates])
+    drafts = DraftCosts(costs, makers.num_bridges, max_draft_length=8)
+    assert drafts.draft_steps(candidates[0], masks) == pytest.approx(expected)
 
 
 def test_a_trained_layer_costs_a_layer_and_a_bridge_a_bridge(makers, given):
-    latency = known_costs(SearchSpace(LAYERS, vocabularies=(0, 20)))
+    latency = known_costs(SearchSpace(LAYERS, vocabulary_sizes=(0, 20)))
     seconds = {
-        kind: latency.draft_step(makers.stack(Candidate(NOTHING, stand_in=one.name)), 8) for kind, one in given.items()
+        kind: latency.at(8).draft_step(DraftParts.of(makers.stack(DraftConfig(NOTHING, draft_layer=one.ref))))
+        for kind, one in given.items()
     }
-    step = latency.short.step
-    assert seconds["layer"] == pytest.approx(step.seconds(3, 3, 0, 0))  # two kept layers and itself
-    assert seconds["bridge"] == pytest.approx(step.seconds(3, 2, 1, 0))
+    assert seconds["layer"] == pytest.approx(latency.short.draft_step(DraftParts(3, 3)))  # two kept layers and itself
+    assert seconds["bridge"] == pytest.approx(latency.short.draft_step(DraftParts(3, 2, 1)))
 
 
 def test_vocabularies_are_no_larger_than_the_model(llama):
     everything = layer_profile(llama, vocabulary=list(range(VOCABULARY)))
-    assert SearchSpace.of(llama, stand_ins=[named(llama, everything)]).vocabularies == (0,)
+    assert SearchSpace.of(llama, draft_layers=[named(llama, everything)]).vocabulary_sizes == (0,)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, SkipSet, generate
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.heads import HEAD_KINDS
@@ -27,7 +28,7 @@ from search.head_replay import (
     trace_heads,
 )
 from search.reference import record
-from search.space import Policy, SearchSpace
+from search.space import SearchSpace
 from tests.models import LAYERS, random_heads, random_prefix
 from tests.strategies import bushes
 
@@ -40,6 +41,12 @@ IDS = [None, torch.arange(3, 50)]
 def rounds_alone(count=1, at_once=True):
     """Costs by which a text takes as many seconds as rounds."""
     return HeadCosts(seconds_of(*[0.0] * HEADS), [0.0] * count, [[1.0] * MOST] * count, at_once)
+
+
+def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
+    """A configuration with this policy."""
+    nothing = SkipSet(LAYERS)
+    return DraftConfig(nothing, False, None, 0, stopping, threshold, tree, prompt_lookup)
 
 
 def seconds_of(*places):
@@ -67,8 +74,8 @@ def texts(tiny):
 @settings(max_examples=25)
 def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, branches, ids, ngrams):
     """But for how far Hydra's drafts go on behind a wrong token, which a text cannot tell."""
-    heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), Policy(draft_exit, gate, branches, ngrams)
-    drafter = make_drafter(tiny, policy.config(SkipSet(LAYERS)), DraftWeights(token_ids=IDS[ids], heads=heads))
+    heads, policy = random_heads(tiny, kind, HEADS, scale=0.02), policy_of(draft_exit, gate, branches, ngrams)
+    drafter = make_drafter(tiny, policy, DraftWeights(token_ids=IDS[ids], heads=heads))
     stack = tiny.stack_of(SkipSet(LAYERS), token_ids=IDS[ids])
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
@@ -91,9 +98,9 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
 )
 @settings(max_examples=10)
 def test_replay_says_what_heads_behind_a_layer_do(tiny, texts, draft_exit, gate, branches, scale):
-    heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), Policy(draft_exit, gate, branches)
+    heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), policy_of(draft_exit, gate, branches)
     prefix = random_prefix(tiny, scale=scale)
-    drafter = make_drafter(tiny, policy.config(SkipSet(LAYERS)), DraftWeights(layers=[prefix], heads=heads))
+    drafter = make_drafter(tiny, policy, DraftWeights(layers=[prefix], heads=heads))
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
         stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
@@ -148,16 +155,16 @@ def test_the_fastest_policy_is_found():
     """Heads that are always right, then heads that are never right."""
     right, wrong = a_trace([0] * 9, [0] * 8), a_trace([LAST_RANK] * 9, [LAST_RANK] * 8)
     costs = HeadCosts(seconds_of(0.1, 0.2), [1.0], [[1.0, 1.1, 1.2, 2.0]], at_once=False)
-    policies = [Policy(FixedLength(1)), Policy(FixedLength(2)), Policy(FixedLength(2), gate=0.9)]
-    assert replay_heads([right], policies, costs, limit=10).policy == Policy(FixedLength(2))
+    policies = [policy_of(FixedLength(1)), policy_of(FixedLength(2)), policy_of(FixedLength(2), 0.9)]
+    assert replay_heads([right], policies, costs, limit=10).config == policy_of(FixedLength(2))
     best = replay_heads([wrong], policies, costs, limit=10)
-    assert best.policy == Policy(FixedLength(2), gate=0.9)  # rests after the first round
+    assert best.config == policy_of(FixedLength(2), 0.9)  # rests after the first round
     # Plain: the prompt and nine steps. Gated: one draft of two in vain, then eight plain steps.
     assert best.speedup == pytest.approx(10.0 / (1.0 + 0.3 + 1.2 + 8 * 1.0))
 
 
 def test_heads_that_are_asked_at_once_cost_as_many_however_early_a_draft_ends():
-    trace, policy = a_trace([0] * 9, [0] * 8, confidence=0.1), Policy(ConfidenceThreshold(0.5, 2))
+    trace, policy = a_trace([0] * 9, [0] * 8, confidence=0.1), policy_of(ConfidenceThreshold(0.5, 2))
     seconds = []
     for at_once in (True, False):
         costs = HeadCosts(seconds_of(1.0, 9.0), [0.0], [[0.0] * 4], at_once)
@@ -168,12 +175,12 @@ def test_heads_that_are_asked_at_once_cost_as_many_however_early_a_draft_ends():
 
 
 def test_every_length_threshold_gate_and_shape_is_tried():
-    space = SearchSpace(4, gates=(0.0, 0.5), trees=(3, 7))
-    policies = list(head_policies([a_trace([0, 1, 0, 3], [0, 2, 1])], 2, space))
+    space = SearchSpace(4, target_confidence_thresholds=(0.0, 0.5), tree_sizes=(3, 7))
+    policies = list(head_policies(policy_of(FixedLength()), [a_trace([0, 1, 0, 3], [0, 2, 1])], 2, space))
     assert len(set(policies)) == len(policies)
-    assert {policy.draft_exit.new_state().max_length for policy in policies} == {1, 2}
-    assert {len(TokenTree.grown(widths_of(policy.branches)).parents) for policy in policies} == {0, 3, 7}
-    assert {policy.gate for policy in policies} == {0.0, 0.5}
+    assert {policy.stopping.new_state().max_length for policy in policies} == {1, 2}
+    assert {len(TokenTree.grown(widths_of(policy.tree)).parents) for policy in policies} == {0, 3, 7}
+    assert {policy.target_confidence_threshold for policy in policies} == {0.0, 0.5}
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from search.acceptance import AcceptanceTracer, acceptance
 from search.builder import DraftBuilder
 from search.predict import SpeedupPredictor
 from search.reference import record
 from search.replay import RoundCosts, replay
-from search.space import Candidate, SearchSpace
+from search.space import SearchSpace
 from tests.models import LAYERS
 from tests.search.searches import known_costs, random_prompts
 from tests.strategies import skip_sets
@@ -38,21 +39,21 @@ def parts(llama):
 def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_it(llama, parts, skip_set, best, ease):
     """It is held against the best one on the texts that both were seen on, so that hard texts are hard for both."""
     estimator, makers, predictor = parts
-    candidate = Candidate(skip_set)
-    to_beat = [seconds * ease for seconds in predictor.estimate(Candidate(best)).prediction.seconds]
-    found = predictor.estimate(candidate, to_beat)
+    candidate = DraftConfig(skip_set)
+    to_beat = [seconds * ease for seconds in predictor.predict(DraftConfig(best)).simulated.seconds]
+    found = predictor.predict(candidate, to_beat)
     stack = makers.stack(candidate)
     seen = []
     for part in estimator.traces(stack):
         seen += part
         costs = RoundCosts.of(known_costs(), stack, EagerEngine(llama), seen, SPACE.most_drafted)
-        so_far = replay(seen, SPACE.policies(), costs, limit=LIMIT)
+        so_far = replay(seen, SPACE.policies(candidate), costs, limit=LIMIT)
         slower = np.array(so_far.seconds) - to_beat[: len(seen)]
         error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))
         if slower.mean() > 2 * error or len(seen) == estimator.num_texts:
             break
-        assert len(so_far.seconds) < len(found.prediction.seconds)
-    assert found.prediction == so_far
+        assert len(so_far.seconds) < len(found.simulated.seconds)
+    assert found.simulated == so_far
     assert found.acceptance == acceptance(seen)
     assert found.complete == (len(seen) == estimator.num_texts)
 
@@ -60,17 +61,18 @@ def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_i
 @given(skip_set=skip_sets())
 @settings(max_examples=20)
 def test_with_nothing_to_beat_all_texts_are_looked_at(parts, skip_set):
-    found = parts[2].estimate(Candidate(skip_set))
+    found = parts[2].predict(DraftConfig(skip_set))
     assert found.complete
-    assert len(found.prediction.seconds) == 14
-    assert found == parts[2].estimate(Candidate(skip_set))
+    assert len(found.simulated.seconds) == 14
+    assert found == parts[2].predict(DraftConfig(skip_set))
 
 
 def test_a_hopeless_candidate_costs_the_first_texts_alone(parts):
-    found = parts[2].estimate(Candidate(SkipSet(LAYERS, mlp=range(LAYERS))), to_beat=[1e-3] * 14)
+    found = parts[2].predict(DraftConfig(SkipSet(LAYERS, mlp=range(LAYERS))), to_beat=[1e-3] * 14)
     assert not found.complete
-    assert len(found.prediction.seconds) == 4
+    assert len(found.simulated.seconds) == 4
 
 
 def test_the_policy_is_one_of_the_space(parts):
-    assert parts[2].estimate(Candidate(SkipSet(LAYERS, mlp=(2,)))).prediction.policy in SPACE.policies()
+    candidate = DraftConfig(SkipSet(LAYERS, mlp=(2,)))
+    assert parts[2].predict(candidate).simulated.config in SPACE.policies(candidate)

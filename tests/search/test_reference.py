@@ -18,7 +18,7 @@ PROMPTS = random_prompts(search=3).search
 
 @contextmanager
 def passes_counted(model):
-    """How many forward passes the model made so far, as the length of a list."""
+    """A list that grows by one with every forward pass of the model."""
     passes = []
     handle = model.hf_model.model.norm.register_forward_hook(lambda *_: passes.append(1))
     try:

@@ -9,23 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import DraftParts
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookup
-from layerskip.engine import EagerEngine, PassCosts
+from layerskip.engine import EagerEngine
 from layerskip.target_texts import batch_generate
 from search.acceptance import LAST_RANK, AcceptanceTracer, Trace
 from search.copying import Copies
 from search.reference import record
-from search.replay import Prediction, RoundCosts, replay
-from search.space import Policy, SearchSpace
+from search.replay import RoundCosts, SimulatedSpeedup, replay
+from search.space import SearchSpace
 from tests.models import LAYERS, tiny_llama
 from tests.search.searches import known_costs, random_prompts
 from tests.strategies import branches, draft_exits, fractions, skip_sets, tokens
 
 LONGEST, MOST = 9, 25
 NGRAMS = PromptLookup(1, 2, 3)
+
+
+def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
+    """A configuration with this policy."""
+    return DraftConfig(SkipSet(LAYERS), False, None, 0, stopping, threshold, tree, prompt_lookup)
+
+
 policies = st.builds(
-    Policy, draft_exits(), st.just(0.0) | fractions, st.just(()) | branches(), st.sampled_from([None, NGRAMS])
+    policy_of, draft_exits(), st.just(0.0) | fractions, st.just(()) | branches(), st.sampled_from([None, NGRAMS])
 )
 
 
@@ -67,9 +75,9 @@ def replayed(texts, tried, costs, limit):
 
 def played(trace, policy, row, costs, limit):
     """Seconds, drafted and accepted tokens of one text under one policy, round by round."""
-    state, unsure, at = policy.draft_exit.new_state(), False, 0
+    state, unsure, at = policy.stopping.new_state(), False, 0
     seconds, drafted, accepted = costs.prefill[row], 0, 0
-    copies = copied_along(trace) if policy.ngrams else None
+    copies = copied_along(trace) if policy.prompt_lookup else None
     while at < trace.new_tokens - 1:
         copied = min(copies.drafted[at], limit - (at + 1) - 1) if copies else 0
         if copied > 0:
@@ -87,8 +95,8 @@ def played(trace, policy, row, costs, limit):
         stands = 0
         while stands < proposed and at + stands < len(trace.agrees) and trace.agrees[at + stands]:
             stands += 1
-        widths = [*policy.branches, *[1] * proposed][:proposed]
-        verified = costs.trees if policy.branches else costs.verification
+        widths = [*policy.tree, *[1] * proposed][:proposed]
+        verified = costs.trees if policy.tree else costs.verification
         seconds += proposed * costs.step[row] + verified[row, sum(widths)]
         if stands < proposed and at + stands < len(trace.ranks):
             stands += trace.ranks[at + stands] < widths[stands]
@@ -101,7 +109,7 @@ def played(trace, policy, row, costs, limit):
 
 
 def unsure_behind(trace, place, policy):
-    return (trace.target_confidence[place] if place < len(trace.agrees) else 1.0) < policy.gate
+    return (trace.target_confidence[place] if place < len(trace.agrees) else 1.0) < policy.target_confidence_threshold
 
 
 @given(replays(), policies)
@@ -114,7 +122,7 @@ def test_replay_does_what_a_loop_with_the_real_controller_does(drawn, policy):
     ]
     found = replayed(texts, [policy], costs, limit)
     drafted, accepted = sum(d for _, d, _ in rounds), sum(a for _, _, a in rounds)
-    assert found.policy == policy
+    assert found.config == policy
     assert math.isclose(found.speedup, sum(plain) / sum(seconds for seconds, _, _ in rounds))
     assert found.acceptance_rate == (accepted / drafted if drafted else None)
     np.testing.assert_allclose(found.seconds, [seconds for seconds, _, _ in rounds])
@@ -127,8 +135,8 @@ def test_the_best_of_all_policies_is_found_and_they_do_not_disturb_each_other(dr
     alone = [replayed(texts, [policy], costs, limit) for policy in tried]
     best = replayed(texts, tried, costs, limit)
     assert math.isclose(best.speedup, max(one.speedup for one in alone))
-    assert best.policy in tried
-    [same] = {one for one, policy in zip(alone, tried, strict=True) if policy == best.policy}
+    assert best.config in tried
+    [same] = {one for one, policy in zip(alone, tried, strict=True) if policy == best.config}
     assert math.isclose(best.speedup, same.speedup)
     assert (best.acceptance_rate, best.seconds) == (same.acceptance_rate, same.seconds)
     assert replayed(texts, tried, costs, limit) == best
@@ -185,8 +193,8 @@ class _Counted:
 )
 @settings(max_examples=40)
 def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_set, gate, limit, widths):
-    policy = Policy(FixedLength(1), gate, widths)
-    drafter = LayerSkipDrafter(tiny, policy.config(skip_set))
+    policy = policy_of(FixedLength(1), gate, widths)
+    drafter = LayerSkipDrafter(tiny, replace(policy, skip_set=skip_set))
     real = [counted(tiny, prompt, drafter, limit) for prompt in prompts]
     assert predicted(tiny, tiny.stack_of(skip_set), prompts, policy, limit) == real
 
@@ -194,8 +202,9 @@ def test_drafts_of_one_token_come_out_as_in_real_decoding(tiny, prompts, skip_se
 @given(prompt=tokens(9), policy=policies, limit=st.integers(1, 12))
 @settings(max_examples=25)
 def test_a_draft_that_skips_nothing_comes_out_as_in_real_decoding(tiny, prompt, policy, limit):
-    nothing, policy = SkipSet(LAYERS), replace(policy, ngrams=None)
-    drafter = LayerSkipDrafter(tiny, policy.config(nothing))
+    policy = replace(policy, prompt_lookup=None)
+    nothing = policy.skip_set
+    drafter = LayerSkipDrafter(tiny, policy)
     assert predicted(tiny, tiny.stack_of(nothing), [prompt], policy, limit) == [counted(tiny, prompt, drafter, limit)]
 
 
@@ -206,8 +215,8 @@ def test_a_text_that_ends_by_itself_comes_out_as_in_real_decoding(length):
     prompts = [list(prompt.tokens) for prompt in random_prompts(search=4).search]
     ends = [new[4] for new in batch_generate(model, prompts, 5)]
     hf_model.generation_config.eos_token_id = ends
-    policy, nothing = Policy(FixedLength(length)), SkipSet(LAYERS)
-    drafter = LayerSkipDrafter(model, DraftConfig(nothing, stopping=policy.draft_exit))
+    policy, nothing = policy_of(FixedLength(length)), SkipSet(LAYERS)
+    drafter = LayerSkipDrafter(model, policy)
     real = [counted(model, prompt, drafter, 20) for prompt in prompts]
     assert predicted(model, model.stack_of(nothing), prompts, policy, 20) == real
 
@@ -220,12 +229,13 @@ def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
     traces = [Trace(np.zeros(4, int), np.ones(4), np.ones(4), length, 5) for length in (3, 30)]
     costs = RoundCosts.of(latency, stack, engine, traces, 2)
     for row, context in enumerate([5.5, 32.5]):
-        assert costs.prefill[row] == latency.prefill(traces[row].prompt_length)
-        assert costs.step[row] == latency.parts(3, 3, 0, 0, context)
-        assert list(costs.verification[row]) == [latency.verification(k + 1, 0, context, None) for k in range(3)]
-    engine.costs = PassCosts({1: 1.0, 2: 9.0, 3: 5.0}, dict.fromkeys((1, 2, 3), 0.0))
+        there = latency.at(context)
+        assert costs.prefill[row] == latency.at(traces[row].prompt_length).prefill
+        assert costs.step[row] == there.draft_step(DraftParts(3, 3))
+        assert list(costs.verification[row]) == [there.verification(k + 1) for k in range(3)]
+    engine.costs = latency.short.passes  # with costs, an engine resumes where that pays
     chosen = RoundCosts.of(latency, stack, engine, traces, 2)
-    plain, *drafted = (latency.verification(n, 0, 5.5, None) for n in (1, 3, 3))
+    plain, *drafted = (latency.at(5.5).verification(n) for n in (1, 2, 3))
     assert chosen.verification[0, 0] == plain  # nothing was drafted, so there is nothing to resume from
     assert all(0 < found < whole for found, whole in zip(chosen.verification[0, 1:], drafted, strict=True))
 
@@ -234,8 +244,8 @@ def test_costs_are_those_of_each_text_and_of_the_way_the_engine_verifies():
 @settings(max_examples=40)
 def test_a_whole_space_of_policies_can_be_replayed(drawn):
     texts, costs, limit = drawn
-    space = SearchSpace(LAYERS, max_draft_length=LONGEST, gates=(0.0, 0.5))
-    found = replay(texts, space.policies(), costs, limit=limit)
-    assert isinstance(found, Prediction)
+    space = SearchSpace(LAYERS, max_draft_length=LONGEST, target_confidence_thresholds=(0.0, 0.5))
+    found = replay(texts, space.policies(policy_of(FixedLength())), costs, limit=limit)
+    assert isinstance(found, SimulatedSpeedup)
     assert found.speedup > 0
-    assert replace(found, policy=found.policy) == found
+    assert replace(found, config=found.config) == found

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import optuna
 import pytest
@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 import search.search as preparation
 import search.search as study_module
 import search.space as space_module
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.costs import CostModel
 from layerskip.drafting.bridges import BridgeFitter
-from layerskip.engine import EagerEngine, GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine, measure_costs
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
 from search.callbacks import (
@@ -26,21 +27,22 @@ from search.callbacks import (
     StudyOpened,
     TrialFinished,
 )
-from search.latency import LatencyModel
 from search.measure import Summary
-from search.objective import MEASURES_KEY, SOURCE_KEY, Objective, policy_of
+from search.measurement_scheduler import next_to_measure
+from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
-from search.search import Search, next_to_measure
+from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
-from search.space import Candidate, Policy, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import warm_starts
 from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    config_of,
     correction_of,
+    evaluated_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 from studies.storage import open_storage
@@ -52,8 +54,10 @@ from tests.search.searches import (
     CtrlC,
     Log,
     completed,
+    explore,
     kind_of,
     known_costs,
+    known_costs_of,
     random_prompts,
     ratio,
     records,
@@ -73,12 +77,12 @@ def costs():
     """Costs that are the same on every machine make predictions the same; one test measures them for real."""
     measured = []
 
-    def known(model, space):
-        measured.append(model)
-        return known_costs(space)
+    def known(engine, **sizes):
+        measured.append(engine)
+        return known_costs_of(engine, **sizes)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", known)
+        patched.setattr(preparation, "measure_costs", known)
         patched.setattr(study_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
         yield measured
 
@@ -109,7 +113,7 @@ def with_no_starts(study):
 
 def test_a_search_looks_at_as_many_candidates_as_it_was_asked_for(finished):
     result, _, _, _, study = finished
-    assert result.trials == len(seen_trials(study)) == STARTS + 8
+    assert result.trials == len(evaluated_trials(study)) == STARTS + 8
     assert result.measured == len(measured_trials(study)) >= 1
     assert len(completed(study)) == result.trials + result.measured
     assert not result.interrupted
@@ -155,7 +159,7 @@ def test_a_measurement_is_a_trial_of_its_own_that_names_the_one_it_measures(fini
         assert looked_at.number < trial.number
         assert looked_at.params == trial.params
         assert trial.user_attrs[SOURCE_KEY] == f"measurement of trial {looked_at.number}"
-        for key in ("policy", "draft_exit", "acceptance", "predicted_speedup", "skip_set"):
+        for key in ("config", "draft", "acceptance", "predicted_speedup", "skip_set"):
             assert trial.user_attrs[key] == looked_at.user_attrs[key]
 
 
@@ -167,7 +171,7 @@ def test_no_candidate_is_measured_twice(finished):
 def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
     study = finished[4]
     first = measured_trials(study)[0]
-    before = seen_trials(study)[: first.number]
+    before = evaluated_trials(study)[: first.number]
     assert first.number >= STARTS
     assert first.user_attrs["predicted_speedup"] == max(map(speedup_of, before))
 
@@ -175,9 +179,10 @@ def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
 def test_a_trial_says_what_it_tried_and_what_came_of_it(finished):
     result, storage, _, _, study = finished
     for trial in completed(study):
-        candidate = SPACE.candidate(trial.params)
+        candidate, config = SPACE.config(trial.params), config_of(trial)
         assert trial.user_attrs["skip_set"] == str(candidate.skip_set)
-        assert trial.user_attrs["draft_exit"] == str(policy_of(trial))
+        assert trial.user_attrs["draft"] == config.details
+        assert SPACE.parameters(config) == trial.params
         assert 0 <= trial.user_attrs["acceptance"] <= 1
     for trial in measured_trials(study):
         summary = summary_of(trial)
@@ -192,16 +197,16 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
     trials = finished[4].trials
     first = trials[0]
     assert first.user_attrs[SOURCE_KEY] == "nothing skipped"
-    assert SPACE.candidate(first.params).skip_set == SkipSet(LAYERS)
+    assert SPACE.config(first.params).skip_set == SkipSet(LAYERS)
     assert first.user_attrs["acceptance"] == 1
-    sources = [trial.user_attrs.get(SOURCE_KEY) for trial in seen_trials(finished[4])]
+    sources = [trial.user_attrs.get(SOURCE_KEY) for trial in evaluated_trials(finished[4])]
     assert None not in sources[:STARTS]
     assert set(sources[STARTS:]) == {None}
 
 
 def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monkeypatch):
     monkeypatch.setattr(study_module, "warm_starts", warm_starts)
-    small_search(llama, storage, trials=40, finalists=1, study_name="s").run()
+    small_search(llama, storage, trials=40, finalists=1, study="s").run()
     trials = [trial for trial in load_study(storage, "s").trials if SOURCE_KEY in trial.user_attrs]
     sources = [trial.user_attrs[SOURCE_KEY] for trial in trials]
     families = {source.partition(":")[0] for source in sources}
@@ -210,7 +215,7 @@ def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monke
 
 
 def test_no_candidate_is_looked_at_twice(finished):
-    looked_at = [candidate_key(trial) for trial in seen_trials(finished[4])]
+    looked_at = [candidate_key(trial) for trial in evaluated_trials(finished[4])]
     assert len(set(looked_at)) == len(looked_at)
 
 
@@ -244,9 +249,13 @@ def test_the_figures_of_the_profile_are_those_of_the_held_out_prompts(finished):
     assert (measured.prompts, measured.prompt_set, measured.max_new_tokens) == (2, "held-out", 6)
     assert (measured.near_ties, measured.dtype) == (0, "float32")
     trial = study.trials[profile.provenance.trial]
-    assert SPACE.candidate(trial.params) == Candidate(profile.skip_set)
-    policy = policy_of(trial)
-    assert (policy.draft_exit, policy.gate) == (profile.stopping, profile.target_confidence_threshold)
+    assert SPACE.config(trial.params) == DraftConfig(profile.skip_set)
+    config = config_of(trial)
+    assert config.skip_set == profile.skip_set
+    assert (config.stopping, config.target_confidence_threshold) == (
+        profile.stopping,
+        profile.target_confidence_threshold,
+    )
 
 
 def test_the_profile_is_that_of_the_fastest_finalist(finished):
@@ -310,13 +319,11 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
     small_search(llama, storage, trials=2).run()
     assert costs == [llama]
     kept = load_study(storage, name).user_attrs["latency"]
-    assert LatencyModel.from_json(kept) == known_costs(SPACE)
+    assert CostModel.from_json(kept) == known_costs(SPACE)
 
 
 def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
-    from search.latency import measure_latency
-
-    monkeypatch.setattr(preparation, "measure_latency", measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", measure_costs)
     result = small_search(llama, storage, trials=1, finalists=1).run()
     assert result.profile.measured.speedup > 0
 
@@ -338,9 +345,9 @@ def test_a_folder_that_cannot_be_written_ends_the_search_in_one_line(llama, stor
 
 def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
-    with passes_counted(search._model) as passes:
+    with passes_counted(search._engine.model) as passes:
         search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
-        search.explore(search.open())
+        explore(search)
         return len(passes)
 
 
@@ -386,14 +393,14 @@ def test_a_candidate_that_was_looked_at_is_answered_from_the_record(llama, stora
     again = completed(load_study(storage, name))[-1]
     assert again.params == first.params
     assert (again.value, again.user_attrs["answered_from"]) == (first.value, first.number)
-    assert policy_of(again) == policy_of(first)
+    assert config_of(again) == config_of(first)
     assert best_trials(load_study(storage, name), 9)[0].number != again.number
 
 
 def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
     study = new_study(storage, model=llama)
     with_no_starts(study)
-    everything = dict.fromkeys(SPACE.bit_names(), 1)
+    everything = dict.fromkeys(SPACE.bit_names, 1)
     study.enqueue_trial(everything)
     result = small_search(llama, storage, trials=2).run()
     study = load_study(storage, result.study)
@@ -403,21 +410,21 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
 
 
 def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
-    monkeypatch.setattr(SearchSpace, "policies", lambda self: [Policy(FixedLength(8))])
+    monkeypatch.setattr(SearchSpace, "policies", lambda self, config: [replace(config, stopping=FixedLength(8))])
     prompts = random_prompts(search=12, held_out=1)
-    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study_name": "s", "finalists": 1}
+    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
     for number, skip_set in enumerate([SkipSet(LAYERS), nearly_nothing]):
-        parameters = SPACE.parameters(Candidate(skip_set))
+        parameters = SPACE.parameters(DraftConfig(skip_set))
         study.enqueue_trial(parameters)
         study.enqueue_trial(parameters, user_attrs={MEASURES_KEY: 2 * number}, skip_if_exists=False)
     small_search(llama, storage, trials=3, **settings).run()
     study = load_study(storage, "s")
     best, hopeless = measured_trials(study)
     assert (best.number, hopeless.number) == (1, 3)
-    assert SPACE.candidate(hopeless.params).skip_set == nearly_nothing
+    assert SPACE.config(hopeless.params).skip_set == nearly_nothing
     assert "stopped_early" not in best.user_attrs
     assert hopeless.user_attrs["stopped_early"]
     recorded = records(storage, "s", prompt_set="search", trial=hopeless.number)
@@ -443,7 +450,7 @@ def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llam
 
 
 def test_the_study_can_be_named(llama, storage):
-    result = small_search(llama, storage, trials=1, study_name="mine").run()
+    result = small_search(llama, storage, trials=1, study="mine").run()
     assert result.study == "mine"
     assert result.profile.provenance.study == "mine"
     assert optuna.get_all_study_names(storage) == ["mine"]
@@ -453,7 +460,7 @@ def test_the_study_can_be_named(llama, storage):
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
     with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
-        small_search(llama, storage, study_name=name)
+        small_search(llama, storage, study=name)
 
 
 def test_going_on_makes_only_the_missing_trials(llama, database):
@@ -502,8 +509,8 @@ def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(lla
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
         with pytest.raises(SystemExit):
-            small_search(llama, storage, study_name="s").run()
-    small_search(llama, storage, study_name="s", trials=STARTS).run()
+            small_search(llama, storage, study="s").run()
+    small_search(llama, storage, study="s", trials=STARTS).run()
     trials = load_study(storage, "s").trials
     assert len(trials) == STARTS
     told = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
@@ -514,17 +521,17 @@ def refused(search):
     with pytest.raises(InvalidInputError) as caught:
         search.run()
     message = str(caught.value)
-    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert message.startswith("study 's': cannot be resumed, because this differs: ")
     assert "\n" not in message
     return message
 
 
 def test_going_on_with_something_else_is_refused_and_the_difference_named(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     trials_before = load_study(storage, "s").trials
 
     def other(model=llama, **changed):
-        return small_search(model, storage, study_name="s", **changed)
+        return small_search(model, storage, study="s", **changed)
 
     other_weights = LayerSkipModel(tiny_llama(seed=1))
     assert f"fingerprint (study: {identify(llama).fingerprint}, now: {identify(other_weights).fingerprint})" in refused(
@@ -543,12 +550,10 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
 
 
 def test_a_model_under_another_id_may_go_on(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(
-        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
-    )
-    assert moved.run().trials == 2
+    task = SearchTask(identify(llama, "/another/place"), random_prompts(), settings, SPACE, "s")
+    assert Search(EagerEngine(llama), task, storage).run().trials == 2
 
 
 def proposals(storage, study):
@@ -557,7 +562,7 @@ def proposals(storage, study):
 
 def test_the_same_seed_makes_the_same_search(llama, storage):
     for name, seed in {"one": 5, "same": 5, "other": 6}.items():
-        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study_name=name).run()
+        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study=name).run()
     assert proposals(storage, "one") == proposals(storage, "same")
     assert proposals(storage, "one")[:STARTS] == proposals(storage, "other")[:STARTS]
     assert proposals(storage, "one") != proposals(storage, "other")
@@ -567,7 +572,7 @@ def test_the_same_seed_makes_the_same_search(llama, storage):
 
 def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
     for trials in (STARTS + 2, STARTS + 5):
-        small_search(llama, storage, trials=trials, finalists=1, seed=5, study_name="s").run()
+        small_search(llama, storage, trials=trials, finalists=1, seed=5, study="s").run()
     tried = [json.dumps(parameters, sort_keys=True) for parameters in proposals(storage, "s")]
     assert len(set(tried)) == len(tried) == STARTS + 5
 
@@ -608,7 +613,7 @@ def interrupting(monkeypatch, method, count):
 
 def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama, storage, monkeypatch):
     with monkeypatch.context() as patched:
-        interrupting(patched, (SpeedupPredictor, "estimate"), 2)
+        interrupting(patched, (SpeedupPredictor, "predict"), 2)
         result = small_search(llama, storage, trials=5).run()
     assert (result.interrupted, result.trials, result.profile) == (True, 1, None)
     trials = load_study(storage, result.study).trials
@@ -623,7 +628,7 @@ def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama
 
 def test_what_the_sampler_proposed_and_ctrl_c_broke_off_is_tried_again_and_called_so(llama, storage, monkeypatch):
     with monkeypatch.context() as patched:
-        interrupting(patched, (SpeedupPredictor, "estimate"), STARTS + 2)
+        interrupting(patched, (SpeedupPredictor, "predict"), STARTS + 2)
         name = small_search(llama, storage, trials=STARTS + 3).run().study
     broken = load_study(storage, name).trials[-2]
     assert broken.state == TrialState.FAIL
@@ -698,7 +703,7 @@ def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monke
             return original(*arguments)
 
     monkeypatch.setattr(Objective, "_measured", measured)
-    search = small_search(model, storage, study_name="s", trials=STARTS + 2, **MEASURING)
+    search = small_search(model, storage, study="s", trials=STARTS + 2, **MEASURING)
     with pytest.raises(LosslessnessError, match="bug"):
         search.run()
     states = [trial.state for trial in load_study(storage, "s").trials]
@@ -736,7 +741,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(setting, value):
 
 
 def test_an_unknown_sampler_is_refused_and_the_known_ones_named():
-    with pytest.raises(InvalidInputError, match=r"^sampler.* expected .*greybox.*tpe"):
+    with pytest.raises(InvalidInputError, match=r"^sampler.* expected tpe, greybox"):
         SearchSettings(sampler="dice")
 
 
@@ -757,8 +762,8 @@ def test_a_study_belongs_to_an_engine(storage):
 @pytest.fixture
 def rich(llama, storage, monkeypatch):
     """Searches with everything a draft can have, in the sizes of a tiny model."""
-    monkeypatch.setattr(space_module, "_VOCABULARIES", (VOCABULARY // 2, 10**6))
-    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(space_module, "_VOCABULARY_SIZES", (VOCABULARY // 2, 10**6))
+    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
     return lambda **named: small_search(llama, storage, space=SearchSpace.of(llama), **named)
 
 
@@ -771,18 +776,18 @@ def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them
     expected = transformers_greedy(llama.hf_model, [1, 2, 3], 12)
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, expected)
     trial = load_study(storage, result.study).trials[result.profile.provenance.trial]
-    assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary"]
+    assert f"vocabulary of {VOCABULARY // 2}" in result.profile.draft or not trial.params["vocabulary_size"]
 
 
 def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
     name = rich(trials=2).run().study
     whole, skipping = completed(load_study(storage, name))
     for trial in (whole, skipping):
-        assert (trial.params["bridged"], trial.params["vocabulary"]) == (True, VOCABULARY // 2)
+        assert (trial.params["bridges"], trial.params["vocabulary_size"]) == (True, VOCABULARY // 2)
     assert whole.user_attrs["skip_set"] == "nothing skipped"
-    assert "bridged" not in whole.user_attrs["draft_exit"]
-    assert whole.user_attrs["draft_exit"].endswith(f" · vocabulary {VOCABULARY // 2}")
-    assert skipping.user_attrs["draft_exit"].endswith(f" · bridged · vocabulary {VOCABULARY // 2}")
+    assert "bridges" not in whole.user_attrs["draft"]
+    assert whole.user_attrs["draft"].endswith(f" · vocabulary {VOCABULARY // 2}")
+    assert skipping.user_attrs["draft"].endswith(f" · bridges · vocabulary {VOCABULARY // 2}")
 
 
 def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):

@@ -6,18 +6,19 @@ import torch
 import search.search as preparation
 from layerskip import DraftProfile, SkipSet, generate
 from layerskip.drafting.bridges import BridgeFitter
+from layerskip.drafting.config import DraftConfig
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import identify
 from search.draft_layers import trained_draft_layers
 from search.objective import SOURCE_KEY
 from search.settings import SAMPLERS
-from search.space import Candidate, SearchSpace
+from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import best_trials, candidate_key, seen_trials, speedup_of
+from studies.ranking import best_trials, candidate_key, evaluated_trials, speedup_of
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
-from tests.search.searches import MODEL_ID, completed, known_costs, small_search
+from tests.search.searches import MODEL_ID, completed, explore, known_costs_of, small_search
 from tests.trained import (
     BUSY,
     bridge_profile,
@@ -34,7 +35,7 @@ IDS = list(range(3, 43))
 def costs():
     """Costs that are the same on every machine make predictions the same."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_latency", lambda model, space: known_costs(space))
+        patched.setattr(preparation, "measure_costs", known_costs_of)
         yield
 
 
@@ -46,29 +47,28 @@ def shifting():
 def search_with(model, storage, *profiles, cold=False, **named):
     """A search that may use the stand-ins of these profiles; cold ones get no warm starts."""
     trained = trained_draft_layers(dict(enumerate(profiles)), model)
-    space = named.pop("space", SearchSpace(model.num_layers, stand_ins=tuple(one.name for one in trained)))
-    search = small_search(model, storage, space=space, stand_ins=trained, **{"finalists": 1} | named)
+    space = named.pop("space", SearchSpace(model.num_layers, draft_layers=tuple(one.ref for one in trained)))
+    search = small_search(model, storage, space=space, draft_layers=trained, **{"finalists": 1} | named)
     if cold:
         search.open().set_user_attr(STARTED_KEY, True)
     return search
 
 
 def tried(study, search):
-    return [search._space.candidate(trial.params) for trial in seen_trials(study)]
+    return [search.task.space.config(trial.params) for trial in evaluated_trials(study)]
 
 
 @pytest.mark.parametrize(("sampler", "perfect"), [("tpe", perfect_layer), ("greybox", perfect_bridge)])
 def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, storage, sampler, perfect):
     search = search_with(shifting, storage, perfect(shifting), cold=True, trials=40, sampler=sampler)
-    study = search.open()
-    search.explore(study)
-    assert not any(SOURCE_KEY in trial.user_attrs for trial in seen_trials(study))
-    best = max(seen_trials(study), key=speedup_of)
-    candidate = search._space.candidate(best.params)
-    assert candidate.stand_in == search._space.stand_ins[0]
+    study = explore(search)
+    assert not any(SOURCE_KEY in trial.user_attrs for trial in evaluated_trials(study))
+    best = max(evaluated_trials(study), key=speedup_of)
+    candidate = search.task.space.config(best.params)
+    assert candidate.draft_layer == search.task.space.draft_layers[0]
     assert candidate.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
     assert best.user_attrs["acceptance"] == 1
-    without = [trial for trial in seen_trials(study) if not trial.params["stand_in"]]
+    without = [trial for trial in evaluated_trials(study) if not trial.params["draft_layer"]]
     assert speedup_of(best) > max(map(speedup_of, without))
 
 
@@ -76,61 +76,59 @@ def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, 
 def test_every_sampler_tries_stand_ins_and_no_draft_under_two_names(shifting, storage, sampler):
     profiles = (layer_profile(shifting, start=3), perfect_bridge(shifting))
     search = search_with(shifting, storage, *profiles, cold=True, trials=14, sampler=sampler)
-    study = search.open()
-    search.explore(study)
-    for trial in seen_trials(study):
-        candidate = search._space.candidate(trial.params)
-        assert search._space.parameters(candidate) == trial.params
-    assert len({candidate.stand_in for candidate in tried(study, search)}) >= 2
+    study = explore(search)
+    for trial in evaluated_trials(study):
+        candidate = search.task.space.config(trial.params)
+        assert search.task.space.parameters(candidate) == trial.params
+    assert len({candidate.draft_layer for candidate in tried(study, search)}) >= 2
 
 
 def test_a_stand_in_as_it_was_trained_is_the_first_that_is_tried(llama, storage):
     profiles = [layer_profile(llama, start=6, vocabulary=IDS), bridge_profile(llama, start=2)]
-    names = tuple(one.name for one in trained_draft_layers(dict(enumerate(profiles)), llama))
-    space = SearchSpace(LAYERS, bridges=True, vocabularies=(0, 40), stand_ins=names)
+    names = tuple(one.ref for one in trained_draft_layers(dict(enumerate(profiles)), llama))
+    space = SearchSpace(LAYERS, bridges=True, vocabulary_sizes=(0, 40), draft_layers=names)
     search = search_with(llama, storage, *profiles, space=space, trials=7)
-    study = search.open()
-    search.explore(study)
+    study = explore(search)
     first, second, *others = tried(study, search)
     bridge, layer = names
-    assert first == Candidate(SkipSet(LAYERS), stand_in=bridge)
-    assert second == Candidate(SkipSet(LAYERS), vocabulary=40, stand_in=layer)
-    below = [(one.stand_in, len(one.skipped_below)) for one in others]
+    assert first == DraftConfig(SkipSet(LAYERS), draft_layer=bridge)
+    assert second == DraftConfig(SkipSet(LAYERS), vocabulary_size=40, draft_layer=layer)
+    below = [(one.draft_layer, len(one.skipped_below)) for one in others]
     assert below == [(bridge, 1), (layer, 1), (layer, 2), (layer, 4), (None, 0)]
-    sources = [trial.user_attrs[SOURCE_KEY] for trial in seen_trials(study)]
+    sources = [trial.user_attrs[SOURCE_KEY] for trial in evaluated_trials(study)]
     assert sources[:3] == [
-        "trained stand-in 1 of 2",
-        "trained stand-in 2 of 2",
-        "trained stand-in 1 of 2, least damage: 1 of 2 sublayers below its exit",
+        "trained draft layer 1 of 2",
+        "trained draft layer 2 of 2",
+        "trained draft layer 1 of 2, least damage: 1 of 2 sublayers below its exit",
     ]
     assert sources[-1] == "nothing skipped"
-    draft = seen_trials(study)[1].user_attrs["draft_exit"]
+    draft = evaluated_trials(study)[1].user_attrs["draft"]
     assert draft.endswith(f" · {layer} · vocabulary 40")
 
 
 def test_a_candidate_with_a_stand_in_is_called_bridged_only_where_something_below_its_exit_is(
     llama, storage, monkeypatch
 ):
-    monkeypatch.setattr(BridgeFitter, "_worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
     tuned = layer_profile(llama, start=4)
     [trained] = trained_draft_layers({"": tuned}, llama)
-    space = SearchSpace(LAYERS, bridges=True, stand_ins=(trained.name,))
+    space = SearchSpace(LAYERS, bridges=True, draft_layers=(trained.ref,))
     search = search_with(llama, storage, tuned, space=space, cold=True, trials=2)
     study = search.open()
     for below in (SkipSet(LAYERS), SkipSet(LAYERS, mlp=(1,))):
-        study.enqueue_trial(space.parameters(Candidate(below, bridged=True, stand_in=trained.name)))
-    search.explore(study)
-    drafts = [trial.user_attrs["draft_exit"] for trial in seen_trials(study)]
-    assert ["bridged" in draft for draft in drafts] == [False, True]
+        study.enqueue_trial(space.parameters(DraftConfig(below, bridges=True, draft_layer=trained.ref)))
+    search.explore(study, search.prepare(study))
+    drafts = [trial.user_attrs["draft"] for trial in evaluated_trials(study)]
+    assert ["bridges" in draft for draft in drafts] == [False, True]
 
 
 def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, storage, tmp_path):
     tuned = layer_profile(llama, start=4, vocabulary=IDS)
     [trained] = trained_draft_layers({"": tuned}, llama)
-    space = SearchSpace(LAYERS, vocabularies=(0, 40), stand_ins=(trained.name,))
+    space = SearchSpace(LAYERS, vocabulary_sizes=(0, 40), draft_layers=(trained.ref,))
     search = search_with(llama, storage, tuned, space=space, cold=True, trials=1)
     study = search.open()
-    candidate = Candidate(SkipSet(LAYERS, mlp=(1,)), vocabulary=40, stand_in=trained.name)
+    candidate = DraftConfig(SkipSet(LAYERS, mlp=(1,)), vocabulary_size=40, draft_layer=trained.ref)
     study.enqueue_trial(space.parameters(candidate))
     profile = search.run().profile
     assert profile.skip_set == SkipSet(LAYERS, (2, 3), (1, 2, 3))
@@ -145,7 +143,7 @@ def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, stor
     generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=16)
     assert generation.stats.drafted > 0 or loaded.gate
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 16))
-    assert [one.name for one in trained_draft_layers({"": loaded}, llama)] == [trained.name]  # it can be used again
+    assert [one.ref for one in trained_draft_layers({"": loaded}, llama)] == [trained.ref]  # it can be used again
 
 
 def test_a_measured_candidate_with_a_perfect_stand_in_accepts_everything(shifting, storage):
@@ -162,7 +160,7 @@ def test_a_study_goes_on_with_the_same_stand_ins_in_any_order(llama, storage):
     first = search_with(llama, storage, one, other, trials=2).run()
     second = search_with(llama, storage, other, one, trials=5).run()
     assert (second.study, second.trials) == (first.study, 5)
-    keys = [candidate_key(trial) for trial in seen_trials(load_study(storage, first.study))]
+    keys = [candidate_key(trial) for trial in evaluated_trials(load_study(storage, first.study))]
     assert len(set(keys)) == 5
 
 
@@ -177,34 +175,34 @@ def test_other_stand_ins_make_another_study_and_none_the_one_that_was(llama, sto
 
 
 def test_a_named_study_does_not_go_on_with_other_stand_ins(llama, storage):
-    search_with(llama, storage, layer_profile(llama), trials=1, study_name="s").run()
-    with pytest.raises(InvalidInputError, match=r"^study 's': cannot go on, because this differs: space \("):
-        search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study_name="s").run()
+    search_with(llama, storage, layer_profile(llama), trials=1, study="s").run()
+    with pytest.raises(InvalidInputError, match=r"^study 's': cannot be resumed, because this differs: space \("):
+        search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study="s").run()
 
 
 def test_a_space_that_names_other_stand_ins_than_were_given_is_refused(llama, storage):
     [one] = trained_draft_layers({"": layer_profile(llama)}, llama)
-    space = SearchSpace(LAYERS, stand_ins=(one.name,))
-    with pytest.raises(InvalidInputError, match=r"^space: names 1 trained stand-ins, and 0 others were given"):
+    space = SearchSpace(LAYERS, draft_layers=(one.ref,))
+    with pytest.raises(InvalidInputError, match=r"^space: names 1 draft layers, and 0 others were given"):
         small_search(llama, storage, space=space)
 
 
 def test_a_candidate_that_keeps_nothing_below_its_exit_is_passed_over(llama, storage):
     search = search_with(llama, storage, layer_profile(llama, start=1), cold=True, trials=1)
     study = search.open()
-    study.enqueue_trial(dict.fromkeys(search._space.bit_names(), 1) | {"stand_in": 1})
-    search.explore(study)
+    study.enqueue_trial(dict.fromkeys(search.task.space.bit_names, 1) | {"draft_layer": 1})
+    search.explore(study, search.prepare(study))
     assert study.trials[0].state.name == "PRUNED"
-    assert len(seen_trials(study)) == 1
+    assert len(evaluated_trials(study)) == 1
 
 
 def test_the_report_shows_what_a_stand_in_leaves_out_and_learns_nothing_of_sublayers_from_it(shifting, storage):
     result = search_with(shifting, storage, perfect_bridge(shifting), trials=6).run()
     view = view_study(storage, result.study)
-    first = next(one for one in view.tried if one.source == "trained stand-in 1 of 1")
-    assert first.trained
-    assert first.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
-    assert "trained bridge after layer 2" in first.draft
-    assert any(not one.trained for one in view.tried)
+    first = next(one for one in view.trials if one.source == "trained draft layer 1 of 1")
+    assert first.config.draft_layer
+    assert first.config.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
+    assert "trained bridge after layer 2" in first.config.details
+    assert any(not one.config.draft_layer for one in view.trials)
     assert len(completed(load_study(storage, result.study))) == 6
-    assert best_trials(load_study(storage, result.study), 1)[0].params["stand_in"] == 1
+    assert best_trials(load_study(storage, result.study), 1)[0].params["draft_layer"] == 1

@@ -27,7 +27,7 @@ STARTS, TRIALS = killable_search.STARTS, killable_search.TRIALS
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What a killable search changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_latency", preparation.measure_latency)
+    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
     monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
 
 

@@ -6,11 +6,10 @@ import torch
 from layerskip import DraftConfig, FixedLength, SkipSet, generate
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine
+from layerskip.engine import EagerEngine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.target_texts import batch_generate
 from search.head_replay import DraftSeconds
-from search.latency import measure_latency
 from search.reference import record
 from search.space import SearchSpace
 from search.train_draft import AboveExit, ReplayGround, TunedHeads, early_exit, exit_of, space_for, trace_of
@@ -80,19 +79,20 @@ def best_policy(model, draft, assets, space, new):
     """On one text that goes on with these tokens, where drafting itself costs nothing."""
     space = space_for(draft, assets, space)
     engine = EagerEngine(model)
-    latency, costs = measure_latency(engine, space), DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
+    latency = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
+    costs = DraftSeconds(0.0, [[0.0]] * draft.heads, [1])
     ground = ReplayGround(engine, [record(model, [1, 2], new)], space, latency, costs, limit=len(new))
-    return draft.best_policy(assets, ground).policy
+    return draft.best_policy(assets, ground).config
 
 
 @pytest.mark.parametrize(
-    "space", [SearchSpace(LAYERS, trees=(3, 7, 15, 23)), SearchSpace(LAYERS)], ids=["trees", "chains"]
+    "space", [SearchSpace(LAYERS, tree_sizes=(3, 7, 15, 23)), SearchSpace(LAYERS)], ids=["trees", "chains"]
 )
 def test_drafts_of_any_number_of_heads_have_a_best_policy(tiny, space):
     """Also of more heads than the largest tree of a search has tokens."""
     assets = DraftWeights(token_ids=torch.arange(3, 50), heads=random_heads(tiny, "hydra", 26))
     policy = best_policy(tiny, TunedHeads(tiny, "hydra", 26, seed=0), assets, space, [3] * 40)
-    assert 1 <= policy.draft_exit.new_state().max_length <= 26
+    assert 1 <= policy.stopping.new_state().max_length <= 26
 
 
 @pytest.mark.parametrize("kind", ["heads", "layer"])
@@ -105,5 +105,6 @@ def test_copies_are_part_of_a_policy_only_where_the_space_has_them(tiny, kind):
     else:
         draft = AboveExit(tiny, "layer", LAYERS - 1)
         assets = DraftWeights(token_ids=never, layers=random_layers(tiny, {TOP - 2: TOP}))
-    found = [best_policy(tiny, draft, assets, SearchSpace(LAYERS, ngrams=ngrams), [3] * 60) for ngrams in (True, False)]
-    assert [policy.ngrams is not None for policy in found] == [True, False]
+    spaces = [SearchSpace(LAYERS, prompt_lookup=lookup) for lookup in (True, False)]
+    found = [best_policy(tiny, draft, assets, space, [3] * 60) for space in spaces]
+    assert [policy.prompt_lookup is not None for policy in found] == [True, False]

@@ -10,9 +10,10 @@ from optuna.trial import TrialState, create_trial
 
 from layerskip import SkipSet
 from layerskip.costs import best_speedup
+from layerskip.drafting.config import DraftConfig
 from studies.ranking import best_trials
 from studies.records import MeasurementRecord
-from studies.study import ALONE_KEY, LATENCY_KEY, StudyContext, open_study
+from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, StudyContext, open_study
 
 BEGAN = datetime(2026, 3, 4, 12, 0)
 VOCABULARIES = (0, 8192, 16384)
@@ -29,7 +30,7 @@ SOURCES = (
 
 
 def context_of(layers, model="makers/tiny"):
-    space = {"num_layers": layers, "max_draft_length": 8, "bridges": True, "vocabularies": list(VOCABULARIES)}
+    space = {"num_layers": layers, "max_draft_length": 8, "bridges": True, "vocabulary_sizes": list(VOCABULARIES)}
     return StudyContext(model, "0123456789abcdef", "float32", "a processor, 2 threads", "p", 48, 6, space)
 
 
@@ -66,13 +67,13 @@ class StudyInTheMaking:
         self.trials = []  # reading them from the storage again and again takes long
 
     def with_costs(self):
-        self.study.set_user_attr(LATENCY_KEY, latency_of(self.layers))
+        self.study.set_user_attr(COSTS_KEY, latency_of(self.layers))
         return self
 
     def with_sublayers_looked_at(self):
         masks = ([i == one for i in range(2 * self.layers)] for one in range(2 * self.layers))
         alone = {str(SkipSet.from_mask(m)): math.exp(-d) for m, d in zip(masks, self.damage, strict=True)}
-        self.study.set_user_attr(ALONE_KEY, alone)
+        self.study.set_user_attr(SINGLE_SUBLAYER_KEY, alone)
         return self
 
     def looked_at(self, count):
@@ -112,22 +113,27 @@ class StudyInTheMaking:
         mask = [*(self.random.random() < share for _ in self.damage[1:]), False]
         kinds = [f"skip_{kind}_{layer:02}" for layer in range(self.layers) for kind in ("attn", "mlp")]
         chosen = dict(zip(kinds, map(int, mask), strict=True))
-        return chosen | {"bridged": self.random.random() < 0.5, "vocabulary": self.random.choice(VOCABULARIES)}
+        return chosen | {"bridges": self.random.random() < 0.5, "vocabulary_size": self.random.choice(VOCABULARIES)}
 
     def _foretold(self, parameters):
         mask = [value for name, value in parameters.items() if name.startswith("skip")]
         rate = math.exp(-sum(d for d, skip in zip(self.damage, mask, strict=True) if skip)) * 0.98
-        cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary"])
+        cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary_size"])
         speedup = best_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
-        skip_set = str(SkipSet.from_mask(mask))
-        draft = f"4 tokens · vocabulary {parameters['vocabulary']}"
-        return {"skip_set": skip_set, "draft_exit": draft, "acceptance": rate, "draft_cost": cost} | {
-            "predicted_speedup": speedup
+        size = parameters["vocabulary_size"]
+        config = DraftConfig(SkipSet.from_mask(mask), parameters["bridges"], vocabulary_size=size)
+        return {
+            "config": config.to_json(),
+            "skip_set": str(config.skip_set),
+            "draft": config.details,
+            "acceptance": rate,
+            "draft_cost": cost,
+            "predicted_speedup": speedup,
         }
 
     def _add(self, number, parameters, told, value=None):
         speedup = told["predicted_speedup"] if value is None else value
-        choices = {"bridged": (False, True), "vocabulary": VOCABULARIES}
+        choices = {"bridges": (False, True), "vocabulary_size": VOCABULARIES}
         began = BEGAN + timedelta(seconds=number)
         trial = create_trial(
             state=TrialState.COMPLETE,

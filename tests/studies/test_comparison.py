@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studies.comparison import COLUMNS, Comparison, Entry, advice, described, facts, table
-from studies.figures.compared import compared
+from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page
 from studies.statistics import Speedup, speedup_of_all
 
@@ -140,7 +140,9 @@ def test_the_plain_values_have_every_figure():
 
 def written(made, folder):
     file = folder / "comparison.html"
-    file.write_text(render_page("Ways to decode", advice(made), facts(made), compared(made)), encoding="utf-8")
+    file.write_text(
+        render_page("Ways to decode", advice(made), facts(made), comparison_figures(made)), encoding="utf-8"
+    )
     return file.as_uri()
 
 

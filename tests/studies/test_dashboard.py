@@ -110,7 +110,7 @@ def test_a_study_shows_our_figures_and_note_in_a_browser_that_asks_nobody_else(s
     assert {figure["id"] for figure in told["plotly_graph_objects"]} == FIGURES
     visited = visit(f"{served}dashboard/studies/{number}")
     page = visited.page
-    for title in ("What the best candidates leave out", "Predicted against measured"):
+    for title in ("Sublayers skipped by the best candidates", "Predicted and measured speedup"):
         page.locator(".gtitle", has_text=title).wait_for()
     page.goto(f"{served}dashboard/studies/{number}/note")
     page.get_by_text("Best speedup: ").first.wait_for()
@@ -135,10 +135,10 @@ def test_what_has_not_changed_is_not_written_again(storage, monkeypatch):
 def test_a_note_follows_the_study_until_somebody_else_writes_it(storage):
     making = StudyInTheMaking(storage).looked_at(1)
     attach_figures(storage, "s")
-    assert "1 candidates looked at" in optuna_dashboard.get_note(making.study)
+    assert "1 candidates evaluated" in optuna_dashboard.get_note(making.study)
     making.looked_at(2)
     attach_figures(storage, "s")
-    assert "3 candidates looked at" in optuna_dashboard.get_note(making.study)
+    assert "3 candidates evaluated" in optuna_dashboard.get_note(making.study)
     optuna_dashboard.save_note(making.study, "mine")
     making.looked_at(1)
     attach_figures(storage, "s")
@@ -194,7 +194,9 @@ def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profil
     store = artifact_store(tmp_path / "artifacts")
     with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: s$"):
         attach_profile(storage, make_profile("x"), store)
-    with pytest.raises(InvalidInputError, match="the profile was made by hand; only those of a study can be attached"):
+    with pytest.raises(
+        InvalidInputError, match="the profile was made by hand; only profiles of a study can be attached"
+    ):
         attach_profile(storage, make_profile(None), store)
     with pytest.raises(InvalidProfileError, match=r"missing\.json: cannot read the draft profile"):
         attach_profile(storage, tmp_path / "missing.json", store)
@@ -202,7 +204,7 @@ def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profil
 
 def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidInputError, match=r"^--artifacts .*/file/below: cannot make the folder: "):
+    with pytest.raises(InvalidInputError, match=r"^--artifacts .*/file/below: cannot create the folder: "):
         artifact_store(tmp_path / "file" / "below")
 
 

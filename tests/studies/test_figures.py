@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip.costs import best_speedup
-from studies.figures import pictures
-from studies.figures.history import proposer
+from studies.figures import study_figures
+from studies.figures.candidate_figures import family_of
 from studies.view import view_study
 from tests.studies.drawn_studies import SOURCES, StudyInTheMaking
 
@@ -17,7 +17,7 @@ from tests.studies.drawn_studies import SOURCES, StudyInTheMaking
 @pytest.fixture(scope="module")
 def drawn(searched):
     """The pictures of a full study, by id."""
-    return {picture.id: picture for picture in pictures(searched, 5)}
+    return {picture.id: picture for picture in study_figures(searched, 5)}
 
 
 def traces(picture, name):
@@ -35,11 +35,11 @@ def test_the_skip_map_has_the_masks_of_the_best_candidates_in_their_order(search
     for number, one in enumerate(searched.ranked[:5]):
         name, attention, mlp = cells[3 * number : 3 * number + 3]
         assert set(name) == {None}
-        assert tuple(attention) == one.skip_set.attention_mask  # 1 where it is left out
-        assert tuple(cell / 2 for cell in mlp) == one.skip_set.mlp_mask
+        assert tuple(attention) == one.config.skip_set.attention_mask  # 1 where it is left out
+        assert tuple(cell / 2 for cell in mlp) == one.config.skip_set.mlp_mask
     labels = [annotation.text for annotation in drawn["skip-map"].figure.layout.annotations]
     assert [label.split(" · ")[:2] for label in labels] == [
-        [f"trial {one.number}", f"{one.figure.value:.3f}× {one.standing}"] for one in searched.ranked[:5]
+        [f"trial {one.number}", f"{one.best_speedup.value:.3f}× {one.best_basis}"] for one in searched.ranked[:5]
     ]
 
 
@@ -56,21 +56,21 @@ def test_predicted_and_measured_differ_in_shape_wherever_both_are_shown(drawn):
 
 def test_diamonds_and_squares_are_measured_in_the_history_too_and_its_caption_says_which(storage):
     view = view_study(StudyInTheMaking(storage).looked_at(12).measured(2).measured(1, stopped=True).storage, "s")
-    [picture] = [picture for picture in pictures(view, 5) if picture.id == "history"]
+    [picture] = [picture for picture in study_figures(view, 5) if picture.id == "history"]
     shapes = {trace.name: trace.marker.symbol for trace in picture.figure.data if trace.mode == "markers"}
     assert (shapes.pop("measured"), shapes.pop("measured, stopped early")) == ("diamond", "diamond-open")
     assert not {shape.removesuffix("-open") for shape in shapes.values()} & {"diamond", "square"}
-    assert "Diamonds were decoded for real, hollow ones given up after some prompts" in picture.caption
+    assert "Diamonds are measured, hollow diamonds stopped early, after some prompts" in picture.caption
 
 
 def test_every_trial_is_in_the_history_once(searched, drawn):
     shown = [x for trace in drawn["history"].figure.data if trace.mode == "markers" for x in trace.x]
-    assert sorted(shown) == [one.number for one in searched.tried]
+    assert sorted(shown) == [one.number for one in searched.trials]
 
 
 def test_families_of_sources_are_told_apart_by_shape(drawn):
     named = [trace for trace in drawn["history"].figure.data if trace.mode == "markers"]
-    assert {proposer(source) for source in SOURCES} < {trace.name for trace in named}
+    assert {family_of(source) for source in SOURCES} < {trace.name for trace in named}
     assert len({trace.marker.symbol for trace in named}) == len(named)
 
 
@@ -97,16 +97,17 @@ def test_every_prompt_is_a_mark_and_every_group_a_total(searched, drawn):
         )
 
 
-def test_each_sublayer_has_what_was_looked_at_alone(searched, drawn):
-    by_kind = [dict(points(drawn["sublayers"], f"{kind} looked at alone")) for kind in ("attention", "MLP")]
-    assert {2 * layer + kind: rate for kind in (0, 1) for layer, rate in by_kind[kind].items()} == searched.alone
-    assert len(searched.alone) == 12
+def test_each_sublayer_has_the_acceptance_rate_without_it(searched, drawn):
+    by_kind = [dict(points(drawn["sublayers"], f"{kind} evaluated directly")) for kind in ("attention", "MLP")]
+    rates = {2 * layer + kind: rate for kind in (0, 1) for layer, rate in by_kind[kind].items()}
+    assert rates == searched.single_sublayer_acceptance
+    assert len(rates) == 12
 
 
 def test_a_figure_says_as_a_table_what_it_shows(searched, drawn):
     for picture in drawn.values():
         assert {len(row) for row in picture.table.rows} == {len(picture.table.columns)}
-    assert len(drawn["history"].table.rows) == len(searched.tried)
+    assert len(drawn["history"].table.rows) == len(searched.trials)
     assert [row[0] for row in drawn["skip-map"].table.rows] == [str(one.number) for one in searched.ranked[:5]]
 
 

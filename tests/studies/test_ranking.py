@@ -12,10 +12,10 @@ from studies.ranking import (
     candidate_key,
     completed_trials,
     correction_of,
+    evaluated_trials,
     finalists,
     fully_measured_trials,
     measured_trials,
-    seen_trials,
     speedup_of,
 )
 
@@ -97,7 +97,7 @@ def test_finalists_are_the_best_and_always_the_one_measured_to_be_fastest(drawn,
 @settings(max_examples=30)
 def test_a_completed_trial_either_looked_at_a_candidate_or_measured_it(drawn):
     study = study_of(drawn)
-    seen, measured = ({trial.number for trial in kind(study)} for kind in (seen_trials, measured_trials))
+    seen, measured = ({trial.number for trial in kind(study)} for kind in (evaluated_trials, measured_trials))
     assert not seen & measured
     assert seen | measured == {trial.number for trial in completed_trials(study)}
     assert len(seen | measured) == sum(value is not None for _, value, _ in drawn)

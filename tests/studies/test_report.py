@@ -6,13 +6,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from optuna.trial import create_trial
 
-from studies.figures import pictures
+from layerskip import DraftConfig, SkipSet
+from studies.figures import study_figures
 from studies.report import render_report, verdict
 from studies.view import view_study
 from tests.studies.drawn_studies import StudyInTheMaking
 
 HOSTILE = "<script>alert('study')</script>"
 HOSTILE_MODEL = "</script><img src=x onerror=alert('model')>"
+CONFIG = DraftConfig(SkipSet(6)).to_json()
 # Of each drawing, how many traces it shows.
 COUNT_TRACES = "[...document.querySelectorAll('.drawing')].map(d => d.querySelectorAll('g.trace, g.hm').length)"
 WIDTHS = "[...document.querySelectorAll('.drawing .main-svg')].map(svg => svg.getBoundingClientRect().width)"
@@ -67,7 +69,7 @@ def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
     STAGES[stage](StudyInTheMaking(storage))
     url, _ = reported("s")
     visited = visit(url)
-    expected = [picture.figure is not None for picture in pictures(view_study(storage, "s"), 8)]
+    expected = [picture.figure is not None for picture in study_figures(view_study(storage, "s"), 8)]
     assert visited.page.locator("section").count() == len(expected) == 7
     traces = visited.page.evaluate(COUNT_TRACES)
     assert len(traces) == sum(expected)
@@ -118,7 +120,7 @@ def test_names_that_look_like_html_stay_text(storage, reported, visit):
 
 def test_sources_that_look_like_html_stay_text(storage, reported, visit):
     making = StudyInTheMaking(storage).looked_at(1)
-    told = {"source": HOSTILE_MODEL, "basis": "predicted"}
+    told = {"source": HOSTILE_MODEL, "basis": "predicted", "config": CONFIG}
     making.study.add_trial(create_trial(value=1.0, user_attrs=told))
     visited = visit(reported("s")[0])
     assert HOSTILE_MODEL in visited.page.locator("#history .legend").text_content()
@@ -169,16 +171,16 @@ def test_a_report_says_what_its_speedup_rests_on(storage, reported):
     making = StudyInTheMaking(storage).looked_at(5)
     assert "predicted; nothing was measured yet" in reported("s")[1]
     making.measured(1, off=1.0)
-    assert "measured on the search&#x27;s own prompts" in reported("s")[1]
+    assert "measured on the search&#x27;s own prompts, which selected it" in reported("s")[1]
     making.finalists(1)
-    assert "measured on prompts that the search never saw" in reported("s")[1]
+    assert "measured on held-out prompts" in reported("s")[1]
 
 
 def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(storage):
     making = StudyInTheMaking(storage).looked_at(3).measured(1, off=0.5)
-    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted"}))
+    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted", "config": CONFIG}))
     assert verdict(view_study(storage, "s")) == (
-        "Best speedup: 1.90×, predicted; what was measured was slower, and 0.50 times what was predicted of it. "
+        "Best speedup: 1.90×, predicted; measured candidates were slower, 0.50 times their predictions (median). "
         "No candidate beat plain decoding."
     )
 

@@ -96,7 +96,7 @@ def test_going_on_in_another_context_is_refused_and_the_difference_named(storage
     with pytest.raises(InvalidInputError) as caught:
         open_study(storage, "s", replace(CONTEXT, **{name: OTHER_VALUES[name]}))
     message = str(caught.value)
-    assert message.startswith("study 's': cannot go on, because this differs: ")
+    assert message.startswith("study 's': cannot be resumed, because this differs: ")
     assert f": {name} (study: {getattr(CONTEXT, name)}, now: {OTHER_VALUES[name]}). " in message
     assert "--study" in message
     assert "\n" not in message
@@ -154,7 +154,9 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     optuna.create_study(study_name="a", storage=storage)
 
     def found():
-        return [(s.name, s.model, s.trials, s.seen, s.measured, s.best_speedup, s.basis) for s in list_studies(storage)]
+        return [
+            (s.name, s.model, s.trials, s.evaluated, s.measured, s.best_speedup, s.basis) for s in list_studies(storage)
+        ]
 
     empty = ("a", None, 0, 0, 0, None, None)
     assert found() == [empty, ("b", "makers/model", 4, 3, 0, 1.2, "predicted")]
@@ -178,8 +180,8 @@ def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(sto
 
 def test_a_study_is_described_with_its_best_candidates_and_its_measurements(storage):
     study = open_study(storage, "s", CONTEXT)
-    add_trial(study, 0.9, "a", basis="predicted", skip_set="attn 1", draft_exit="4 tokens", acceptance=0.5)
-    about = {"skip_set": "mlp 2", "draft_exit": "8 tokens", "acceptance": 0.7, "predicted_speedup": 1.5}
+    add_trial(study, 0.9, "a", basis="predicted", skip_set="attn 1", draft="4 tokens", acceptance=0.5)
+    about = {"skip_set": "mlp 2", "draft": "8 tokens", "acceptance": 0.7, "predicted_speedup": 1.5}
     add_trial(study, 1.5, "b", basis="predicted", **about)
     add_trial(study, 1.2, "b", basis="measured", **about, acceptance_rate=0.6, source="measurement of trial 1")
     add_trial(study, None, "c", state=TrialState.FAIL)
@@ -197,7 +199,7 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
         )
     described = describe_study(storage, "s", 1)
     assert described["study"] == "s"
-    assert described["context"] == as_recorded(CONTEXT) | {"format": 2}
+    assert described["context"] == as_recorded(CONTEXT) | {"format": 3}
     assert described["trials"] == {"complete": 3, "fail": 1}
     assert described["measurements"] == 4
     assert described["best"] == [

@@ -1,34 +1,28 @@
 """A study as its pictures need it."""
 
 import json
-import math
-import random
 from datetime import timedelta
 
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from layerskip import SkipSet
+from layerskip.costs import DraftParts
 from layerskip.errors import InvalidInputError
-from studies.damage import LEAST_CANDIDATES, learned_acceptance
 from studies.ranking import best_trials
-from studies.statistics import Speedup, speedup_of_all, speedup_of_prompt
-from studies.step_costs import read_parts
+from studies.statistics import speedup_of_all, speedup_of_prompt
 from studies.study import describe_study
-from studies.view import TrialSummary, view_study
+from studies.view import costs_from, view_study
 from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
 
 
-def test_what_trials_tried_is_read_from_their_parameters(searched_storage, searched):
+def test_what_trials_tried_is_read_from_their_attributes(searched_storage, searched):
     study = optuna.load_study(study_name="s", storage=searched_storage)
-    for one, trial in zip(searched.tried, study.trials, strict=True):
-        assert str(one.skip_set) == trial.user_attrs["skip_set"]
-        assert one.vocabulary == trial.params["vocabulary"]
+    for one, trial in zip(searched.trials, study.trials, strict=True):
+        assert str(one.config.skip_set) == trial.user_attrs["skip_set"]
+        assert one.config.vocabulary_size == trial.params["vocabulary_size"]
         assert one.acceptance == trial.user_attrs["acceptance"]
         assert one.basis == trial.user_attrs["basis"]
-    assert len(searched.seen) == 25
+    assert len(searched.evaluated) == 25
     assert len(searched.measured) == 5
     assert searched.states == {"complete": 30}
     assert (searched.began, searched.ended) == (BEGAN, BEGAN + timedelta(seconds=30))
@@ -62,7 +56,7 @@ def test_a_candidate_keeps_what_it_was_looked_at_with_where_it_is_measured(stora
 
 def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_made_them(storage):
     making = StudyInTheMaking(storage).looked_at(1).finalists(1).measured(1)
-    look, measured = view_study(storage, "s").tried
+    look, measured = view_study(storage, "s").trials
     assert look.number == 0
     assert measured.number == 1
     assert measured.held_out == look.held_out is not None
@@ -80,66 +74,17 @@ def test_studies_of_others_and_of_newer_versions_are_refused(storage):
         view_study(storage, "s")
 
 
-def test_costs_are_in_units_of_a_plain_step_halfway_between_the_lengths_measured():
-    parts = read_parts(latency_of(10))
-    assert parts.context == (64 + 512) / 2
-    assert parts.verifying(1) == pytest.approx(1)
-    whole = parts.fixed + 10 * (parts.attention + parts.mlp) + parts.head[0]
-    assert whole == pytest.approx(1)  # a draft step that leaves nothing out is a plain step
-
-
-@given(st.integers(1, 20))
-def test_a_pass_costs_what_the_cheapest_measured_width_with_room_costs(tokens):
-    parts = read_parts(latency_of(10))
-    widths = [width for width in (1, 2, 4, 8, 12) if width >= tokens] or [12]
-    assert parts.verifying(tokens) == min(parts.verification[width] for width in widths)
+def test_costs_are_those_halfway_between_the_lengths_measured():
+    costs = costs_from(latency_of(10))
+    assert costs.context == (64 + 512) / 2
+    relative = costs.relative()
+    # A draft step that skips nothing is a plain step.
+    assert relative.draft_step(DraftParts(10, 10)) == pytest.approx(relative.plain_step) == 1
 
 
 @pytest.mark.parametrize("kept", [None, "", "no JSON", "{}", "[]", json.dumps({"short": 1, "long": 2})])
 def test_costs_that_were_not_kept_or_in_another_form_are_unknown(kept):
-    assert read_parts(kept) is None
-
-
-DAMAGES = [1.5, 1.0, *[0.05] * 6]  # of each sublayer, in −ln α
-
-
-def looks(damages, count, *, share=0.3, never=()):
-    """Looks at random candidates of a model to whose sublayers damages add up."""
-    source = random.Random(0)
-    for number in range(count):
-        mask = [i not in never and source.random() < share for i in range(len(damages))]
-        skip_set = SkipSet.from_mask([*mask[:-1], False])
-        rate = math.exp(-sum(damage for damage, skip in zip(damages, skip_set.mask, strict=True) if skip))
-        told = {"predicted": 1.0, "draft_cost": None, "bridged": False, "vocabulary": 0, "draft": "", "source": ""}
-        yield TrialSummary(
-            number,
-            str(number),
-            "predicted",
-            Speedup(1, 1, 1),
-            acceptance=rate,
-            skip_set=skip_set,
-            stopped=False,
-            **told,
-        )
-
-
-def test_a_needed_sublayer_is_found_out_from_candidates_that_leave_out_many():
-    learned = learned_acceptance(list(looks(DAMAGES, 80)))
-    assert set(learned) == set(range(7))  # the last is always kept
-    for i in (0, 1):
-        assert learned[i].value < 0.6
-        assert learned[i].high < min(learned[other].low for other in range(2, 7))
-    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in learned.values())
-
-
-def test_sublayers_that_do_the_same_are_learned_to_do_the_same():
-    learned = learned_acceptance(list(looks([0.05] * 8, 80)))
-    assert all(one.value == pytest.approx(math.exp(-0.05), abs=0.02) for one in learned.values())
-
-
-def test_nothing_is_learned_from_few_candidates_or_of_sublayers_that_were_never_left_out():
-    assert learned_acceptance(list(looks(DAMAGES, LEAST_CANDIDATES - 1))) == {}
-    assert set(learned_acceptance(list(looks(DAMAGES, LEAST_CANDIDATES, never=(2, 3))))) <= {0, 1, 4, 5, 6}
+    assert costs_from(kept) is None
 
 
 def test_the_speedup_of_several_prompts_is_that_of_their_total_times_within_its_interval(searched):

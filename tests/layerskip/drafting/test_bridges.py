@@ -117,7 +117,7 @@ def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
     each_family, states_of_family, prompt, skip_set
 ):
     fitter = BridgeFitter(each_family, states_of_family)
-    fitter._worth_it = lambda start, stop: True
+    fitter.worth_it = lambda start, stop: True
     drafter = LayerSkipDrafter(
         each_family,
         DraftConfig(skip_set, stopping=ConfidenceThreshold(0.1, 4), target_confidence_threshold=0.05),

@@ -102,9 +102,9 @@ def test_copies_are_proposed_whatever_temperature_and_top_p(llama):
 
 def test_processed_text_is_that_of_plain_decoding(llama):
     def text(drafter):
-        transcript = GenerationHistory(torch.tensor([[3, 4, 3, 4, 3]]), StoppingCriteriaList())
+        history = GenerationHistory(torch.tensor([[3, 4, 3, 4, 3]]), StoppingCriteriaList())
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
-        sampling = ProcessorSampling(transcript, processors, do_sample=False, vocab_size=VOCABULARY)
+        sampling = ProcessorSampling(history, processors, do_sample=False, vocab_size=VOCABULARY)
         return generate(llama, [3, 4, 3, 4, 3], drafter=drafter, sampling=sampling, max_new_tokens=16).tokens
 
     assert text(PromptLookupDrafter(PromptLookup(shortest=1))) == text(None)

@@ -173,9 +173,9 @@ def test_tokens_that_the_draft_could_not_draw_never_stand_by_having_been_propose
 @settings(max_examples=15)
 def test_processed_text_is_that_of_plain_decoding(tiny, prompt, skip_set, widths):
     def text(drafter):
-        transcript = GenerationHistory(torch.tensor([prompt]), StoppingCriteriaList())
+        history = GenerationHistory(torch.tensor([prompt]), StoppingCriteriaList())
         processors = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
-        sampling = ProcessorSampling(transcript, processors, do_sample=False, vocab_size=VOCABULARY)
+        sampling = ProcessorSampling(history, processors, do_sample=False, vocab_size=VOCABULARY)
         return generate(tiny, prompt, drafter=drafter, sampling=sampling, max_new_tokens=12, eos_token_ids=[]).tokens
 
     assert text(LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=widths))) == text(None)

@@ -101,7 +101,7 @@ def test_the_cheapest_width_is_wide_enough(needed):
         width = costs.cheapest_width(needed)
         assert width >= needed
         wide_enough = [w for w in WIDTHS if w >= needed]
-        assert width == needed if not wide_enough else costs.seconds(width) == min(map(costs.seconds, wide_enough))
+        assert width == needed if not wide_enough else costs.cost(width) == min(map(costs.cost, wide_enough))
 
 
 def test_a_prompt_gives_the_states_of_all_its_tokens_and_scores_behind_the_last(tiny):

@@ -1,4 +1,4 @@
-"""What is kept of the target model's texts is what the target model computes over them."""
+"""Texts to train on: the target model's own answers, with the hidden states that it computes over them."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def all_texts(shards):
     return [*shards.learned(), *shards.held_out(10**9)]
 
 
-def test_texts_are_the_full_models_greedy_answers(writer, shards):
+def test_texts_are_the_target_models_greedy_answers(writer, shards):
     texts = all_texts(shards)
     assert shards.positions == sum(text.new_tokens - 1 for text in texts) >= 1500
     for text in texts[::7]:
@@ -28,7 +28,7 @@ def test_texts_are_the_full_models_greedy_answers(writer, shards):
 
 
 def test_states_are_those_of_a_pass_over_the_whole_text(writer, shards):
-    """Although they were kept from passes over several texts, padded on the left, one token at a time."""
+    """Although they were recorded in batches, padded on the left, one token at a time."""
     for text in all_texts(shards)[::9]:
         with torch.inference_mode():
             tokens = text.tokens[:-1].long()
@@ -41,14 +41,14 @@ def test_states_are_those_of_a_pass_over_the_whole_text(writer, shards):
         torch.testing.assert_close(text.confidence, confidence, atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_that_wants_more_goes_on_with_what_is_there(llama, tmp_path):
+def test_a_run_that_wants_more_reuses_what_is_there(llama, tmp_path):
     def collect(positions, folder):
-        told = []
-        shards = TrainingTextWriter(llama, random_prompts(64), SETTINGS, folder, "f").collect(positions, told.append)
-        return shards, told
+        counts = []
+        shards = TrainingTextWriter(llama, random_prompts(64), SETTINGS, folder, "f").collect(positions, counts.append)
+        return shards, counts
 
-    first, told = collect(150, tmp_path / "a")
-    assert told[-1] == first.positions
+    first, counts = collect(150, tmp_path / "a")
+    assert counts[-1] == first.positions
     stamps = {path: path.stat().st_mtime_ns for path in files(first)}
     more, _ = collect(400, tmp_path / "a")
     assert more.shards[: len(first.shards)] == first.shards
@@ -75,7 +75,7 @@ def test_sampled_answers_are_the_same_for_the_same_seed(llama, tmp_path):
     assert tokens(0, "a") == tokens(0, "b") != tokens(1, "c")
 
 
-def test_the_choice_behind_a_sampled_token_is_still_the_likeliest(llama, tmp_path):
+def test_the_choice_after_a_sampled_token_is_still_the_likeliest(llama, tmp_path):
     settings = DataSettings(EXIT, max_new_tokens=12, temperature=2.0, batch_size=8)
     shards = TrainingTextWriter(llama, random_prompts(8), settings, tmp_path, "f").collect(50)
     for text in all_texts(shards):
@@ -120,11 +120,11 @@ def test_an_instruction_model_writes_its_own_prompts():
     portion = source.portion(1, 64)
     assert portion == source.portion(1, 64) != source.portion(2, 64)
     assert len(portion) > 5
-    before, behind = tokenizer("<").input_ids, tokenizer(">!").input_ids
+    before, after = tokenizer("<").input_ids, tokenizer(">!").input_ids
     for prompt in portion:
         assert prompt[:1] == before
-        assert prompt[-len(behind) :] == behind
-        assert not set(prompt[1 : -len(behind)]) & model.eos_token_ids
+        assert prompt[-len(after) :] == after
+        assert not set(prompt[1 : -len(after)]) & model.eos_token_ids
 
 
 def test_a_model_without_template_or_end_cannot_write_prompts(llama):

@@ -2,40 +2,59 @@
 
 import math
 
+import numpy as np
 import optuna
 
-from search.samplers import Draft, DraftChoices
+from layerskip.costs import Costs, PassCosts, StepCosts
+from layerskip.drafting.config import DraftConfig, DraftLayerRef
+from search.samplers import DraftCosts
+from search.space import SearchSpace
 
 
-class LinearCosts:
+def costs_of_widths(verification):
+    """Of passes over 1, 2, ... tokens; draft steps cost nothing."""
+    by_width = dict(enumerate(verification, start=1))
+    return Costs(0.0, StepCosts(0.0, 0.0, 0.0, 0.0, {0: 0.0}), PassCosts(by_width, dict.fromkeys(by_width, 0.0)), 0.0)
+
+
+def no_bridges(masks):
+    return np.zeros(len(masks), dtype=int)
+
+
+class LinearCosts(DraftCosts):
     """A draft step costs its head and what it keeps; a module's class, so that it can be pickled."""
 
-    def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01):
-        self.sublayers, self.head, self.bridge, self.width = tuple(sublayers), head, bridge, width
+    def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01, max_draft_length=8):
+        widths = (1 + width * number for number in range(max_draft_length + 1))
+        super().__init__(costs_of_widths(widths), no_bridges, max_draft_length)
+        vars(self).update(sublayers=tuple(sublayers), head=head, bridge=bridge)
 
-    def draft_step_cost(self, mask, bridged, vocabulary, stand_in):
-        kept = sum(cost for cost, skip in zip(self.sublayers, mask, strict=True) if not skip)
-        trained = max(self.sublayers) * bool(stand_in)
-        return (self.head / 2 if vocabulary else self.head) + kept + trained + self.bridge * (bridged and any(mask))
-
-    def verification_cost(self, width):
-        return 1 + self.width * (width - 1)
-
-
-def even_costs(bits):
-    return LinearCosts([0.8 / bits] * bits)
+    def draft_steps(self, options, masks):
+        kept = ~masks @ np.array(self.sublayers)
+        trained = max(self.sublayers) * bool(options.draft_layer)
+        head = self.head / 2 if options.vocabulary_size else self.head
+        return head + kept + trained + self.bridge * (options.bridges & masks.any(axis=1))
 
 
-def bits(count):
-    return tuple(f"skip_{index}" for index in range(count))
+def even_costs(space):
+    sublayers = [0.4 / space.num_layers] * (2 * space.num_layers)
+    return LinearCosts(sublayers, max_draft_length=space.max_draft_length)
 
 
-def run(study, choices, trials, acceptance, *, fails=(), prunes=()):
-    """Trials that note their acceptance rate; their value is of no interest to whoever knows it."""
+def space_of(num_layers, *, exits=(), **options):
+    """A small space, with draft layers above exits at these sublayers."""
+    layers = (DraftLayerRef(start, 2 * num_layers, "layer", 0, f"{start}") for start in exits)
+    return SearchSpace(num_layers, draft_layers=tuple(layers), **options)
+
+
+def run(study, space, trials, acceptance, *, fails=(), prunes=()):
+    """Trials that note their acceptance rate; their value is of no interest to a sampler that knows it."""
 
     def objective(trial):
-        parameters = {name: trial.suggest_categorical(name, d.choices) for name, d in choices.distributions.items()}
-        trial.set_user_attr("acceptance", acceptance(choices.draft(parameters)))
+        distributions = space.distributions.items()
+        parameters = {name: trial.suggest_categorical(name, d.choices) for name, d in distributions}
+        config = space.tried(parameters)
+        trial.set_user_attr("acceptance", acceptance(config) if config else 0.0)
         if trial.number in fails:
             raise RuntimeError
         if trial.number in prunes:
@@ -43,26 +62,25 @@ def run(study, choices, trials, acceptance, *, fails=(), prunes=()):
         return 1.0
 
     study.optimize(objective, n_trials=trials, catch=RuntimeError)
-    return [choices.draft(trial.params) for trial in study.trials]
+    return [space.tried(trial.params) for trial in study.trials]
 
 
-def acceptance_by(damages, *, mended=0.5, exits=(), trained=3.0):
-    """An additive problem: α of a draft from what leaving out each sublayer, and having a stand-in, does."""
+def acceptance_by(damages, *, repaired=0.5, trained=3.0):
+    """An additive problem: α of a draft from what skipping each sublayer, and having a draft layer, does."""
 
-    def acceptance(draft: Draft):
-        below = zip(damages, draft.mask[: exits[draft.stand_in - 1] if draft.stand_in else None], strict=False)
-        total = sum(damage for damage, skip in below if skip)
-        extra = 0.02 * bool(draft.vocabulary) + trained * bool(draft.stand_in)
-        return math.exp(-total * (mended if draft.bridged else 1) - extra)
+    def acceptance(config: DraftConfig):
+        total = sum(damage for damage, skip in zip(damages, config.skipped_below.mask, strict=False) if skip)
+        extra = 0.02 * bool(config.vocabulary_size) + trained * bool(config.draft_layer)
+        return math.exp(-total * (repaired if config.bridges else 1) - extra)
 
     return acceptance
 
 
-ALL_KINDS = [
-    DraftChoices(bits(6)),
-    DraftChoices(bits(6), bridges=True),
-    DraftChoices(bits(6), bridges=True, vocabularies=(0, 8, 16)),
-    DraftChoices(bits(6), vocabularies=(8, 16)),
-    DraftChoices(bits(6), exits=(3,)),
-    DraftChoices(bits(6), bridges=True, vocabularies=(0, 8), exits=(2, 5)),
+ALL_SPACES = [
+    space_of(3),
+    space_of(3, bridges=True),
+    space_of(3, bridges=True, vocabulary_sizes=(0, 8, 16)),
+    space_of(3, vocabulary_sizes=(8, 16)),
+    space_of(3, exits=(3,)),
+    space_of(3, bridges=True, vocabulary_sizes=(0, 8), exits=(2, 5)),
 ]

@@ -1,46 +1,60 @@
-"""No candidate is tried twice, whoever proposes."""
+"""No candidate is tried twice, whatever sampler proposes."""
+
+from dataclasses import replace
 
 import optuna
 import pytest
 
-from search.samplers import Draft, DraftChoices, NoRepeats, make_sampler
+from layerskip import SkipSet
+from layerskip.drafting.config import DraftConfig
+from search.samplers import NoRepeats, make_sampler
 from search.settings import SAMPLERS
-from tests.search.samplers.problems import ALL_KINDS, acceptance_by, bits, even_costs
+from tests.search.samplers.problems import ALL_SPACES, acceptance_by, even_costs, space_of
 
 DAMAGES = (0.01, 0.9, 0.02, 1.5, 0.03, 0.4)
 
 
-def searched(name, choices, trials):
-    """Parameters of trials that choose as a search does: the stand-in first."""
-    sampler = make_sampler(name, choices=choices, costs=even_costs(len(choices.bits)), seed=0)
-    study = optuna.create_study(direction="maximize", sampler=NoRepeats(sampler, choices, seed=0))
-    acceptance = acceptance_by(DAMAGES, exits=choices.exits, trained=0.2)
+def searched(sampler, space, trials):
+    """Parameters of trials that choose as a search does."""
+    study = optuna.create_study(direction="maximize", sampler=NoRepeats(sampler, space, seed=0))
+    acceptance = acceptance_by(DAMAGES, trained=0.2)
 
     def objective(trial):
-        names = sorted(choices.distributions, key=lambda one: one != "stand_in")
-        parameters = {one: trial.suggest_categorical(one, choices.distributions[one].choices) for one in names}
-        rate = acceptance(choices.draft(parameters))
+        distributions = space.distributions.items()
+        config = space.tried({name: trial.suggest_categorical(name, d.choices) for name, d in distributions})
+        rate = acceptance(config) if config else 0.0
         trial.set_user_attr("acceptance", rate)
-        return rate + 0.1 * sum(parameters[bit] for bit in choices.bits)
+        return rate + 0.1 * sum(trial.params[bit] for bit in space.bit_names)
 
     study.optimize(objective, n_trials=trials)
     return [trial.params for trial in study.trials]
 
 
+def named(name, space):
+    return make_sampler(name, space, even_costs(space), seed=0)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("choices", ALL_KINDS[-2:])
-def test_what_a_stand_in_stands_for_is_left_out_whoever_proposes(name, choices):
-    tried = searched(name, choices, 25)
-    assert {parameters["stand_in"] for parameters in tried} >= {0, 1}
+@pytest.mark.parametrize("space", ALL_SPACES[-2:])
+def test_what_a_draft_layer_replaces_is_skipped_whatever_sampler_proposes(name, space):
+    tried = searched(named(name, space), space, 25)
+    assert {parameters["draft_layer"] for parameters in tried} >= {0, 1}
     for parameters in tried:
-        assert choices.parameters(choices.draft(parameters)) == parameters
+        if config := space.tried(parameters):
+            assert space.parameters(config) == parameters
 
 
-@pytest.mark.parametrize("name", ["tpe", "greybox"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_below_a_low_exit_everything_is_tried_before_anything_is_tried_again(name):
-    choices = DraftChoices(bits(6), exits=(1,))
-    drafts = [choices.draft(parameters) for parameters in searched(name, choices, 45)]
-    # Of the first five the black boxes draw each parameter by itself, and may repeat one.
-    assert len(set(drafts)) >= 41
-    only = choices.effective(Draft((False,) * 6, stand_in=1))
-    assert drafts.count(only) <= 2
+    space = space_of(3, exits=(1,))
+    configs = [space.tried(parameters) for parameters in searched(named(name, space), space, 45)]
+    # Of the first five TPE draws each parameter by itself, and may repeat one.
+    assert len(set(configs)) >= 41
+    only = DraftConfig(SkipSet(3), draft_layer=space.draft_layers[0])
+    assert configs.count(only) <= 2
+
+
+def test_any_sampler_of_optuna_can_propose():
+    space = replace(ALL_SPACES[-1], vocabulary_sizes=(0,))
+    sampler = optuna.samplers.NSGAIISampler(population_size=4, seed=0)
+    assert len(searched(sampler, space, 12)) == 12

@@ -12,33 +12,34 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from layerskip import LayerSkipModel, SkipSet
-from search.samplers import Draft, DraftChoices, GreyBoxSampler
+from layerskip.drafting.config import DraftConfig
+from search.samplers import GreyBoxSampler
 from tests.models import VOCABULARY, tiny_llama
-from tests.search.samplers.problems import ALL_KINDS, acceptance_by, bits, even_costs, run
+from tests.search.samplers.problems import ALL_SPACES, acceptance_by, even_costs, run, space_of
 
 DAMAGES = (0.01, 0.9, 0.02, 1.5, 0.03, 0.4)
-SIX = DraftChoices(bits(6))
+SIX = space_of(3)
 
 
-def greybox(choices=SIX, seed=0):
-    return GreyBoxSampler(choices, even_costs(len(choices.bits)), seed=seed)
+def greybox(space=SIX, seed=0):
+    return GreyBoxSampler(space, even_costs(space), seed=seed)
 
 
 def study_with(sampler):
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
-@pytest.mark.parametrize("choices", ALL_KINDS)
-def test_no_draft_is_proposed_twice_and_none_is_empty(choices):
-    drafts = run(study_with(greybox(choices)), choices, 40, acceptance_by(DAMAGES, exits=choices.exits))
+@pytest.mark.parametrize("space", ALL_SPACES)
+def test_no_draft_is_proposed_twice_and_none_is_empty(space):
+    drafts = run(study_with(greybox(space)), space, 40, acceptance_by(DAMAGES))
     assert len(set(drafts)) == 40
-    assert not any(all(draft.mask) for draft in drafts)
+    assert None not in drafts
 
 
 def test_where_everything_was_tried_it_goes_on():
-    choices = DraftChoices(bits(2), vocabularies=(0, 8))
-    study = study_with(greybox(choices))
-    drafts = run(study, choices, 8, acceptance_by((0.1, 0.2)))
+    space = space_of(1, vocabulary_sizes=(0, 8))
+    study = study_with(greybox(space))
+    drafts = run(study, space, 8, acceptance_by((0.1, 0.2)))
     assert len(set(drafts[:6])) == 6  # three masks, two vocabularies
     assert set(drafts[6:]) <= set(drafts[:6])
 
@@ -51,16 +52,16 @@ def test_other_samplers_trials_are_not_repeated():
     assert not set(both[30:]) & set(random)
 
 
-@pytest.mark.parametrize("choices", ALL_KINDS)
-def test_it_finds_what_is_worth_leaving_out(choices):
-    drafts = run(study_with(greybox(choices)), choices, 30, acceptance_by(DAMAGES, exits=choices.exits))
-    assert (True, False, True, False, True, False) in {draft.mask for draft in drafts}
+@pytest.mark.parametrize("space", ALL_SPACES)
+def test_it_finds_what_is_worth_leaving_out(space):
+    drafts = run(study_with(greybox(space)), space, 30, acceptance_by(DAMAGES))
+    assert (True, False, True, False, True, False) in {draft.skip_set.mask for draft in drafts}
 
 
-def test_it_finds_a_stand_in_that_pays():
-    choices = DraftChoices(bits(6), exits=(1, 3))
-    drafts = run(study_with(greybox(choices)), choices, 12, acceptance_by(DAMAGES, exits=choices.exits, trained=0.1))
-    assert choices.effective(Draft((True, False, False, False, False, False), stand_in=2)) in drafts
+def test_it_finds_a_draft_layer_that_pays():
+    space = space_of(3, exits=(1, 3))
+    drafts = run(study_with(greybox(space)), space, 12, acceptance_by(DAMAGES, trained=0.1))
+    assert DraftConfig(SkipSet(3, attention=(0,)), draft_layer=space.draft_layers[1]) in drafts
 
 
 def test_it_learns_from_acceptance_rates_whoever_noted_them():
@@ -69,8 +70,8 @@ def test_it_learns_from_acceptance_rates_whoever_noted_them():
     run(study, SIX, 40, acceptance_by(DAMAGES), prunes=range(20))
     study.sampler = greybox()
     for draft in run(study, SIX, 4, acceptance_by(DAMAGES))[40:]:
-        assert not draft.mask[1]
-        assert not draft.mask[3]
+        assert not draft.skip_set.mask[1]
+        assert not draft.skip_set.mask[3]
 
 
 def test_a_failed_trial_is_not_repeated_and_its_rate_not_believed():
@@ -118,7 +119,7 @@ def test_a_sampler_that_goes_on_or_was_pickled_proposes_what_one_in_a_single_run
 def test_workers_that_share_a_seed_do_not_propose_the_same_at_once():
     study = study_with(greybox())
     asked = [study.ask(SIX.distributions) for _ in range(6)]
-    assert len({SIX.draft(trial.params) for trial in asked}) == 6
+    assert len({SIX.tried(trial.params) for trial in asked}) == 6
 
 
 def test_a_parameter_that_it_does_not_know_is_drawn_at_random():
@@ -133,7 +134,7 @@ def test_a_parameter_that_it_does_not_know_is_drawn_at_random():
 
 def test_an_enqueued_draft_is_tried_as_it_is():
     study = study_with(greybox())
-    start = Draft((False, False, False, True, False, False))
+    start = DraftConfig(SkipSet(3, mlp=(1,)))
     study.enqueue_trial(SIX.parameters(start))
     assert run(study, SIX, 2, acceptance_by(DAMAGES))[0] == start
 
@@ -154,9 +155,9 @@ def test_on_a_model_of_which_parts_do_nothing_it_finds_them():
             return model.logits(model.forward(text, model.new_cache(48), skip_set)).argmax(-1)
 
     full = choices_of(None)
-    eight = DraftChoices(bits(8))
+    eight = space_of(4)
     study = study_with(greybox(eight))
-    run(study, eight, 25, lambda draft: float((choices_of(SkipSet.from_mask(draft.mask)) == full).float().mean()))
+    run(study, eight, 25, lambda draft: float((choices_of(draft.skip_set) == full).float().mean()))
     perfect = [
         trial for trial in study.get_trials(states=(TrialState.COMPLETE,)) if trial.user_attrs["acceptance"] == 1
     ]

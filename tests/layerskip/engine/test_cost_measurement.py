@@ -1,0 +1,132 @@
+"""What passes cost is measured interleaved, by parts, and an engine's own costs are kept."""
+
+import json
+
+import pytest
+
+from layerskip import LayerSkipModel, SkipSet
+from layerskip.costs import DraftParts
+from layerskip.engine import (
+    EagerEngine,
+    GraphEngine,
+    PassCosts,
+    load_costs,
+    make_engine,
+    measure_costs,
+    measure_passes,
+)
+from tests.capture import call_directly
+from tests.models import LAYERS, VOCABULARY, tiny_llama
+
+
+def test_costs_are_measured_for_each_width_and_are_times(llama):
+    costs = measure_passes(EagerEngine(llama), widths=(1, 2, 5))
+    assert set(costs.sublayers) == set(costs.head) == {1, 2, 5}
+    assert all(seconds > 0 for part in (costs.sublayers, costs.head) for seconds in part.values())
+
+
+def test_passes_are_measured_as_the_engine_runs_them_at_exact_widths(monkeypatch):
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, call_directly)
+    engine.costs = kept = PassCosts({1: 9.0, 4: 1.0}, {1: 1.0, 4: 1.0})
+    assert set(measure_passes(engine, widths=(1, 3)).sublayers) == {1, 3}
+    assert {width for width, _ in engine._verifications} == {1, 3}
+    assert engine.costs is kept
+
+
+def test_another_engine_has_costs_of_its_own(tmp_path):
+    model = LayerSkipModel(tiny_llama())
+    load_costs(EagerEngine(model), tmp_path)
+    load_costs(GraphEngine(model, call_directly), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_costs_are_measured_once_and_kept(llama, tmp_path):
+    first = load_costs(EagerEngine(llama), tmp_path / "new")
+    [file] = (tmp_path / "new").iterdir()
+    assert load_costs(EagerEngine(llama), tmp_path / "new") == first
+    file.write_text(json.dumps({"sublayers": {"1": 2.0}, "head": {"1": 3.0}}))
+    assert load_costs(EagerEngine(llama), tmp_path / "new").cost(1) == 5.0
+
+
+def test_another_model_has_costs_of_its_own(llama, gemma2, tmp_path):
+    load_costs(EagerEngine(llama), tmp_path)
+    load_costs(EagerEngine(gemma2), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_quantized_model_has_costs_of_its_own(llama, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    hf_model = tiny_llama()
+    quantization.quantize_(hf_model, quantization.Int8WeightOnlyConfig())
+    load_costs(EagerEngine(llama), tmp_path)
+    load_costs(EagerEngine(LayerSkipModel(hf_model)), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"sublayers": 1, "head": 2}'])
+def test_a_damaged_file_is_measured_and_written_anew(llama, tmp_path, content):
+    load_costs(EagerEngine(llama), tmp_path)
+    [file] = tmp_path.iterdir()
+    file.write_text(content)
+    assert load_costs(EagerEngine(llama), tmp_path).cost(1) > 0
+    assert json.loads(file.read_text())["sublayers"]
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(llama, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert load_costs(EagerEngine(llama), tmp_path / "file").cost(1) > 0
+    assert "cannot keep what passes cost" in caplog.text
+
+
+def test_an_engine_that_is_made_has_costs_and_one_of_its_own_has_none(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    assert EagerEngine(llama).costs is None
+    assert make_engine(llama).costs == load_costs(EagerEngine(llama), tmp_path)
+
+
+def test_a_model_with_a_short_context_can_be_measured():
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=4))
+    assert measure_passes(EagerEngine(model)).cost(1) > 0
+
+
+# The parts of draft steps.
+
+SIZES = (0, VOCABULARY // 2)
+
+
+@pytest.fixture(scope="module")
+def measured(llama):
+    return measure_costs(EagerEngine(llama), vocabularies=SIZES, most_drafted=3)
+
+
+def test_everything_that_a_search_can_ask_for_was_measured_and_costs_something(llama, measured):
+    for context in (1, 30, 64, 5000):
+        costs = measured.at(context)
+        for skip_set in (
+            SkipSet(LAYERS),
+            SkipSet(LAYERS, attention=(1,), mlp=(1, 2)),
+            SkipSet(LAYERS, mlp=range(LAYERS)),
+        ):
+            assert costs.draft_step(DraftParts.of(llama.stack_of(skip_set))) > 0
+        assert costs.draft_step(DraftParts(1, 1, 2, VOCABULARY // 2)) > 0
+        assert costs.prefill > 0
+        assert all(costs.verification(tokens, 0.5) > 0 for tokens in range(1, 5))
+
+
+def test_lengths_are_those_that_the_model_has_room_for(measured):
+    assert (measured.short.context, measured.long.context) == (
+        60,
+        60,
+    )  # 64 positions, and the widest verification of four
+    assert measured.at(1).step == measured.at(999).step
+
+
+def test_the_widths_that_the_engine_would_choose_are_measured(llama, measured):
+    assert set(measured.short.passes.sublayers) == {1, 2, 3, 4}
+    engine = EagerEngine(LayerSkipModel(tiny_llama()))
+    choice = engine.costs = PassCosts({1: 1.0, 2: 9.0, 12: 5.0}, dict.fromkeys((1, 2, 12), 0.0))
+    costs = measure_costs(engine, most_drafted=3)
+    assert set(costs.short.passes.sublayers) == {1, 12}
+    assert engine.costs is choice
+    assert all(costs.at(9).verification(tokens, 0.5) > 0 for tokens in range(1, 5))
