@@ -22,15 +22,16 @@ from typing import Annotated, Any
 import numpy as np
 import optuna
 import typer
+from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import write_json
 from layerskip import SkipSet
-from layerskip.drafting.config import DraftConfig
-from search.samplers import SpeedupFormula, make_sampler
-from search.samplers.speedup import Floats, Masks
+from layerskip.costs import Costs, PassCosts, StepCosts
+from search.samplers import DraftCosts, make_sampler
+from search.samplers.draft_costs import Masks
 from search.space import SearchSpace
 from search.starting_skip_sets import least_damage
 
@@ -43,20 +44,21 @@ _POSITIONS = 1000
 _CHANCE = 0.02
 
 
-class Costs:
-    """What passes of the simulated model cost."""
+def simulated_costs() -> DraftCosts:
+    """Costs of the simulated model: an MLP costs three times as much as attention, verification is nearly flat."""
+    attention = (1 - _HEAD) / (4 * LAYERS)
+    step = StepCosts(fixed=0.0, attention=attention, mlp=3 * attention, bridge=0.0, head={0: _HEAD})
+    widths = range(1, SPACE.max_draft_length + 2)
+    passes = PassCosts({width: 0.99 - _HEAD + 0.01 * width for width in widths}, dict.fromkeys(widths, _HEAD))
+    return DraftCosts(Costs(0.0, step, passes, 0.0), _no_bridges, SPACE.max_draft_length)
 
-    def __init__(self) -> None:
-        shares = np.array([1.0, 3.0] * LAYERS)
-        self.sublayers: Floats = (1 - _HEAD) * shares / shares.sum()
 
-    def draft_steps(self, options: DraftConfig, masks: Masks) -> Floats:
-        """One step of each draft; the simulated model has no bridges, draft vocabularies or draft layers."""
-        return _HEAD + ~masks @ self.sublayers
+def _sublayer_costs(costs: DraftCosts) -> list[float]:
+    return [costs.costs.step.attention, costs.costs.step.mlp] * LAYERS
 
-    def verification(self, width: int) -> float:
-        """Nearly flat, as where decoding is bound by memory."""
-        return 0.99 + 0.01 * width
+
+def _no_bridges(masks: Masks) -> NDArray[np.intp]:
+    return np.zeros(len(masks), dtype=np.intp)
 
 
 class Problem:
@@ -80,8 +82,7 @@ class Problem:
         self._noise = noise
         self._seed = seed
         self.forget_noise()
-        self.costs = Costs()
-        self._formula = SpeedupFormula.of(self.costs, SPACE.max_draft_length)
+        self.costs = simulated_costs()
         self.baseline = self.speedup([False] * 2 * LAYERS)
         self.attainable = self._attainable()
 
@@ -98,7 +99,7 @@ class Problem:
     def speedup(self, mask: Sequence[bool]) -> float:
         """The true speedup."""
         step = self.costs.draft_steps(SPACE.options[0], np.array([mask], dtype=bool))
-        return float(self._formula(np.array([self.acceptance(mask)]), step)[0])
+        return float(self.costs.best_speedups(np.array([self.acceptance(mask)]), step)[0])
 
     def estimate(self, mask: Sequence[bool]) -> float:
         """α over a sample of positions."""
@@ -114,7 +115,7 @@ class Problem:
 
     def _attainable(self) -> float:
         """Of the best mask that prefixes by damage ÷ cost and flips of one and two bits lead to."""
-        order = np.argsort(self._damage / self.costs.sublayers)
+        order = np.argsort(self._damage / _sublayer_costs(self.costs))
         prefixes = [[index in set(order[:count].tolist()) for index in range(2 * LAYERS)] for count in range(60)]
         best = max(prefixes, key=self.speedup)
         while True:
@@ -130,7 +131,7 @@ class Problem:
 
 def ranked_masks(problem: Problem) -> list[tuple[bool, ...]]:
     """Warm starts: those of the search, by a noisy estimate of each sublayer alone."""
-    starts = least_damage(lambda skip_set: problem.estimate(skip_set.mask), problem.costs.sublayers.tolist())
+    starts = least_damage(lambda skip_set: problem.estimate(skip_set.mask), _sublayer_costs(problem.costs))
     return [SkipSet(LAYERS).mask, *(skip_set.mask for _, skip_set in starts)]
 
 

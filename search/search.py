@@ -52,8 +52,7 @@ from search.objective import Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit, SearchPrompts
 from search.reference import ReferenceRun
-from search.relative_costs import RelativeCosts
-from search.samplers import NoRepeats, make_sampler
+from search.samplers import DraftCosts, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
@@ -316,7 +315,9 @@ class Search:
         sampler = settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = RelativeCosts(tools.costs, tools.builder, context)
+            costs = DraftCosts(
+                tools.costs.at(context).relative(), tools.builder.num_bridges, self.task.space.max_draft_length
+            )
             sampler = make_sampler(sampler, self.task.space, costs, seed=seed)
         elif self.task.worker:  # or this worker would draw what the first one draws
             sampler.reseed_rng()

@@ -8,7 +8,7 @@ import numpy as np
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.skip_set import SkipSet
-from search.samplers.speedup import DraftCosts, Floats, Masks, SpeedupFormula
+from search.samplers.draft_costs import DraftCosts, Floats, Masks
 from search.space import SearchSpace
 from studies.acceptance_model import Damage, acceptance_of
 
@@ -43,13 +43,12 @@ class DraftMaximizer:
 
     Args:
         space: The candidates to choose among.
-        costs: What passes cost.
+        costs: Of drafts.
     """
 
     def __init__(self, space: SearchSpace, costs: DraftCosts) -> None:
         self._space = space
         self._costs = costs
-        self._formula = SpeedupFormula.of(costs, space.max_draft_length)
         self._saved = self._saved_by_each()
 
     def best(self, damage: Damage) -> Proposal:
@@ -94,7 +93,7 @@ class DraftMaximizer:
         """The best of ``n`` candidates that differ in their masks alone, ``[n, 2 * num_layers]``."""
         below = slice(options.exit_at)
         total = masks[:, below] @ damage.of_sublayers(options.bridges)[below] + damage.of_options(options)
-        speedups = self._formula(acceptance_of(total), self._costs.draft_steps(options, masks))
+        speedups = self._costs.best_speedups(acceptance_of(total), self._costs.draft_steps(options, masks))
         best = int(speedups.argmax())
         return Proposal(options, masks[best], float(speedups[best]))
 

@@ -15,9 +15,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from layerskip.drafting.config import DraftConfig
+from search.samplers.draft_costs import DraftCosts
 from search.samplers.draft_maximizer import DraftMaximizer
 from search.samplers.neighbours import nearby
-from search.samplers.speedup import DraftCosts
 from search.space import SearchSpace
 from studies.acceptance_model import AcceptanceModel
 
@@ -42,7 +42,7 @@ class GreyBoxSampler(BaseSampler):
 
     Args:
         space: The candidates to choose among.
-        costs: What passes cost; must be picklable if the sampler is to be.
+        costs: Of drafts; must be picklable if the sampler is to be.
         seed: Makes proposals repeatable; None draws one.
     """
 

@@ -46,7 +46,7 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert written == "report    found.html"
     view = view_study(open_storage(STORAGE), study)
     assert set(view.single_sublayer_acceptance) == set(range(2 * view.num_layers))
-    assert view.parts is not None
+    assert view.costs is not None
     assert all(one.draft_cost > 0 for one in view.evaluated)
     assert {one.source for one in view.trials} > {"nothing skipped", "tpe"}
     assert [*view.versions[0]] == ["python", "layerskip", "torch", "transformers"]

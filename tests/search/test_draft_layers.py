@@ -16,7 +16,7 @@ from layerskip.sublayers import DraftLayerStep
 from search.builder import DraftBuilder
 from search.draft_layers import trained_draft_layer, trained_draft_layers
 from search.reference import record
-from search.relative_costs import RelativeCosts
+from search.samplers import DraftCosts
 from search.space import SearchSpace
 from tests.models import LAYERS, VOCABULARY, random_heads, random_layers, tiny_llama
 from tests.search.searches import known_costs, random_prompts
@@ -192,7 +192,8 @@ def test_samplers_know_what_a_step_with_a_draft_layer_costs(makers, given, kind,
     costs = latency.at(30).relative()
     expected = [costs.draft_step(DraftParts.of(makers.stack(candidate))) for candidate in candidates]
     masks = np.array([candidate.skip_set.mask for candidate in candidates])
-    assert RelativeCosts(latency, makers, 30).draft_steps(candidates[0], masks) == pytest.approx(expected)
+    drafts = DraftCosts(costs, makers.num_bridges, max_draft_length=8)
+    assert drafts.draft_steps(candidates[0], masks) == pytest.approx(expected)
 
 
 def test_a_trained_layer_costs_a_layer_and_a_bridge_a_bridge(makers, given):

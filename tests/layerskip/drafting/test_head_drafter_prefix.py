@@ -205,7 +205,7 @@ def test_copies_of_a_drafter_decode_side_by_side(llama):
 
 
 @given(tokens(16), st.sampled_from(HEAD_KINDS), scales, draft_exits(), branches(), st.sampled_from([0.0, 0.3]))
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale, draft_exit, widths, gate):
     drafter = drafter_behind(
         each_family, random_prefix(each_family, scale=scale), draft_exit, kind=kind, scale=scale,

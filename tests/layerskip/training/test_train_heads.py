@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_what_was_trained_is_what_drafts(writer, shards, kind):
     """The first head's agreement while decoding is near that on the texts, and the output is the target model's."""
     trained = train(writer, some_heads(writer, kind), shards, settings())
     drafter = HeadDrafter(writer, head_config(writer, FixedLength(1)), trained.assets)
-    texts = list(shards.learned())
+    texts = list(islice(shards.learned(), 50))
     accepted = drafted = 0
     for text in texts:
         prompt = text.tokens[: text.prompt_length].tolist()

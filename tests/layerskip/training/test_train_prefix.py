@@ -1,5 +1,7 @@
 """Draft heads and the layer before them learn together, and their outputs in training are what they draft."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_what_was_trained_is_what_drafts(writer, shards):
     """The first head's agreement while decoding is near that on the texts, and the output is the target model's."""
     trained = train(writer, untrained(writer), shards, settings())
     drafter = HeadDrafter(writer, head_config(writer, FixedLength(1)), trained.assets)
-    texts = list(shards.learned())
+    texts = list(islice(shards.learned(), 50))
     accepted = drafted = 0
     for text in texts:
         prompt = text.tokens[: text.prompt_length].tolist()

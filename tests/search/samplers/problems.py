@@ -5,15 +5,29 @@ import math
 import numpy as np
 import optuna
 
+from layerskip.costs import Costs, PassCosts, StepCosts
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
+from search.samplers import DraftCosts
 from search.space import SearchSpace
 
 
-class LinearCosts:
+def costs_of_widths(verification):
+    """Of passes over 1, 2, ... tokens; draft steps cost nothing."""
+    by_width = dict(enumerate(verification, start=1))
+    return Costs(0.0, StepCosts(0.0, 0.0, 0.0, 0.0, {0: 0.0}), PassCosts(by_width, dict.fromkeys(by_width, 0.0)), 0.0)
+
+
+def no_bridges(masks):
+    return np.zeros(len(masks), dtype=int)
+
+
+class LinearCosts(DraftCosts):
     """A draft step costs its head and what it keeps; a module's class, so that it can be pickled."""
 
-    def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01):
-        self.sublayers, self.head, self.bridge, self.width = tuple(sublayers), head, bridge, width
+    def __init__(self, sublayers, *, head=0.2, bridge=0.02, width=0.01, max_draft_length=8):
+        widths = (1 + width * number for number in range(max_draft_length + 1))
+        super().__init__(costs_of_widths(widths), no_bridges, max_draft_length)
+        vars(self).update(sublayers=tuple(sublayers), head=head, bridge=bridge)
 
     def draft_steps(self, options, masks):
         kept = ~masks @ np.array(self.sublayers)
@@ -21,12 +35,10 @@ class LinearCosts:
         head = self.head / 2 if options.vocabulary_size else self.head
         return head + kept + trained + self.bridge * (options.bridges & masks.any(axis=1))
 
-    def verification(self, width):
-        return 1 + self.width * (width - 1)
-
 
 def even_costs(space):
-    return LinearCosts([0.4 / space.num_layers] * (2 * space.num_layers))
+    sublayers = [0.4 / space.num_layers] * (2 * space.num_layers)
+    return LinearCosts(sublayers, max_draft_length=space.max_draft_length)
 
 
 def space_of(num_layers, *, exits=(), **options):

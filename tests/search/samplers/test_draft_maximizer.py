@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from layerskip import SkipSet
 from layerskip.drafting.config import DraftConfig
-from search.samplers import SpeedupFormula
 from search.samplers.draft_maximizer import DraftMaximizer
 from search.samplers.neighbours import nearby
 from studies.acceptance_model import Damage, acceptance_of
@@ -40,7 +39,7 @@ def speedup_of(config, costs, damage):
     below = np.array(config.skipped_below.mask)
     total = below @ damage.of_sublayers(config.bridges) + damage.of_options(config)
     step_cost = costs.draft_steps(config, np.array([config.skip_set.mask]))
-    return SpeedupFormula.of(costs, 8)(acceptance_of(np.array([total])), step_cost)[0]
+    return costs.best_speedups(acceptance_of(np.array([total])), step_cost)[0]
 
 
 def every_candidate(space):
