@@ -315,10 +315,10 @@ class Search:
         sampler = settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = DraftCosts(
+            draft_costs = DraftCosts(
                 tools.costs.at(context).relative(), tools.builder.num_bridges, self.task.space.max_draft_length
             )
-            sampler = make_sampler(sampler, self.task.space, costs, seed=seed)
+            sampler = make_sampler(sampler, self.task.space, draft_costs, seed=seed)
         elif self.task.worker:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
         return NoRepeats(sampler, self.task.space, seed=seed)
