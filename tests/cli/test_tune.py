@@ -139,7 +139,7 @@ def press_ctrl_c(patched, when):
     patched.setattr(ProgressDisplay, "__call__", press)
 
 
-def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_after_the_training_says_that_the_same_command_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 6, "--out", "m.json", *QUICK)
     with monkeypatch.context() as patched:
         press_ctrl_c(patched, lambda event: event == PhaseStarted("costs"))
@@ -168,7 +168,7 @@ def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_keeps_the_best_and_the_next_run_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)
 
     with monkeypatch.context() as patched:

@@ -113,9 +113,9 @@ def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
     search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (one, is_disconnect), (two, broken), (three, differs) = failures
+    (one, lost), (two, broken), (three, differs) = failures
     assert (one, two, three) == (1, 2, 3)
-    assert (is_disconnect, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
+    assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith(
         "study 's': cannot be resumed, because this differs: dtype (study: float32, now: bfloat16)"
     )
