@@ -30,7 +30,8 @@ from cli.common import (
 if TYPE_CHECKING:
     from layerskip import DraftProfile
     from layerskip.training import Loss
-    from search.train_draft import Kind, Tuned, TuningSettings
+    from search.train_draft import TuningResult, TuningSettings
+    from search.untrained_drafts import Kind
 
 
 def tune(
@@ -155,7 +156,7 @@ def tune(
 
 def _completed(settings: TuningSettings, profile: DraftProfile) -> TuningSettings:
     """The settings, with the exit and the draft vocabulary of a profile where none were given."""
-    from search.train_draft import exit_of
+    from search.untrained_drafts import exit_of
 
     own = profile.tensors.vocabulary if profile.tensors is not None else None
     return replace(
@@ -165,7 +166,7 @@ def _completed(settings: TuningSettings, profile: DraftProfile) -> TuningSetting
     )
 
 
-def _described(tuned: Tuned, out: Path) -> dict[str, Any]:
+def _described(tuned: TuningResult, out: Path) -> dict[str, Any]:
     agreement = tuned.agreement
     figures = ("speedup", "speedup_low", "speedup_high", "acceptance_rate", "near_ties")
     return {
@@ -187,7 +188,7 @@ def _by_rank(top: Mapping[int, float]) -> dict[str, float]:
     return {str(k): share for k, share in top.items()}
 
 
-def _report(tuned: Tuned, out: Path) -> None:
+def _report(tuned: TuningResult, out: Path) -> None:
     from cli.progress import format_agreement
 
     profile, agreement = tuned.profile, tuned.agreement

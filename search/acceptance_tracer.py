@@ -175,10 +175,12 @@ class _Batch:
             for prompt, own, text, count in zip(known, asked, self._texts, counts, strict=True)
         ]
         longest = max(map(len, whole))
-        x = torch.stack([functional.pad(states, (0, 0, 0, longest - len(states))) for states in whole])  # [b, n, hidden_size]
+        x = torch.stack(
+            [functional.pad(states, (0, 0, 0, longest - len(states))) for states in whole]
+        )  # [b, n, hidden_size]
         x = stack.run(x, model.pass_context(longest, model.new_cache(longest)), start=top)
-        each = zip(x, self._texts, counts, strict=True)
-        return torch.cat([states[text.prompt_length : text.prompt_length + count] for states, text, count in each])
+        rows = zip(x, self._texts, counts, strict=True)
+        return torch.cat([row[text.prompt_length : text.prompt_length + count] for row, text, count in rows])
 
 
 def _padded(rows: Sequence[Tensor], width: int) -> Tensor:

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.stopping import ConfidenceThreshold, FixedLength
+from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.token_tree import branches_of
 from search.simulate import SimulatedSpeedup, Simulator
 from search.space import CONFIDENCES, SearchSpace
@@ -77,7 +77,8 @@ def tree_policies(
     taken = count_paths(traces, max(depths)) if space.tree_sizes else Counter()
     for depth in depths:
         thresholds = CONFIDENCES if depth > 1 else ()
-        rules = [FixedLength(depth), *(ConfidenceThreshold(threshold, depth) for threshold in thresholds)]
+        rules: list[DraftStopping] = [FixedLength(depth)]
+        rules += [ConfidenceThreshold(threshold, depth) for threshold in thresholds]
         trees = [best_tree(taken, depth, size, heads=heads) for size in space.tree_sizes if size > depth]
         for tree, rule, threshold in product(trees, rules, space.target_confidence_thresholds):
             yield replace(config, stopping=rule, target_confidence_threshold=threshold, tree=tree)
@@ -99,9 +100,7 @@ def count_paths(traces: Sequence[Trace], depth: int) -> Counter[Path]:
     return taken
 
 
-def best_tree(
-    taken: Mapping[Path, int], depth: int, size: int, *, heads: bool
-) -> tuple[int | tuple[int, ...], ...]:
+def best_tree(taken: Mapping[Path, int], depth: int, size: int, *, heads: bool) -> tuple[int | tuple[int, ...], ...]:
     """The tree of a size that texts run through most often, with a path of some depth through the first tokens.
 
     More probable tokens are proposed first, whether or not texts run through them more often.

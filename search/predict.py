@@ -1,23 +1,22 @@
-"""Predict the speedup of a candidate without decoding: simulate it over traces of its agreement, at known costs."""
+"""Predict the speedup of a candidate without decoding: trace it, and simulate it at known costs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
-from search.acceptance import AcceptanceTracer, Trace, acceptance
-from search.branching import branching_policies
+from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder
-from search.copying import copies_along, with_copies
-from search.replay import RoundCosts, SimulatedSpeedup, replay
+from search.policies import best_policy
+from search.simulate import RoundCosts, SimulatedSpeedup, Simulator
 from search.space import SearchSpace
+from search.traces import Trace, acceptance, trace_lookups
 
 # A candidate is given up when it is slower than the best one by so many standard errors of the difference.
 _RACING_ERRORS = 2.0
@@ -43,7 +42,7 @@ class Prediction:
 
 
 def _cannot_win(seconds: Sequence[float], to_beat: Sequence[float]) -> bool:
-    """Whether a candidate is clearly slower than the best, on the texts that both were seen on."""
+    """Whether a candidate is clearly slower than the best one, on the texts that both were traced on."""
     both = len(seconds)
     if len(to_beat) < both or both < 2:
         return False

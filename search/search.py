@@ -22,7 +22,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.profile import DraftProfile, PromptSet, Provenance
 from layerskip.utils import library_versions
-from search.acceptance import AcceptanceTracer
+from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,

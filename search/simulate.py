@@ -201,10 +201,9 @@ class _Rounds:
             confidence[row, :, :known] = trace.confidence[:places]
             self._target_confidence[row, :known] = trace.target_confidence
 
-        def by_newest(table: NDArray[np.generic]) -> NDArray[np.generic]:
-            return np.stack([table[:, place, place : place + starts] for place in range(places)], axis=-1)
-
-        self._ranks, self._confidence = by_newest(ranks), by_newest(confidence)
+        reached = [(slice(None), place, slice(place, place + starts)) for place in range(places)]
+        self._ranks = np.stack([ranks[at] for at in reached], axis=-1)
+        self._confidence = np.stack([confidence[at] for at in reached], axis=-1)
 
     def _tabulate_trees(self, configs: Sequence[DraftConfig], places: int) -> None:
         """By tree: tokens and seconds of drafts by their places, and how many places of the longest are accepted."""
@@ -223,7 +222,7 @@ class _Rounds:
     def _tabulate_lookups(
         self, configs: Sequence[DraftConfig], lookups: Mapping[PromptLookup, Sequence[LookupTrace]]
     ) -> None:
-        """``[lookups, n, newest token]``, tokens copied and how many of them are accepted; the first one copies none."""
+        """``[lookups, n, newest token]``, tokens copied, and how many are accepted; the first row copies none."""
         used = list(dict.fromkeys(config.prompt_lookup for config in configs if config.prompt_lookup))
         self._lookup = np.array(
             [[used.index(config.prompt_lookup) + 1 if config.prompt_lookup else 0] for config in configs]

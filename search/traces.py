@@ -12,11 +12,12 @@ from torch import Tensor
 
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.head_drafter import through_layer
-from layerskip.drafting.heads import DraftHeads
 from layerskip.drafting.prompt_lookup import NGramIndex
+from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
-from layerskip.sublayers import DraftLayerStep, Stack
+from layerskip.skip_set import SkipSet
+from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText, likeliest
 from search.reference import CHUNK
 
@@ -104,47 +105,54 @@ def ranked(model: LayerSkipModel, stack: Stack, states: Tensor, choices: Tensor)
 
 
 @torch.inference_mode()
-def trace_early_exit(model: LayerSkipModel, stack: Stack, text: TargetText) -> Trace:
-    """The trace of a draft with an early exit: one pass over the text, for it attends to nothing but its own.
+def trace_early_exit(model: LayerSkipModel, stack: Stack, texts: Sequence[TargetText]) -> list[Trace]:
+    """The traces of a draft with an early exit: one pass over each text, for it attends to nothing but its own.
 
     Args:
         model: The model.
         stack: The draft's: the model's own sublayers up to the exit, and what was trained in place of the others.
-        text: The text.
+        texts: The texts.
     """
-    tokens = text.tokens.to(model.device)
-    n = len(tokens)
-    x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
-    return Trace.of_stack(*ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices), text)
+
+    def trace(text: TargetText) -> Trace:
+        tokens = text.tokens.to(model.device)
+        n = len(tokens)
+        x = stack.run(model.embed(tokens), model.pass_context(n, model.new_cache(n)))
+        return Trace.of_stack(*ranked(model, stack, x[0, text.prompt_length : n - 1], text.choices), text)
+
+    return [trace(text) for text in texts]
 
 
 @torch.inference_mode()
-def trace_heads(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: TargetText, prefix: DraftLayerStep | None = None
-) -> Trace:
-    """The trace of draft heads: one pass of the target model over the text.
+def trace_heads(model: LayerSkipModel, weights: DraftWeights, texts: Sequence[TargetText]) -> list[Trace]:
+    """The traces of draft heads: one pass of the target model over each text.
 
     Args:
         model: The model.
-        heads: The heads, on its device and in its dtype.
-        stack: Any of the model's, with the draft vocabulary.
-        text: The text.
-        prefix: The layer through which they read the model's states, likewise; None without one.
+        weights: The heads, with the layer before them and the draft vocabulary if they have any, on the model's device
+            and in its dtype.
+        texts: The texts.
     """
-    tokens = text.tokens.to(model.device)
-    states = model.forward(tokens, model.new_cache(len(tokens)))[0].to(model.device)
-    if prefix is not None:
-        states = through_layer(model, prefix, states, KVCache(num_layers=0, capacity=len(tokens)))
-    embedded, first = model.embed(tokens)[0], text.prompt_length
-    ranks = np.full((heads.count, text.new_tokens - 1), LAST_RANK)
-    confidence = np.ones(ranks.shape)
-    for place in range(min(heads.count, text.new_tokens - 1)):
-        count = text.new_tokens - 1 - place  # new tokens from which a draft has this place inside the text
-        known = embedded[first : first + count + place].unfold(0, place + 1, 1).transpose(1, 2)
-        answers = heads.at(place, states[first - 1 : first - 1 + count], known)
-        ranks[place, place:], confidence[place, place:] = ranked(model, stack, answers, text.choices[place:])
-    target_confidence = text.confidence.cpu().numpy()
-    return Trace(ranks, confidence, target_confidence, text.prompt_length, text.new_tokens)
+    heads = weights.heads
+    assert heads is not None
+    stack = model.stack_of(SkipSet(model.num_layers), token_ids=weights.token_ids)
+
+    def trace(text: TargetText) -> Trace:
+        tokens, first = text.tokens.to(model.device), text.prompt_length
+        states = model.forward(tokens, model.new_cache(len(tokens)))[0].to(model.device)
+        if weights.prefix_layer is not None:
+            states = through_layer(model, weights.prefix_layer, states, KVCache(num_layers=0, capacity=len(tokens)))
+        embedded = model.embed(tokens)[0]
+        ranks = np.full((heads.count, text.new_tokens - 1), LAST_RANK)
+        confidence = np.ones(ranks.shape)
+        for place in range(min(heads.count, text.new_tokens - 1)):
+            count = text.new_tokens - 1 - place  # new tokens from which a draft has this place inside the text
+            known = embedded[first : first + count + place].unfold(0, place + 1, 1).transpose(1, 2)
+            answers = heads.at(place, states[first - 1 : first - 1 + count], known)
+            ranks[place, place:], confidence[place, place:] = ranked(model, stack, answers, text.choices[place:])
+        return Trace(ranks, confidence, text.confidence.cpu().numpy(), first, text.new_tokens)
+
+    return [trace(text) for text in texts]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
-from search.acceptance import AcceptanceTracer, acceptance
+from search.acceptance_tracer import AcceptanceTracer
 from search.machine_lock import MachineLock
 from search.objective import SOURCE_KEY
 from search.space import SearchSpace
@@ -28,6 +28,7 @@ from search.starting_skip_sets import (
     published,
     skipping_below,
 )
+from search.traces import acceptance
 from studies.study import SINGLE_SUBLAYER_KEY
 
 # A study that has this attribute was given all of them.
@@ -53,7 +54,7 @@ class SingleSublayerAcceptance:
     def __call__(self, skip_set: SkipSet) -> float:
         """The acceptance rate α of the draft that skips this, without bridges and with the whole vocabulary."""
         if str(skip_set) not in self.known:
-            rate = acceptance(next(self._estimator.traces(self._model.stack_of(skip_set))))
+            rate = acceptance(next(self._estimator.trace(self._model.stack_of(skip_set))))
             self.known[str(skip_set)] = rate
         return self.known[str(skip_set)]
 

@@ -14,7 +14,7 @@ from layerskip import FixedLength, SkipSet
 from layerskip.costs import CostModel, DraftParts, speedup
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import measure_costs
-from search.acceptance import AcceptanceTracer, Versions
+from search.acceptance_tracer import AcceptanceTracer, Versions
 from search.reference import ReferenceRun
 from search.starting_skip_sets import most_similar_paths
 

@@ -14,8 +14,9 @@ from optuna.exceptions import ExperimentalWarning
 from benchmarks.rivals.contest import Incumbent, Stopwatch, Task
 from layerskip import ConfidenceThreshold, SkipSet
 from layerskip.drafting.config import DraftConfig
-from search.acceptance import AcceptanceTracer, acceptance
+from search.acceptance_tracer import AcceptanceTracer
 from search.reference import ReferenceRun
+from search.traces import acceptance
 
 _SKIP_RATIO = 0.45
 _BAYESIAN_EVERY = 25
@@ -44,7 +45,7 @@ def swift(task: Task) -> Iterator[Incumbent]:
             trial = study.ask()
             scores = {f"skip_{bit}": trial.suggest_float(f"skip_{bit}", 0, 1) for bit in range(2 * (layers - 2))}
             skip_set = _highest(list(scores.values()), layers, count)
-            match = acceptance([t for part in estimator.traces(task.model.stack_of(skip_set)) for t in part])
+            match = acceptance([t for part in estimator.trace(task.model.stack_of(skip_set)) for t in part])
             study.tell(trial, match)
             if match > best:
                 best = match

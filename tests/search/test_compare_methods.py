@@ -10,7 +10,7 @@ from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidProfileError
 from layerskip.ready_profiles import add_profile
 from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
-from search.train_draft import early_exit
+from search.untrained_drafts import early_exit
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
 from tests.layerskip.test_transformers_integration import profile_for

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from layerskip import SkipSet
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
-from search.acceptance import AcceptanceTracer, acceptance
+from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder
+from search.policies import best_policy
 from search.predict import SpeedupPredictor
 from search.reference import record
-from search.replay import RoundCosts, replay
+from search.simulate import RoundCosts, Simulator
 from search.space import SearchSpace
+from search.traces import acceptance
 from tests.models import LAYERS
 from tests.search.searches import known_costs, random_prompts
 from tests.strategies import skip_sets
@@ -44,10 +46,10 @@ def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_i
     found = predictor.predict(candidate, to_beat)
     stack = makers.stack(candidate)
     seen = []
-    for part in estimator.traces(stack):
+    for part in estimator.trace(stack):
         seen += part
-        costs = RoundCosts.of(known_costs(), stack, EagerEngine(llama), seen, SPACE.most_drafted)
-        so_far = replay(seen, SPACE.policies(candidate), costs, limit=LIMIT)
+        costs = RoundCosts.of_stack(known_costs(), stack, EagerEngine(llama), seen, SPACE.most_drafted)
+        so_far = best_policy(candidate, SPACE, Simulator(seen, costs, LIMIT))
         slower = np.array(so_far.seconds) - to_beat[: len(seen)]
         error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))
         if slower.mean() > 2 * error or len(seen) == estimator.num_texts:

@@ -11,11 +11,11 @@ from layerskip.drafting.layer_skip import LayerSkipDrafter, RoundResult
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.sampling import Draft, GreedySampler, Verdict
-from search.acceptance import AcceptanceTracer
+from search.acceptance_tracer import AcceptanceTracer
 from search.reference import record
-from search.train_draft import trace_of
+from search.traces import trace_early_exit
 from tests.models import LAYERS, NEAR_TIE, VOCABULARY, random_layers, tiny_gemma2
-from tests.search.test_acceptance import all_traces, bridges, references
+from tests.search.test_acceptance_tracer import all_traces, bridges, references
 from tests.strategies import tokens
 
 TOP = 2 * LAYERS
@@ -57,7 +57,7 @@ def check(model, drafter, text, trace):
     steps = proposals(model, drafter, text)
     assert len(steps) == len(trace.agrees) == text.new_tokens - 1
     ids = drafter._stack.token_ids
-    for step, choice, agrees, confidence in zip(steps, text.choices, trace.agrees, trace.confidence, strict=True):
+    for step, choice, agrees, confidence in zip(steps, text.choices, trace.agrees, trace.confidence[0], strict=True):
         assert abs(float(step.confidence) - confidence) < 1e-3
         best = step.logits.topk(min(2, len(step.logits))).values
         if len(best) == 1 or best[0] - best[1] > NEAR_TIE:
@@ -101,7 +101,7 @@ def test_what_is_left_out_below_the_exit_shows_in_what_is_remembered(llama):
         skip_set = SkipSet(LAYERS, attention, (2, 3))
         drafter = LayerSkipDrafter(llama, DraftConfig(skip_set, stopping=FixedLength(1)), DraftWeights(layers=layers))
         [trace] = all_traces(AcceptanceTracer(llama, [text]), drafter._stack)
-        found.append(trace.confidence)
+        found.append(trace.confidence[0])
     assert np.abs(found[0] - found[1]).max() > 1e-2
 
 
@@ -115,7 +115,7 @@ def test_where_nothing_is_left_out_below_the_exit_it_is_the_trace_that_tuning_ma
     stand_ins = DraftWeights(layers=random_layers(model, {4: TOP})).steps
     stack = model.stack_of(skip_set, stand_ins=stand_ins)
     for text, trace in zip(written, all_traces(AcceptanceTracer(model, written), stack), strict=True):
-        expected = trace_of(model, stack, text)
+        [expected] = trace_early_exit(model, stack, [text])
         assert np.array_equal(trace.ranks, expected.ranks)
         assert np.allclose(trace.confidence, expected.confidence, atol=1e-5)
 

@@ -10,9 +10,11 @@ from layerskip import SkipSet
 from layerskip.drafting.bridges import Bridge
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
-from search.acceptance import AcceptanceTracer, Trace, acceptance
+from search.acceptance_tracer import AcceptanceTracer
 from search.reference import record
+from search.traces import acceptance
 from tests.models import LAYERS, NEAR_TIE, VOCABULARY
+from tests.search.traces import stack_trace
 from tests.strategies import skip_sets, tokens
 
 texts = st.lists(st.tuples(tokens(12), tokens(7)), min_size=1, max_size=6)
@@ -24,7 +26,7 @@ def references(model, drawn):
 
 
 def all_traces(estimator, stack):
-    return [trace for part in estimator.traces(stack) for trace in part]
+    return [trace for part in estimator.trace(stack) for trace in part]
 
 
 def bridges(skip_set, seed):
@@ -56,9 +58,9 @@ def real_draft_steps(model, stack, text):
 def check(model, stack, text, trace):
     assert (trace.prompt_length, trace.new_tokens) == (text.prompt_length, text.new_tokens)
     assert np.array_equal(trace.target_confidence, text.confidence.numpy())
-    assert len(trace.agrees) == len(trace.confidence) == text.new_tokens - 1
+    assert len(trace.agrees) == trace.confidence.shape[1] == text.new_tokens - 1
     for position, (logits, step) in enumerate(real_draft_steps(model, stack, text)):
-        assert abs(float(step.confidence) - trace.confidence[position]) < 1e-3
+        assert abs(float(step.confidence) - trace.confidence[0, position]) < 1e-3
         best = logits.topk(min(2, len(logits))).values
         if len(best) == 1 or best[0] - best[1] > NEAR_TIE:
             proposed = int(logits.argmax()) if stack.token_ids is None else int(stack.token_ids[logits.argmax()])
@@ -106,7 +108,7 @@ def test_below_its_first_skipped_sublayer_a_draft_is_not_computed_again(llama):
     ran = []
     handles = [layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(_layers(llama))]
     try:
-        list(estimator.traces(llama.stack_of(SkipSet(LAYERS, attention=(2,)))))
+        list(estimator.trace(llama.stack_of(SkipSet(LAYERS, attention=(2,)))))
     finally:
         for handle in handles:
             handle.remove()
@@ -124,12 +126,12 @@ def test_a_draft_that_skips_nothing_always_agrees(llama, prompts):
     traces = all_traces(AcceptanceTracer(llama, written), llama.stack_of(SkipSet(LAYERS)))
     assert acceptance(traces) == 1
     for trace in traces:
-        assert np.allclose(trace.confidence, trace.target_confidence)
+        assert np.allclose(trace.confidence[0], trace.target_confidence)
 
 
 def test_a_few_texts_come_first_and_all_of_them_in_the_end(llama):
     written = [record(llama, [number], [1, 2]) for number in range(15)]
-    parts = list(AcceptanceTracer(llama, written).traces(llama.stack_of(SkipSet(LAYERS, mlp=(1,)))))
+    parts = list(AcceptanceTracer(llama, written).trace(llama.stack_of(SkipSet(LAYERS, mlp=(1,)))))
     assert [len(part) for part in parts] == [4, 8, 3]
     assert AcceptanceTracer(llama, written).num_texts == 15
     seen = [trace.target_confidence for part in parts for trace in part]
@@ -144,10 +146,7 @@ def test_texts_of_one_token_ask_for_no_draft(tiny):
 
 @given(st.lists(st.lists(st.booleans(), max_size=5), min_size=1, max_size=4))
 def test_acceptance_is_the_share_of_all_positions(agreements):
-    traces = [
-        Trace(np.array([not one for one in a], int), np.zeros(len(a)), np.zeros(len(a)), 1, len(a) + 1)
-        for a in agreements
-    ]
+    traces = [stack_trace([not one for one in a]) for a in agreements]
     positions = [one for a in agreements for one in a]
     assert acceptance(traces) == pytest.approx(sum(positions) / len(positions) if positions else 1)
 
