@@ -54,7 +54,7 @@ scales = st.sampled_from([0.0, 0.1, 1.0])
 
 
 @given(tokens(16), some_kind, scales, draft_exits(), bushes(), st.sampled_from([0.0, 0.3]), some_ids)
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_greedy_output_is_that_of_transformers(each_family, prompt, kind, scale, draft_exit, widths, gate, ids):
     heads = random_heads(each_family, kind, 4, scale=scale)
     drafter = HeadDrafter(
