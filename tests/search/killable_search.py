@@ -30,7 +30,7 @@ def search(url, folder, on_event=ignore):
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
     model = LayerSkipModel(tiny_llama())
-    return small_search(model, storage, study_name=STUDY, folder=Path(folder), on_event=on_event, **settings)
+    return small_search(model, storage, study=STUDY, folder=Path(folder), on_event=on_event, **settings)
 
 
 def stand_still(*_):

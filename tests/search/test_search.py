@@ -28,9 +28,10 @@ from search.callbacks import (
     TrialFinished,
 )
 from search.measure import Summary
+from search.measurement_scheduler import next_to_measure
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
-from search.search import Search, next_to_measure
+from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import warm_starts
@@ -53,6 +54,7 @@ from tests.search.searches import (
     CtrlC,
     Log,
     completed,
+    explore,
     kind_of,
     known_costs,
     known_costs_of,
@@ -76,7 +78,7 @@ def costs():
     measured = []
 
     def known(engine, **sizes):
-        measured.append(engine.model)
+        measured.append(engine)
         return known_costs_of(engine, **sizes)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -204,7 +206,7 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
 
 def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monkeypatch):
     monkeypatch.setattr(study_module, "warm_starts", warm_starts)
-    small_search(llama, storage, trials=40, finalists=1, study_name="s").run()
+    small_search(llama, storage, trials=40, finalists=1, study="s").run()
     trials = [trial for trial in load_study(storage, "s").trials if SOURCE_KEY in trial.user_attrs]
     sources = [trial.user_attrs[SOURCE_KEY] for trial in trials]
     families = {source.partition(":")[0] for source in sources}
@@ -315,7 +317,7 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
     costs.clear()
     name = small_search(llama, storage, trials=1).run().study
     small_search(llama, storage, trials=2).run()
-    assert [engine.model for engine in costs] == [llama]
+    assert costs == [llama]
     kept = load_study(storage, name).user_attrs["latency"]
     assert CostModel.from_json(kept) == known_costs(SPACE)
 
@@ -345,7 +347,7 @@ def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
     with passes_counted(search._engine.model) as passes:
         search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
-        search.explore(search.open())
+        explore(search)
         return len(passes)
 
 
@@ -410,7 +412,7 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
 def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
     monkeypatch.setattr(SearchSpace, "policies", lambda self, config: [replace(config, stopping=FixedLength(8))])
     prompts = random_prompts(search=12, held_out=1)
-    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study_name": "s", "finalists": 1}
+    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
@@ -448,7 +450,7 @@ def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llam
 
 
 def test_the_study_can_be_named(llama, storage):
-    result = small_search(llama, storage, trials=1, study_name="mine").run()
+    result = small_search(llama, storage, trials=1, study="mine").run()
     assert result.study == "mine"
     assert result.profile.provenance.study == "mine"
     assert optuna.get_all_study_names(storage) == ["mine"]
@@ -458,7 +460,7 @@ def test_the_study_can_be_named(llama, storage):
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
     with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
-        small_search(llama, storage, study_name=name)
+        small_search(llama, storage, study=name)
 
 
 def test_going_on_makes_only_the_missing_trials(llama, database):
@@ -507,8 +509,8 @@ def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(lla
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
         with pytest.raises(SystemExit):
-            small_search(llama, storage, study_name="s").run()
-    small_search(llama, storage, study_name="s", trials=STARTS).run()
+            small_search(llama, storage, study="s").run()
+    small_search(llama, storage, study="s", trials=STARTS).run()
     trials = load_study(storage, "s").trials
     assert len(trials) == STARTS
     told = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
@@ -525,11 +527,11 @@ def refused(search):
 
 
 def test_going_on_with_something_else_is_refused_and_the_difference_named(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     trials_before = load_study(storage, "s").trials
 
     def other(model=llama, **changed):
-        return small_search(model, storage, study_name="s", **changed)
+        return small_search(model, storage, study="s", **changed)
 
     other_weights = LayerSkipModel(tiny_llama(seed=1))
     assert f"fingerprint (study: {identify(llama).fingerprint}, now: {identify(other_weights).fingerprint})" in refused(
@@ -548,12 +550,10 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
 
 
 def test_a_model_under_another_id_may_go_on(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+    small_search(llama, storage, trials=1, study="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(
-        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
-    )
-    assert moved.run().trials == 2
+    task = SearchTask(identify(llama, "/another/place"), random_prompts(), settings, SPACE, "s")
+    assert Search(EagerEngine(llama), task, storage).run().trials == 2
 
 
 def proposals(storage, study):
@@ -562,7 +562,7 @@ def proposals(storage, study):
 
 def test_the_same_seed_makes_the_same_search(llama, storage):
     for name, seed in {"one": 5, "same": 5, "other": 6}.items():
-        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study_name=name).run()
+        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study=name).run()
     assert proposals(storage, "one") == proposals(storage, "same")
     assert proposals(storage, "one")[:STARTS] == proposals(storage, "other")[:STARTS]
     assert proposals(storage, "one") != proposals(storage, "other")
@@ -572,7 +572,7 @@ def test_the_same_seed_makes_the_same_search(llama, storage):
 
 def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
     for trials in (STARTS + 2, STARTS + 5):
-        small_search(llama, storage, trials=trials, finalists=1, seed=5, study_name="s").run()
+        small_search(llama, storage, trials=trials, finalists=1, seed=5, study="s").run()
     tried = [json.dumps(parameters, sort_keys=True) for parameters in proposals(storage, "s")]
     assert len(set(tried)) == len(tried) == STARTS + 5
 
@@ -703,7 +703,7 @@ def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monke
             return original(*arguments)
 
     monkeypatch.setattr(Objective, "_measured", measured)
-    search = small_search(model, storage, study_name="s", trials=STARTS + 2, **MEASURING)
+    search = small_search(model, storage, study="s", trials=STARTS + 2, **MEASURING)
     with pytest.raises(LosslessnessError, match="bug"):
         search.run()
     states = [trial.state for trial in load_study(storage, "s").trials]

@@ -18,7 +18,7 @@ from studies.ranking import best_trials, candidate_key, evaluated_trials, speedu
 from studies.study import load_study
 from studies.view import view_study
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
-from tests.search.searches import MODEL_ID, completed, known_costs_of, small_search
+from tests.search.searches import MODEL_ID, completed, explore, known_costs_of, small_search
 from tests.trained import (
     BUSY,
     bridge_profile,
@@ -55,18 +55,17 @@ def search_with(model, storage, *profiles, cold=False, **named):
 
 
 def tried(study, search):
-    return [search._space.config(trial.params) for trial in evaluated_trials(study)]
+    return [search.task.space.config(trial.params) for trial in evaluated_trials(study)]
 
 
 @pytest.mark.parametrize(("sampler", "perfect"), [("tpe", perfect_layer), ("greybox", perfect_bridge)])
 def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, storage, sampler, perfect):
     search = search_with(shifting, storage, perfect(shifting), cold=True, trials=40, sampler=sampler)
-    study = search.open()
-    search.explore(study)
+    study = explore(search)
     assert not any(SOURCE_KEY in trial.user_attrs for trial in evaluated_trials(study))
     best = max(evaluated_trials(study), key=speedup_of)
-    candidate = search._space.config(best.params)
-    assert candidate.draft_layer == search._space.draft_layers[0]
+    candidate = search.task.space.config(best.params)
+    assert candidate.draft_layer == search.task.space.draft_layers[0]
     assert candidate.skip_set == SkipSet(LAYERS, tuple(range(BUSY, LAYERS)), tuple(range(BUSY, LAYERS)))
     assert best.user_attrs["acceptance"] == 1
     without = [trial for trial in evaluated_trials(study) if not trial.params["draft_layer"]]
@@ -77,11 +76,10 @@ def test_a_stand_in_that_is_perfect_is_found_by_who_is_not_told_of_it(shifting, 
 def test_every_sampler_tries_stand_ins_and_no_draft_under_two_names(shifting, storage, sampler):
     profiles = (layer_profile(shifting, start=3), perfect_bridge(shifting))
     search = search_with(shifting, storage, *profiles, cold=True, trials=14, sampler=sampler)
-    study = search.open()
-    search.explore(study)
+    study = explore(search)
     for trial in evaluated_trials(study):
-        candidate = search._space.config(trial.params)
-        assert search._space.parameters(candidate) == trial.params
+        candidate = search.task.space.config(trial.params)
+        assert search.task.space.parameters(candidate) == trial.params
     assert len({candidate.draft_layer for candidate in tried(study, search)}) >= 2
 
 
@@ -90,8 +88,7 @@ def test_a_stand_in_as_it_was_trained_is_the_first_that_is_tried(llama, storage)
     names = tuple(one.ref for one in trained_draft_layers(dict(enumerate(profiles)), llama))
     space = SearchSpace(LAYERS, bridges=True, vocabulary_sizes=(0, 40), draft_layers=names)
     search = search_with(llama, storage, *profiles, space=space, trials=7)
-    study = search.open()
-    search.explore(study)
+    study = explore(search)
     first, second, *others = tried(study, search)
     bridge, layer = names
     assert first == DraftConfig(SkipSet(LAYERS), draft_layer=bridge)
@@ -120,7 +117,7 @@ def test_a_candidate_with_a_stand_in_is_called_bridged_only_where_something_belo
     study = search.open()
     for below in (SkipSet(LAYERS), SkipSet(LAYERS, mlp=(1,))):
         study.enqueue_trial(space.parameters(DraftConfig(below, bridges=True, draft_layer=trained.ref)))
-    search.explore(study)
+    search.explore(study, search.prepare(study))
     drafts = [trial.user_attrs["draft"] for trial in evaluated_trials(study)]
     assert ["bridges" in draft for draft in drafts] == [False, True]
 
@@ -140,9 +137,9 @@ def test_the_profile_brings_the_stand_in_along_and_changes_no_output(llama, stor
     loaded = DraftProfile.load(tmp_path / "found.json")
     assert loaded == profile
     assert (loaded.tensors.layers, loaded.tensors.vocabulary) == (1, 40)
-    assert loaded.weights.token_ids.tolist() == IDS
-    for name, weight in loaded.weights.layers[4].weights.items():
-        assert torch.equal(weight, tuned.weights.layers[4].weights[name])
+    assert loaded.weights(llama).token_ids.tolist() == IDS
+    for name, weight in loaded.weights(llama).layers[0].state_dict().items():
+        assert torch.equal(weight, tuned.weights(llama).layers[0].state_dict()[name])
     generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=16)
     assert generation.stats.drafted > 0 or loaded.gate
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 16))
@@ -178,9 +175,9 @@ def test_other_stand_ins_make_another_study_and_none_the_one_that_was(llama, sto
 
 
 def test_a_named_study_does_not_go_on_with_other_stand_ins(llama, storage):
-    search_with(llama, storage, layer_profile(llama), trials=1, study_name="s").run()
+    search_with(llama, storage, layer_profile(llama), trials=1, study="s").run()
     with pytest.raises(InvalidInputError, match=r"^study 's': cannot be resumed, because this differs: space \("):
-        search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study_name="s").run()
+        search_with(llama, storage, layer_profile(llama, seed=1), trials=1, study="s").run()
 
 
 def test_a_space_that_names_other_stand_ins_than_were_given_is_refused(llama, storage):
@@ -193,8 +190,8 @@ def test_a_space_that_names_other_stand_ins_than_were_given_is_refused(llama, st
 def test_a_candidate_that_keeps_nothing_below_its_exit_is_passed_over(llama, storage):
     search = search_with(llama, storage, layer_profile(llama, start=1), cold=True, trials=1)
     study = search.open()
-    study.enqueue_trial(dict.fromkeys(search._space.bit_names, 1) | {"draft_layer": 1})
-    search.explore(study)
+    study.enqueue_trial(dict.fromkeys(search.task.space.bit_names, 1) | {"draft_layer": 1})
+    search.explore(study, search.prepare(study))
     assert study.trials[0].state.name == "PRUNED"
     assert len(evaluated_trials(study)) == 1
 

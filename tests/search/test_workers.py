@@ -11,19 +11,16 @@ from optuna.trial import TrialState
 
 import search.search as preparation
 import search.search as study_module
-from layerskip.fingerprint import identify
 from search.callbacks import TrialFinished
-from search.draft_layers import trained_draft_layers
-from search.loading import load_profiles
 from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
-from search.workers import Work, Workers
+from search.workers import Workers
 from studies.ranking import candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
-from tests.search.loaders import STARTS, broken_engine, no_engine, other_engine, quick_engine, slow_engine
-from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
+from tests.search.loaders import STARTS, load_and_die, load_nothing, load_other, load_quick, load_slow, quick_engine
+from tests.search.searches import CtrlC, Log, small_search
 from tests.trained import layer_profile
 
 TRIALS = 24
@@ -41,33 +38,16 @@ def search_with(database, tmp_path):
     """A search of which other workers load their models by some loaders, and what was said of those that failed."""
     failures = []
 
-    def make(*loaders, tuned=(), **named):
-        model = quick_engine().model
-        profiles = partial(load_profiles, tuned, "cpu", "float32")
-        stand_ins = trained_draft_layers(profiles(), model)
-        space = SearchSpace(LAYERS, draft_layers=tuple(one.ref for one in stand_ins))
-        settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
+    def make(*loads, profiles=(), **named):
+        engine, draft_layers = load_quick(profiles)
+        settings = {"trials": TRIALS, "workers": 1 + len(loads), "study": "s", "finalists": 1} | named
 
-        def helpers(study):
-            work = [
-                Work(
-                    load,
-                    identify(model, MODEL_ID),
-                    random_prompts(),
-                    database,
-                    search._settings,
-                    space,
-                    study,
-                    tmp_path,
-                    load_profiles=profiles,
-                )
-                for load in loaders
-            ]
-            return Workers(work, lambda number, message: failures.append((number, message)))
+        def workers_on(task):
+            return Workers(loads, task, database, lambda number, message: failures.append((number, message)))
 
-        own = {"space": space, "draft_layers": stand_ins, "folder": tmp_path, "helpers": helpers}
-        search = small_search(model, open_storage(database), **own, **settings)
-        return search, failures
+        space = SearchSpace(LAYERS, draft_layers=tuple(layer.ref for layer in draft_layers))
+        own = {"space": space, "draft_layers": draft_layers, "folder": tmp_path, "helpers": workers_on}
+        return small_search(engine.model, open_storage(database), **own, **settings), failures
 
     return make
 
@@ -98,7 +78,7 @@ def begun(database):
 
 def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_other_s_way(search_with, database, capfd):
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_engine, quick_engine, measuring_share=0.3, on_event=log)
+    search, failures = search_with(load_quick, load_quick, measuring_share=0.3, on_event=log)
     result = search.run()
     assert failures == []
     study = the_study(database)
@@ -120,7 +100,7 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     file = str(tmp_path / "tuned.json")
     layer_profile(quick_engine().model, start=4).save(file)
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_engine, tuned=[file], trials=16, on_event=log)
+    search, failures = search_with(partial(load_quick, [file]), profiles=[file], trials=16, on_event=log)
     result = search.run()
     assert failures == []
     assert 16 <= result.trials <= 17
@@ -130,12 +110,12 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
 
 
 def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
-    search, failures = search_with(no_engine, broken_engine, other_engine, trials=STARTS + 2)
+    search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (one, is_disconnect), (two, broken), (three, differs) = failures
+    (one, lost), (two, broken), (three, differs) = failures
     assert (one, two, three) == (1, 2, 3)
-    assert (is_disconnect, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
+    assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith(
         "study 's': cannot be resumed, because this differs: dtype (study: float32, now: bfloat16)"
     )
@@ -152,7 +132,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    search, failures = search_with(partial(slow_engine, str(told)), partial(slow_engine, str(told)))
+    search, failures = search_with(partial(load_slow, str(told)), partial(load_slow, str(told)))
     monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
@@ -169,20 +149,20 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
 
 
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
-    work = Work(partial(slow_engine, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
-    workers = Workers([work], lambda *_: pytest.fail("not its fault"))
-    with workers:
+    task = small_search(quick_engine().model, open_storage("sqlite://")).task
+    load = partial(load_slow, str(tmp_path))
+    with Workers([load], task, "sqlite://", lambda *_: pytest.fail("not its fault")) as workers:
         [(process, _)] = workers._running
         workers.__exit__(RuntimeError, RuntimeError(), None)
         assert not process.is_alive()
 
 
 def test_a_search_without_other_workers_starts_no_process():
-    with Workers([], lambda *_: pytest.fail("there is none")) as workers:
+    with Workers([], None, "sqlite://", lambda *_: pytest.fail("there is none")) as workers:
         assert workers._running == []
 
 
 def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
-    search, failures = search_with(quick_engine, on_event=CtrlC(TrialFinished))
+    search, failures = search_with(load_quick, on_event=CtrlC(TrialFinished))
     result = search.run()
     assert (result.interrupted, failures) == (True, [])
