@@ -40,7 +40,10 @@ def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> l
     exact = EagerEngine(model)  # without costs it pads nothing
     return [
         layerskip_method(
-            f"{name}, exact width", exact, profile.drafter(model), draft_bytes=draft_bytes(model, profile.weights)
+            f"{name}, exact width",
+            exact,
+            profile.drafter(model),
+            draft_bytes=draft_bytes(model, profile.weights(model)),
         )
         for name, profile in profiles.items()
     ]

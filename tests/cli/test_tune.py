@@ -67,7 +67,7 @@ def test_heads_are_trained_and_applied(layerskip, model_folder, prompts, wrapped
     assert "by head" in outcome.err
     profile = DraftProfile.load("h.json")
     assert len(profile.skip_set) == 0
-    assert (profile.tensors.heads, profile.weights.heads.kind) == (2, kind.removesuffix("++"))
+    assert (profile.tensors.heads, profile.weights(wrapped).heads.kind) == (2, kind.removesuffix("++"))
     assert profile.tensors.layers == (kind == "hydra++")
     assert profile.measured is not None
     made = generate(wrapped, [5, 6, 7], drafter=profile.drafter(wrapped), max_new_tokens=16, eos_token_ids=[])

@@ -137,9 +137,9 @@ def test_the_profile_contains_the_draft_layer_and_changes_no_output(llama, stora
     loaded = DraftProfile.load(tmp_path / "found.json")
     assert loaded == profile
     assert (loaded.tensors.layers, loaded.tensors.vocabulary) == (1, 40)
-    assert loaded.weights.token_ids.tolist() == IDS
-    for name, weight in loaded.weights.layers[4].weights.items():
-        assert torch.equal(weight, tuned.weights.layers[4].weights[name])
+    assert loaded.weights(llama).token_ids.tolist() == IDS
+    for name, weight in loaded.weights(llama).layers[0].state_dict().items():
+        assert torch.equal(weight, tuned.weights(llama).layers[0].state_dict()[name])
     generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=16)
     assert generation.stats.drafted > 0 or loaded.gate
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 16))
