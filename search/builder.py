@@ -104,8 +104,8 @@ class DraftBuilder:
         boundaries = range(len(self._model.sublayers) + 1)
         return np.array([[self._fitter.worth_it(start, stop) for stop in boundaries] for start in boundaries])
 
-    def _bridges(self, config: DraftConfig) -> dict[int, Bridge]:
-        return self._fitter.fit(config.skipped_below) if config.bridges else {}
+    def _bridges(self, config: DraftConfig) -> list[Bridge]:
+        return self._fitter.fit(config.skipped_below) if config.bridges else []
 
     def _head(self, config: DraftConfig) -> Stack:
         """The full stack with the head of a draft vocabulary; made once, because its rows are copied.
