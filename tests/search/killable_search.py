@@ -1,4 +1,4 @@
-"""A search that stands still in the middle of a trial, for a test to kill it there.
+"""A search that stops moving in the middle of a trial, for a test to kill it there.
 
 Usage: python -m tests.search.killable_search STORAGE_URL FOLDER looking|measuring
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from layerskip import LayerSkipModel
 from search.callbacks import PromptMeasured, ignore
 from search.predict import SpeedupPredictor
@@ -25,8 +24,8 @@ STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 def search(url, folder, on_event=ignore):
     """Three starts, then measurements and what the sampler proposes."""
-    preparation.measure_costs = known_costs_of
-    study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
+    search_module.measure_costs = known_costs_of
+    search_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
     model = LayerSkipModel(tiny_llama())

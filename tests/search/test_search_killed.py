@@ -9,8 +9,7 @@ import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from search.objective import MEASURES_KEY
 from studies.ranking import basis_of
 from studies.storage import open_storage
@@ -27,8 +26,8 @@ STARTS, TRIALS = killable_search.STARTS, killable_search.TRIALS
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What a killable search changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
-    monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
+    monkeypatch.setattr(search_module, "measure_costs", search_module.measure_costs)
+    monkeypatch.setattr(search_module, "warm_starts", search_module.warm_starts)
 
 
 def kill_in_the_middle_of(doing, url, folder):
