@@ -18,6 +18,7 @@ from studies.ranking import candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
+from tests.processes import processes
 from tests.search.loaders import STARTS, load_and_die, load_nothing, load_other, load_quick, load_slow, quick_engine
 from tests.search.searches import CtrlC, Log, small_search
 from tests.trained import layer_profile
@@ -30,6 +31,12 @@ def search_as_it_was(monkeypatch):
     """What loading a model changes in this process is changed back."""
     monkeypatch.setattr(search_module, "measure_costs", search_module.measure_costs)
     monkeypatch.setattr(search_module, "warm_starts", search_module.warm_starts)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked from a process that has imported everything, instead of importing it for seconds each."""
+    monkeypatch.setattr("search.workers.multiprocessing.get_context", lambda _: processes)
 
 
 @pytest.fixture
@@ -95,6 +102,7 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
 
 
+@pytest.mark.usefixtures("forked")
 def test_workers_have_the_draft_layers_of_the_first_worker(search_with, database, tmp_path):
     file = str(tmp_path / "tuned.json")
     layer_profile(quick_engine().model, start=4).save(file)
@@ -108,6 +116,7 @@ def test_workers_have_the_draft_layers_of_the_first_worker(search_with, database
     assert {trial.params["draft_layer"] for trial in evaluated_trials(study)} == {0, 1}
 
 
+@pytest.mark.usefixtures("forked")
 def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
     search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
@@ -120,7 +129,7 @@ def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
     )
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "forked")
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
     looking = tmp_path / "looking"
     looking.mkdir()
@@ -147,6 +156,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
     task = small_search(quick_engine().model, open_storage("sqlite://")).task
     load = partial(load_slow, str(tmp_path))
@@ -161,6 +171,7 @@ def test_a_search_without_other_workers_starts_no_process():
         assert workers._running == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
     search, failures = search_with(load_quick, on_event=CtrlC(TrialFinished))
     result = search.run()
