@@ -111,8 +111,7 @@ def test_bridges_stand_in_for_what_is_skipped(model):
     )
 
 
-@pytest.mark.parametrize("runs", [{2: 2 * LAYERS}, {3: 6}, {1: 3, 5: 7}, {0: 2}], ids=str)
-@pytest.mark.parametrize("like", [0, 1])
+@pytest.mark.parametrize(("runs", "like"), [({2: 2 * LAYERS}, 0), ({3: 6}, 1), ({1: 3, 5: 7}, 0), ({0: 2}, 1)], ids=str)
 def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
     """Gemma-2's layers 0 and 1 differ by their window."""
     wrapper = LayerSkipModel(model)

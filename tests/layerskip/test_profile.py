@@ -1,11 +1,9 @@
 """A draft profile is JSON that survives the round trip, and every way to be wrong has one line that says so."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +22,7 @@ from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.profile import Measured, Provenance
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
+from tests.processes import processes
 from tests.strategies import draft_exits, skip_sets
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "draft-profile.schema.json"
@@ -388,27 +387,35 @@ def large_profile(letter):
     return a_profile(measured=MEASURED.model_copy(update={"versions": {str(i): letter * 100 for i in range(15_000)}}))
 
 
-SAVE_FOR_EVER = """
-import sys
-from layerskip import DraftProfile
-profiles = [DraftProfile.load(path) for path in sys.argv[2:]]
-while True:
-    for number, profile in enumerate(profiles):
-        profile.save(sys.argv[1])
-        print(number, flush=True)
-"""
+def save_for_ever(path, files, saved):
+    profiles = [DraftProfile.load(file) for file in files]
+    while True:
+        for profile in profiles:
+            profile.save(path)
+            saved.release()
+
+
+@contextmanager
+def saver(path, *files):
+    """A process that saves some profiles in turn at one path, and a semaphore that it releases after each."""
+    saved = processes.Semaphore(0)
+    process = processes.Process(target=save_for_ever, args=(path, files, saved))
+    process.start()
+    try:
+        yield saved
+    finally:
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_process_killed_while_saving_leaves_the_old_profile_or_the_new_one(tmp_path):
     path, one, other = (tmp_path / name for name in ("profile.json", "one.json", "other.json"))
     large_profile("a").save(one)
     large_profile("b").save(other)
-    command = [sys.executable, "-c", SAVE_FOR_EVER, path, one, other]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
+    with saver(path, one, other) as saved:
         for _ in range(3):
-            assert saver.stdout.readline()
-        os.kill(saver.pid, signal.SIGKILL)
-    assert saver.returncode == -signal.SIGKILL
+            assert saved.acquire(timeout=60)
     assert path.read_bytes() in (one.read_bytes(), other.read_bytes())
     assert DraftProfile.load(path) in (large_profile("a"), large_profile("b"))
 
@@ -465,23 +472,15 @@ def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own
     for profile, file in zip(profiles, files, strict=True):
         profile.save(file)
     profiles[0].save(path)
-    savers = [
-        subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, path, *some], stdout=subprocess.PIPE)
-        for some in (files[:2], files[2:])
-    ]
     seen = set()
-    try:
-        for saver in savers:
-            assert saver.stdout.readline()
+    with saver(path, *files[:2]) as first, saver(path, *files[2:]) as second:
+        for saved in (first, second):
+            assert saved.acquire(timeout=60)
         for _ in range(300):
             loaded = DraftProfile.load(path)
             [same] = [n for n, profile in enumerate(profiles) if profile == loaded]
             assert loaded.tensors_bytes() == profiles[same].tensors_bytes()
             seen.add(same)
-    finally:
-        for saver in savers:
-            saver.kill()
-            saver.communicate()
     assert seen & {0, 1}
     assert seen & {2, 3}
 

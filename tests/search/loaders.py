@@ -5,8 +5,7 @@ import os
 import time
 from pathlib import Path
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from layerskip import LayerSkipModel
 from layerskip.engine import EagerEngine
 from layerskip.errors import LayerSkipError
@@ -22,8 +21,8 @@ STARTS = 3
 
 def quick_engine():
     """The engine of a tiny model, and costs and starts that need no time."""
-    preparation.measure_costs = known_costs_of
-    study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
+    search_module.measure_costs = known_costs_of
+    search_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     return EagerEngine(LayerSkipModel(tiny_llama()))
 
 

@@ -137,7 +137,7 @@ class CtrlC(Log):
 def widths_disagree(model):
     """Break a model: passes over several tokens see the opposite of what passes over one token see.
 
-    Decoding self-speculatively then really gives another text than decoding plainly.
+    Self-speculative decoding then really generates another text than plain decoding.
     """
     norm = model.hf_model.model.norm
     handle = norm.register_forward_pre_hook(lambda _, inputs: (-inputs[0],) if inputs[0].shape[1] > 1 else None)

@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 from optuna.trial import TrialState
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from search.callbacks import TrialFinished
 from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
@@ -19,6 +18,7 @@ from studies.ranking import candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
+from tests.processes import processes
 from tests.search.loaders import STARTS, load_and_die, load_nothing, load_other, load_quick, load_slow, quick_engine
 from tests.search.searches import CtrlC, Log, small_search
 from tests.trained import layer_profile
@@ -29,8 +29,14 @@ TRIALS = 24
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What loading a model changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
-    monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
+    monkeypatch.setattr(search_module, "measure_costs", search_module.measure_costs)
+    monkeypatch.setattr(search_module, "warm_starts", search_module.warm_starts)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked from a process that has imported everything, instead of importing it for seconds each."""
+    monkeypatch.setattr("search.workers.multiprocessing.get_context", lambda _: processes)
 
 
 @pytest.fixture
@@ -96,7 +102,8 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
 
 
-def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_with, database, tmp_path):
+@pytest.mark.usefixtures("forked")
+def test_workers_have_the_draft_layers_of_the_first_worker(search_with, database, tmp_path):
     file = str(tmp_path / "tuned.json")
     layer_profile(quick_engine().model, start=4).save(file)
     log = WaitsForOthers(database)
@@ -109,35 +116,36 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     assert {trial.params["draft_layer"] for trial in evaluated_trials(study)} == {0, 1}
 
 
-def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
+@pytest.mark.usefixtures("forked")
+def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
     search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (one, lost), (two, broken), (three, differs) = failures
-    assert (one, two, three) == (1, 2, 3)
+    (first, lost), (second, broken), (third, differs) = failures
+    assert (first, second, third) == (1, 2, 3)
     assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith(
         "study 's': cannot be resumed, because this differs: dtype (study: float32, now: bfloat16)"
     )
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "forked")
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
-    told = tmp_path / "looking"
-    told.mkdir()
+    looking = tmp_path / "looking"
+    looking.mkdir()
 
     def press_when_all_look():
         deadline = time.monotonic() + 120
-        while len(list(told.iterdir())) < 2 and time.monotonic() < deadline:
+        while len(list(looking.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    search, failures = search_with(partial(load_slow, str(told)), partial(load_slow, str(told)))
-    monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
+    search, failures = search_with(partial(load_slow, str(looking)), partial(load_slow, str(looking)))
+    monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
     assert (result.interrupted, result.trials, failures) == (True, 1, [])
-    for pid in told.iterdir():
+    for pid in looking.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)
     trials = the_study(database).trials
@@ -148,6 +156,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
     task = small_search(quick_engine().model, open_storage("sqlite://")).task
     load = partial(load_slow, str(tmp_path))
@@ -162,6 +171,7 @@ def test_a_search_without_other_workers_starts_no_process():
         assert workers._running == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
     search, failures = search_with(load_quick, on_event=CtrlC(TrialFinished))
     result = search.run()

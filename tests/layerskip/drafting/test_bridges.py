@@ -112,7 +112,7 @@ def test_a_wide_model_gets_bridges_of_low_rank(tiny, states, monkeypatch):
 
 
 @given(tokens(12), skip_sets())
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
     each_family, states_of_family, prompt, skip_set
 ):

@@ -184,7 +184,7 @@ def test_samples_follow_the_full_model(tiny_vocabulary, kind, widths, settings_)
         head_config(tiny_vocabulary, FixedLength(3), tree=widths),
         DraftWeights(heads=random_heads(tiny_vocabulary, kind, 3, scale=0.3)),
     )
-    observed = samples(tiny_vocabulary, drafter, settings_, 1000)
+    observed = samples(tiny_vocabulary, drafter, settings_)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
 
 

@@ -233,7 +233,7 @@ def test_samples_follow_the_full_model(tiny_vocabulary, widths, settings_):  # n
         heads=random_heads(tiny_vocabulary, "hydra", 3, scale=0.3),
     )
     drafter = HeadDrafter(tiny_vocabulary, head_config(tiny_vocabulary, FixedLength(3), tree=widths), assets)
-    observed = samples(tiny_vocabulary, drafter, settings_, 1000)
+    observed = samples(tiny_vocabulary, drafter, settings_)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
 
 
