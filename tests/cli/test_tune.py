@@ -95,7 +95,7 @@ def test_texts_and_training_are_used_again(layerskip, model_folder, prompts):
         (("--kind", "head"), "kind 'head' is unknown; expected layer, bridge, medusa, hydra, hydra++"),
         (
             ("--kind", "medusa", "--exit", "2"),
-            "exit: medusa heads draft behind all layers, so there is none; leave it out",
+            "exit: medusa heads draft after all layers, so there is none; leave it out",
         ),
         (("--heads", "2"), "heads: a layer has none; leave it out, or choose medusa, hydra or hydra++"),
         (("--kind", "hydra", "--heads", "0"), "heads: expected at least 1, got 0"),
