@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes of one thread each: most tests decode tiny models, which gain nothing from a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# One thread each: most tests decode tiny models, which gain nothing from a second thread. Three processes for two cores:
+# tests of workers and servers mostly wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install demo profiles test test-fast lint format docs clean

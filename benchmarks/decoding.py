@@ -1,4 +1,4 @@
-"""What ``layerskip compare`` measures, and each profile at the exact width of verification too.
+"""Decoding methods compared as by ``layerskip compare``, and each profile at the exact verification width too.
 
 python -m benchmarks.decoding --profile draft_profile.json --json decoding.json --html decoding.html
 """
@@ -36,11 +36,14 @@ console = Console(highlight=False, width=170)
 
 
 def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
-    """Each profile, verified in passes over no more tokens than there are."""
-    exact = EagerEngine(model)  # without costs, so that it knows no cheaper width
+    """Each profile, verified without padding to a cheaper width."""
+    exact = EagerEngine(model)  # without costs it pads nothing
     return [
         layerskip_method(
-            f"{name}, exact width", exact, profile.drafter(model), draft_bytes=draft_bytes(model, profile.weights)
+            f"{name}, exact width",
+            exact,
+            profile.drafter(model),
+            draft_bytes=draft_bytes(model, profile.weights(model)),
         )
         for name, profile in profiles.items()
     ]
@@ -57,7 +60,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Draw the figures here.")] = None,
 ) -> None:
-    """Compare every way to decode."""
+    """Compare the decoding methods."""
     transformers_logging.set_verbosity_error()
     setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
     profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,13 +26,13 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine, make_engine
 from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
-from search.callbacks import ignore
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_drafter, summarize
-from search.prompts import built_in_prompts, split_prompts
-from search.search import Prepared, SearchPrompts, prepare
+from search.prompts import PromptSplit, SearchPrompts, built_in_prompts, split_prompts
+from search.search import Search, SearchTask, Tools
 from search.settings import SearchSettings
 from search.space import SearchSpace
+from studies.storage import open_storage
 
 console = Console(highlight=False, width=150)
 # Shares of the sublayers that are left out, one after the other.
@@ -73,7 +73,7 @@ class Workbench:
 
     engine: Engine
     space: SearchSpace
-    tools: Prepared
+    tools: Tools
     plan: MeasuringPlan
     lock: MachineLock
 
@@ -90,23 +90,15 @@ def prepared(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
     settings = SearchSettings(max_new_tokens=max_new_tokens, prompts_per_trial=prompts)
-    everyone = SearchPrompts.of(split, settings)
-    alike = replace(everyone, scored=everyone.measured)
+    # Of so many prompts one half is scored and measured; drafts are fitted to the other.
+    task_prompts = PromptSplit(split.search[: 2 * prompts], split.held_out)
     space = SearchSpace.of(wrapped, target_confidence=gate)
     with tempfile.TemporaryDirectory() as folder:
-        lock = MachineLock(Path(folder), wrapped.device)
-        tools = prepare(
-            runner,
-            identify(wrapped, checkpoint.source).fingerprint,
-            alike,
-            space,
-            settings,
-            optuna.create_study(),
-            folder=Path(folder),
-            quiet=lock,
-            on_event=ignore,
-        )
-        yield Workbench(runner, space, tools, MeasuringPlan(alike.measured, max_new_tokens), lock)
+        task = SearchTask(identify(wrapped, checkpoint.source), task_prompts, settings, space, folder=Path(folder))
+        search = Search(runner, task, open_storage(f"sqlite:///{folder}/studies.db"))
+        tools = search.prepare(search.open())
+        plan = MeasuringPlan(SearchPrompts.of(task_prompts, settings).measured, max_new_tokens)
+        yield Workbench(runner, space, tools, plan, MachineLock(Path(folder), wrapped.device))
 
 
 def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftConfig]:
@@ -129,7 +121,7 @@ def compare(bench: Workbench, candidate: DraftConfig) -> Compared:
     started = device_seconds(model.device)
     prediction = tools.predictor.predict(candidate)
     estimated = device_seconds(model.device)
-    drafter = tools.makers.drafter(prediction.simulated.config)
+    drafter = tools.builder.drafter(prediction.simulated.config)
     built = device_seconds(model.device)
     measured = list(measure_drafter(bench.engine, drafter, bench.plan, bench.lock))
     return Compared(

@@ -1,4 +1,4 @@
-"""Whether self-speculative decoding says what plain greedy decoding says, over many tokens.
+"""Whether self-speculative decoding gives the tokens of plain greedy decoding, over many tokens.
 
 python -m benchmarks.identity
 """
@@ -22,7 +22,7 @@ console = Console(highlight=False, width=150)
 def main(
     model: str = "smollm2",
     profile: Annotated[
-        list[Path] | None, typer.Option(help="May be given several times; none takes the ready one.")
+        list[Path] | None, typer.Option(help="A draft profile; may be repeated. None takes the ready one.")
     ] = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -30,14 +30,14 @@ def main(
     max_new_tokens: int = 512,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Decode prompt after prompt both ways until there are enough tokens; a text counts up to where it parts."""
+    """Decode prompt after prompt both ways until there are enough tokens; a text counts up to where it diverges."""
     setting = load_setting(model, device=device, dtype=dtype, prompts=32, max_new_tokens=max_new_tokens)
     prompts = (*setting.prompts, *setting.search)
     profiles = loaded_profiles(profile or [], model, device=device, dtype=dtype)
-    drafters = {name: one.drafter(setting.model) for name, one in profiles.items()}
+    drafters = {name: draft.drafter(setting.model) for name, draft in profiles.items()}
     found = {name: {"tokens": 0, "near_ties": 0, "different": 0} for name in drafters}
     for prompt in prompts:
-        if min(one["tokens"] for one in found.values()) >= tokens:
+        if min(counts["tokens"] for counts in found.values()) >= tokens:
             break
         plain = generate(setting.model, prompt.tokens, engine=setting.engine, max_new_tokens=max_new_tokens).tokens
         for name, drafter in drafters.items():
@@ -52,8 +52,8 @@ def main(
                 found[name]["different"] += 1
                 console.print(f"{name}: {error}")
         console.print(found)
-    if min(one["tokens"] for one in found.values()) < tokens:
-        console.print(f"the {len(prompts)} prompts gave no more; raise --max-new-tokens or add a profile")
+    if min(counts["tokens"] for counts in found.values()) < tokens:
+        console.print(f"the {len(prompts)} prompts are used up; raise --max-new-tokens")
     write_json(json, {"machine": machine_of(setting.model), "model": model, "figures": found})
 
 

@@ -42,11 +42,9 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.callbacks import ignore
-from search.machine_lock import MachineLock
 from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
-from search.search import Prepared, Search, SearchPrompts, prepare
+from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
@@ -125,43 +123,26 @@ class PlantedProblem:
 
     def optimum(self) -> Optimum:
         """The best skip set, by trying all."""
-        predictor = self._prepared().predictor
+        search = self._search(self._settings())
+        study = search.open()
+        self._give_costs(study)
+        predictor = search.prepare(study).predictor
         speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 
     def search(self, sampler: str, *, warm: bool, trials: int, seed: int) -> list[float]:
         """Predicted speedups in the order in which a search came upon them; 0 for candidates that it gave up."""
-        search = Search(
-            EagerEngine(self.model),
-            self._identity,
-            self._prompts,
-            cast(ReconnectingStorage, _InMemory()),
-            self._settings(trials=trials, sampler=sampler, seed=seed),
-            space=self.space,
-            folder=self._folder,
-        )
+        search = self._search(self._settings(trials=trials, sampler=sampler, seed=seed))
         study = search.open()
         self._give_costs(study)
         study.set_user_attr(STARTED_KEY, not warm)
-        search.explore(study)
+        search.explore(study, search.prepare(study))
         return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in evaluated_trials(study)]
 
-    def _prepared(self) -> Prepared:
-        study = optuna.create_study()
-        self._give_costs(study)
-        settings = self._settings()
-        return prepare(
-            EagerEngine(self.model),
-            self._identity.fingerprint,
-            SearchPrompts.of(self._prompts, settings),
-            self.space,
-            settings,
-            study,
-            folder=self._folder,
-            quiet=MachineLock(self._folder, self.model.device),
-            on_event=ignore,
-        )
+    def _search(self, settings: SearchSettings) -> Search:
+        task = SearchTask(self._identity, self._prompts, settings, self.space, folder=self._folder)
+        return Search(EagerEngine(self.model), task, cast(ReconnectingStorage, _InMemory()))
 
     def _settings(self, *, trials: int = 1, sampler: str = "tpe", seed: int = 0) -> SearchSettings:
         return SearchSettings(

@@ -1,4 +1,4 @@
-"""How close passes come to what the card's memory allows, on randomly initialized models of real shapes (CUDA).
+"""Passes of randomly initialized models of real shapes against the limit of the card's memory bandwidth (CUDA).
 
 python -m benchmarks.roofline --shape llama-3-8b --json roofline.json
 """
@@ -50,7 +50,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def random_model(shape: str) -> LayerSkipModel:
-    """A model of a shape with random weights in bfloat16, made on the device."""
+    """A model of a shape with random weights in bfloat16, initialized on the device."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
     return LayerSkipModel(model.eval())
@@ -59,25 +59,25 @@ def random_model(shape: str) -> LayerSkipModel:
 def seconds_of(run: Callable[[], object]) -> float:
     """Median seconds of a call, the device idle before and after."""
     run()
-    taken = []
+    seconds = []
     for _ in range(_REPEATS):
         torch.cuda.synchronize()
         started = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * _COPIED_BYTES / seconds_of(lambda: target.copy_(source))
 
 
 def bytes_read(model: LayerSkipModel, stack: Stack) -> int:
-    """Bytes of the weights that one pass of a stack reads, its head included."""
+    """Bytes of the weights that a pass of a stack reads, its head included."""
     size = torch.finfo(model.dtype).bits // 8
     kept = sum(model.sublayers[index].num_weights for index, _ in stack.steps)
     return size * (kept + model.vocab_size * int(model.config.hidden_size))
@@ -91,7 +91,7 @@ def draft_stack(model: LayerSkipModel, share: float) -> Stack:
 
 
 def measure_context(model: LayerSkipModel, engine: Engine, context: int, bandwidth: float) -> dict[str, Any]:
-    """The figures of one engine behind a text of some length."""
+    """The figures of an engine after a text of some length."""
     cache = engine.new_cache(context + 64)
     engine.prefill(torch.zeros(context, dtype=torch.long, device="cuda"), cache)
 
@@ -131,15 +131,15 @@ def host_seconds_of(engine: Engine) -> float:
     """Median seconds that the host needs to start a plain step, without waiting for the device."""
     cache, token = engine.new_cache(64), torch.zeros(1, dtype=torch.long, device="cuda")
     engine.prefill(token, cache)
-    taken = []
+    seconds = []
     for _ in range(_REPEATS):
         torch.cuda.synchronize()
         started = time.perf_counter()
         engine.verify(token, cache)
-        taken.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         cache.rollback(1)
     torch.cuda.synchronize()
-    return statistics.median(taken)
+    return statistics.median(seconds)
 
 
 def main(

@@ -34,9 +34,8 @@ from search.builder import DraftBuilder, fit_texts
 from search.decoding_methods import PLAIN, layerskip_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, Summary, measure_methods, summarize
-from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
+from search.prompts import EncodedPrompt, SearchPrompts, built_in_prompts, split_prompts
 from search.reference import ReferenceRun
-from search.search import SearchPrompts
 from search.settings import SearchSettings
 from search.space import SearchSpace
 

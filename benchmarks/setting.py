@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model, held-out prompts, and where figures go."""
+"""Shared by the benchmarks: a model, held-out prompts, and a JSON file for the figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 
 @dataclass(frozen=True)
 class Setting:
-    """A loaded model's engine, held-out prompts to decode with it, and those that drafts are chosen on."""
+    """A loaded model's engine, held-out prompts to decode, and the prompts of the search."""
 
     engine: Engine
     prompts: tuple[EncodedPrompt, ...]
@@ -31,7 +31,7 @@ class Setting:
 
 
 def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int) -> Setting:
-    """Load a model, measure what its passes cost, and take some of the built-in held-out prompts."""
+    """Load a model, measure the costs of its passes, and take some of the built-in held-out prompts."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
     split = split_prompts(
@@ -41,14 +41,14 @@ def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_t
 
 
 def loaded_profiles(paths: Sequence[Path], model: str, *, device: str, dtype: str) -> dict[str, DraftProfile]:
-    """Profiles by the names of their files; without any the one that is ready for the model."""
+    """Profiles by the names of their files; without any, the model's ready profile."""
     if not paths:
         return {model: load_profile(model, device=device, dtype=dtype)}
     return {path.stem: DraftProfile.load(path) for path in paths}
 
 
 def machine_of(model: LayerSkipModel) -> dict[str, Any]:
-    """Where and when something was measured."""
+    """The date, the device and the versions of a measurement."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": device_name(model.device),
@@ -58,6 +58,6 @@ def machine_of(model: LayerSkipModel) -> dict[str, Any]:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Keep a benchmark's result."""
+    """Write a benchmark's result, if there is a file for it."""
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -183,10 +183,10 @@ class ProgressDisplay:
 
     def _time_left(self, done: float, total: float) -> str:
         """The remaining time at the pace so far; a time limit may end a search earlier."""
-        if done <= self._done_at_start:
+        if not self._done_at_start < done < total:
             return ""
         elapsed = time.monotonic() - self._started
-        left = elapsed / (done - self._done_at_start) * max(total - done, 0)
+        left = elapsed / (done - self._done_at_start) * (total - done)
         if self._timeout is not None:
             left = max(min(left, self._timeout - elapsed), 0)
         return f"about {duration(left)} left"

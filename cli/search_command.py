@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -118,12 +117,12 @@ def search(
     from layerskip.fingerprint import identify
     from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
-    from search.loading import load_engine, load_profiles
+    from search.loading import load_for_worker, load_profiles
     from search.prompts import built_in_prompts, split_prompts
-    from search.search import Search
+    from search.search import Search, SearchTask
     from search.settings import SearchSettings
     from search.space import SearchSpace
-    from search.workers import Work, Workers
+    from search.workers import Workers
     from studies.storage import open_storage
 
     quiet_libraries()
@@ -143,8 +142,7 @@ def search(
         seed=seed,
     )
     given = read_prompts(prompts) if prompts else built_in_prompts()
-    load_tuned = partial(load_profiles, draft_layer or (), device, dtype)
-    tuned = load_tuned()
+    tuned = load_profiles(draft_layer or (), device, dtype)
     database = open_storage(storage)
     stderr.print(f"loading {model}")
     layers, tokenizer = open_model(model, RunOptions(places[0], dtype, engine, compiled))
@@ -160,37 +158,21 @@ def search(
         prompt_lookup=prompt_lookup,
         draft_layers=[layer.ref for layer in trained],
     )
+    task = SearchTask(identity, split, settings, space, study)
 
-    def helpers(study_name: str) -> Workers:
-        ends = None if timeout is None else time.monotonic() + timeout
-        work = [
-            Work(
-                partial(load_engine, model, place, dtype, engine, compiled),
-                identity,
-                split,
-                storage,
-                settings,
-                space,
-                study_name,
-                ends=ends,
-                load_profiles=load_tuned,
-            )
-            for place in places[1:]
-        ]
-        return Workers(work, lambda number, message: stderr.print(f"worker {number} failed: {message}"))
+    def workers_on(task: SearchTask) -> Workers:
+        sources = tuple(draft_layer or ())
+        loads = [partial(load_for_worker, model, place, dtype, engine, compiled, sources) for place in places[1:]]
+        return Workers(loads, task, storage, lambda number, error: stderr.print(f"worker {number} failed: {error}"))
 
     with ProgressDisplay(trials, timeout) as progress:
         result = Search(
             make_engine(layers, engine),
-            identity,
-            split,
+            task,
             database,
-            settings,
-            space=space,
             draft_layers=trained,
-            study_name=study,
             on_event=progress,
-            helpers=helpers,
+            helpers=workers_on,
         ).run()
     if result.profile is not None:
         result.profile.save(out)

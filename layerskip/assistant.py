@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from layerskip.draft_model import config_of
 from layerskip.drafting.config import DraftConfig
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.model import LayerSkipModel
-from layerskip.sublayers import AttentionSublayer, DraftLayerStep, PassContext, Stack, Step
+from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,8 +40,7 @@ def assistant_of(model: LayerSkipModel, config: DraftConfig, weights: DraftWeigh
             which a copy of the part would not.
     """
     original: Any = model.hf_model
-    here = weights.to(original.get_input_embeddings().weight)
-    steps = _single_steps(model.stack_of(config.skip_set, stand_ins=here.stand_ins(model)), here)
+    steps = _single_steps(model.stack_of(config.skip_set, stand_ins=weights.placed_on(model).steps))
     kinds = [layer for layer, step in steps if isinstance(step, AttentionSublayer)]
     if not kinds:
         raise InvalidInputError(
@@ -74,12 +74,12 @@ def _twin(module: Module) -> Module:
     return twin
 
 
-def _single_steps(stack: Stack, weights: DraftWeights) -> list[tuple[int, Step]]:
+def _single_steps(stack: Stack) -> list[tuple[int, Step]]:
     """The draft's steps, trained layers as two, each with the model's layer that it is of, or is like."""
     steps: list[tuple[int, Step]] = []
     for index, step in stack.steps:
-        if isinstance(step, DraftLayerStep):
-            steps += [(weights.layers[index].like, part) for part in (step.attention, step.mlp)]
+        if isinstance(step, DraftLayer):
+            steps += [(step.like, part) for part in (step.attention, step.mlp)]
         else:
             steps.append((index // 2, step))
     return steps
@@ -110,7 +110,7 @@ class _Layer(nn.Module):
         self._window, self._rotary = attention.window, attention.rotary
         # Found by parameters(), and by whatever else goes through a model's modules.
         self.parts = nn.ModuleList(
-            part for step in self._steps for part in vars(step).values() if isinstance(part, nn.Module)
+            part for step in self._steps for part in (step, *vars(step).values()) if isinstance(part, nn.Module)
         )
 
     def forward(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
-from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack
+from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
 # measured, the least that anything costs where the line through the measurements would say that it is free.
@@ -61,7 +61,7 @@ class DraftParts:
     def of(cls, stack: Stack) -> DraftParts:
         """The parts of a stack; a draft layer counts as a layer of the model's."""
         steps = [step for _, step in stack.steps]
-        layers = sum(isinstance(step, DraftLayerStep) for step in steps)
+        layers = sum(step.remembers for step in steps)
         attention = sum(isinstance(step, AttentionSublayer) for step in steps)
         mlp = sum(isinstance(step, MLPSublayer) for step in steps)
         vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)

@@ -8,7 +8,7 @@ place among them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.errors import ExportError
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
@@ -61,28 +61,25 @@ class _Layer:
     """A layer of a draft.
 
     Args:
-        place: Index of the first sublayer that it runs or stands for.
+        place: Index of the first sublayer that it runs or replaces.
         like: The model's layer that it is, or is built like.
-        trained: Its weights where it is a trained one.
+        trained: The draft layer where it is one.
     """
 
     place: int
     like: int
-    trained: DraftLayerWeights | None = None
+    trained: DraftLayer | None = None
 
 
-def _layers_of(skip_set: SkipSet, trained: Mapping[int, DraftLayerWeights]) -> list[_Layer]:
+def _layers_of(skip_set: SkipSet, trained: Iterable[DraftLayer]) -> list[_Layer]:
     """In the order in which they run. No trained layer lies between the sublayers of one that is kept."""
     kept = [_Layer(2 * layer + skip_set.attention_mask[layer], layer) for layer in kept_layers(skip_set)]
-    return sorted(
-        [*kept, *(_Layer(start, one.like, one) for start, one in trained.items())], key=lambda layer: layer.place
-    )
+    own = [_Layer(layer.start, layer.like, layer) for layer in trained]
+    return sorted([*kept, *own], key=lambda layer: layer.place)
 
 
 @torch.no_grad()
-def draft_model_of(
-    model: LayerSkipModel, skip_set: SkipSet, trained: Mapping[int, DraftLayerWeights] | None = None
-) -> PreTrainedModel:
+def draft_model_of(model: LayerSkipModel, skip_set: SkipSet, trained: Iterable[DraftLayer] = ()) -> PreTrainedModel:
     """The draft as a model of transformers' own class, in evaluation mode. It shares its weights.
 
     Args:
@@ -95,12 +92,12 @@ def draft_model_of(
         ExportError: The weights are not plain numbers (quantized, adapted, offloaded), or a skipped sublayer has no
             output projection that is known.
     """
-    full, layers = model.hf_model, _layers_of(skip_set, trained or {})
+    full, layers = model.hf_model, _layers_of(skip_set, trained)
     prefix, likes = _prefix_of_layers(full), [layer.like for layer in layers]
     weights = _renumbered(full.state_dict(), prefix, likes)
     for number, layer in enumerate(layers):
         if layer.trained is not None:
-            weights |= {f"{prefix}{number}.{name}": weight for name, weight in layer.trained.weights.items()}
+            weights |= {f"{prefix}{number}.{name}": weight for name, weight in layer.trained.layer.state_dict().items()}
             continue
         for module, skipped in (("self_attn", skip_set.attention_mask), ("mlp", skip_set.mlp_mask)):
             if skipped[layer.like]:

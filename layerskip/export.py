@@ -209,8 +209,8 @@ def export_draft(
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)
     profile = published(profile)
-    trained = profile.weights.to(torch.empty(0, dtype=model.dtype, device=model.device)).layers
-    stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).stand_ins(model))
+    trained = profile.weights(model).placed_on(model).layers
+    stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).steps)
     draft = draft_model_of(model, profile.skip_set, trained)
     _set_draft_length(draft, profile.stopping)
     try:

@@ -353,7 +353,7 @@ def _fetched(
         commit = extract_commit_hash(str(path), None)
         with _hub_errors(repo_id, revision, file=profile.tensors.file):
             fetch(profile.tensors.file, revision=commit)
-    profile._weights = profile._load_weights(path.parent)
+    profile._tensors = profile._load_tensors(path.parent)
     return profile
 
 
@@ -361,7 +361,7 @@ def _contents(profile: DraftProfile, repo_id: str, files: list[str], card: str |
     """What to commit, by path."""
     contents = {PROFILE_NAME: profile.to_json().encode()}
     if profile.tensors is not None:
-        contents[profile.tensors.file] = profile._weights.to_bytes()
+        contents[profile.tensors.file] = profile.tensors_bytes()
     if card_is_welcome(files, card):
         contents[CARD_NAME] = card_of(profile, repo_id).encode()
     return contents

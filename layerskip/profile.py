@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
@@ -16,7 +20,7 @@ from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.stopping import DraftStopping
-from layerskip.drafting.weights import DraftWeights
+from layerskip.drafting.weights import DraftWeights, draft_layer_ref, tensors_by_module
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.hub import OnTheHub
@@ -154,7 +158,7 @@ class DraftProfile(OnTheHub, _Part):
     )
     revision: str | None = Field(default=None, description="The model's branch, tag or commit on the hub, as in PEFT.")
     _source: str = PrivateAttr(default="draft profile")
-    _weights: DraftWeights = PrivateAttr(default_factory=DraftWeights)
+    _tensors: Mapping[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(
@@ -181,6 +185,7 @@ class DraftProfile(OnTheHub, _Part):
         weights = weights or DraftWeights()
         if weights.heads is not None and len(config.skip_set):
             raise InvalidInputError(f"draft heads: expected a skip set that skips nothing, got {config.skip_set}")
+        tensors = weights.tensors()
         profile = cls(
             model=model,
             skip_set=config.skip_set,
@@ -188,11 +193,11 @@ class DraftProfile(OnTheHub, _Part):
             target_confidence_threshold=config.target_confidence_threshold,
             tree=config.tree,
             prompt_lookup=config.prompt_lookup,
-            tensors=_tensors_file(weights) if weights else None,
+            tensors=_tensors_file(weights, tensors) if tensors else None,
             measured=measured,
             provenance=provenance,
         )
-        profile._weights = weights
+        profile._tensors = tensors
         return profile
 
     @field_validator("version")
@@ -232,7 +237,7 @@ class DraftProfile(OnTheHub, _Part):
                 field and what was expected.
         """
         profile = cls._read(Path(path), source=str(path))
-        profile._weights = profile._load_weights(Path(path).parent)
+        profile._tensors = profile._load_tensors(Path(path).parent)
         return profile
 
     @classmethod
@@ -251,9 +256,9 @@ class DraftProfile(OnTheHub, _Part):
         profile._source = source
         return profile
 
-    def _load_weights(self, folder: Path) -> DraftWeights:
+    def _load_tensors(self, folder: Path) -> Mapping[str, Tensor]:
         if self.tensors is None:
-            return DraftWeights()
+            return {}
         path = folder / self.tensors.file
         try:
             content = path.read_bytes()
@@ -267,9 +272,11 @@ class DraftProfile(OnTheHub, _Part):
                 "restore it, or search again"
             )
         try:
-            return DraftWeights.from_bytes(content)
-        except ValueError as error:
+            tensors = load(content)
+            tensors_by_module(tensors)
+        except (SafetensorError, InvalidInputError) as error:
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
+        return tensors
 
     def save(self, path: str | Path) -> None:
         """Write the profile so that a killed process leaves the old one or the new one.
@@ -284,10 +291,14 @@ class DraftProfile(OnTheHub, _Part):
             raise InvalidProfileError(f"{path}: cannot write the draft profile: expected the name of a file")
         try:
             if self.tensors is not None:
-                write_bytes_atomically(Path(path).with_name(self.tensors.file), self._weights.to_bytes())
+                write_bytes_atomically(Path(path).with_name(self.tensors.file), self.tensors_bytes())
             write_atomically(Path(path), self.to_json())
         except OSError as error:
             raise InvalidProfileError(f"{path}: cannot write the draft profile: {error.strerror}") from error
+
+    def tensors_bytes(self) -> bytes:
+        """The content of the file beside the profile."""
+        return save(dict(self._tensors))
 
     def to_json(self) -> str:
         """The content of the profile's file."""
@@ -316,10 +327,10 @@ class DraftProfile(OnTheHub, _Part):
 
         Raises:
             InvalidProfileError: The profile is for another model.
-            InvalidInputError: The model is not wrapped.
+            InvalidInputError: The model is not wrapped, or the draft's weights do not fit it.
         """
         self.check(model)
-        return make_drafter(model, self.config, self._weights)
+        return make_drafter(model, self.config, self.weights(model))
 
     def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
         """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
@@ -341,7 +352,7 @@ class DraftProfile(OnTheHub, _Part):
             )
         wrapper = LayerSkipModel(model)
         self.check(wrapper)
-        return assistant_of(wrapper, self.config, self._weights)
+        return assistant_of(wrapper, self.config, self.weights(wrapper))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DraftProfile) and self.model_dump() == other.model_dump()
@@ -349,9 +360,13 @@ class DraftProfile(OnTheHub, _Part):
     @property
     def config(self) -> DraftConfig:
         """How the profile drafts."""
+        layer = draft_layer_ref(self._tensors, 2 * self.model.num_layers)
+        if layer is not None and layer.kind == "bridge" and self.provenance.training_seconds is None:
+            layer = None  # fitted in closed form, as any bridge
         return DraftConfig(
             self.skip_set,
-            bridges=self.tensors is not None and self.tensors.bridges > 0,
+            bridges=self.tensors is not None and self.tensors.bridges > (layer is not None and layer.kind == "bridge"),
+            draft_layer=layer,
             vocabulary_size=0 if self.tensors is None else self.tensors.vocabulary,
             stopping=self.stopping,
             target_confidence_threshold=self.target_confidence_threshold,
@@ -359,10 +374,16 @@ class DraftProfile(OnTheHub, _Part):
             prompt_lookup=self.prompt_lookup,
         )
 
-    @property
-    def weights(self) -> DraftWeights:
-        """Its bridges, draft layers, draft heads and draft vocabulary."""
-        return self._weights
+    def weights(self, model: LayerSkipModel) -> DraftWeights:
+        """Its bridges, draft layers, draft heads and draft vocabulary, in the dtype in which they were saved.
+
+        Args:
+            model: The model, of which draft layers take the form.
+
+        Raises:
+            InvalidInputError: They do not fit the model.
+        """
+        return DraftWeights.from_tensors(self._tensors, model)
 
     @property
     def drafts_with_heads(self) -> bool:
@@ -380,8 +401,8 @@ class DraftProfile(OnTheHub, _Part):
         return self.measured is None or self.measured.speedup > 1
 
 
-def _tensors_file(weights: DraftWeights) -> TensorsFile:
-    checksum = hashlib.sha256(weights.to_bytes()).hexdigest()
+def _tensors_file(weights: DraftWeights, tensors: Mapping[str, Tensor]) -> TensorsFile:
+    checksum = hashlib.sha256(save(dict(tensors))).hexdigest()
     return TensorsFile(
         file=f"draft-{checksum[:16]}.safetensors",
         sha256=checksum,

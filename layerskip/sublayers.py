@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,20 @@ class AttentionSublayer:
         function: Computes it: :func:`attend`, or a compiled one.
     """
 
+    remembers: ClassVar = False
+
     def __init__(
         self, before: nn.Module, attention: nn.Module, after: nn.Module, window: int | None, rotary: str | None
     ) -> None:
         self.before, self.attention, self.after = before, attention, after
         self.window, self.rotary = window, rotary
-        self.device, self.num_weights = _device(attention), _num_weights(attention)
+        self._weight, self.num_weights = next(weights_of(attention)), _num_weights(attention)
         self.function: Callable[..., Tensor] = attend
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._weight.device
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         x, here = x.to(self.device), context.on(self.device)
@@ -100,10 +107,17 @@ class MLPSublayer:
         function: Computes it: :func:`feed_forward`, or a compiled one.
     """
 
+    remembers: ClassVar = False
+
     def __init__(self, before: nn.Module, mlp: nn.Module, after: nn.Module) -> None:
         self.before, self.mlp, self.after = before, mlp, after
-        self.device, self.num_weights = _device(mlp), _num_weights(mlp)
+        self._weight, self.num_weights = next(weights_of(mlp)), _num_weights(mlp)
         self.function: Callable[..., Tensor] = feed_forward
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._weight.device
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         return self.function(self.before, self.mlp, self.after, x.to(self.device))
@@ -112,31 +126,9 @@ class MLPSublayer:
 Sublayer = AttentionSublayer | MLPSublayer
 
 
-class DraftLayerStep:
-    """A draft layer: a decoder layer of the draft's own, which runs instead of skipped sublayers.
-
-    Its attention keeps keys and values of its own, which the target model's passes do not write: it has to see every
-    position of the text itself.
-
-    Args:
-        attention: Its attention sublayer, which writes to a slot of the cache after the model's layers.
-        mlp: Its MLP sublayer.
-    """
-
-    def __init__(self, attention: AttentionSublayer, mlp: MLPSublayer) -> None:
-        self.attention, self.mlp = attention, mlp
-
-    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
-        return self.mlp(self.attention(x, context), context)
-
-
 def weights_of(module: nn.Module) -> Iterator[Tensor]:
     """A module's weights; some quantized modules (GPTQ, AWQ) have buffers in place of parameters."""
     return chain(module.parameters(), module.buffers())
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(weights_of(module)).device
 
 
 def _num_weights(module: nn.Module) -> int:
@@ -196,7 +188,18 @@ def sublayers_in(
 
 
 class Step(Protocol):
-    """One step up the stack: a sublayer, or a replacement of several, such as a bridge or a draft layer."""
+    """One step up the stack: a sublayer, or a bridge or draft layer in place of several.
+
+    Attributes:
+        remembers: Whether it keeps keys and values of its own, which the target model's passes do not write, so that it
+            has to see the whole text itself.
+        num_weights: How many weights it reads.
+    """
+
+    remembers: ClassVar[bool]
+
+    @property
+    def num_weights(self) -> int: ...
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         """Hidden states ``[1, n, hidden_size]`` before the step; those after it, of the same shape."""
@@ -239,7 +242,7 @@ class Stack:
     @property
     def remembers_from(self) -> int | None:
         """The index of the first step that keeps keys and values of its own; None if none does."""
-        return next((index for index, step in self.steps if isinstance(step, DraftLayerStep)), None)
+        return next((index for index, step in self.steps if step.remembers), None)
 
     def run(self, x: Tensor, context: PassContext, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Run the steps from sublayer ``start`` on and before sublayer ``stop``.

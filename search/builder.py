@@ -51,9 +51,8 @@ class DraftBuilder:
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
         self._heads: dict[tuple[int, DraftLayerRef | None], Stack] = {}
-        here = torch.empty(0, dtype=model.dtype, device=model.device)
         self._trained = {layer.ref: layer for layer in draft_layers}
-        self._built = {layer.ref: layer.weights.to(here).stand_ins(model) for layer in draft_layers}
+        self._built = {layer.ref: layer.weights.placed_on(model).steps for layer in draft_layers}
 
     def as_built(self, config: DraftConfig) -> DraftConfig:
         """The configuration as its draft is built: without bridges where it skips no run that is worth one."""
@@ -65,9 +64,9 @@ class DraftBuilder:
         ids = self._head(config).token_ids
         bridges = self._bridges(config)
         if config.draft_layer is None:
-            return DraftWeights(bridges, ids)
+            return DraftWeights(bridges=bridges, token_ids=ids)
         trained = self._trained[config.draft_layer].weights
-        return DraftWeights({**bridges, **trained.bridges}, ids, trained.layers)
+        return DraftWeights(bridges=[*bridges, *trained.bridges], layers=trained.layers, token_ids=ids)
 
     def training_seconds(self, config: DraftConfig) -> float | None:
         """How long the draft layer was trained, if there is one and that is known."""
@@ -75,7 +74,7 @@ class DraftBuilder:
 
     def stack(self, config: DraftConfig) -> Stack:
         """The stack that a draft runs."""
-        steps: dict[int, Step] = {**self._bridges(config)}
+        steps: dict[int, Step] = {bridge.start: bridge for bridge in self._bridges(config)}
         if config.draft_layer is not None:
             steps |= self._built[config.draft_layer]
         stack = self._model.stack_of(config.skip_set, stand_ins=steps)
@@ -105,8 +104,8 @@ class DraftBuilder:
         boundaries = range(len(self._model.sublayers) + 1)
         return np.array([[self._fitter.worth_it(start, stop) for stop in boundaries] for start in boundaries])
 
-    def _bridges(self, config: DraftConfig) -> dict[int, Bridge]:
-        return self._fitter.fit(config.skipped_below) if config.bridges else {}
+    def _bridges(self, config: DraftConfig) -> list[Bridge]:
+        return self._fitter.fit(config.skipped_below) if config.bridges else []
 
     def _head(self, config: DraftConfig) -> Stack:
         """The full stack with the head of a draft vocabulary; made once, because its rows are copied.

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.training import EvalResult, Trained
-from studies.ranking import Basis
+from studies.ranking import Basis, HasTrials, basis_of, best_trials, evaluated_trials, measured_trials, speedup_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,17 @@ class Progress:
     measured: int
     best: float | None
     basis: Basis
+
+    @classmethod
+    def of(cls, study: HasTrials) -> Progress:
+        """The progress of a search by its study."""
+        best = best_trials(study, 1)
+        return cls(
+            seen=len(evaluated_trials(study)),
+            measured=len(measured_trials(study)),
+            best=speedup_of(best[0]) if best else None,
+            basis=basis_of(best[0]) if best else "predicted",
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
         drafters = {name: profile.drafter(model)}
         if combine and profile.prompt_lookup is None:
             drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
-        size, training_seconds = draft_bytes(model, profile.weights), profile.provenance.training_seconds
+        size, training_seconds = draft_bytes(model, profile.weights(model)), profile.provenance.training_seconds
         methods += [
             layerskip_method(title, engine, drafter, draft_bytes=size, training_seconds=training_seconds)
             for title, drafter in drafters.items()
@@ -83,23 +82,24 @@ def transformers_methods(
         except LayerSkipError as error:
             left_out[name] = str(error)
         else:
-            size = draft_bytes(model, replace(profile.weights, token_ids=None))
+            weights = profile.weights(model)
+            weights.token_ids = None  # generate scores every token
+            size = draft_bytes(model, weights)
             methods.append(transformers_method(name, model, draft_bytes=size, assistant_model=assistant))
     return methods, left_out
 
 
-def draft_bytes(model: LayerSkipModel, assets: DraftWeights) -> int:
-    """Memory that a draft takes beside the model: its tensors, and the head's rows for its draft vocabulary.
+def draft_bytes(model: LayerSkipModel, weights: DraftWeights) -> int:
+    """Memory that a draft takes beside the model: its weights, and the head's rows for its draft vocabulary.
 
     Args:
-        model: The model, whose dtype the tensors are converted to.
-        assets: The draft's weights.
+        model: The model, whose dtype the weights are converted to.
+        weights: The draft's weights.
     """
-    if not assets:
-        return 0
-    like = torch.empty(0, dtype=model.dtype)
-    rows = 0 if assets.token_ids is None else len(assets.token_ids) * model.config.hidden_size * like.element_size()
-    return len(assets.to(like).to_bytes()) + rows
+    numbers, ids = sum(weight.numel() for weight in weights.parameters()), weights.token_ids
+    if ids is not None:
+        numbers += len(ids) * model.config.hidden_size
+    return numbers * model.dtype.itemsize + (0 if ids is None else ids.nbytes)
 
 
 def named_profiles(sources: Sequence[str], load: Callable[[str], DraftProfile]) -> dict[str, DraftProfile]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from layerskip.drafting.config import DraftLayerRef
-from layerskip.drafting.weights import DraftWeights
+from layerskip.drafting.weights import DraftWeights, draft_layer_ref
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
-
-# Hexadecimal digits of a checksum that tell one draft layer from another.
-_DIGITS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,27 +45,22 @@ def trained_draft_layer(source: str, profile: DraftProfile, model: LayerSkipMode
             f"{source}: has draft heads, which draft without the stack, so that there is nothing for a search to skip; "
             "'layerskip compare' measures them beside other drafts"
         )
-    weights = profile.weights
+    try:
+        weights = profile.weights(model)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{source}: {error}") from error
     top = len(model.sublayers)
-    bridges = {start: bridge for start, bridge in weights.bridges.items() if bridge.stop == top}
-    layers = {start: layer for start, layer in weights.layers.items() if layer.stop == top}
-    if not bridges and not layers:
+    own = DraftWeights(
+        bridges=[bridge for bridge in weights.bridges if bridge.stop == top],
+        layers=[layer for layer in weights.layers if layer.stop == top],
+        token_ids=weights.token_ids,
+    )
+    ref = draft_layer_ref(own.tensors(), top)
+    if ref is None:
         raise InvalidInputError(
             f"{source}: has no draft layer in place of the layers above an early exit; "
             "train one with 'layerskip tune MODEL --exit LAYERS'"
         )
-    own = DraftWeights(bridges, weights.token_ids, layers)
-    try:
-        own.to(torch.empty(0, dtype=model.dtype, device=model.device)).stand_ins(model)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{source}: {error}") from error
-    ref = DraftLayerRef(
-        start=next(iter({**bridges, **layers})),
-        stop=top,
-        kind="layer" if layers else "bridge",
-        vocabulary_size=0 if own.token_ids is None else len(own.token_ids),
-        sha256=hashlib.sha256(own.to_bytes()).hexdigest()[:_DIGITS],
-    )
     return TrainedDraftLayer(ref, own, profile.provenance.training_seconds)
 
 

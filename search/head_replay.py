@@ -18,6 +18,7 @@ import torch
 
 from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig, PromptLookup
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.drafter import RoundResult
 from layerskip.drafting.head_drafter import HeadDrafter, through_layer
 from layerskip.drafting.heads import DraftHeads
@@ -28,7 +29,7 @@ from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Sampling, Verdict
 from layerskip.skip_set import SkipSet
-from layerskip.sublayers import DraftLayerStep, Stack
+from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText
 from layerskip.token_tree import branches_of, widths_of
 from layerskip.utils import device_seconds
@@ -66,7 +67,7 @@ class HeadTrace:
 
 @torch.inference_mode()
 def trace_heads(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: TargetText, prefix: DraftLayerStep | None = None
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, text: TargetText, prefix: DraftLayer | None = None
 ) -> HeadTrace:
     """The trace of heads along a text: one pass of the target model over it.
 
@@ -225,14 +226,14 @@ class HeadCosts:
 
 
 @torch.inference_mode()
-def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
+def measure_drafts(engine: Engine, weights: DraftWeights) -> DraftSeconds:
     """Seconds of drafting with heads; medians, interleaved.
 
     Each draft but the empty ones comes behind a round in which one drafted token stood, in a text of usual length.
 
     Args:
         engine: Runs the passes of the model.
-        assets: The heads, and the draft vocabulary.
+        weights: The heads, and the draft vocabulary.
     """
     model = engine.model
     text = torch.zeros(_CONTEXT, dtype=torch.long, device=model.device)
@@ -240,10 +241,10 @@ def measure_drafts(engine: Engine, assets: DraftWeights) -> DraftSeconds:
     cache, sampler = model.new_cache(0), Sampling().sampler(model.device)
     nothing, scores = Draft.of([], model.device), model.logits(states[None, :2])
     before = RoundResult(nothing, Verdict([0, 0], newest, (0, 1)), text[:2], Scored(scores, states[:2]))
-    assert assets.heads is not None
-    longest = assets.heads.count
+    assert weights.heads is not None
+    longest = weights.heads.count
     config = DraftConfig(SkipSet(model.num_layers), stopping=FixedLength(longest))
-    drafters = {ways: HeadDrafter(model, replace(config, tree=_even(ways, longest)), assets) for ways in _WAYS}
+    drafters = {ways: HeadDrafter(model, replace(config, tree=_even(ways, longest)), weights) for ways in _WAYS}
     for drafter in drafters.values():
         drafter.start(engine, text, states)
     seconds: dict[tuple[int, int], list[float]] = {at: [] for at in product(range(longest + 1), _WAYS)}

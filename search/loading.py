@@ -1,4 +1,4 @@
-"""Loading the model that a search is about, with its engine, and profiles, in this process or in a worker's."""
+"""Load what a search works with: a model with its engine, and the draft layers of profiles."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from layerskip.engine import Engine, compile_sublayers, make_engine
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import load_profile
+from search.draft_layers import TrainedDraftLayer, trained_draft_layers
 
 
-def load_engine(source: str, device: str, dtype: str, engine: str, compiled: bool) -> Engine:
-    """Load a model and make its engine.
+def load_for_worker(
+    source: str, device: str, dtype: str, engine: str, compiled: bool, profiles: Sequence[str]
+) -> tuple[Engine, Sequence[TrainedDraftLayer]]:
+    """Load a model, make its engine, and load the draft layers of some profiles, for :class:`search.workers.Workers`.
 
     Args:
         source: As :func:`layerskip.load_checkpoint` takes it.
@@ -20,11 +23,12 @@ def load_engine(source: str, device: str, dtype: str, engine: str, compiled: boo
         dtype: Likewise.
         engine: Name of the engine.
         compiled: Whether to compile the sublayers.
+        profiles: As :func:`layerskip.load_profile` takes them.
     """
     model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
-    return make_engine(model, engine)
+    return make_engine(model, engine), trained_draft_layers(load_profiles(profiles, device, dtype), model)
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import torch
 from scipy.stats import wilcoxon
 
 from layerskip.drafting.drafter import Drafter
-from layerskip.engine import Engine
+from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import LosslessnessError
 from layerskip.model import LayerSkipModel
-from layerskip.utils import device_seconds
+from layerskip.profile import Measured, PromptSet
+from layerskip.utils import device_name, device_seconds, library_versions
 from search.decoding_methods import PLAIN, Decoded, DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.prompts import EncodedPrompt
@@ -289,6 +290,40 @@ def summarize(measurements: Sequence[Measurement]) -> Summary:
         prompts=len(measurements),
         near_ties=sum(m.near_tie for m in measurements),
     )
+
+
+def as_measured(summary: Summary, prompt_set: PromptSet, max_new_tokens: int, engine: Engine) -> Measured:
+    """The figures of a summary as a draft profile has them.
+
+    Args:
+        summary: The figures.
+        prompt_set: The prompts that were measured.
+        max_new_tokens: Most tokens generated for each prompt.
+        engine: Ran the passes.
+    """
+    figures = asdict(summary)
+    figures["speculative_tokens_per_second"] = figures.pop("draft_tokens_per_second")
+    return Measured(
+        **figures,
+        prompt_set=prompt_set,
+        max_new_tokens=max_new_tokens,
+        device=describe_device(engine),
+        dtype=dtype_name(engine.model),
+        versions=library_versions(),
+    )
+
+
+def describe_device(engine: Engine) -> str:
+    """The name of the device, and of the engine if it is not eager."""
+    parts = [device_name(engine.model.device)]
+    parts += [engine.name] * (engine.name != EagerEngine.name)
+    parts += ["compiled"] * engine.model.compiled
+    return ", ".join(parts)
+
+
+def dtype_name(model: LayerSkipModel) -> str:
+    """The name of a model's floating-point type, such as ``float32``."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def mean_accepted_length(measurements: Sequence[Measurement]) -> float | None:

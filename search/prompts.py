@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from layerskip.errors import InvalidInputError
 from layerskip.tokenizer import Prompt
 from layerskip.utils import digest
+from search.settings import SearchSettings
 
 # One prompt of this many is held out.
 HOLD_OUT_EVERY = 4
@@ -38,6 +39,35 @@ class PromptSplit:
         """A checksum of the prompts, their tokens and their parts."""
         parts = [[(prompt.id, prompt.tokens) for prompt in part] for part in (self.search, self.held_out)]
         return digest(parts)
+
+
+@dataclass(frozen=True)
+class SearchPrompts:
+    """The prompts of a search by their use.
+
+    Args:
+        scored: Predictions compare drafts with the target model's continuations of these.
+        fitted: Bridges and draft vocabularies are fitted to the continuations of these; on them a draft looks better
+            than it is.
+        measured: Measured candidates decode these, the first of the scored ones.
+        held_out: Finalists decode these.
+    """
+
+    scored: tuple[EncodedPrompt, ...]
+    fitted: tuple[EncodedPrompt, ...]
+    measured: tuple[EncodedPrompt, ...]
+    held_out: tuple[EncodedPrompt, ...]
+
+    @classmethod
+    def of(cls, split: PromptSplit, settings: SearchSettings) -> SearchPrompts:
+        """Half of the search's prompts are scored, or as many as are measured; a few are both scored and fitted."""
+        scored = max((len(split.search) + 1) // 2, settings.prompts_per_trial)
+        return cls(
+            split.search[:scored],
+            split.search[scored:] or split.search,
+            split.search[: settings.prompts_per_trial],
+            split.held_out[: settings.held_out_prompts],
+        )
 
 
 def built_in_prompts() -> list[Prompt]:

@@ -1,30 +1,27 @@
-"""The search: an Optuna study over what a draft leaves out, and the profile of the best candidate."""
+"""The search: an Optuna study over draft configurations, and the profile of the fastest one."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from layerskip.checkpoints import cache_folder
 from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.weights import DraftWeights
-from layerskip.engine import EagerEngine, Engine, measure_costs
+from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
-from layerskip.model import LayerSkipModel
-from layerskip.profile import DraftProfile, Measured, PromptSet, Provenance
-from layerskip.utils import device_name, library_versions
+from layerskip.profile import DraftProfile, PromptSet, Provenance
+from layerskip.utils import library_versions
 from search.acceptance import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
@@ -40,28 +37,32 @@ from search.callbacks import (
 )
 from search.draft_layers import TrainedDraftLayer
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
-from search.objective import COMPLETE_KEY, MEASURES_KEY, SECONDS_KEY, SOURCE_KEY, Objective
+from search.measure import (
+    Measurement,
+    MeasuringPlan,
+    Summary,
+    as_measured,
+    describe_device,
+    dtype_name,
+    measure_drafter,
+    summarize,
+)
+from search.measurement_scheduler import MeasurementScheduler
+from search.objective import Objective
 from search.predict import SpeedupPredictor
-from search.prompts import EncodedPrompt, PromptSplit
+from search.prompts import EncodedPrompt, PromptSplit, SearchPrompts
 from search.reference import ReferenceRun
 from search.samplers import DraftCosts, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
-    HasTrials,
     Snapshot,
-    basis_of,
-    best_trials,
-    candidate_key,
     config_of,
-    correction_of,
     evaluated_trials,
     finalists,
     fully_measured_trials,
     measured_trials,
-    speedup_of,
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
@@ -70,29 +71,41 @@ from studies.trial_loop import run_trials
 
 
 @dataclass(frozen=True)
-class Finalist:
-    """A candidate whose speed was measured.
+class SearchTask:
+    """What a search has to do; it can be sent to another process.
 
     Args:
-        trial: The trial that it comes from.
-        summary: What was measured.
-        prompt_set: On what.
+        identity: The model's identity.
+        prompts: The prompts to search with, and those held out.
+        settings: How long and how thoroughly to search.
+        space: The search space.
+        study: The study's name; None makes one of the model's id and of all that values depend on, so that the same
+            search finds its study again and another search gets another one.
+        folder: Where reference texts and locks are kept; None is :func:`layerskip.checkpoints.cache_folder`.
+        ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
+        worker: Number of the process, where several work on one study; 0 is the first, which plans what is tried.
+
+    Raises:
+        InvalidInputError: The study's name is empty.
     """
 
-    trial: FrozenTrial
-    summary: Summary
-    prompt_set: PromptSet
+    identity: ModelIdentity
+    prompts: PromptSplit
+    settings: SearchSettings
+    space: SearchSpace
+    study: str | None = None
+    folder: Path | None = None
+    ends: float | None = None
+    worker: int = 0
 
-    @classmethod
-    def of(cls, trial: FrozenTrial) -> Finalist:
-        """A measured trial with the figures that the search itself measured."""
-        figures = {name: trial.user_attrs[name] for name in Summary.__dataclass_fields__}
-        return cls(trial, Summary(**figures), "search")
+    def __post_init__(self) -> None:
+        if self.study is not None and not self.study.strip():
+            raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """What a search found.
 
     Args:
         study: The study's name.
@@ -109,289 +122,87 @@ class SearchResult:
     interrupted: bool
 
 
-def measured_part(summary: Summary, prompt_set: PromptSet, *, max_new_tokens: int, device: str, dtype: str) -> Measured:
-    """Measurements as a profile tells them.
-
-    Args:
-        summary: What was measured.
-        prompt_set: On what.
-        max_new_tokens: Most tokens generated for each prompt.
-        device: Name of the device.
-        dtype: Name of the model's floating-point type.
-    """
-    figures = asdict(summary)
-    figures["speculative_tokens_per_second"] = figures.pop("draft_tokens_per_second")
-    return Measured(
-        **figures,
-        prompt_set=prompt_set,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        versions=library_versions(),
-    )
-
-
-def profile_of(
-    best: Finalist,
-    assets: DraftWeights,
-    identity: ModelIdentity,
-    study: str,
-    context: StudyContext,
-    *,
-    training_seconds: float | None = None,
-) -> DraftProfile:
-    """The profile of a measured candidate.
-
-    Args:
-        best: What was measured.
-        assets: Its weights.
-        identity: The model.
-        study: The study's name.
-        context: What the study's values depend on.
-        training_seconds: How long its draft layer was trained, if it has one and that is known.
-    """
-    return DraftProfile.of(
-        config_of(best.trial),
-        assets,
-        model=identity,
-        measured=measured_part(
-            best.summary,
-            best.prompt_set,
-            max_new_tokens=context.max_new_tokens,
-            device=context.device,
-            dtype=context.dtype,
-        ),
-        provenance=Provenance(
-            study=study,
-            trial=best.trial.number,
-            created=datetime.now(UTC),
-            tool=f"layerskip {library_versions()['layerskip']}",
-            training_seconds=training_seconds,
-        ),
-    )
-
-
 @dataclass(frozen=True)
-class SearchPrompts:
-    """Who decodes what.
+class Tools:
+    """What predicts and builds candidates, made from reference texts and measured costs.
 
     Args:
-        scored: Drafts are held against the target model's continuations of these.
-        fitted: Bridges and vocabularies learn from these; what they learned from would look better than it is.
-        measured: Measured candidates decode these, the first of the scored ones.
-        held_out: Finalists decode these.
+        builder: Builds drafts.
+        tracer: Traces their agreement with the target model on the scored texts.
+        costs: What passes cost here.
+        predictor: Predicts speedups.
     """
 
-    scored: tuple[EncodedPrompt, ...]
-    fitted: tuple[EncodedPrompt, ...]
-    measured: tuple[EncodedPrompt, ...]
-    held_out: tuple[EncodedPrompt, ...]
-
-    @classmethod
-    def of(cls, split: PromptSplit, settings: SearchSettings) -> SearchPrompts:
-        """Half of the search's prompts are scored, or as many as are measured; with few prompts all do everything."""
-        scored = max((len(split.search) + 1) // 2, settings.prompts_per_trial)
-        return cls(
-            split.search[:scored],
-            split.search[scored:] or split.search,
-            split.search[: settings.prompts_per_trial],
-            split.held_out[: settings.held_out_prompts],
-        )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What trials work with."""
-
-    makers: DraftBuilder
-    estimator: AcceptanceTracer
-    latency: CostModel
+    builder: DraftBuilder
+    tracer: AcceptanceTracer
+    costs: CostModel
     predictor: SpeedupPredictor
 
 
-def prepare(
-    engine: Engine,
-    fingerprint: str,
-    prompts: SearchPrompts,
-    space: SearchSpace,
-    settings: SearchSettings,
-    study: optuna.Study,
-    *,
-    draft_layers: Sequence[TrainedDraftLayer] = (),
-    folder: Path,
-    quiet: MachineLock,
-    on_event: OnEvent,
-) -> Prepared:
-    """Make the reference run and measure the parts of a step, or take those that an earlier search made.
+@dataclass(frozen=True)
+class _Finalist:
+    """A trial whose candidate was measured, and on which prompts."""
 
-    Args:
-        engine: Runs the passes of the model.
-        fingerprint: Of its weights.
-        prompts: Who decodes what.
-        space: What candidates are made of.
-        settings: How long texts are.
-        study: Keeps what the parts of a step cost.
-        draft_layers: Trained draft layers that candidates may have.
-        folder: Where reference runs are kept.
-        quiet: Gives measurements the machine for themselves.
-        on_event: Called with what happens.
-
-    Raises:
-        LayerSkipError: The reference run cannot be kept.
-    """
-    model, length = engine.model, settings.max_new_tokens
-    with quiet.shared():  # another worker may be measuring
-        run = ReferenceRun(model, folder, fingerprint)
-        on_event(PhaseStarted("reference", len(prompts.scored) + len(prompts.fitted)))
-        makers = DraftBuilder(model, fit_texts(run, prompts.fitted, max_new_tokens=length), draft_layers)
-        estimator = AcceptanceTracer(model, run.texts(prompts.scored, max_new_tokens=length))
-        on_event(ReferenceReady(run.found))
-    latency = _latency(engine, space, study, quiet, on_event)
-    predictor = SpeedupPredictor(engine, space, makers, estimator, latency, max_new_tokens=length)
-    return Prepared(makers, estimator, latency, predictor)
-
-
-def _latency(
-    engine: Engine, space: SearchSpace, study: optuna.Study, quiet: MachineLock, on_event: OnEvent
-) -> CostModel:
-    try:
-        return CostModel.from_json(study.user_attrs[COSTS_KEY])
-    except (KeyError, ValueError):  # the study is new, or kept another form
-        on_event(PhaseStarted("costs"))
-    with quiet.exclusive():
-        latency = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
-    study.set_user_attr(COSTS_KEY, latency.to_json())
-    return latency
-
-
-def next_to_measure(study: HasTrials) -> FrozenTrial | None:
-    """The candidate of the highest prediction that was not measured yet and could beat the best that was."""
-    measured = measured_trials(study)
-    done = {candidate_key(trial) for trial in measured}
-    open_ones = [t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY] and candidate_key(t) not in done]
-    best = max(open_ones, key=speedup_of, default=None)
-    to_beat = max(map(speedup_of, fully_measured_trials(study)), default=0.0)
-    return best if best is not None and speedup_of(best) * correction_of(study) > to_beat else None
-
-
-class MeasurementScheduler:
-    """A callback for a study: enqueues what is worth measuring, as far as there is time for it.
-
-    Args:
-        share: Most of the search's time that may go into measuring, from 0 to 1.
-        seconds: What one measurement is expected to take.
-        earlier: Numbers of the trials that were measured before this search began.
-    """
-
-    def __init__(self, share: float, seconds: float, earlier: Collection[int]) -> None:
-        self._share = share
-        self._seconds = seconds
-        self._earlier = earlier
-        self._began = time.perf_counter()
-
-    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        now = Snapshot(study)
-        if _busy(now) or not self._has_time(now):
-            return
-        best = next_to_measure(now)
-        if best is not None:
-            attributes = {SOURCE_KEY: f"measurement of trial {best.number}", MEASURES_KEY: best.number}
-            study.enqueue_trial(best.params, user_attrs=attributes, skip_if_exists=False)
-
-    def _has_time(self, study: HasTrials) -> bool:
-        measured = measured_trials(study)
-        spent = [trial.user_attrs[SECONDS_KEY] for trial in measured if trial.number not in self._earlier]
-        one = statistics.median(spent) if spent else self._seconds
-        elapsed = time.perf_counter() - self._began
-        return float(sum(spent) + one) <= self._share * (elapsed + one)
-
-
-def _busy(study: HasTrials) -> bool:
-    """Whether a measurement is under way, or would only queue up behind others: till then there may be a better one."""
-    waiting, running = TrialState.WAITING, TrialState.RUNNING
-    open_trials = study.get_trials(deepcopy=False, states=(waiting, running))
-    return any(trial.state == waiting or MEASURES_KEY in trial.user_attrs for trial in open_trials)
-
-
-# Seconds; no timeout at all would be another thing.
-_MOMENT = 1e-3
+    trial: FrozenTrial
+    summary: Summary
+    prompt_set: PromptSet
 
 
 class Search:
-    """Finds a draft for a model, and goes on where an earlier search of the same study stopped.
+    """Searches for the fastest draft of a model, and resumes where an earlier search of the same study stopped.
+
+    Attributes:
+        task: What it was made with.
 
     Args:
         engine: Runs the passes of the model.
-        identity: Its identity.
-        prompts: What to decode.
-        storage: Where the study lives.
-        settings: How long and how thoroughly to search.
-        space: The search space; None is the skip set, the stopping rules, and the draft layers.
+        task: The prompts, the settings, the space and so on.
+        storage: Where the study is kept.
         draft_layers: The trained draft layers that the space names, with their tensors.
-        study_name: The study's name; None makes one of the model's id and of all that values depend on, so that the
-            same search finds its study again and another search gets another one.
         on_event: Called with what happens.
-        folder: Where reference runs are kept; None is :func:`layerskip.checkpoints.cache_folder`.
-        ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
-        number: Of this worker, where several work on one study; 0 plans what is measured.
-        helpers: Given the study's name, makes what is entered before the first trial and left behind the last, such as
-            :class:`search.workers.Workers`.
+        helpers: Makes of the task, with the study's name in it, what is entered before the first trial and left after
+            the last, such as :class:`search.workers.Workers`.
 
     Raises:
-        InvalidInputError: The study's name is empty, or the space names other draft layers than were given.
+        InvalidInputError: The space names other draft layers than are given.
     """
 
     def __init__(
         self,
         engine: Engine,
-        identity: ModelIdentity,
-        prompts: PromptSplit,
+        task: SearchTask,
         storage: ReconnectingStorage,
-        settings: SearchSettings,
         *,
-        space: SearchSpace | None = None,
         draft_layers: Sequence[TrainedDraftLayer] = (),
-        study_name: str | None = None,
         on_event: OnEvent = ignore,
-        folder: Path | None = None,
-        ends: float | None = None,
-        number: int = 0,
-        helpers: Callable[[str], AbstractContextManager[object]] = lambda study: nullcontext(),
+        helpers: Callable[[SearchTask], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        if study_name is not None and not study_name.strip():
-            raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-        model = engine.model
-        self._engine = engine
-        self._identity = identity
-        self._storage = storage
-        self._settings = settings
-        self._on_event = on_event
-        self._prompts = SearchPrompts.of(prompts, settings)
-        refs = tuple(layer.ref for layer in draft_layers)
-        self._space = space or SearchSpace(model.num_layers, draft_layers=refs)
-        if self._space.draft_layers != refs:
+        named, given = task.space.draft_layers, tuple(layer.ref for layer in draft_layers)
+        if named != given:
             raise InvalidInputError(
-                f"space: names {len(self._space.draft_layers)} draft layers, and {len(refs)} others were given; "
+                f"space: names {len(named)} draft layers, and {len(given)} others were given; "
                 "give the space those that the search gets"
             )
+        self._engine = engine
+        self.task = task
+        self._storage = storage
         self._draft_layers = draft_layers
-        self._folder = folder or cache_folder()
-        self._quiet = MachineLock(self._folder, model.device, workers=settings.workers)
-        self._number = number
-        self._ends = ends
+        self._on_event = on_event
         self._helpers = helpers
-        self._prepared: Prepared | None = None
+        self._folder = task.folder or cache_folder()
+        self._lock = MachineLock(self._folder, engine.model.device, workers=task.settings.workers)
+        self._prompts = SearchPrompts.of(task.prompts, task.settings)
         self._context = StudyContext(
-            model=identity.id,
-            fingerprint=identity.fingerprint,
-            dtype=_dtype_name(model),
-            device=_device_name(engine),
-            prompts=prompts.fingerprint,
-            max_new_tokens=settings.max_new_tokens,
+            model=task.identity.id,
+            fingerprint=task.identity.fingerprint,
+            dtype=dtype_name(engine.model),
+            device=describe_device(engine),
+            prompts=task.prompts.fingerprint,
+            max_new_tokens=task.settings.max_new_tokens,
             prompts_per_trial=len(self._prompts.measured),
-            space=self._space.describe(),
+            space=task.space.describe(),
         )
-        self._name = study_name or f"{_file_name(identity.id)}-{self._context.digest}"
+        self._name = task.study or f"{_file_name(task.identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
         """Search, measure the finalists on held-out prompts, and make the best one's profile.
@@ -403,190 +214,202 @@ class Search:
             LosslessnessError: A draft changed the output.
         """
         study = self.open()
-        interrupted = False
-        decided: list[Finalist] = []
+        tools, measured, interrupted = None, [], False
         try:
-            self.explore(study)
-            chosen = finalists(study, self._settings.finalists)
-            self._on_event(PhaseStarted("finalists", len(chosen)))
-            for trial in chosen:
-                decided.append(self._measure_finalist(trial))
-                self._on_event(FinalistMeasured(len(decided), trial, decided[-1].summary.speedup))
+            tools = self.prepare(study)
+            self.explore(study, tools)
+            for finalist in self._measured_finalists(study, tools):
+                measured.append(finalist)
         except KeyboardInterrupt:
             interrupted = True
-        so_far = max(fully_measured_trials(study), key=speedup_of, default=None)
-        best = max(decided, key=lambda one: one.summary.speedup, default=Finalist.of(so_far) if so_far else None)
+        best = max(measured or _measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
         return SearchResult(
             study=study.study_name,
             trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
-            profile=self._profile(best) if best and self._prepared else None,
+            profile=self._profile(best, tools.builder) if best and tools else None,
             interrupted=interrupted,
         )
 
     def open(self) -> optuna.Study:
-        """Create the study, or open it to go on.
+        """Create the study, or open it to resume.
 
         Raises:
             InvalidInputError: It was made with another model, prompts or space.
         """
         study = open_study(self._storage, self._name, self._context)
-        self._on_event(StudyOpened(study.study_name, progress_of(study)))
+        self._on_event(StudyOpened(study.study_name, Progress.of(study)))
         return study
 
-    def explore(self, study: optuna.Study) -> None:
-        """Look at candidates until there are enough, and measure those that look promising."""
-        tools = self._prepare(study)
-        if len(evaluated_trials(study)) >= self._settings.trials:
+    def prepare(self, study: optuna.Study) -> Tools:
+        """Decode the reference prompts and measure the parts of a step, or load what an earlier search kept.
+
+        Args:
+            study: Keeps the costs.
+
+        Raises:
+            LayerSkipError: The reference texts cannot be kept.
+        """
+        model, space, length = self._engine.model, self.task.space, self.task.settings.max_new_tokens
+        scored, fitted = self._prompts.scored, self._prompts.fitted
+        with self._lock.shared():  # another worker may be measuring
+            reference = ReferenceRun(model, self._folder, self.task.identity.fingerprint)
+            self._on_event(PhaseStarted("reference", len(scored) + len(fitted)))
+            builder = DraftBuilder(model, fit_texts(reference, fitted, max_new_tokens=length), self._draft_layers)
+            tracer = AcceptanceTracer(model, reference.texts(scored, max_new_tokens=length))
+            self._on_event(ReferenceReady(reference.found))
+        costs = self._costs(study)
+        predictor = SpeedupPredictor(self._engine, space, builder, tracer, costs, max_new_tokens=length)
+        return Tools(builder, tracer, costs, predictor)
+
+    def explore(self, study: optuna.Study, tools: Tools) -> None:
+        """Look at candidates until there are enough, and measure those that look promising.
+
+        Args:
+            study: From :meth:`open`.
+            tools: From :meth:`prepare`.
+        """
+        settings = self.task.settings
+        if len(evaluated_trials(study)) >= settings.trials:
             return
         study.sampler = self._sampler(study, tools)
         objective = Objective(
-            self._space,
+            self.task.space,
             tools.predictor,
-            partial(self._measure, prompt_set="search"),
-            self._quiet,
+            partial(self._measure, tools.builder, prompt_set="search"),
+            self._lock,
             self._prompts.measured,
-            self._settings.sampler_name,
+            settings.sampler_name,
         )
-        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = []
-        if self._number == 0:
-            earlier = [trial.number for trial in measured_trials(study)]
-            alone = SingleSublayerAcceptance(self._engine.model, tools.estimator)
-            starts = WarmStartPlan(
-                warm_starts(self._space, alone, tools.estimator, tools.latency),
-                alone,
-                self._space,
-                2 * self._settings.workers,  # a worker that finds none waiting would propose one of its own
-                self._quiet,
-            )
-            starts(study)
-            measuring = MeasurementScheduler(self._settings.measuring_share, self._seconds_to_measure(tools), earlier)
-            callbacks = [starts, measuring]
+        plans = self._plans(study, tools) if self.task.worker == 0 else []
+        ends = self.task.ends
+        if ends is None and settings.timeout is not None:
+            ends = time.monotonic() + settings.timeout
         self._on_event(PhaseStarted("trials"))
-        with self._helpers(study.study_name):
-            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=self._timeout()):
-                for callback in callbacks:
-                    callback(study, trial)
-                progress = progress_of(Snapshot(study))
+        with self._helpers(replace(self.task, study=study.study_name, ends=ends)):
+            timeout = None if ends is None else ends - time.monotonic()
+            for trial in run_trials(study, objective, self._storage.heartbeats, timeout=timeout):
+                for plan in plans:
+                    plan(study, trial)
+                progress = Progress.of(Snapshot(study))
                 self._on_event(TrialFinished(trial, progress))
-                if progress.seen >= self._settings.trials:
+                if progress.seen >= settings.trials:
                     break
 
-    def _timeout(self) -> float | None:
-        return self._settings.timeout if self._ends is None else max(self._ends - time.monotonic(), _MOMENT)
+    def _costs(self, study: optuna.Study) -> CostModel:
+        try:
+            return CostModel.from_json(study.user_attrs[COSTS_KEY])
+        except (KeyError, ValueError):  # the study is new, or kept another form
+            self._on_event(PhaseStarted("costs"))
+        sizes, most_drafted = self.task.space.vocabulary_sizes, self.task.space.most_drafted
+        with self._lock.exclusive():
+            costs = measure_costs(self._engine, vocabularies=sizes, most_drafted=most_drafted)
+        study.set_user_attr(COSTS_KEY, costs.to_json())
+        return costs
 
-    def _prepare(self, study: optuna.Study) -> Prepared:
-        self._prepared = prepare(
-            self._engine,
-            self._identity.fingerprint,
-            self._prompts,
-            self._space,
-            self._settings,
-            study,
-            draft_layers=self._draft_layers,
-            folder=self._folder,
-            quiet=self._quiet,
-            on_event=self._on_event,
-        )
-        return self._prepared
-
-    def _sampler(self, study: optuna.Study, tools: Prepared) -> BaseSampler:
+    def _sampler(self, study: optuna.Study, tools: Tools) -> BaseSampler:
+        settings = self.task.settings
         # A resumed study, or another worker, must not draw the same random numbers again.
-        drawn = len(study.get_trials(deepcopy=False)) + self._number * self._settings.trials
-        seed = None if self._settings.seed is None else (self._settings.seed + drawn) % SEEDS
-        return NoRepeats(self._inner_sampler(tools, seed), self._space, seed=seed)
-
-    def _inner_sampler(self, tools: Prepared, seed: int | None) -> BaseSampler:
-        sampler = self._settings.sampler
+        drawn = len(study.get_trials(deepcopy=False)) + self.task.worker * settings.trials
+        seed = None if settings.seed is None else (settings.seed + drawn) % SEEDS
+        sampler = settings.sampler
         if isinstance(sampler, str):
             context = sum(len(prompt.tokens) for prompt in self._prompts.scored) / len(self._prompts.scored)
-            costs = DraftCosts(
-                tools.latency.at(context).relative(), tools.makers.num_bridges, self._space.max_draft_length
+            draft_costs = DraftCosts(
+                tools.costs.at(context).relative(), tools.builder.num_bridges, self.task.space.max_draft_length
             )
-            return make_sampler(sampler, self._space, costs, seed=seed)
-        if self._number:  # or this worker would draw what the first one draws
+            sampler = make_sampler(sampler, self.task.space, draft_costs, seed=seed)
+        elif self.task.worker:  # or this worker would draw what the first one draws
             sampler.reseed_rng()
-        return sampler
+        return NoRepeats(sampler, self.task.space, seed=seed)
+
+    def _plans(self, study: optuna.Study, tools: Tools) -> Sequence[Callable[[optuna.Study, FrozenTrial], None]]:
+        """Called after each trial: what enqueues warm starts, the first of them at once, and measurements."""
+        space, settings = self.task.space, self.task.settings
+        alone = SingleSublayerAcceptance(self._engine.model, tools.tracer)
+        starts = WarmStartPlan(
+            warm_starts(space, alone, tools.tracer, tools.costs),
+            alone,
+            space,
+            2 * settings.workers,  # a worker that finds none waiting would propose a candidate of its own
+            self._lock,
+        )
+        starts(study)
+        # What a measurement would take if drafts neither helped nor hurt.
+        tokens = settings.max_new_tokens * len(self._prompts.measured)
+        seconds = 2 * tokens * tools.costs.at(settings.max_new_tokens).plain_step
+        earlier = [trial.number for trial in measured_trials(study)]
+        return [starts, MeasurementScheduler(settings.measuring_share, seconds, earlier)]
 
     def _measure(
         self,
+        builder: DraftBuilder,
         trial: int,
         config: DraftConfig,
         prompts: Sequence[EncodedPrompt],
         *,
         prompt_set: PromptSet,
     ) -> Iterator[Measurement]:
-        """Measure a trial's candidate prompt by prompt; each measurement is recorded before it is given."""
-        assert self._prepared is not None
+        """Measure a trial's draft prompt by prompt; each measurement is recorded first."""
         self._on_event(PromptMeasured(0, len(prompts), trial))
-        drafter = self._prepared.makers.drafter(config)
-        plan = MeasuringPlan(prompts, self._settings.max_new_tokens)
-        records = self._storage.records
-        for number, measured in enumerate(measure_drafter(self._engine, drafter, plan, self._quiet), start=1):
-            records.add(_record(measured, self._name, trial, prompt_set))
-            self._on_event(PromptMeasured(number, len(prompts), trial))
-            yield measured
+        plan = MeasuringPlan(prompts, self.task.settings.max_new_tokens)
+        measurements = measure_drafter(self._engine, builder.drafter(config), plan, self._lock)
+        for done, measurement in enumerate(measurements, start=1):
+            self._storage.records.add(_record(measurement, self._name, trial, prompt_set))
+            self._on_event(PromptMeasured(done, len(prompts), trial))
+            yield measurement
 
-    def _seconds_to_measure(self, tools: Prepared) -> float:
-        """What a measurement would take if drafts neither helped nor hurt."""
-        tokens = self._settings.max_new_tokens * len(self._prompts.measured)
-        return 2 * tokens * tools.latency.at(self._settings.max_new_tokens).plain_step
+    def _measured_finalists(self, study: optuna.Study, tools: Tools) -> Iterator[_Finalist]:
+        chosen = finalists(study, self.task.settings.finalists)
+        self._on_event(PhaseStarted("finalists", len(chosen)))
+        for number, trial in enumerate(chosen, start=1):
+            measured = self._measure(
+                tools.builder, trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out"
+            )
+            finalist = _Finalist(trial, summarize(list(measured)), "held-out")
+            yield finalist
+            self._on_event(FinalistMeasured(number, trial, finalist.summary.speedup))
 
-    def _measure_finalist(self, trial: FrozenTrial) -> Finalist:
-        assert self._prepared is not None
-        measured = self._measure(trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out")
-        return Finalist(trial, summarize(list(measured)), "held-out")
-
-    def _profile(self, best: Finalist) -> DraftProfile:
-        assert self._prepared is not None
-        config, makers = config_of(best.trial), self._prepared.makers
-        return profile_of(
-            best,
-            makers.weights(config),
-            self._identity,
-            self._name,
-            self._context,
-            training_seconds=makers.training_seconds(config),
+    def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
+        config = config_of(best.trial)
+        return DraftProfile.of(
+            config,
+            builder.weights(config),
+            model=self.task.identity,
+            measured=as_measured(best.summary, best.prompt_set, self.task.settings.max_new_tokens, self._engine),
+            provenance=Provenance(
+                study=self._name,
+                trial=best.trial.number,
+                created=datetime.now(UTC),
+                tool=f"layerskip {library_versions()['layerskip']}",
+                training_seconds=builder.training_seconds(config),
+            ),
         )
 
 
-def progress_of(study: HasTrials) -> Progress:
-    """Where a search stands."""
-    best = best_trials(study, 1)
-    return Progress(
-        seen=len(evaluated_trials(study)),
-        measured=len(measured_trials(study)),
-        best=speedup_of(best[0]) if best else None,
-        basis=basis_of(best[0]) if best else "predicted",
-    )
+def _measured_in_search(study: optuna.Study) -> list[_Finalist]:
+    """The candidates that the search itself measured on all of its prompts."""
+    names = Summary.__dataclass_fields__
+    return [
+        _Finalist(trial, Summary(**{name: trial.user_attrs[name] for name in names}), "search")
+        for trial in fully_measured_trials(study)
+    ]
 
 
-def _record(measured: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
+def _record(measurement: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
     return MeasurementRecord(
         study=study,
         trial=trial,
-        prompt=measured.prompt,
+        prompt=measurement.prompt,
         prompt_set=prompt_set,
-        plain_seconds=measured.plain_seconds,
-        draft_seconds=measured.draft_seconds,
-        tokens=measured.tokens,
-        draft_tokens=measured.draft_tokens,
-        drafted=measured.drafted,
-        accepted=measured.accepted,
-        near_tie=measured.near_tie,
+        plain_seconds=measurement.plain_seconds,
+        draft_seconds=measurement.draft_seconds,
+        tokens=measurement.tokens,
+        draft_tokens=measurement.draft_tokens,
+        drafted=measurement.drafted,
+        accepted=measurement.accepted,
+        near_tie=measurement.near_tie,
     )
-
-
-def _device_name(engine: Engine) -> str:
-    """The device, and how passes run there if it is not the usual way."""
-    ways = [device_name(engine.model.device)]
-    ways += [engine.name] * (engine.name != EagerEngine.name)
-    ways += ["compiled"] * engine.model.compiled
-    return ", ".join(ways)
-
-
-def _dtype_name(model: LayerSkipModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _file_name(id: str) -> str:

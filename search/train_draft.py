@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from layerskip.costs import CostModel
 from layerskip.drafting.bridges import fit_bridge, runs_of
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
@@ -41,13 +41,10 @@ from layerskip.training import (
     TrainingTexts,
     TrainingTextWriter,
     train,
-    trainable_bridge,
-    trainable_heads,
-    trainable_layer,
     vocabulary_of,
 )
 from layerskip.training.evaluation import LONGEST, head_costs_by_weights, ideal_speedup, step_cost_by_weights
-from layerskip.utils import cache_write_errors, device_name, library_versions
+from layerskip.utils import cache_write_errors, library_versions
 from search.acceptance import Trace, ranked
 from search.branching import branching_policies
 from search.callbacks import (
@@ -64,11 +61,10 @@ from search.callbacks import (
 from search.copying import copies_along, with_copies
 from search.head_replay import DraftSeconds, HeadCosts, head_policies, measure_drafts, replay_heads, trace_heads
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, measure_drafter, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
 from search.replay import RoundCosts, SimulatedSpeedup, replay
-from search.search import measured_part
 from search.space import SearchSpace
 
 _BRIDGE_POSITIONS = 8192
@@ -127,14 +123,14 @@ class TunedDraft(Protocol):
             token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         """
 
-    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
         """What has to be measured of drafting on a quiet machine, beside the parts of the stack."""
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
         """When its drafts should end and how they should branch, by replay.
 
         Args:
-            assets: What was trained, on the model's device and in its dtype.
+            weights: What was trained, on the model's device and in its dtype.
             ground: What to replay on.
         """
 
@@ -164,7 +160,8 @@ class AboveExit:
         if self._kind == "layer":
             # The top one knows best what the head expects.
             top = self._model.num_layers - 1
-            return trainable_layer(self._model, DraftLayerWeights.copied(self._model, self._start, self._stop, top))
+            layer = DraftLayer.copied(self._model, self._start, self._stop, top)
+            return TrainableDraft(self._model, DraftWeights(layers=[layer]))
         before: list[Tensor] = []
         after: list[Tensor] = []
         share = max(shards.positions // _BRIDGE_POSITIONS, 1)
@@ -172,25 +169,24 @@ class AboveExit:
             before.append(text.states[0, text.asked][::share])
             after.append(text.states[1, text.asked][::share])
         below, above = (torch.cat(part).to(self._model.device, torch.float32) for part in (before, after))
-        return trainable_bridge(self._model, fit_bridge(self._model, below, above, self._start, self._stop))
+        bridge = fit_bridge(self._model, below, above, self._start, self._stop)
+        return TrainableDraft(self._model, DraftWeights(bridges=[bridge]))
 
     def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
-        stand_ins = learner.assets(learner.parameters).stand_ins(self._model)
-        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=token_ids)
+        stack = self._model.stack_of(self.skip_set, stand_ins=learner.weights.steps, token_ids=token_ids)
         cost = step_cost_by_weights(self._model, stack)
         costs = [cost * length for length in range(1, LONGEST + 1)]
         return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
-    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
+    def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
         return None
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
-        stand_ins = assets.stand_ins(self._model)
-        stack = self._model.stack_of(self.skip_set, stand_ins=stand_ins, token_ids=assets.token_ids)
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
+        stack = self._model.stack_of(self.skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
         traces = [trace_of(self._model, stack, text) for text in ground.texts]
         space, limit = ground.space, ground.limit
         rounds = RoundCosts.of(ground.latency, stack, ground.engine, traces, space.most_drafted)
-        config = config_of(self, assets)
+        config = config_of(self, weights)
         policies = [*space.policies(config), *branching_policies(config, traces, space)]
         best = replay(traces, policies, rounds, limit=limit)
         if not space.prompt_lookup:
@@ -225,29 +221,31 @@ class TunedHeads:
         size = int(self._model.config.hidden_size)
         if self._kind == "hydra++":
             heads = untrained_heads("hydra", self.heads, size, seed=self._seed)
-            return trainable_heads(self._model, heads, DraftLayerWeights.behind(self._model))
-        return trainable_heads(self._model, untrained_heads(self._kind, self.heads, size, seed=self._seed))
+            weights = DraftWeights(layers=[DraftLayer.identity(self._model)], heads=heads)
+        else:
+            weights = DraftWeights(heads=untrained_heads(self._kind, self.heads, size, seed=self._seed))
+        return TrainableDraft(self._model, weights)
 
     def ideal(self, learner: TrainableDraft, token_ids: Tensor | None) -> Ideal:
-        assets = learner.assets(learner.parameters)
-        assert assets.heads is not None
+        heads = learner.weights.heads
+        assert heads is not None
         stack = self._model.stack_of(self.skip_set, token_ids=token_ids)
-        costs = head_costs_by_weights(self._model, assets.heads, stack, assets.prefix(self._model))
+        costs = head_costs_by_weights(self._model, heads, stack, learner.weights.prefix_layer)
         return lambda agreement: ideal_speedup(agreement.by_place, costs)
 
-    def costs(self, engine: Engine, assets: DraftWeights) -> DraftSeconds | None:
-        return measure_drafts(engine, assets)
+    def costs(self, engine: Engine, weights: DraftWeights) -> DraftSeconds | None:
+        return measure_drafts(engine, weights)
 
-    def best_policy(self, assets: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
-        heads = assets.heads
+    def best_policy(self, weights: DraftWeights, ground: ReplayGround) -> SimulatedSpeedup:
+        heads = weights.heads
         assert heads is not None
         assert ground.costs is not None
-        stack = self._model.stack_of(self.skip_set, token_ids=assets.token_ids)
-        prefix = assets.prefix(self._model)
+        stack = self._model.stack_of(self.skip_set, token_ids=weights.token_ids)
+        prefix = weights.prefix_layer
         traces = [trace_heads(self._model, heads, stack, text, prefix) for text in ground.texts]
         space, limit = ground.space, ground.limit
         rounds = HeadCosts.of(ground.latency, heads, ground.costs, traces, space.most_drafted)
-        policies = list(head_policies(config_of(self, assets), traces, heads.count, space))
+        policies = list(head_policies(config_of(self, weights), traces, heads.count, space))
         best = replay_heads(traces, policies, rounds, limit=limit)
         if not space.prompt_lookup:
             return best
@@ -255,21 +253,21 @@ class TunedHeads:
         return with_copies(best, lambda config: replay_heads(traces, [config], rounds, limit=limit, copies=copies))
 
 
-def config_of(draft: TunedDraft, assets: DraftWeights) -> DraftConfig:
+def config_of(draft: TunedDraft, weights: DraftWeights) -> DraftConfig:
     """How a trained draft drafts, but for its policy."""
-    size = 0 if assets.token_ids is None else len(assets.token_ids)
+    size = 0 if weights.token_ids is None else len(weights.token_ids)
     return DraftConfig(draft.skip_set, vocabulary_size=size)
 
 
-def space_for(draft: TunedDraft, assets: DraftWeights, space: SearchSpace) -> SearchSpace:
+def space_for(draft: TunedDraft, weights: DraftWeights, space: SearchSpace) -> SearchSpace:
     """A space in which a draft's own vocabulary and its longest draft have costs.
 
     Args:
         draft: The draft.
-        assets: What was trained.
+        weights: What was trained.
         space: All else that there is to try.
     """
-    size = 0 if assets.token_ids is None else len(assets.token_ids)
+    size = 0 if weights.token_ids is None else len(weights.token_ids)
     longest = max(space.max_draft_length, draft.heads)
     return replace(space, vocabulary_sizes=(0, size) if size else (0,), max_draft_length=longest)
 
@@ -496,7 +494,7 @@ class Tuning:
         profile = self._profile(trained)
         predicted = None
         if not trained.interrupted:
-            profile, predicted = self._with_figures(profile, trained.assets)
+            profile, predicted = self._with_figures(profile, trained.weights)
         return Tuned(
             profile,
             self._draft.exit,
@@ -528,12 +526,12 @@ class Tuning:
                 observe=observe,
             )
         # In two bytes a number: half the file, and what a draft is off by changes no output.
-        return replace(trained, assets=trained.assets.to(torch.empty(0, dtype=torch.bfloat16)))
+        return replace(trained, weights=trained.weights.to(torch.bfloat16))
 
     def _profile(self, trained: Trained) -> DraftProfile:
         return DraftProfile.of(
             DraftConfig(self._draft.skip_set, stopping=ConfidenceThreshold()),
-            trained.assets,
+            trained.weights,
             model=self._identity,
             provenance=Provenance(
                 created=datetime.now(UTC),
@@ -542,34 +540,28 @@ class Tuning:
             ),
         )
 
-    def _with_figures(self, profile: DraftProfile, assets: DraftWeights) -> tuple[DraftProfile, float]:
+    def _with_figures(self, profile: DraftProfile, weights: DraftWeights) -> tuple[DraftProfile, float]:
         """The profile with the draft exit that replay finds best, measured on held-out prompts."""
         quiet = MachineLock(self._folder, self._model.device)
         with quiet.shared():
             run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
             texts = run.texts(self._choosing, max_new_tokens=self._settings.max_new_tokens)
-        here = assets.to(torch.empty(0, dtype=self._model.dtype, device=self._model.device))
+        here = weights.placed_on(self._model)
         best = self._best_policy(here, texts, quiet)
         self._on_event(PolicyChosen(best.config, best.speedup))
-        profile = DraftProfile.of(best.config, assets, model=profile.model, provenance=profile.provenance)
+        profile = DraftProfile.of(best.config, weights, model=profile.model, provenance=profile.provenance)
         summary = self._measured(profile, quiet)
-        measured = measured_part(
-            summary,
-            "held-out",
-            max_new_tokens=self._settings.max_new_tokens,
-            device=device_name(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
-        )
+        measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
         return profile.model_copy(update={"measured": measured}), best.speedup
 
-    def _best_policy(self, assets: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
-        space = space_for(self._draft, assets, SearchSpace.of(self._model))
+    def _best_policy(self, weights: DraftWeights, texts: Sequence[TargetText], quiet: MachineLock) -> SimulatedSpeedup:
+        space = space_for(self._draft, weights, SearchSpace.of(self._model))
         self._on_event(PhaseStarted("costs"))
         with quiet.exclusive():
             latency = measure_costs(self._engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
-            costs = self._draft.costs(self._engine, assets)
+            costs = self._draft.costs(self._engine, weights)
         ground = ReplayGround(self._engine, texts, space, latency, costs, limit=self._settings.max_new_tokens)
-        return self._draft.best_policy(assets, ground)
+        return self._draft.best_policy(weights, ground)
 
     def _measured(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)

@@ -1,16 +1,15 @@
-"""Several processes on one study: each takes the next trial, the first also plans what to measure, and reports."""
+"""Worker processes: several processes work on one study; the first also plans what is tried, and reports."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType, TracebackType
 
 import optuna
@@ -18,70 +17,59 @@ import torch
 
 from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError, out_of_memory
-from layerskip.fingerprint import ModelIdentity
-from layerskip.profile import DraftProfile
-from search.draft_layers import trained_draft_layers
-from search.prompts import PromptSplit
-from search.settings import SearchSettings
-from search.space import SearchSpace
+from search.draft_layers import TrainedDraftLayer
+from search.search import Search, SearchTask
+from studies.storage import open_storage
 
-# A worker that was told to end may be in the middle of a long pass; one that takes longer is killed.
+# A worker may be in the middle of a long pass when it is asked to end; if it takes longer than this, it is killed.
 _SECONDS_TO_END = 10.0
+
+# Loads a model with its engine, and the trained draft layers that a search may use; called in the worker.
+Load = Callable[[], tuple[Engine, Sequence[TrainedDraftLayer]]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a worker needs to join a search; it can be sent to another process.
+class _Work:
+    """All that a worker needs; it can be sent to another process."""
 
-    Args:
-        load: Loads the model, and makes its engine.
-        identity: The model's identity.
-        prompts: What to decode.
-        storage: URL of the storage that the study lives in.
-        settings: As in the first worker.
-        space: As in the first worker.
-        study: The study's name.
-        folder: Where reference runs are kept.
-        ends: Time on the machine's monotonic clock at which no new trial starts.
-        load_profiles: Loads the profiles whose draft layers the space names, by where they come from.
-    """
-
-    load: Callable[[], Engine]
-    identity: ModelIdentity
-    prompts: PromptSplit
+    load: Load
+    task: SearchTask
     storage: str
-    settings: SearchSettings
-    space: SearchSpace
-    study: str
-    folder: Path | None = None
-    ends: float | None = None
-    load_profiles: Callable[[], Mapping[str, DraftProfile]] = dict
+    threads: int
+    verbosity: int
 
 
 class Workers(AbstractContextManager["Workers"]):
     """Processes that join a search when entered and are waited for at the end.
 
-    A worker that is killed loses nothing but its trial in hand, which is tried once more; the others go on. An error,
-    or Ctrl-C, in the first process ends them all, and what they had in hand is tried again when the study goes on.
+    A worker that is killed loses nothing but the trial that it was running, which is tried once more; the others
+    continue. An error, or Ctrl-C, in the first process ends them all, and the trials that they were running are tried
+    again when the study is resumed.
 
-    No trial is taken twice: what is enqueued goes to one worker alone. Two workers that draw at the same moment may
+    No trial is taken twice: what is enqueued goes to one worker alone. Two workers that propose at the same moment may
     propose the same candidate, for neither knows the other's trial yet; both then look at it. With ``n`` workers a
     study ends with at most ``n - 1`` candidates more than asked for, those that were under way.
 
     Args:
-        work: One for each process.
+        loads: How each worker loads the model.
+        task: The task of the first process, with the study's name in it.
+        storage: URL of the storage that the study is kept in.
         when_failed: Called with the number and the message of a worker that gave up.
     """
 
-    def __init__(self, work: list[Work], when_failed: Callable[[int, str], None]) -> None:
-        self._work = work
+    def __init__(
+        self, loads: Sequence[Load], task: SearchTask, storage: str, when_failed: Callable[[int, str], None]
+    ) -> None:
+        self._loads = loads
+        self._task = task
+        self._storage = storage
         self._when_failed = when_failed
         self._running: list[tuple[BaseProcess, Connection]] = []
 
     def __enter__(self) -> Workers:
         try:
-            for number, work in enumerate(self._work, start=1):
-                self._start(number, work)
+            for number, load in enumerate(self._loads, start=1):
+                self._start(number, load)
         except BaseException:
             self._end()
             raise
@@ -101,19 +89,24 @@ class Workers(AbstractContextManager["Workers"]):
             if message or process.exitcode:
                 self._when_failed(number, message or f"ended with exit code {process.exitcode}")
 
-    def _start(self, number: int, work: Work) -> None:
+    def _start(self, number: int, load: Load) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        ours, theirs = context.Pipe(duplex=False)
-        settings = (torch.get_num_threads(), optuna.logging.get_verbosity())
-        name = f"layerskip worker {number}"
-        process = context.Process(target=_run, args=(work, number, theirs, *settings), name=name, daemon=True)
-        with _ctrl_c_ignored():  # inherited: Ctrl-C reaches all of a terminal's processes, and this one will tell
+        messages, theirs = context.Pipe(duplex=False)
+        work = _Work(
+            load,
+            replace(self._task, worker=number),
+            self._storage,
+            torch.get_num_threads(),
+            optuna.logging.get_verbosity(),
+        )
+        process = context.Process(target=_run, args=(work, theirs), name=f"layerskip worker {number}", daemon=True)
+        with _ctrl_c_ignored():  # inherited, so that Ctrl-C does not break the worker's imports either
             process.start()
         theirs.close()
-        self._running.append((process, ours))
+        self._running.append((process, messages))
 
     def _end(self) -> None:
-        """Let each put back what it has in hand."""
+        """Let each worker enqueue the trial that it is running again."""
         for process, _ in self._running:
             process.terminate()
         for process, _ in self._running:
@@ -126,13 +119,13 @@ class Workers(AbstractContextManager["Workers"]):
 def _message(messages: Connection) -> str | None:
     try:
         return str(messages.recv()) if messages.poll() else None
-    except EOFError:  # it ended without a word
+    except EOFError:  # it ended without a message
         return None
 
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set, nor Ctrl-C arrives
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -142,29 +135,17 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run(work: Work, number: int, messages: Connection, threads: int, verbosity: int) -> None:
-    from search.search import Search
-    from studies.storage import open_storage
-
+def _run(work: _Work, messages: Connection) -> None:
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
-    torch.set_num_threads(threads)  # a part of what the device is called
-    optuna.logging.set_verbosity(verbosity)
+    torch.set_num_threads(work.threads)  # a part of the device's name
+    optuna.logging.set_verbosity(work.verbosity)
     try:
-        engine = work.load()
-        search = Search(
-            engine,
-            work.identity,
-            work.prompts,
-            open_storage(work.storage),
-            work.settings,
-            space=work.space,
-            draft_layers=trained_draft_layers(work.load_profiles(), engine.model),
-            study_name=work.study,
-            folder=work.folder,
-            ends=work.ends,
-            number=number,
-        )
-        search.explore(search.open())
+        engine, draft_layers = work.load()
+        search = Search(engine, work.task, open_storage(work.storage), draft_layers=draft_layers)
+        study = search.open()
+        search.explore(study, search.prepare(study))
     except LayerSkipError as error:
         messages.send(str(error))
     except (RuntimeError, MemoryError, OSError) as error:
@@ -177,5 +158,5 @@ def _run(work: Work, number: int, messages: Connection, threads: int, verbosity:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Ended by the first worker: as on Ctrl-C, the trial in hand is enqueued again."""
+    """Treat SIGTERM as Ctrl-C: the trial in hand is enqueued again."""
     raise KeyboardInterrupt

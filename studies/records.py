@@ -17,7 +17,7 @@ class Table(DeclarativeBase):
 
 
 class MeasurementRecord(Table):
-    """A prompt decoded plainly and with a trial's candidate.
+    """A prompt decoded by plain decoding and with a trial's candidate.
 
     Attributes:
         study: Name of the study.

@@ -41,7 +41,7 @@ _SQLITE_BUSY_SECONDS = 60
 
 
 def _retried(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """That method of the storage behind, retried when the connection is lost."""
+    """That method of the wrapped storage, retried when the connection is lost."""
 
     def retried(self: ReconnectingStorage, /, *arguments: P.args, **options: P.kwargs) -> T:
         call: Callable[P, T] = getattr(self._backend, method.__name__)

@@ -11,8 +11,8 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from layerskip import DraftConfig, SkipSet, families
-from layerskip.drafting.draft_layer import DraftLayerWeights
-from layerskip.drafting.heads import heads_of, untrained_heads
+from layerskip.drafting.draft_layer import DraftLayer
+from layerskip.drafting.heads import untrained_heads
 
 VOCABULARY = 64
 LAYERS = 4
@@ -200,18 +200,18 @@ def near_tie_or_same(model, prompt, ours, expected):
     return True
 
 
-def random_layers(model, runs, *, like=1, seed=0):
-    """Random decoder layers that stand for runs of sublayers, ``{start: stop}``, by the index of the run's first."""
+def _with_noise(module, scale, seed):
+    """The module with a random number added to each of its weights."""
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for start, stop in runs.items():
-        copied = DraftLayerWeights.copied(model, start, stop, like)
-        noise = {
-            name: weight + 0.3 * torch.randn(weight.shape, generator=generator)
-            for name, weight in copied.weights.items()
-        }
-        layers[start] = DraftLayerWeights(start, stop, like, noise)
-    return layers
+    for weight in module.state_dict().values():
+        weight += (scale * torch.randn(weight.shape, generator=generator)).to(weight)
+    return module
+
+
+def random_layers(model, runs, *, like=1, seed=0):
+    """Random draft layers for runs of sublayers, ``{start: stop}``."""
+    copies = (DraftLayer.copied(model, start, stop, like) for start, stop in runs.items())
+    return [_with_noise(layer, 0.3, seed + number) for number, layer in enumerate(copies)]
 
 
 def head_config(model, stopping, **policy):
@@ -221,16 +221,11 @@ def head_config(model, stopping, **policy):
 
 def random_heads(model, kind, count=3, *, scale=0.1, seed=0):
     """Draft heads of which each says something else; the smaller the scale, the more they say what the model says."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = untrained_heads(kind, count, model.config.hidden_size).tensors()
-    noise = {name: scale * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
-    return heads_of({name: tensor + noise[name] for name, tensor in tensors.items()})
+    return _with_noise(untrained_heads(kind, count, model.config.hidden_size), scale, seed)
 
 
 def random_prefix(model, *, scale=0.1, seed=0, like=LAYERS - 1):
-    """A layer behind all sublayers for draft heads; the smaller the scale, the less it changes hidden states."""
-    start, generator = DraftLayerWeights.behind(model), torch.Generator().manual_seed(seed)
-    noise = {
-        name: weight + scale * torch.randn(weight.shape, generator=generator) for name, weight in start.weights.items()
-    }
-    return DraftLayerWeights(start.start, start.stop, like, noise)
+    """A layer after all sublayers for draft heads; the smaller the scale, the less it changes hidden states."""
+    identity = DraftLayer.identity(model)
+    layer = DraftLayer(model, identity.start, identity.stop, like, identity.layer.state_dict())
+    return _with_noise(layer, scale, seed)

@@ -6,7 +6,7 @@ import torch
 
 from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import Bridge
-from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.fingerprint import identify
 from layerskip.profile import Provenance
@@ -34,7 +34,7 @@ def layer_profile(model, *, start=4, vocabulary=None, seed=0):
     """Of a random decoder layer, in half precision as tuning saves it."""
     layers = random_layers(model, {start: len(model.sublayers)}, seed=seed)
     ids = None if vocabulary is None else torch.tensor(vocabulary)
-    half = DraftWeights(token_ids=ids, layers=layers).to(torch.empty(0, dtype=torch.bfloat16))
+    half = DraftWeights(token_ids=ids, layers=layers).to(torch.bfloat16)
     return profile_with(model, half, start=start)
 
 
@@ -42,7 +42,7 @@ def bridge_profile(model, *, start=4, shift=0.1):
     """Of a bridge that adds a little to each number."""
     size = model.config.hidden_size
     bridge = Bridge(start, len(model.sublayers), (torch.zeros(size, size),), torch.full((size,), shift))
-    return profile_with(model, DraftWeights({start: bridge}), start=start)
+    return profile_with(model, DraftWeights(bridges=[bridge]), start=start)
 
 
 @torch.no_grad()
@@ -67,13 +67,13 @@ def _whole_shift(model):
 def perfect_layer(model):
     """The profile of a decoder layer that adds what all upper layers of a shifting model do."""
     start, top = 2 * BUSY, len(model.sublayers)
-    copied = DraftLayerWeights.copied(model, start, top, model.num_layers - 1)
-    weights = {**copied.weights, "mlp.down_proj.bias": _whole_shift(model)}
-    return profile_with(model, DraftWeights(layers={start: DraftLayerWeights(start, top, copied.like, weights)}))
+    layer = DraftLayer.copied(model, start, top, model.num_layers - 1)
+    layer.layer.mlp.down_proj.bias.copy_(_whole_shift(model))
+    return profile_with(model, DraftWeights(layers=[layer]))
 
 
 def perfect_bridge(model):
     """Likewise, of a bridge."""
     start, size = 2 * BUSY, model.config.hidden_size
     bridge = Bridge(start, len(model.sublayers), (torch.zeros(size, size),), _whole_shift(model))
-    return profile_with(model, DraftWeights({start: bridge}))
+    return profile_with(model, DraftWeights(bridges=[bridge]))

@@ -12,8 +12,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.factory import make_drafter
 from layerskip.engine import Engine
 from layerskip.utils import device_seconds
-from search.prompts import EncodedPrompt
-from search.search import SearchPrompts
+from search.prompts import EncodedPrompt, SearchPrompts
 
 
 @dataclass(frozen=True)

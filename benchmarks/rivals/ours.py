@@ -14,7 +14,7 @@ from layerskip import LayerSkipModel
 from layerskip.fingerprint import identify
 from search.callbacks import Event, TrialFinished
 from search.prompts import PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
 from studies.ranking import best_trials, config_of
@@ -29,25 +29,24 @@ def ours(sampler: str, space_of: Callable[[LayerSkipModel], SearchSpace]) -> Sea
     def search(task: Task) -> Iterator[Incumbent]:
         log = _Log(space_of(task.model))
         with tempfile.TemporaryDirectory() as folder:
-            run = Search(
-                task.engine,
+            settings = SearchSettings(
+                trials=_ENDLESS,
+                max_new_tokens=task.max_new_tokens,
+                prompts_per_trial=len(task.prompts.measured),
+                sampler=sampler,
+                seed=task.seed,
+            )
+            search_task = SearchTask(
                 identify(task.model, "benchmark"),
                 PromptSplit((*task.prompts.scored, *task.prompts.fitted), task.prompts.held_out),
-                open_storage(f"sqlite:///{folder}/studies.db"),
-                SearchSettings(
-                    trials=_ENDLESS,
-                    max_new_tokens=task.max_new_tokens,
-                    prompts_per_trial=len(task.prompts.measured),
-                    sampler=sampler,
-                    seed=task.seed,
-                ),
-                space=log.space,
-                on_event=log,
+                settings,
+                log.space,
                 folder=Path(folder),
                 ends=time.monotonic() + task.seconds,
             )
+            run = Search(task.engine, search_task, open_storage(f"sqlite:///{folder}/studies.db"), on_event=log)
             log.study = run.open()
-            run.explore(log.study)
+            run.explore(log.study, run.prepare(log.study))
         yield from log.incumbents
 
     return search

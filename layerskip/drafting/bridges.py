@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from layerskip.errors import InvalidInputError
+from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import PassContext
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
 
 # A bridge must have clearly fewer weights than what it stands in for: each weight is read once a step.
 _WORTH = 1 / 3
@@ -36,34 +33,49 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _OUTLIER = 8.0
 
 
-@dataclass(frozen=True, eq=False)
-class Bridge:
+class Bridge(nn.Module):
     """``x <- x + W x + c`` in place of sublayers ``start`` to ``stop - 1``.
 
     Args:
-        start: Index of the first sublayer that it stands for.
-        stop: Index behind the last.
-        factors: ``W``, applied one after the other: one ``[hidden_size, hidden_size]``, or two of low rank,
+        start: Index of the first sublayer that it replaces.
+        stop: Index after the last.
+        factor: ``W``, applied one after the other: one ``[hidden_size, hidden_size]``, or two of low rank,
             ``[rank, hidden_size]`` and ``[hidden_size, rank]``.
         bias: ``c``, ``[hidden_size]``.
     """
 
-    start: int
-    stop: int
-    factors: tuple[Tensor, ...]
-    bias: Tensor
+    remembers: ClassVar = False
 
-    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+    def __init__(self, start: int, stop: int, factor: Sequence[Tensor], bias: Tensor) -> None:
+        super().__init__()
+        self.start, self.stop = start, stop
+        self.factor = nn.ParameterList([nn.Parameter(each, requires_grad=False) for each in factor])
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_tensors(cls, start: int, stop: int, tensors: Mapping[str, Tensor]) -> Bridge:
+        """The bridge with these weights, by the names in its ``state_dict``.
+
+        Raises:
+            InvalidInputError: One is missing.
+        """
+        factor = [tensors[name] for name in sorted(tensors) if name.startswith("factor.")]
+        if not factor or "bias" not in tensors:
+            raise InvalidInputError(f"bridge.{start}.{stop}: expected bias and factor.0, found {', '.join(tensors)}")
+        return cls(start, stop, factor, tensors["bias"])
+
+    @property
+    def num_weights(self) -> int:
+        return sum(weight.numel() for weight in self.parameters())
+
+    def forward(self, x: Tensor, context: PassContext) -> Tensor:
+        """As :class:`layerskip.sublayers.Step`."""
         x = x.to(self.bias.device)
+        *first, last = self.factor
         change = x
-        for factor in self.factors[:-1]:
+        for factor in first:
             change = functional.linear(change, factor)
-        return x + functional.linear(change, self.factors[-1], self.bias)
-
-    def to(self, like: Tensor) -> Bridge:
-        """The bridge in the dtype and on the device of a tensor."""
-        factors = tuple(factor.to(like.device, like.dtype) for factor in self.factors)
-        return Bridge(self.start, self.stop, factors, self.bias.to(like.device, like.dtype))
+        return x + functional.linear(change, last, self.bias)
 
 
 def blank_bridge(model: LayerSkipModel) -> Bridge:
@@ -71,9 +83,9 @@ def blank_bridge(model: LayerSkipModel) -> Bridge:
     size = int(model.config.hidden_size)
     zeros = torch.zeros(size, dtype=model.dtype, device=model.device)
     if size < _LOW_RANK_FROM:
-        return Bridge(0, 1, (zeros.new_zeros(size, size),), zeros)
+        return Bridge(0, 1, [zeros.new_zeros(size, size)], zeros)
     rank = size // _RANK_DIVISOR
-    return Bridge(0, 1, (zeros.new_zeros(rank, size), zeros.new_zeros(size, rank)), zeros)
+    return Bridge(0, 1, [zeros.new_zeros(rank, size), zeros.new_zeros(size, rank)], zeros)
 
 
 @torch.inference_mode()
@@ -140,9 +152,9 @@ class BridgeFitter:
         self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
         self._fitted: OrderedDict[tuple[int, int], Bridge] = OrderedDict()
 
-    def fit(self, skip_set: SkipSet) -> dict[int, Bridge]:
-        """A bridge for each maximal run of skipped sublayers that is worth one, by the index of the run's first."""
-        return {start: self._bridge(start, stop) for start, stop in self.worthy_runs(skip_set)}
+    def fit(self, skip_set: SkipSet) -> list[Bridge]:
+        """A bridge for each maximal run of skipped sublayers that is worth one, in order."""
+        return [self._bridge(start, stop) for start, stop in self.worthy_runs(skip_set)]
 
     def worthy_runs(self, skip_set: SkipSet) -> list[tuple[int, int]]:
         """The maximal runs of skipped sublayers that cost clearly more than a bridge."""
@@ -161,7 +173,7 @@ class BridgeFitter:
         """Whether a run of sublayers costs clearly more than a bridge in its place."""
         return _bridge_weights(self._states.shape[-1]) <= _WORTH * sum(self._weights[start:stop])
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not in inference mode: tensors that were made there cannot be trained
     def _fit_run(self, start: int, stop: int) -> Bridge:
         before, after = self._states[start].float(), self._states[stop].float()
         change = after - before
@@ -180,8 +192,8 @@ class BridgeFitter:
         mapped = x_mean
         for factor in factors:
             mapped = functional.linear(mapped, factor)
-        bias = y_mean - mapped
-        return Bridge(start, stop, tuple(factor.contiguous() for factor in factors), bias).to(self._states)
+        weights = [each.contiguous().to(self._states) for each in (*factors, y_mean - mapped)]
+        return Bridge(start, stop, weights[:-1], weights[-1])
 
     def _spectrum(self, boundary: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of a boundary's Gram matrix."""
@@ -193,18 +205,17 @@ class BridgeFitter:
 
 def fit_bridges(
     model: LayerSkipModel, texts: Sequence[Sequence[int]], skip_set: SkipSet, *, ridge: float | None = None
-) -> dict[int, Bridge]:
+) -> list[Bridge]:
     """Fit the bridges of one skip set; :class:`BridgeFitter` fits many to the same recorded states.
 
     Args:
         model: The model.
         texts: Token ids of texts as the model writes them; a few thousand tokens in all.
-        skip_set: The sublayers that the draft leaves out.
+        skip_set: The sublayers that the draft skips.
         ridge: Strength of the regularization, in units of the states' mean variance; None chooses it for each run.
 
     Returns:
-        Bridges by the index of their first sublayer, for ``stand_ins`` of
-        :class:`layerskip.drafting.drafter.LayerSkipDrafter`.
+        Bridges in order, for :class:`layerskip.drafting.weights.DraftWeights`.
 
     Raises:
         InvalidInputError: There is no text, or an empty one.
@@ -220,14 +231,15 @@ def fit_bridge(model: LayerSkipModel, before: Tensor, after: Tensor, start: int,
         before: ``[n, hidden_size]``, the target model's hidden states before sublayer ``start``.
         after: Likewise, before sublayer ``stop``.
         start: Index of the run's first sublayer.
-        stop: Index behind its last.
+        stop: Index after its last.
     """
     states = without_outliers(torch.stack([before, after]))
-    return replace(BridgeFitter(model, states)._fit_run(0, 1), start=start, stop=stop)
+    fitted = BridgeFitter(model, states)._fit_run(0, 1)
+    return Bridge(start, stop, list(fitted.factor), fitted.bias)
 
 
 def runs_of(skip_set: SkipSet) -> list[tuple[int, int]]:
-    """The maximal runs of skipped sublayers, each as (index of the first, index behind the last)."""
+    """The maximal runs of skipped sublayers, each as (index of the first, index after the last)."""
     runs = []
     for skipped, indices in itertools.groupby(range(len(skip_set.mask)), key=skip_set.mask.__getitem__):
         run = list(indices)

@@ -1,44 +1,58 @@
-"""One decoder layer of a draft's own: in place of a run of skipped sublayers, as in Kangaroo (arXiv 2404.18911), or
-behind them all and before draft heads, as in Hydra++ (arXiv 2402.05109)."""
+"""Draft layers: one decoder layer of the draft's own.
+
+It runs in place of a run of skipped sublayers, as in Kangaroo (arXiv 2404.18911), or after all of them and before draft
+heads, as in Hydra++ (arXiv 2402.05109).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from layerskip.errors import InvalidInputError
-from layerskip.sublayers import DraftLayerStep, sublayers_in
-
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
+from layerskip.model import LayerSkipModel
+from layerskip.sublayers import PassContext, sublayers_in
 
 
-@dataclass(frozen=True, eq=False)
-class DraftLayerWeights:
-    """The weights of a decoder layer that runs instead of sublayers ``start`` to ``stop - 1``.
+class DraftLayer(nn.Module):
+    """A decoder layer of the model's own kind in place of sublayers ``start`` to ``stop - 1``.
+
+    Its attention keeps keys and values in a slot of the cache after those of the model's layers.
 
     Args:
-        start: Index of the first sublayer that it stands for.
-        stop: Index behind the last; ``start`` itself where it stands for none, behind all sublayers.
+        model: The model.
+        start: Index of the first sublayer that it replaces.
+        stop: Index after the last; ``start`` itself where it replaces none, after all sublayers.
         like: The model's layer that it is built like: in some families layers differ, such as by their window.
-        weights: By their names in that layer.
+        weights: By their names in that layer; used as they are, not copied.
+
+    Raises:
+        InvalidInputError: The weights are not those of a layer of this model.
     """
 
-    start: int
-    stop: int
-    like: int
-    weights: Mapping[str, Tensor] = field(repr=False)
+    remembers: ClassVar = True
+
+    def __init__(self, model: LayerSkipModel, start: int, stop: int, like: int, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        if not 0 <= like < model.num_layers:
+            raise InvalidInputError(
+                f"draft layer: is built like layer {like}, but the model has {model.num_layers} layers"
+            )
+        self.start, self.stop, self.like = start, stop, like
+        self.layer = _empty_layer(model, like).eval().requires_grad_(False)
+        load_weights(self.layer, weights, "draft layer")
+        self.layer.get_submodule("self_attn").layer_idx = model.num_layers + start  # type: ignore[assignment]
+        self.attention, self.mlp = sublayers_in(self.layer, like, model.family, model.config)
 
     @classmethod
-    def copied(cls, model: LayerSkipModel, start: int, stop: int, like: int) -> DraftLayerWeights:
-        """The weights of one of the model's own layers, to start from.
+    def copied(cls, model: LayerSkipModel, start: int, stop: int, like: int) -> DraftLayer:
+        """A copy of one of the model's own layers, to start training from.
 
         Raises:
-            InvalidInputError: They are quantized or adapted, so that nothing can be trained from them.
+            InvalidInputError: Its weights are quantized or adapted, so that nothing can be trained from them.
         """
         layer = _layers(model)[like]
         weights = {name: weight.detach().clone() for name, weight in layer.state_dict().items()}
@@ -47,87 +61,59 @@ class DraftLayerWeights:
             raise InvalidInputError(
                 f"layer {like}: its weights are quantized or adapted; tune the model that it was made from"
             )
-        return cls(start, stop, like, weights)
+        return cls(model, start, stop, like, weights)
 
     @classmethod
-    def behind(cls, model: LayerSkipModel) -> DraftLayerWeights:
-        """A layer behind all sublayers that leaves hidden states as they are, to start from.
+    def identity(cls, model: LayerSkipModel) -> DraftLayer:
+        """A layer after all sublayers that leaves hidden states as they are, to start training from.
 
-        It is a copy of the top layer, in which the last thing that each sublayer goes through answers nothing: the norm
-        behind it, or where the family has none, its output projection.
+        It is a copy of the top layer in which the last module of each sublayer outputs 0: the norm after it, or where
+        the family has none, its output projection.
 
         Raises:
             InvalidInputError: As :meth:`copied`.
         """
-        top, end = model.num_layers - 1, len(model.sublayers)
-        copied = cls.copied(model, end, end, top)
-        layer = copied.module(model, slot=0)  # its parameters are the copied weights
+        end = len(model.sublayers)
+        copied = cls.copied(model, end, end, model.num_layers - 1)
         norms = model.family.norms
-        for norm, projection in (
-            (norms.after_attention, "self_attn.o_proj"),
-            (norms.after_mlp, "mlp.down_proj"),
-        ):
-            with torch.no_grad():
-                if norm is None:
-                    for weight in layer.get_submodule(projection).parameters():
-                        weight.zero_()
-                else:
-                    # Not the projection: a norm makes as much of next to nothing as of anything.
-                    _silence(layer.get_submodule(norm))
+        for norm, projection in ((norms.after_attention, "self_attn.o_proj"), (norms.after_mlp, "mlp.down_proj")):
+            if norm is not None:
+                # Not the projection: a norm scales next to nothing up to as much as anything.
+                _zero_norm(copied.layer.get_submodule(norm))
+                continue
+            for weight in copied.layer.get_submodule(projection).parameters():
+                weight.zero_()
         return copied
 
-    def to(self, like: Tensor) -> DraftLayerWeights:
-        """The weights in the dtype and on the device of a tensor."""
-        weights = {name: weight.to(like.device, like.dtype) for name, weight in self.weights.items()}
-        return DraftLayerWeights(self.start, self.stop, self.like, weights)
+    @property
+    def num_weights(self) -> int:
+        return self.attention.num_weights + self.mlp.num_weights
 
-    def module(self, model: LayerSkipModel, slot: int) -> nn.Module:
-        """A decoder layer of the model's own kind with these weights, which it shares and does not copy.
-
-        Args:
-            model: The model.
-            slot: Where in the cache its attention keeps keys and values.
-
-        Raises:
-            InvalidInputError: The weights are not those of a layer of this model.
-        """
-        if not 0 <= self.like < model.num_layers:
-            raise InvalidInputError(f"stand-in: is like layer {self.like}, but the model has {model.num_layers} layers")
-        layer = _empty_layer(model, self.like)
-        try:
-            layer.load_state_dict(dict(self.weights), assign=True)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise InvalidInputError(f"stand-in: its weights do not fit a layer of this model: {reason}") from error
-        layer.get_submodule("self_attn").layer_idx = slot  # type: ignore[assignment]
-        return layer.eval()
-
-    def build(self, model: LayerSkipModel, number: int) -> DraftLayerStep:
-        """What runs in a draft's stack.
-
-        Args:
-            model: The model, to whose device and dtype the weights were brought.
-            number: Which of the draft's own layers it is, from 0.
-
-        Raises:
-            InvalidInputError: As :meth:`module`.
-        """
-        return draft_layer_step(model, self.module(model, model.num_layers + number), self.like)
+    def forward(self, x: Tensor, context: PassContext) -> Tensor:
+        """As :class:`layerskip.sublayers.Step`."""
+        return self.mlp(self.attention(x, context), context)
 
 
-def draft_layer_step(model: LayerSkipModel, layer: nn.Module, like: int) -> DraftLayerStep:
-    """A decoder layer as a step of a stack.
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Give a module weights by their names, as they are, in their dtype and on their device.
 
     Args:
-        model: The model.
-        layer: The layer, of the model's own kind.
-        like: The model's layer that it is built like.
+        module: The module, which may be without memory for weights.
+        weights: All of them.
+        what: What to call the module in an error.
+
+    Raises:
+        InvalidInputError: Names or shapes are not those of the module.
     """
-    return DraftLayerStep(*sublayers_in(layer, like, model.family, model.config))
+    try:
+        module.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()  # the first problem, after a line that names the class
+        raise InvalidInputError(f"{what}: the weights do not fit this model: {reason}") from error
 
 
-def _silence(norm: nn.Module) -> None:
-    """Let a norm answer nothing: some families' norms multiply by their weight, others by 1 and their weight."""
+def _zero_norm(norm: nn.Module) -> None:
+    """Make a norm output 0: some families' norms multiply by their weight, others by 1 and their weight."""
     [weight] = norm.parameters()
     weight.zero_()
     if norm(torch.ones_like(weight)).any():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerskip.drafting.config import DraftConfig
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.drafter import BaseDrafter, RoundResult
 from layerskip.drafting.heads import MedusaHeads, check_heads
 from layerskip.drafting.weights import DraftWeights
@@ -17,7 +18,6 @@ from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Draw, Sampler
 from layerskip.skip_set import SkipSet
-from layerskip.sublayers import DraftLayerStep
 from layerskip.token_tree import numbers_on
 
 
@@ -35,7 +35,7 @@ class HeadInput:
         layer: The layer, on the model's device and in its dtype; None without one.
     """
 
-    def __init__(self, model: LayerSkipModel, layer: DraftLayerStep | None) -> None:
+    def __init__(self, model: LayerSkipModel, layer: DraftLayer | None) -> None:
         self._model = model
         self._layer = layer
         self._cache = KVCache(num_layers=0, capacity=0)
@@ -62,7 +62,7 @@ class HeadInput:
         return self._last
 
 
-def through_layer(model: LayerSkipModel, layer: DraftLayerStep, states: Tensor, cache: KVCache) -> Tensor:
+def through_layer(model: LayerSkipModel, layer: DraftLayer, states: Tensor, cache: KVCache) -> Tensor:
     """Run the layer before draft heads over a text's next hidden states.
 
     Args:
@@ -74,7 +74,7 @@ def through_layer(model: LayerSkipModel, layer: DraftLayerStep, states: Tensor, 
     Returns:
         ``[m, hidden_size]``; each position attends to those before it and itself.
     """
-    out = layer(states[None], model.pass_context(len(states), cache))[0]
+    out: Tensor = layer(states[None], model.pass_context(len(states), cache))[0]
     cache.advance(len(states))
     return out
 
@@ -98,13 +98,18 @@ class HeadDrafter(BaseDrafter):
 
     def __init__(self, model: LayerSkipModel, config: DraftConfig, weights: DraftWeights) -> None:
         super().__init__(config)
-        weights = weights.to(torch.empty(0, dtype=model.dtype, device=model.device))
+        weights = weights.placed_on(model)
         if weights.heads is None:
             raise InvalidInputError("draft heads: the draft's weights have none")
         check_heads(weights.heads, model)
         self._model = model
         self._heads = weights.heads
-        self._prefix_layer = weights.prefix(model)
+        layer = self._prefix_layer = weights.prefix_layer
+        if layer is not None and layer.start != len(model.sublayers):
+            raise InvalidInputError(
+                f"draft heads: the layer before them runs after {layer.start} sublayers, but the model has "
+                f"{len(model.sublayers)}; train heads for this model with 'layerskip tune'"
+            )
         # Only the head of this stack is used, which scores the draft vocabulary.
         self._stack = model.stack_of(SkipSet(model.num_layers), token_ids=weights.token_ids)
 

@@ -33,8 +33,8 @@ class LayerSkipDrafter(BaseDrafter):
             raise InvalidInputError(
                 "tree: only draft heads propose tokens after several tokens of a place; give one number for each place"
             )
-        weights = (weights or DraftWeights()).to(torch.empty(0, dtype=model.dtype, device=model.device))
-        self._stack = model.stack_of(config.skip_set, stand_ins=weights.stand_ins(model), token_ids=weights.token_ids)
+        weights = (weights or DraftWeights()).placed_on(model)
+        self._stack = model.stack_of(config.skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         super().start(engine, prompt, states)

@@ -1,145 +1,185 @@
-"""The tensors of a draft, beside its profile: stand-ins, draft heads and draft vocabulary, as safetensors."""
+"""The weights of a draft beside the model's own: bridges, draft layers, draft heads and draft vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import copy
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from layerskip.drafting.bridges import Bridge
-from layerskip.drafting.draft_layer import DraftLayerWeights
-from layerskip.drafting.heads import HEAD_KINDS, DraftHeads, heads_of
+from layerskip.drafting.config import DraftLayerRef
+from layerskip.drafting.draft_layer import DraftLayer, load_weights
+from layerskip.drafting.heads import DraftHeads, HeadKind, empty_heads
 from layerskip.errors import InvalidInputError
-from layerskip.sublayers import DraftLayerStep, Step
+from layerskip.model import LayerSkipModel
+from layerskip.sublayers import Step
 
-if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
+# The names of tensors in a profile's file; the numbers are those of the module's constructor.
+_NAME = re.compile(r"(?P<module>bridge\.\d+\.\d+|layer\.\d+\.\d+\.\d+|medusa|hydra)\.(?P<tensor>.+)")
+_VOCABULARY = "token_ids"
+_REPLACING = ("bridge.", "layer.")
+# Hexadecimal digits of a checksum that tell one draft layer from another.
+_DIGITS = 16
 
 
-@dataclass(frozen=True, eq=False)
-class DraftWeights:
+class DraftWeights(nn.Module):
     """What a draft needs besides the model's own weights.
 
     Args:
-        bridges: By the index of their first sublayer.
+        bridges: Each for a run of skipped sublayers of its own.
+        layers: Trained decoder layers, likewise. Where heads draft: none, or one after all sublayers that replaces none
+            of them, through which the target's hidden states go before the heads read them.
+        heads: Heads that draft from the target model's hidden states, without a pass of its stack; None where the stack
+            drafts.
         token_ids: ``[n]``, the draft vocabulary, ascending; None for the whole one.
-        layers: Trained decoder layers, by the index of the first sublayer that they stand for. Where heads draft: none,
-            or one that stands behind all sublayers and for none of them, which the heads' hidden states go through
-            first.
-        heads: Heads that draft behind the target model, without a pass of its stack; None where the stack drafts.
 
     Raises:
-        InvalidInputError: There are both heads and stand-ins, or a layer that stands for nothing without heads.
+        InvalidInputError: There are heads together with bridges or draft layers, or a layer that replaces nothing
+            without heads.
     """
 
-    bridges: Mapping[int, Bridge] = field(default_factory=dict)
-    token_ids: Tensor | None = None
-    layers: Mapping[int, DraftLayerWeights] = field(default_factory=dict)
-    heads: DraftHeads | None = None
+    bridges: Sequence[Bridge]
+    layers: Sequence[DraftLayer]
+    heads: DraftHeads | None
+    token_ids: Tensor | None
 
-    def __post_init__(self) -> None:
-        behind = [layer for layer in self.layers.values() if layer.start == layer.stop]
-        if self.heads is None and behind:
+    def __init__(
+        self,
+        *,
+        bridges: Iterable[Bridge] = (),
+        layers: Iterable[DraftLayer] = (),
+        heads: DraftHeads | None = None,
+        token_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.bridges = cast("Sequence[Bridge]", nn.ModuleList(bridges))
+        self.layers = cast("Sequence[DraftLayer]", nn.ModuleList(layers))
+        self.heads = heads
+        self.register_buffer(_VOCABULARY, token_ids)
+        after_all = [layer for layer in self.layers if layer.start == layer.stop]
+        if heads is None and after_all:
             raise InvalidInputError(
-                f"stand-in: the layer at sublayer {behind[0].start} stands for no sublayer; only draft heads have such "
-                "a layer, and there are none"
+                f"draft layer: the one at sublayer {after_all[0].start} replaces no sublayer; only draft heads have "
+                "such a layer, and there are none"
             )
-        if self.heads is not None and (self.bridges or len(behind) < len(self.layers)):
-            raise InvalidInputError("draft heads: nothing of the stack runs to draft, so nothing can stand in for it")
-        if len(behind) > 1:
-            raise InvalidInputError(f"draft heads: expected one layer before them at most, found {len(behind)}")
+        if heads is not None and (self.bridges or len(after_all) < len(self.layers)):
+            raise InvalidInputError("draft heads: a draft with heads cannot also have bridges or draft layers")
+        if len(after_all) > 1:
+            raise InvalidInputError(f"draft heads: expected one layer before them at most, found {len(after_all)}")
 
-    def __bool__(self) -> bool:
-        return bool(self.bridges or self.layers) or self.token_ids is not None or self.heads is not None
+    @property
+    def steps(self) -> dict[int, Step]:
+        """What runs in place of runs of skipped sublayers, by the index of each run's first."""
+        steps: list[Bridge | DraftLayer] = [*self.bridges, *self.layers]
+        return {step.start: step for step in steps}
 
-    def to_bytes(self) -> bytes:
-        """The content of a safetensors file."""
-        tensors = {} if self.token_ids is None else {"token_ids": self.token_ids.to(torch.int32)}
-        for bridge in self.bridges.values():
-            name = f"bridge.{bridge.start}.{bridge.stop}"
-            tensors[f"{name}.bias"] = bridge.bias
-            tensors |= {f"{name}.factor.{number}": factor for number, factor in enumerate(bridge.factors)}
-        for layer in self.layers.values():
-            name = f"layer.{layer.start}.{layer.stop}.{layer.like}"
-            tensors |= {f"{name}.{weight}": tensor for weight, tensor in layer.weights.items()}
+    @property
+    def prefix_layer(self) -> DraftLayer | None:
+        """The layer that hidden states go through before the heads read them; None where there is none."""
+        return self.layers[0] if self.heads is not None and self.layers else None
+
+    def placed_on(self, model: LayerSkipModel) -> DraftWeights:
+        """The same on the model's device and in its dtype: itself where it is there, else a copy."""
+        here = all(weight.device == model.device and weight.dtype == model.dtype for weight in self.parameters())
+        return self if here else copy.deepcopy(self).to(model.device, model.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by their names in a profile's file, in main memory; not copied where they are there."""
+        named = {} if self.token_ids is None else {_VOCABULARY: self.token_ids.to(torch.int32)}
+        for bridge in self.bridges:
+            named |= _prefixed(f"bridge.{bridge.start}.{bridge.stop}", bridge)
+        for layer in self.layers:
+            named |= _prefixed(f"layer.{layer.start}.{layer.stop}.{layer.like}", layer.layer)
         if self.heads is not None:
-            tensors |= self.heads.tensors()
-        return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            named |= _prefixed(self.heads.kind, self.heads)
+        return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> DraftWeights:
-        """The inverse of :meth:`to_bytes`.
+    def from_tensors(cls, tensors: Mapping[str, Tensor], model: LayerSkipModel) -> DraftWeights:
+        """The inverse of :meth:`tensors`; the weights are these very tensors.
 
         Raises:
-            ValueError: The content is something else.
+            InvalidInputError: They are something else, or for another model.
         """
-        try:
-            tensors = load(content)
-            token_ids = tensors.pop("token_ids", None)
-            layers = _layers({name: tensor for name, tensor in tensors.items() if name.startswith("layer.")})
-            heads = heads_of(tensors)
-            others = tuple(f"{kind}." for kind in ("layer", *HEAD_KINDS))
-            rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
-            ends = {tuple(int(part) for part in name.split(".")[1:3]) for name in rest}
-            bridges = {start: _bridge(rest, start, stop) for start, stop in sorted(ends)}
-            return cls(bridges, None if token_ids is None else token_ids.long(), layers, heads)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"not the tensors of a draft: {error}") from error
-
-    def to(self, like: Tensor) -> DraftWeights:
-        """The assets on the device of a tensor, stand-ins and heads in its dtype."""
-        bridges = {start: bridge.to(like) for start, bridge in self.bridges.items()}
-        layers = {start: layer.to(like) for start, layer in self.layers.items()}
-        token_ids = None if self.token_ids is None else self.token_ids.to(like.device)
-        return DraftWeights(bridges, token_ids, layers, None if self.heads is None else self.heads.to(like))
-
-    def stand_ins(self, model: LayerSkipModel) -> dict[int, Step]:
-        """What runs in place of runs of skipped sublayers, by the index of the run's first.
-
-        Args:
-            model: The model, to whose device and dtype the assets were brought.
-
-        Raises:
-            InvalidInputError: A layer's weights are not those of a layer of this model.
-        """
-        built = {start: self.layers[start].build(model, number) for number, start in enumerate(sorted(self.layers))}
-        return {**self.bridges, **built}
-
-    def prefix(self, model: LayerSkipModel) -> DraftLayerStep | None:
-        """The layer that hidden states go through before the heads read them; None where there is none.
-
-        Args:
-            model: The model, to whose device and dtype the assets were brought.
-
-        Raises:
-            InvalidInputError: It does not stand behind this model's sublayers, or as in :meth:`stand_ins`.
-        """
-        if self.heads is None or not self.layers:
-            return None
-        [weights] = self.layers.values()
-        if weights.start != len(model.sublayers):
-            raise InvalidInputError(
-                f"draft heads: their layer stands behind {weights.start} sublayers, but the model has "
-                f"{len(model.sublayers)}; train heads for this model with 'layerskip tune'"
-            )
-        return weights.build(model, number=0)
+        bridges: list[Bridge] = []
+        layers: list[DraftLayer] = []
+        heads: list[DraftHeads] = []
+        for name, weights in tensors_by_module(tensors).items():
+            kind, *numbers = name.split(".")
+            match kind:
+                case "bridge":
+                    start, stop = map(int, numbers)
+                    bridges.append(Bridge.from_tensors(start, stop, weights))
+                case "layer":
+                    start, stop, like = map(int, numbers)
+                    layers.append(DraftLayer(model, start, stop, like, weights))
+                case _:
+                    heads.append(_heads(cast("HeadKind", kind), weights, model))
+        if len(heads) > 1:
+            raise InvalidInputError("draft heads: there are medusa and hydra heads; expected one kind")
+        ids = tensors.get(_VOCABULARY)
+        return cls(
+            bridges=sorted(bridges, key=lambda bridge: bridge.start),
+            layers=sorted(layers, key=lambda layer: layer.start),
+            heads=heads[0] if heads else None,
+            token_ids=None if ids is None else ids.long(),
+        )
 
 
-def _bridge(tensors: Mapping[str, Tensor], start: int, stop: int) -> Bridge:
-    name = f"bridge.{start}.{stop}"
-    factors = sorted(key for key in tensors if key.startswith(f"{name}.factor."))
-    return Bridge(start, stop, tuple(tensors[key] for key in factors), tensors[f"{name}.bias"])
+def tensors_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a profile's file but the vocabulary, by module (``bridge.2.5``) and by name in the module.
 
-
-def _layers(tensors: Mapping[str, Tensor]) -> dict[int, DraftLayerWeights]:
-    """By the index of the first sublayer that they stand for; names begin with ``layer.START.STOP.LIKE.``."""
-    weights: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+    Raises:
+        InvalidInputError: A name is not that of a draft's tensor.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        _, start, stop, like, weight = name.split(".", maxsplit=4)
-        weights.setdefault((int(start), int(stop), int(like)), {})[weight] = tensor
-    return {layer[0]: DraftLayerWeights(*layer, weights[layer]) for layer in sorted(weights)}
+        if name == _VOCABULARY:
+            continue
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InvalidInputError(f"not the tensors of a draft: {name}")
+        modules.setdefault(match["module"], {})[match["tensor"]] = tensor
+    return modules
+
+
+def draft_layer_ref(tensors: Mapping[str, Tensor], top: int) -> DraftLayerRef | None:
+    """Which draft layer or bridge runs in place of everything above an early exit; None if none does.
+
+    Args:
+        tensors: By their names in a profile's file.
+        top: Number of sublayers of the model.
+    """
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(_REPLACING) and _stop(name) == top}
+    if not own:
+        return None
+    kind, start, *_ = max(own).split(".")  # of both kinds, the layer
+    ids = {_VOCABULARY: tensors[_VOCABULARY]} if _VOCABULARY in tensors else {}
+    return DraftLayerRef(
+        int(start),
+        top,
+        "layer" if kind == "layer" else "bridge",
+        sum(map(len, ids.values())),
+        hashlib.sha256(save(own | ids)).hexdigest()[:_DIGITS],
+    )
+
+
+def _stop(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def _prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def _heads(kind: HeadKind, weights: Mapping[str, Tensor], model: LayerSkipModel) -> DraftHeads:
+    count = len({name.partition(".")[0] for name in weights}) if kind == "hydra" else len(weights.get("bias", ()))
+    heads = empty_heads(kind, count, int(model.config.hidden_size))
+    load_weights(heads, weights, "draft heads")
+    return heads

@@ -11,7 +11,7 @@ from layerskip.training.data import (
 )
 from layerskip.training.evaluation import LOSSES, RANKS, Agreement, Loss
 from layerskip.training.train import EvalResult, Trained, TrainingSettings, train
-from layerskip.training.trainable_draft import TrainableDraft, trainable_bridge, trainable_heads, trainable_layer
+from layerskip.training.trainable_draft import TrainableDraft
 
 __all__ = [
     "LOSSES",
@@ -29,8 +29,5 @@ __all__ = [
     "TrainingTextWriter",
     "TrainingTexts",
     "train",
-    "trainable_bridge",
-    "trainable_heads",
-    "trainable_layer",
     "vocabulary_of",
 ]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.heads import DraftHeads
 from layerskip.model import LayerSkipModel
-from layerskip.sublayers import AttentionSublayer, DraftLayerStep, MLPSublayer, Stack, Step
+from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText
 from layerskip.training.trainable_draft import DraftOutput, TrainableDraft
 
@@ -92,17 +92,17 @@ class Scorer:
 
     def learn_from(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> float:
         """Add the gradient of the mean loss over all asked positions to the learner's parameters; return that loss."""
-        guesses = [guess for guess in self._guesses(learner, texts) if len(guess.states)]
+        outputs = [output for output in self._outputs(learner, texts) if len(output.states)]
         # Chunk by chunk through the head, so that the scores of one chunk are in memory at a time.
-        leaves = [guess.states.detach().requires_grad_() for guess in guesses]
+        leaves = [output.states.detach().requires_grad_() for output in outputs]
         total = 0.0
-        for guess, leaf in zip(guesses, leaves, strict=True):
-            share = guess.weight / len(leaf)
-            for part, target, columns in self._chunks(guess, leaf):
+        for output, leaf in zip(outputs, leaves, strict=True):
+            share = output.weight / len(leaf)
+            for part, target, columns in self._chunks(output, leaf):
                 loss = share * self._losses(self._scores(part), target, columns).sum()
                 loss.backward()
                 total += float(loss.detach())
-        torch.autograd.backward([guess.states for guess in guesses], [leaf.grad for leaf in leaves])
+        torch.autograd.backward([output.states for output in outputs], [leaf.grad for leaf in leaves])
         return total
 
     @torch.no_grad()
@@ -110,34 +110,34 @@ class Scorer:
         """How a learner does on some batches of texts."""
         counts: list[_Count] = []
         for texts in batches:
-            guesses = self._guesses(learner, texts)
-            counts = counts or [_Count.empty() for _ in guesses]
-            for count, guess in zip(counts, guesses, strict=True):
-                self._add(count, guess)
+            outputs = self._outputs(learner, texts)
+            counts = counts or [_Count.empty() for _ in outputs]
+            for count, output in zip(counts, outputs, strict=True):
+                self._add(count, output)
         first, *later = counts
         loss = sum(count.loss / max(count.positions, 1) for count in counts)
         share = first.covered / max(first.positions, 1)
         return Agreement(first.positions, loss, share, first.top, tuple(count.top for count in later))
 
-    def _add(self, count: _Count, guess: DraftOutput) -> None:
-        for part, target, columns in self._chunks(guess, guess.states):
+    def _add(self, count: _Count, output: DraftOutput) -> None:
+        for part, target, columns in self._chunks(output, output.states):
             scores = self._scores(part)
             known = columns != _IGNORED
             own = scores.gather(-1, columns.clamp(min=0)[:, None])
             rank = (scores > own).sum(-1)
-            count.loss += guess.weight * float(self._losses(scores, target, columns).sum())
+            count.loss += output.weight * float(self._losses(scores, target, columns).sum())
             count.positions += len(columns)
             count.covered += int(known.sum())
             for k in RANKS:
                 count.within[k] += int((known & (rank < k)).sum())
 
-    def _guesses(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> list[DraftOutput]:
+    def _outputs(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> list[DraftOutput]:
         with self._precision():
-            return learner.guesses(texts)
+            return learner.outputs(texts)
 
-    def _chunks(self, guess: DraftOutput, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        columns = self._columns[guess.choices].to(states.device)
-        return zip(*(part.split(self._chunk) for part in (states, guess.after, columns)), strict=True)
+    def _chunks(self, output: DraftOutput, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        columns = self._columns[output.choices].to(states.device)
+        return zip(*(part.split(self._chunk) for part in (states, output.after, columns)), strict=True)
 
     def _scores(self, states: Tensor) -> Tensor:
         with self._precision():
@@ -201,12 +201,12 @@ def ideal_speedup(top: Sequence[Mapping[int, float]], costs: Sequence[float]) ->
 
 def step_cost_by_weights(model: LayerSkipModel, stack: Stack) -> float:
     """The cost of a draft step as the share of the target model's weights that it reads."""
-    steps = sum(_num_weights(step) for _, step in stack.steps)
+    steps = sum(step.num_weights for _, step in stack.steps)
     return (steps + _scoring_weights(model, stack)) / _full_weights(model)
 
 
 def head_costs_by_weights(
-    model: LayerSkipModel, heads: DraftHeads, stack: Stack, prefix: DraftLayerStep | None = None
+    model: LayerSkipModel, heads: DraftHeads, stack: Stack, prefix: DraftLayer | None = None
 ) -> list[float]:
     """The costs of drafts with one head, with two and so on, as shares of the target model's weights that they read.
 
@@ -217,7 +217,7 @@ def head_costs_by_weights(
         prefix: The layer before the heads, which runs once a draft; None where there is none.
     """
     scoring, full = _scoring_weights(model, stack), _full_weights(model)
-    first = 0 if prefix is None else _num_weights(prefix)
+    first = 0 if prefix is None else prefix.num_weights
     return [(first + heads.weights_read(places, scoring)) / full for places in range(1, heads.count + 1)]
 
 
@@ -232,14 +232,3 @@ def _full_weights(model: LayerSkipModel) -> int:
 def _head_weights(model: LayerSkipModel) -> int:
     head: nn.Module = model.hf_model.get_output_embeddings()
     return sum(weight.numel() for weight in head.parameters())
-
-
-def _num_weights(step: Step) -> int:
-    match step:
-        case AttentionSublayer() | MLPSublayer():
-            return step.num_weights
-        case DraftLayerStep():
-            return step.attention.num_weights + step.mlp.num_weights
-        case Bridge():
-            return sum(factor.numel() for factor in step.factors) + step.bias.numel()
-    raise TypeError(f"{type(step).__name__}: unknown number of weights")

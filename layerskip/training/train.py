@@ -8,7 +8,7 @@ import pickle
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -97,13 +97,13 @@ class Trained:
     """The result of a training.
 
     Args:
-        assets: The draft's weights as they were at the best evaluation, with the draft vocabulary.
+        weights: The draft's weights as they were at the best evaluation, with the draft vocabulary.
         agreement: How the draft does on held-out texts.
         evaluations: All evaluations of this run, the first one before its first step.
         interrupted: Whether Ctrl-C ended it.
     """
 
-    assets: DraftWeights
+    weights: DraftWeights
     agreement: Agreement
     evaluations: Sequence[EvalResult]
     interrupted: bool
@@ -123,7 +123,7 @@ def train(
 
     Args:
         model: The target model.
-        learner: What to train; it reaches to the top of the stack.
+        learner: What to train, in place.
         texts: What the target model wrote.
         settings: How to train.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
@@ -132,13 +132,9 @@ def train(
         observe: Called after every evaluation.
 
     Raises:
-        InvalidInputError: The draft does not reach the top, or there are too few texts.
+        InvalidInputError: There are too few texts.
         OSError: A checkpoint cannot be written.
     """
-    if learner.stop != len(model.sublayers):
-        raise InvalidInputError(
-            f"draft layer: ends before sublayer {learner.stop}; only one that reaches the top can be trained"
-        )
     with frozen(model):
         training = _Training(model, learner, texts, settings, token_ids, folder, observe)
         interrupted = False
@@ -147,8 +143,9 @@ def train(
         except KeyboardInterrupt:
             interrupted = True
         agreement = training.take_best()
-    assets = replace(learner.assets(training.state.best), token_ids=token_ids)
-    return Trained(assets, agreement, training.evaluations, interrupted)
+    weights = learner.weights.requires_grad_(False)
+    weights.token_ids = token_ids
+    return Trained(weights, agreement, training.evaluations, interrupted)
 
 
 @dataclass
@@ -219,7 +216,7 @@ class _Training:
             for name, value in self._learner.parameters.items()
         }
         texts = [self._texts.shards, self._texts.positions]
-        return digest([asdict(self._settings), ids, self._learner.start, self._learner.stop, first, texts])
+        return digest([asdict(self._settings), ids, list(self._learner.weights.steps), first, texts])
 
     def _resume(self) -> None:
         """Continue from the checkpoint, if there is one and it is whole."""

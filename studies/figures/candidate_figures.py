@@ -167,7 +167,7 @@ def prompts(view: StudyView, count: int) -> Picture:
     if not groups:
         return Picture("prompts", title, "No prompt was measured yet.", None)
     caption = (
-        "Small marks are single prompts, each decoded plainly and with the draft in turn; the large mark is their "
+        "Small marks are single prompts, each decoded with and without the draft in turn; the large mark is their "
         "total, with its 95 % interval from resampling prompts. Green squares are held-out prompts."
     )
     if len(groups) > count:

@@ -132,7 +132,7 @@ def profile(make_profile):
 
 
 @dataclass
-class RoundResult:
+class CommandResult:
     """What a command did."""
 
     status: int
@@ -149,7 +149,7 @@ class RoundResult:
 
     @property
     def error(self):
-        """The one line that is all of stderr, behind the program's name; nothing was printed to stdout."""
+        """The one line that is all of stderr, after the program's name; nothing was printed to stdout."""
         assert self.out == ""
         [line] = self.err.splitlines()
         assert line.startswith("layerskip: ")
@@ -164,7 +164,7 @@ def layerskip(capsys):
         capsys.readouterr()
         status = main.run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        return RoundResult(status, captured.out, captured.err)
+        return CommandResult(status, captured.out, captured.err)
 
     return run
 
@@ -178,6 +178,6 @@ def run_command():
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120, **options
         )
-        return RoundResult(done.returncode, done.stdout, done.stderr)
+        return CommandResult(done.returncode, done.stdout, done.stderr)
 
     return run

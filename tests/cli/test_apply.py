@@ -29,7 +29,7 @@ def apply(layerskip):
 
 @pytest.fixture
 def expected(wrapped, checkpoint):
-    """What the target model says to a prompt, decoded plainly."""
+    """What the target model generates for a prompt, without a draft."""
 
     def answer(prompt, *, raw=False, count=COUNT):
         encode = encode_raw if raw else encode_prompt
@@ -48,7 +48,7 @@ def stdin(monkeypatch):
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_the_answer_is_the_full_models_and_one_object_says_how_it_was_made(apply, profile, expected, text_of):
+def test_the_answer_is_the_target_models_and_one_object_says_how_it_was_made(apply, profile, expected, text_of):
     done = apply(profile, "hello")
     assert (done.status, done.err) == (0, "")
     result = done.object
@@ -115,9 +115,9 @@ def test_messages_cannot_be_raw(apply, profile, tmp_path):
 
 def test_the_model_may_lie_elsewhere(apply, make_profile, model_folder, expected, tmp_path):
     moved = make_profile(1.25, model="/no/longer/there")
-    is_disconnect = apply(moved, "hello")
-    assert is_disconnect.status == 1
-    assert "/no/longer/there" in is_disconnect.error
+    lost = apply(moved, "hello")
+    assert lost.status == 1
+    assert "/no/longer/there" in lost.error
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     assert apply(moved, "hello", "--model", tmp_path / "elsewhere").object["token_ids"] == expected("hello")
 
@@ -186,7 +186,7 @@ def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip,
     assert "tokens/s (sampled: outputs differ) · speedup " in done.err
 
 
-def test_a_profile_that_does_not_pay_decodes_plainly_unless_forced(apply, make_profile, expected):
+def test_a_profile_that_does_not_pay_does_not_draft_unless_forced(apply, make_profile, expected):
     slow = make_profile(0.8)
     plain = apply(slow, "hello")
     assert plain.status == 0
@@ -212,7 +212,7 @@ def test_a_profile_that_does_not_pay_can_be_compared(apply, make_profile):
     assert result["same_text"] is True
 
 
-def test_the_text_ends_behind_a_stop_string(apply, profile, expected, checkpoint):
+def test_the_text_ends_after_a_stop_string(apply, profile, expected, checkpoint):
     whole = expected("hello")
     # A string that one of the later tokens completes, and none before it.
     for end in range(6, COUNT):

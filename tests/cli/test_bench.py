@@ -41,7 +41,7 @@ def bench(layerskip, prompts):
     return run
 
 
-def test_the_figures_here_stand_beside_the_profiles_own(bench, profile):
+def test_the_profiles_own_figures_are_printed_too(bench, profile):
     done = bench(profile)
     assert done.status == 0
     assert f"profile   {profile}, for " in done.out
@@ -68,7 +68,7 @@ def test_a_profile_that_does_not_pay_is_measured_with_its_draft_all_the_same(ben
     assert bench(make_profile(0.8), "--json").object["drafted"] > 0
 
 
-def test_a_profile_that_was_never_measured_has_no_figures_to_stand_beside(bench, make_profile):
+def test_a_profile_that_was_never_measured_has_no_recorded_figures(bench, make_profile):
     assert "recorded  none: the profile was never measured" in bench(make_profile(None)).out
     assert bench(make_profile(None), "--json").object["profile_measured"] is None
 

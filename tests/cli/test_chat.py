@@ -20,7 +20,7 @@ MENU = "/reset clears the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an
 
 @pytest.fixture
 def answers(wrapped, checkpoint):
-    """What the target model says to each of some messages in turn."""
+    """What the target model answers to each message in turn."""
 
     def run(*messages, count=COUNT):
         history, texts = [], []
@@ -89,7 +89,7 @@ def test_json_is_one_object_with_every_turn(pipe, answers):
     assert {"tokens_per_second", "acceptance_rate", "finish_reason", "forgotten"} <= turns[0].keys()
 
 
-def test_a_message_that_is_too_long_is_one_line_and_the_conversation_goes_on(pipe, answers):
+def test_a_message_that_is_too_long_is_one_line_and_the_conversation_continues(pipe, answers):
     done = pipe("one\n" + "x" * 600 + "\ntwo\n")
     assert done.status == 0
     assert done.out == "".join(f"{text}\n" for text in answers("one", "two"))
@@ -108,7 +108,7 @@ def test_colours_are_for_terminals(pipe, answers):
     assert "--show-drafted: no colours here" in done.err
 
 
-def test_a_profile_that_does_not_pay_chats_plainly(pipe, make_profile, answers):
+def test_a_profile_that_does_not_pay_chats_without_drafting(pipe, make_profile, answers):
     done = pipe("one\n", source=make_profile(0.8))
     assert done.out == answers("one")[0] + "\n"
     assert "slower than plain decoding: not drafting" in done.err

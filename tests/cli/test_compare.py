@@ -25,7 +25,7 @@ def compare(layerskip, prompts, model_folder):
     return run
 
 
-def test_every_way_stands_in_the_table_and_the_last_line_says_what_to_use(compare, profile, make_profile):
+def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare, profile, make_profile):
     other = make_profile(None, name="other.json")
     done = compare("--profile", profile, "--profile", other, "--combine", "-o", "compared.html")
     assert (done.status, done.err) == (0, "")
@@ -68,7 +68,7 @@ def test_one_object_has_all_the_figures(compare, profile):
     assert result["advice"].startswith(f"Use {result['best'] or 'plain decoding'} here: ")
 
 
-def test_ready_profiles_of_the_model_take_part(compare, profile, tmp_path, monkeypatch):
+def test_ready_profiles_of_the_model_are_included(compare, profile, tmp_path, monkeypatch):
     ready = tmp_path / "ready"
     ready.mkdir()
     (ready / "index.json").write_text("{}")
@@ -95,7 +95,7 @@ def test_a_profile_of_another_model_is_refused(layerskip, profile, other_model_f
         (["--repeats", 0], 2, "Invalid value for '--repeats': "),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_measured(compare, arguments, status, said):
+def test_what_is_wrong_is_said_before_anything_is_measured(compare, arguments, status, said):
     done = compare(*arguments)
     assert done.status == status
     assert done.error.startswith(said)

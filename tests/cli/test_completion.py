@@ -18,7 +18,7 @@ from tests.cli.conftest import COMMAND, ENVIRONMENT
 
 
 def completed(line, shell="bash", **environment):
-    """What the installed command offers behind the last word of a command line."""
+    """What the installed command offers after the last word of a command line."""
     words = line.split(" ")
     asked = {
         "bash": {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},

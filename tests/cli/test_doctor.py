@@ -95,7 +95,7 @@ def test_a_checkout_need_not_be_installed(layerskip, without):
     assert (result["ok"], result["versions"]["layerskip"]) == (True, None)
 
 
-def test_it_lives_where_libraries_cannot_even_be_imported():
+def test_it_works_where_libraries_cannot_even_be_imported():
     code = """
 import sys
 for name in ("torch", "optuna", "transformers", "sqlalchemy"):

@@ -63,7 +63,7 @@ def saved(model, folder, weights=None):
 
 def test_export_leaves_bridges_out_only_when_told_and_says_what_it_leaves_out(layerskip, checkpoint, model_folder):
     size = checkpoint.model.config.hidden_size
-    assets = DraftWeights({2: Bridge(2, 4, (torch.eye(size),), torch.zeros(size))}, torch.tensor([1, 2]))
+    assets = DraftWeights(bridges=[Bridge(2, 4, [torch.eye(size)], torch.zeros(size))], token_ids=torch.tensor([1, 2]))
     saved(checkpoint.model, model_folder, assets).save("profile.json")
     refused = layerskip("export", "profile.json", "--to", "draft")
     assert refused.status == 2

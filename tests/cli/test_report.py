@@ -47,8 +47,8 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     view = view_study(open_storage(STORAGE), study)
     assert set(view.single_sublayer_acceptance) == set(range(2 * view.num_layers))
     assert view.costs is not None
-    assert all(one.draft_cost > 0 for one in view.evaluated)
-    assert {one.source for one in view.trials} > {"nothing skipped", "tpe"}
+    assert all(trial.draft_cost > 0 for trial in view.evaluated)
+    assert {trial.source for trial in view.trials} > {"nothing skipped", "tpe"}
     assert [*view.versions[0]] == ["python", "layerskip", "torch", "transformers"]
     visited = visit(Path("found.html").absolute().as_uri())
     assert visited.page.locator(".verdict").inner_text() == verdict
@@ -57,7 +57,7 @@ def test_a_search_leaves_all_that_its_report_shows(layerskip, study, visit):
     assert visited.complaints == []
 
 
-def test_going_on_with_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
+def test_resuming_a_study_adds_no_versions_that_it_has_already(layerskip, study, model_folder):
     options = ["--prompts", "prompts.txt", "--max-new-tokens", 6, "--finalists", 1, "--trials", 26]
     assert layerskip("search", model_folder, *options).status == 0
     attributes = load_study(open_storage(STORAGE), study).user_attrs

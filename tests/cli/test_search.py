@@ -92,7 +92,7 @@ def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys
     assert lines[lines.index("profile   found.json") + 1 :] == said
 
 
-def test_the_same_command_with_more_trials_goes_on(layerskip, options):
+def test_the_same_command_with_more_trials_resumes(layerskip, options):
     first = layerskip("search", *options, "--trials", 1, "--json").object
     done = layerskip("search", *options, "--trials", 2, "--json")
     assert done.object["study"] == first["study"]
@@ -103,7 +103,7 @@ def test_the_same_command_with_more_trials_goes_on(layerskip, options):
     assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
 
 
-def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, other_model_folder):
+def test_a_study_resumes_only_with_the_settings_it_was_made_with(layerskip, options, other_model_folder):
     named = ["--study", "mine", "--trials", 1]
     assert layerskip("search", *options, *named).status == 0
     longer = layerskip("search", *options, *named, "--max-new-tokens", 7)
@@ -117,7 +117,7 @@ def test_a_study_goes_on_only_with_what_it_was_made_with(layerskip, options, oth
 
 
 def last_line(done):
-    """The error of a search: the last line of stderr, behind what it said it was doing."""
+    """The error of a search: the last line of stderr, after what it was doing."""
     assert done.out == ""
     assert "Traceback" not in done.err
     *said, error = done.err.splitlines()
@@ -235,7 +235,7 @@ def tuned(wrapped, tmp_path):
     return tmp_path / "tuned.json"
 
 
-def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wrapped, tmp_path):
+def test_a_trained_draft_layer_is_tried_on_request(layerskip, options, tuned, wrapped, tmp_path):
     bridge_profile(wrapped, start=6).save(tmp_path / "bridge.json")
     both = ["--draft-layer", tuned, "--draft-layer", tmp_path / "bridge.json"]
     done = layerskip("search", *options, "--trials", 2, *both, "--json")
@@ -259,7 +259,7 @@ def test_a_trained_stand_in_takes_part_on_request(layerskip, options, tuned, wra
     assert layerskip("search", *options, "--trials", 1, "--json").object["study"] != done.object["study"]
 
 
-def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
+def test_a_profile_without_a_draft_layer_is_refused_in_one_line(
     layerskip, options, profile, wrapped, other_model_folder, tmp_path
 ):
     def refusal(file, *model):
@@ -288,7 +288,7 @@ def test_a_profile_that_brings_no_stand_in_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_several_workers_search_with_a_stand_in(layerskip, options, tuned):
+def test_several_workers_search_with_a_draft_layer(layerskip, options, tuned):
     more = ["--draft-layer", tuned, "--workers", 2, "--sampler", "tpe", "--json"]
     done = layerskip("search", *options, "--trials", 16, *more)
     assert done.status == 0
@@ -316,7 +316,7 @@ def wait_for(process, beginning):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(layerskip, options, model_folder):
+def test_ctrl_c_keeps_finished_trials_and_the_same_command_resumes(layerskip, options, model_folder):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:

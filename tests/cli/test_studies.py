@@ -17,8 +17,9 @@ from optuna.trial import create_trial
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
+from search.space import SearchSpace
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -31,8 +32,9 @@ def searched_folder(wrapped, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
     prompts = PromptSplit((EncodedPrompt("a", (1, 2, 3)),), (EncodedPrompt("b", (4, 5, 6)),))
     settings = SearchSettings(trials=2, max_new_tokens=4, finalists=1, seed=0, measuring_share=0.0)
-    storage = open_storage(f"sqlite:///{folder}/layerskip.db")
-    Search(EagerEngine(wrapped), identify(wrapped, "makers/tiny"), prompts, storage, settings, study_name="s").run()
+    space = SearchSpace(wrapped.num_layers)
+    task = SearchTask(identify(wrapped, "makers/tiny"), prompts, settings, space, "s")
+    Search(EagerEngine(wrapped), task, open_storage(f"sqlite:///{folder}/layerskip.db")).run()
     return folder
 
 

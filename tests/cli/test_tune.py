@@ -67,7 +67,7 @@ def test_heads_are_trained_and_applied(layerskip, model_folder, prompts, wrapped
     assert "by head" in outcome.err
     profile = DraftProfile.load("h.json")
     assert len(profile.skip_set) == 0
-    assert (profile.tensors.heads, profile.weights.heads.kind) == (2, kind.removesuffix("++"))
+    assert (profile.tensors.heads, profile.weights(wrapped).heads.kind) == (2, kind.removesuffix("++"))
     assert profile.tensors.layers == (kind == "hydra++")
     assert profile.measured is not None
     made = generate(wrapped, [5, 6, 7], drafter=profile.drafter(wrapped), max_new_tokens=16, eos_token_ids=[])
@@ -139,7 +139,7 @@ def press_ctrl_c(patched, when):
     patched.setattr(ProgressDisplay, "__call__", press)
 
 
-def test_ctrl_c_behind_the_training_says_that_the_same_command_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_after_the_training_says_that_the_same_command_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 6, "--out", "m.json", *QUICK)
     with monkeypatch.context() as patched:
         press_ctrl_c(patched, lambda event: event == PhaseStarted("costs"))
@@ -168,7 +168,7 @@ def test_a_training_that_ends_early_says_why(capsys, progress, interrupted, said
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(layerskip, model_folder, prompts, monkeypatch):
+def test_ctrl_c_keeps_the_best_and_the_next_run_resumes(layerskip, model_folder, prompts, monkeypatch):
     arguments = ("tune", model_folder, "--exit", 1, "--prompts", prompts, "--seed", 5, "--out", "c.json", *QUICK)
 
     with monkeypatch.context() as patched:

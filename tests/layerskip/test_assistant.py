@@ -97,10 +97,10 @@ def test_bridges_stand_in_for_what_is_skipped(model):
     texts = torch.randint(64, (8, 40), generator=generator).tolist()
     bridges = fit_bridges(wrapper, texts, skip_set)
     assert bridges
-    profile = profile_for(model, skip_set, weights=DraftWeights(bridges))
+    profile = profile_for(model, skip_set, weights=DraftWeights(bridges=bridges))
     with torch.inference_mode():
         x = wrapper.embed(torch.tensor(texts[0]))
-        stack = wrapper.stack_of(skip_set, stand_ins=bridges)
+        stack = wrapper.stack_of(skip_set, stand_ins=DraftWeights(bridges=bridges).steps)
         drafted = wrapper.logits(stack.run(x, wrapper.pass_context(40, wrapper.new_cache(40))))
         logits = profile.as_assistant(model)(torch.tensor(texts[:1])).logits[0]
         plain = profile_for(model, skip_set).as_assistant(model)(torch.tensor(texts[:1])).logits[0]
@@ -111,8 +111,7 @@ def test_bridges_stand_in_for_what_is_skipped(model):
     )
 
 
-@pytest.mark.parametrize("runs", [{2: 2 * LAYERS}, {3: 6}, {1: 3, 5: 7}, {0: 2}], ids=str)
-@pytest.mark.parametrize("like", [0, 1])
+@pytest.mark.parametrize(("runs", "like"), [({2: 2 * LAYERS}, 0), ({3: 6}, 1), ({1: 3, 5: 7}, 0), ({0: 2}, 1)], ids=str)
 def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
     """Gemma-2's layers 0 and 1 differ by their window."""
     wrapper = LayerSkipModel(model)
@@ -121,7 +120,7 @@ def test_trained_layers_stand_in_for_what_is_skipped(model, runs, like):
     profile = profile_for(model, skip_set, weights=DraftWeights(layers=layers))
     text = torch.randint(64, (4 * WINDOW,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        stack = wrapper.stack_of(skip_set, stand_ins=profile.weights.stand_ins(wrapper))
+        stack = wrapper.stack_of(skip_set, stand_ins=profile.weights(wrapper).steps)
         context = wrapper.pass_context(len(text), wrapper.new_cache(len(text)))
         drafted = wrapper.logits(stack.run(wrapper.embed(text), context))
         logits = profile.as_assistant(model)(text[None]).logits[0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from layerskip import SkipSet
 from layerskip.costs import CostModel, Costs, DraftParts, PassCosts, StepCosts
 from layerskip.drafting.bridges import blank_bridge
+from layerskip.drafting.weights import DraftWeights
 from tests.models import LAYERS, VOCABULARY, random_layers
 from tests.strategies import skip_sets
 
@@ -71,7 +72,7 @@ def test_a_stack_consists_of_what_runs(llama, skip_set, bridged, small):
 
 def test_a_layer_of_the_drafts_own_counts_as_one_of_the_models(llama):
     exited = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
-    stand_ins = {2: random_layers(llama, {2: 2 * LAYERS})[2].build(llama, 0)}
+    stand_ins = DraftWeights(layers=random_layers(llama, {2: 2 * LAYERS})).steps
     assert DraftParts.of(llama.stack_of(exited, stand_ins=stand_ins)) == DraftParts(2, 2)
 
 

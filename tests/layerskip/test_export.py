@@ -176,7 +176,7 @@ def with_trained_layers(model, runs, **made):
 
 @torch.inference_mode()
 def drafted_logits(model, profile, text):
-    stack = model.stack_of(profile.skip_set, stand_ins=profile.weights.stand_ins(model))
+    stack = model.stack_of(profile.skip_set, stand_ins=profile.weights(model).steps)
     context = model.pass_context(len(text), model.new_cache(len(text)))
     return model.logits(stack.run(model.embed(torch.tensor(text)), context))
 
@@ -194,7 +194,7 @@ def test_trained_layers_take_their_place_among_the_kept_ones(tmp_path, gemma2, b
 
 def test_a_trained_layer_is_exported_for_every_family(each_family):
     profile = with_trained_layers(each_family, {1: 5})
-    draft = draft_model_of(each_family, profile.skip_set, profile.weights.layers)
+    draft = draft_model_of(each_family, profile.skip_set, profile.weights(each_family).layers)
     torch.testing.assert_close(logits_of(draft, TEXT), drafted_logits(each_family, profile, TEXT), rtol=1e-4, atol=1e-4)
 
 
@@ -202,7 +202,7 @@ def test_trained_layers_of_another_model_are_refused(tmp_path, llama, byte_token
     wider = LayerSkipModel(tiny_llama(hidden_size=64))
     layers = DraftWeights(layers=random_layers(wider, {2: 4}))
     foreign = profile_for(llama, layers, skip_set=SkipSet(LAYERS, (1,), (1,)))
-    with pytest.raises(InvalidInputError, match="stand-in: its weights do not fit a layer of this model"):
+    with pytest.raises(InvalidInputError, match="draft layer: the weights do not fit this model"):
         export_draft(llama, byte_tokenizer, foreign, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
 
@@ -244,8 +244,8 @@ def test_transformers_drafts_as_many_tokens_as_the_profile_says(
 
 def bridged(model):
     size = model.config.hidden_size
-    bridge = Bridge(2, 4, (torch.eye(size),), torch.zeros(size))
-    weights = DraftWeights({2: bridge}, torch.tensor([0, 3, 5]))
+    bridge = Bridge(2, 4, [torch.eye(size)], torch.zeros(size))
+    weights = DraftWeights(bridges=[bridge], token_ids=torch.tensor([0, 3, 5]))
     return profile_for(model, weights, skip_set=SkipSet(LAYERS, (1,), (1,)))
 
 

@@ -70,7 +70,7 @@ def reads_in_rounds(engine, stopping, sampling, skip_set=SKIPPED, weights=None, 
     """Reads of all rounds of a generation, and what it counted."""
     drafter = LayerSkipDrafter(engine.model, DraftConfig(skip_set, stopping=stopping, **policy), weights)
     counts, last = [], None
-    for length in (24, 1, 24):  # what is made once for each shape of a draft; then one token, from the prompt alone
+    for length in (12, 1, 12):  # what is made once for each shape of a draft; then one token, from the prompt alone
         with HostReads() as reads:
             last = generate(
                 engine.model,

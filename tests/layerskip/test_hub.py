@@ -45,7 +45,7 @@ def test_a_folder_gets_the_profile_its_tensors_and_a_card(tmp_path):
     profile = published(some_weights())
     profile.save_pretrained(tmp_path / "new" / "folder")
     loaded = DraftProfile.from_pretrained(tmp_path / "new" / "folder")
-    assert same_weights(loaded._weights, some_weights())
+    assert same_weights(loaded, some_weights())
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
     names = [path.name for path in (tmp_path / "new" / "folder").iterdir()]
     assert sorted(names) == sorted(["README.md", "draft_profile.json", profile.tensors.file])
@@ -245,7 +245,7 @@ def test_a_profile_survives_the_way_to_the_hub_and_back(hub):
     assert repository.messages[-1] == "Upload draft profile"
     loaded = DraftProfile.from_pretrained("me/drafts")
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
-    assert same_weights(loaded._weights, some_weights())
+    assert same_weights(loaded, some_weights())
     assert "DraftProfile.from_pretrained('me/drafts')" in repository.files()["README.md"].decode()
 
 
@@ -308,7 +308,7 @@ def test_profile_and_tensors_are_of_one_commit(hub, monkeypatch):
         return read(cls, path, source=source)
 
     monkeypatch.setattr(DraftProfile, "_read", classmethod(read_while_somebody_pushes))
-    assert same_weights(DraftProfile.from_pretrained("me/drafts")._weights, some_weights(0))
+    assert same_weights(DraftProfile.from_pretrained("me/drafts"), some_weights(0))
     assert new.tensors != old.tensors
 
 
@@ -344,7 +344,7 @@ def test_what_was_fetched_once_is_there_without_the_hub(hub, offline):
     DraftProfile.from_pretrained("me/drafts")
     offline()
     hub.requests.clear()
-    assert same_weights(DraftProfile.from_pretrained("me/drafts")._weights, some_weights())
+    assert same_weights(DraftProfile.from_pretrained("me/drafts"), some_weights())
     assert hub.requests == []
 
 

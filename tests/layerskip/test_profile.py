@@ -1,11 +1,9 @@
 """A draft profile is JSON that survives the round trip, and every way to be wrong has one line that says so."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from layerskip import ConfidenceThreshold, DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import Bridge
@@ -23,6 +22,7 @@ from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.profile import Measured, Provenance
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
+from tests.processes import processes
 from tests.strategies import draft_exits, skip_sets
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "draft-profile.schema.json"
@@ -387,27 +387,35 @@ def large_profile(letter):
     return a_profile(measured=MEASURED.model_copy(update={"versions": {str(i): letter * 100 for i in range(15_000)}}))
 
 
-SAVE_FOR_EVER = """
-import sys
-from layerskip import DraftProfile
-profiles = [DraftProfile.load(path) for path in sys.argv[2:]]
-while True:
-    for number, profile in enumerate(profiles):
-        profile.save(sys.argv[1])
-        print(number, flush=True)
-"""
+def save_for_ever(path, files, saved):
+    profiles = [DraftProfile.load(file) for file in files]
+    while True:
+        for profile in profiles:
+            profile.save(path)
+            saved.release()
+
+
+@contextmanager
+def saver(path, *files):
+    """A process that saves some profiles in turn at one path, and a semaphore that it releases after each."""
+    saved = processes.Semaphore(0)
+    process = processes.Process(target=save_for_ever, args=(path, files, saved))
+    process.start()
+    try:
+        yield saved
+    finally:
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_process_killed_while_saving_leaves_the_old_profile_or_the_new_one(tmp_path):
     path, one, other = (tmp_path / name for name in ("profile.json", "one.json", "other.json"))
     large_profile("a").save(one)
     large_profile("b").save(other)
-    command = [sys.executable, "-c", SAVE_FOR_EVER, path, one, other]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
+    with saver(path, one, other) as saved:
         for _ in range(3):
-            assert saver.stdout.readline()
-        os.kill(saver.pid, signal.SIGKILL)
-    assert saver.returncode == -signal.SIGKILL
+            assert saved.acquire(timeout=60)
     assert path.read_bytes() in (one.read_bytes(), other.read_bytes())
     assert DraftProfile.load(path) in (large_profile("a"), large_profile("b"))
 
@@ -438,11 +446,11 @@ def some_weights(seed=0):
     size = IDENTITY.hidden_size
     whole = Bridge(2, 4, (torch.randn(size, size, generator=generator),), torch.randn(size, generator=generator))
     low_rank = Bridge(5, 6, (torch.ones(2, size), torch.ones(size, 2)), torch.zeros(size))
-    return DraftWeights({2: whole, 5: low_rank}, torch.tensor([0, 3, 5]))
+    return DraftWeights(bridges=[whole, low_rank], token_ids=torch.tensor([0, 3, 5]))
 
 
-def same_weights(one, other):
-    return one.to_bytes() == other.to_bytes()
+def same_weights(profile, weights):
+    return profile.tensors_bytes() == save(weights.tensors())
 
 
 def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
@@ -451,7 +459,7 @@ def test_bridges_and_vocabulary_lie_beside_the_profile_and_come_back(tmp_path):
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert (loaded.tensors.bridges, loaded.tensors.vocabulary, loaded.target_confidence_threshold) == (2, 3, 0.5)
     assert loaded == profile
-    assert same_weights(loaded._weights, some_weights())
+    assert same_weights(loaded, some_weights())
     assert sorted(path.name for path in tmp_path.iterdir()) == [loaded.tensors.file, "profile.json"]
 
 
@@ -464,23 +472,15 @@ def test_a_profile_that_several_processes_save_at_once_always_loads_with_its_own
     for profile, file in zip(profiles, files, strict=True):
         profile.save(file)
     profiles[0].save(path)
-    savers = [
-        subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, path, *some], stdout=subprocess.PIPE)
-        for some in (files[:2], files[2:])
-    ]
     seen = set()
-    try:
-        for saver in savers:
-            assert saver.stdout.readline()
+    with saver(path, *files[:2]) as first, saver(path, *files[2:]) as second:
+        for saved in (first, second):
+            assert saved.acquire(timeout=60)
         for _ in range(300):
             loaded = DraftProfile.load(path)
             [same] = [n for n, profile in enumerate(profiles) if profile == loaded]
-            assert same_weights(loaded._weights, profiles[same]._weights)
+            assert loaded.tensors_bytes() == profiles[same].tensors_bytes()
             seen.add(same)
-    finally:
-        for saver in savers:
-            saver.kill()
-            saver.communicate()
     assert seen & {0, 1}
     assert seen & {2, 3}
 
@@ -495,7 +495,7 @@ def test_a_new_profile_leaves_the_tensors_of_another_one_alone(tmp_path):
     first, second = (a_profile(some_weights(seed)) for seed in (0, 1))
     first.save(tmp_path / "first.json")
     second.save(tmp_path / "second.json")
-    assert same_weights(DraftProfile.load(tmp_path / "first.json")._weights, some_weights(0))
+    assert same_weights(DraftProfile.load(tmp_path / "first.json"), some_weights(0))
 
 
 def test_overwriting_a_profile_leaves_the_tensors_that_a_copy_of_it_needs(tmp_path):
@@ -503,7 +503,7 @@ def test_overwriting_a_profile_leaves_the_tensors_that_a_copy_of_it_needs(tmp_pa
     a_profile(some_weights()).save(path)
     shutil.copyfile(path, backup)
     a_profile().save(path)
-    assert same_weights(DraftProfile.load(backup)._weights, some_weights())
+    assert same_weights(DraftProfile.load(backup), some_weights())
 
 
 def test_a_save_that_fails_keeps_the_old_profile_s_tensors(tmp_path):
@@ -512,7 +512,7 @@ def test_a_save_that_fails_keeps_the_old_profile_s_tensors(tmp_path):
     old.save(path)
     with files_no_larger_than(100_000), pytest.raises(InvalidProfileError):
         large_profile("a").save(path)
-    assert same_weights(DraftProfile.load(path)._weights, some_weights())
+    assert same_weights(DraftProfile.load(path), some_weights())
 
 
 @pytest.mark.parametrize(

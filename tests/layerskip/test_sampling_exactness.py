@@ -1,7 +1,7 @@
 """Self-speculative samples follow the target model's distribution: chi-square tests, and proof that they would notice.
 
 The vocabulary has four tokens, so that the target model's distribution over whole texts can be written out, and a few
-thousand texts are enough to see a wrong one. Seeds are fixed: the p-values are the same on every run.
+hundred texts are enough to see a wrong one. Seeds are fixed: the p-values are the same on every run.
 """
 
 import itertools
@@ -75,7 +75,7 @@ def p_value(observed, expected):
     return chisquare(counts, [p * sum(counts) / sum(probabilities) for p in probabilities]).pvalue
 
 
-def samples(model, drafter, settings, n):
+def samples(model, drafter, settings, n=500):
     """How often each text came."""
     counts = {}
     for seed in range(n):
@@ -102,18 +102,18 @@ EXITS = {
     ids=str,
 )
 def test_self_speculative_samples_follow_the_full_model(model, draft_exit, settings):
-    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS[draft_exit])), settings, 1000)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS[draft_exit])), settings)
     assert p_value(observed, distribution_of_texts(model, settings)) > DOUBT
 
 
 def test_samples_with_a_layer_of_the_drafts_own_follow_the_full_model(model):
     assets = DraftWeights(layers=random_layers(model, {1: 4}))
     drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(2, (1,), (0, 1)), stopping=EXITS["fixed"]), assets)
-    assert p_value(samples(model, drafter, PLAIN, 1000), distribution_of_texts(model, PLAIN)) > DOUBT
+    assert p_value(samples(model, drafter, PLAIN), distribution_of_texts(model, PLAIN)) > DOUBT
 
 
 def test_plain_samples_follow_the_full_model(model):
-    assert p_value(samples(model, None, PLAIN, 1000), distribution_of_texts(model, PLAIN)) > DOUBT
+    assert p_value(samples(model, None, PLAIN), distribution_of_texts(model, PLAIN)) > DOUBT
 
 
 # Would a mistake show? Each of these is one.
@@ -154,13 +154,13 @@ def accept_only_the_likeliest(tree, drafted, draft, target, generator):
 @pytest.mark.parametrize("broken", [accept_everything, replace_from_the_target, accept_only_the_likeliest])
 def test_a_broken_acceptance_rule_is_noticed(model, monkeypatch, broken):
     monkeypatch.setattr(sampling_module, "speculative_sampling", broken)
-    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN, 1000)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN)
     assert p_value(observed, distribution_of_texts(model, PLAIN)) < CERTAINTY
 
 
 def test_a_slow_but_exact_acceptance_rule_passes(model, monkeypatch):
     monkeypatch.setattr(sampling_module, "speculative_sampling", accept_never)
-    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN, 500)
+    observed = samples(model, LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=EXITS["fixed"])), PLAIN)
     assert p_value(observed, distribution_of_texts(model, PLAIN)) > DOUBT
 
 

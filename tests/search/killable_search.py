@@ -1,17 +1,12 @@
-"""A search that stands still in the middle of a trial, for a test to kill it there.
-
-Usage: python -m tests.search.killable_search STORAGE_URL FOLDER looking|measuring
-"""
+"""A search that stops moving in the middle of a trial, for a test to kill it there."""
 
 import itertools
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from layerskip import LayerSkipModel
 from search.callbacks import PromptMeasured, ignore
 from search.predict import SpeedupPredictor
@@ -25,39 +20,39 @@ STUDY, STARTS, TRIALS, HEARTBEAT_SECONDS = "killed", 3, 6, 1
 
 def search(url, folder, on_event=ignore):
     """Three starts, then measurements and what the sampler proposes."""
-    preparation.measure_costs = known_costs_of
-    study_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
+    search_module.measure_costs = known_costs_of
+    search_module.warm_starts = lambda *parts: itertools.islice(warm_starts(*parts), STARTS)
     storage = open_storage(url, heartbeat_seconds=HEARTBEAT_SECONDS)
     settings = {"trials": TRIALS, "measuring_share": 1.0, "finalists": 1}
     model = LayerSkipModel(tiny_llama())
-    return small_search(model, storage, study_name=STUDY, folder=Path(folder), on_event=on_event, **settings)
+    return small_search(model, storage, study=STUDY, folder=Path(folder), on_event=on_event, **settings)
 
 
-def stand_still(*_):
-    print("in the middle of a trial", flush=True)
-    time.sleep(3600)
+def stand_still_in(doing, url, folder, said):
+    """Search, and stand still while the third candidate is predicted or after the first prompt that was measured.
 
+    Args:
+        doing: ``predicting`` or ``measuring``.
+        url: Of the storage.
+        folder: Of reference texts and locks.
+        said: The end of a pipe that is told when the search stands still.
+    """
 
-def stand_still_measuring(event):
-    """Stand still at the first prompt that was measured."""
-    if isinstance(event, PromptMeasured) and event.done:
-        stand_still()
+    def stand_still():
+        said.send("in the middle of a trial")
+        time.sleep(3600)
 
+    def on_event(event):
+        if doing == "measuring" and isinstance(event, PromptMeasured) and event.done:
+            stand_still()
 
-def stand_still_looking():
-    """Stand still when the third candidate is looked at."""
-    original, looked = SpeedupPredictor.predict, []
+    original, predicted = SpeedupPredictor.predict, []
 
     def predict(*arguments, **named):
-        looked.append(1)
-        return stand_still() if len(looked) == 3 else original(*arguments, **named)
+        predicted.append(1)
+        return stand_still() if len(predicted) == 3 else original(*arguments, **named)
 
-    SpeedupPredictor.predict = predict
-
-
-if __name__ == "__main__":
+    if doing == "predicting":
+        SpeedupPredictor.predict = predict
     torch.set_num_threads(1)
-    url, folder, doing = sys.argv[1:]
-    if doing == "looking":
-        stand_still_looking()
-    search(url, folder, stand_still_measuring if doing == "measuring" else ignore).run()
+    search(url, folder, on_event).run()

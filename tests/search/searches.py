@@ -10,8 +10,9 @@ from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search
+from search.search import Search, SearchTask
 from search.settings import SearchSettings
+from search.space import SearchSpace
 from tests.models import VOCABULARY
 
 MODEL_ID = "makers/Tiny Model"
@@ -32,16 +33,27 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
-# The search's own parameters; the others are settings.
-_OWN = ("study_name", "on_event", "space", "draft_layers", "folder", "helpers")
+# Parameters of the search and of its task; the others are settings.
+_SEARCH = ("draft_layers", "on_event", "helpers")
+_TASK = ("space", "study", "folder")
 
 
 def small_search(model, storage, *, prompts=None, **named):
     """A search of three trials that takes a fraction of a second on a tiny model; it measures finalists alone."""
     engine = named.pop("engine", None) or EagerEngine(model)
-    own = {name: named.pop(name) for name in _OWN if name in named}
+    own = {name: named.pop(name) for name in _SEARCH if name in named}
+    task = {"space": SearchSpace(model.num_layers)} | {name: named.pop(name) for name in _TASK if name in named}
     settings = SearchSettings(**QUICK | named)
-    return Search(engine, identify(model, MODEL_ID), prompts or random_prompts(), storage, settings, **own)
+    return Search(
+        engine, SearchTask(identify(model, MODEL_ID), prompts or random_prompts(), settings, **task), storage, **own
+    )
+
+
+def explore(search):
+    """Let a search try its candidates and measure no finalists; the study."""
+    study = search.open()
+    search.explore(study, search.prepare(study))
+    return study
 
 
 def costs_after(context, *, scale=1.0, vocabularies=(0,)):
@@ -125,7 +137,7 @@ class CtrlC(Log):
 def widths_disagree(model):
     """Break a model: passes over several tokens see the opposite of what passes over one token see.
 
-    Decoding self-speculatively then really gives another text than decoding plainly.
+    Self-speculative decoding then really generates another text than plain decoding.
     """
     norm = model.hf_model.model.norm
     handle = norm.register_forward_pre_hook(lambda _, inputs: (-inputs[0],) if inputs[0].shape[1] > 1 else None)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from layerskip import SkipSet
 from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from search.acceptance import AcceptanceTracer, Trace, acceptance
 from search.reference import record
@@ -29,11 +30,11 @@ def all_traces(estimator, stack):
 def bridges(skip_set, seed):
     """An arbitrary affine map for every second run of skipped sublayers."""
     source = torch.Generator().manual_seed(seed)
-    made, mask = {}, [*skip_set.mask, False]
+    made, mask = [], [*skip_set.mask, False]
     starts = [i for i in range(2 * LAYERS) if mask[i] and not (i and mask[i - 1])]
     for start in starts[::2]:
         weight, bias = (torch.randn(shape, generator=source) * 0.1 for shape in ((32, 32), (32,)))
-        made[start] = Bridge(start, mask.index(False, start), (weight,), bias)
+        made.append(Bridge(start, mask.index(False, start), [weight], bias))
     return made
 
 
@@ -67,7 +68,7 @@ def check(model, stack, text, trace):
 @given(drawn=texts, skip_set=skip_sets(), vocabulary=vocabularies, bridged=st.none() | st.integers(0, 99))
 @settings(max_examples=30)
 def test_a_trace_says_at_every_position_what_a_real_draft_step_says_there(tiny, drawn, skip_set, vocabulary, bridged):
-    stand_ins = {} if bridged is None else bridges(skip_set, bridged)
+    stand_ins = DraftWeights(bridges=() if bridged is None else bridges(skip_set, bridged)).steps
     token_ids = None if vocabulary is None else torch.tensor(vocabulary)
     stack = tiny.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
     written = references(tiny, drawn)

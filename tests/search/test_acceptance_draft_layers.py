@@ -82,8 +82,10 @@ def test_a_trace_says_at_every_position_what_decoding_is_proposed_there(
     layers = random_layers(tiny, {start: TOP}, like=like)
     skip_set = SkipSet.from_mask([skip or index >= start for index, skip in enumerate(below)])
     ids = None if vocabulary is None else torch.tensor(vocabulary)
-    fitted = bridges(SkipSet.from_mask(below), 1) if bridged else {}
-    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(1)), DraftWeights(fitted, ids, layers))
+    fitted = bridges(SkipSet.from_mask(below), 1) if bridged else []
+    drafter = LayerSkipDrafter(
+        tiny, DraftConfig(skip_set, stopping=FixedLength(1)), DraftWeights(bridges=fitted, layers=layers, token_ids=ids)
+    )
     written = references(tiny, drawn)
     traces = all_traces(AcceptanceTracer(tiny, written), drafter._stack)
     for text, trace in zip(written, traces, strict=True):
@@ -110,7 +112,7 @@ def test_where_nothing_is_left_out_below_the_exit_it_is_the_trace_that_tuning_ma
     model = make(llama)
     written = references(model, [([1, 5, 7], [4, 4, 9, 3]), ([2], [6, 6]), ([8, 8, 8, 8, 1], [3, 2, 1, 0, 9])])
     skip_set = SkipSet(LAYERS, (2, 3), (2, 3))
-    stand_ins = DraftWeights(layers=random_layers(model, {4: TOP})).stand_ins(model)
+    stand_ins = DraftWeights(layers=random_layers(model, {4: TOP})).steps
     stack = model.stack_of(skip_set, stand_ins=stand_ins)
     for text, trace in zip(written, all_traces(AcceptanceTracer(model, written), stack), strict=True):
         expected = trace_of(model, stack, text)
@@ -121,14 +123,14 @@ def test_where_nothing_is_left_out_below_the_exit_it_is_the_trace_that_tuning_ma
 def test_a_draft_that_remembers_leaves_no_trace_in_the_estimates_of_others(gemma2):
     written = references(gemma2, [([1, 2, 3, 4], [5, 6, 7]), ([9], [8, 7, 6, 5])])
     used, plain = AcceptanceTracer(gemma2, written), gemma2.stack_of(SkipSet(LAYERS, mlp=(1,)))
-    stand_ins = DraftWeights(layers=random_layers(gemma2, {4: TOP})).stand_ins(gemma2)
+    stand_ins = DraftWeights(layers=random_layers(gemma2, {4: TOP})).steps
     all_traces(used, gemma2.stack_of(SkipSet(LAYERS, (1, 2, 3), (2, 3)), stand_ins=stand_ins))
     for one, fresh in zip(all_traces(used, plain), all_traces(AcceptanceTracer(gemma2, written), plain), strict=True):
         assert np.array_equal(one.confidence, fresh.confidence)
 
 
 def test_texts_of_one_token_ask_a_draft_that_remembers_for_nothing(tiny):
-    stand_ins = DraftWeights(layers=random_layers(tiny, {4: TOP})).stand_ins(tiny)
+    stand_ins = DraftWeights(layers=random_layers(tiny, {4: TOP})).steps
     stack = tiny.stack_of(SkipSet(LAYERS, (2, 3), (2, 3)), stand_ins=stand_ins)
     [trace] = all_traces(AcceptanceTracer(tiny, [record(tiny, [1, 2], [3])]), stack)
     assert len(trace.agrees) == 0

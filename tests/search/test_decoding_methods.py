@@ -51,7 +51,7 @@ def test_every_method_generates_what_plain_greedy_decoding_generates(model, expe
 
 
 @pytest.mark.parametrize("method", ["own", "plain"])
-def test_decoding_plainly_takes_a_pass_for_each_token_and_drafts_nothing(model, method):
+def test_plain_decoding_takes_a_pass_for_each_token_and_drafts_nothing(model, method):
     decoded = METHODS[method](method, model).decode(PROMPT, LENGTH)
     assert (decoded.target_passes, decoded.drafted, decoded.accepted) == (LENGTH, 0, 0)
 

@@ -1,7 +1,5 @@
 """Which stand-in of a profile a search may use, and what its drafts are made of and cost."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,9 @@ from layerskip import DraftProfile, LayerSkipModel, SkipSet
 from layerskip.costs import DraftParts
 from layerskip.drafting.bridges import Bridge, BridgeFitter
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
-from layerskip.sublayers import DraftLayerStep
 from search.builder import DraftBuilder
 from search.draft_layers import trained_draft_layer, trained_draft_layers
 from search.reference import record
@@ -45,7 +43,7 @@ def test_it_has_the_same_name_wherever_its_profile_was_saved(llama, tmp_path):
     profile.save(tmp_path / "tuned.json")
     assert named(llama, DraftProfile.load(tmp_path / "tuned.json")) == named(llama, profile)
     in_half = LayerSkipModel(tiny_llama().bfloat16())
-    assert named(in_half, profile_with(in_half, profile.weights)) == named(llama, profile)
+    assert named(in_half, profile_with(in_half, profile.weights(in_half))) == named(llama, profile)
 
 
 def test_whatever_differs_has_another_name(llama):
@@ -64,7 +62,8 @@ def test_the_profile_of_a_search_that_used_one_has_the_same_one(llama):
     """With more left out below, and a bridge there."""
     tuned = layer_profile(llama, vocabulary=IDS)
     below = Bridge(1, 3, (torch.zeros(32, 32),), torch.zeros(32))
-    found = profile_with(llama, replace(tuned.weights, bridges={1: below}))
+    layers, ids = tuned.weights(llama).layers, tuned.weights(llama).token_ids
+    found = profile_with(llama, DraftWeights(bridges=[below], layers=layers, token_ids=ids))
     assert named(llama, found) == named(llama, tuned)
 
 
@@ -99,7 +98,7 @@ def test_a_profile_without_one_above_an_exit_is_refused_in_one_line(llama):
     assert "model.fingerprint: " in refusal(layer_profile(other), InvalidProfileError)
     small = LayerSkipModel(tiny_llama(intermediate_size=16))
     wrong = profile_with(llama, DraftWeights(layers=random_layers(small, {4: TOP})))
-    assert refusal(wrong).startswith("some.json: stand-in: its weights do not fit a layer of this model: ")
+    assert refusal(wrong).startswith("some.json: draft layer: the weights do not fit this model: ")
 
 
 def test_a_candidate_leaves_out_all_that_its_stand_in_stands_for():
@@ -146,14 +145,14 @@ def makers(llama, given, monkeypatch):
 def test_a_candidate_gets_its_stand_in_and_what_it_asks_for_below(makers, given):
     layer = given["layer"]
     alone = makers.weights(DraftConfig(NOTHING, draft_layer=layer.ref))
-    assert (list(alone.layers), alone.bridges, alone.token_ids) == ([4], {}, None)
-    assert all(torch.equal(w, layer.weights.layers[4].weights[n]) for n, w in alone.layers[4].weights.items())
+    assert ([layer.start for layer in alone.layers], len(alone.bridges), alone.token_ids) == ([4], 0, None)
+    assert all(torch.equal(w, layer.weights.layers[0].state_dict()[n]) for n, w in alone.layers[0].state_dict().items())
     below = SkipSet(LAYERS, (1,), (1,))  # next to what the stand-in stands for
     bridged = makers.weights(DraftConfig(below, bridges=True, draft_layer=layer.ref))
-    assert {start: bridge.stop for start, bridge in bridged.bridges.items()} == {2: 4}
+    assert {bridge.start: bridge.stop for bridge in bridged.bridges} == {2: 4}
     both = makers.weights(DraftConfig(below, bridges=True, draft_layer=given["bridge"].ref))
-    assert {start: bridge.stop for start, bridge in both.bridges.items()} == {2: 4, 5: TOP}
-    assert both.layers == {}
+    assert {bridge.start: bridge.stop for bridge in both.bridges} == {2: 4, 5: TOP}
+    assert len(both.layers) == 0
 
 
 def test_its_own_vocabulary_stands_for_the_fitted_one_of_that_size(makers, given):
@@ -178,7 +177,7 @@ def test_what_is_estimated_with_a_stand_in_is_what_is_decoded_with(makers, given
     assert [index for index, _ in drafter._stack.steps] == [index for index, _ in stack.steps]
     assert torch.equal(drafter._stack.token_ids, stack.token_ids)
     assert drafter._stack.remembers == stack.remembers == (kind == "layer")
-    assert isinstance(dict(stack.steps)[given[kind].ref.start], DraftLayerStep if kind == "layer" else Bridge)
+    assert isinstance(dict(stack.steps)[given[kind].ref.start], DraftLayer if kind == "layer" else Bridge)
 
 
 @pytest.mark.parametrize("kind", ["layer", "bridge", None])

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from layerskip import ConfidenceThreshold, FixedLength, SkipSet, generate
 from layerskip.drafting.config import DraftConfig
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
-from layerskip.sublayers import DraftLayerStep
 from layerskip.target_texts import batch_generate
 from layerskip.token_tree import TokenTree, widths_of
 from search.acceptance import LAST_RANK
@@ -100,12 +100,11 @@ def test_replay_says_what_decoding_does(tiny, texts, kind, draft_exit, gate, bra
 def test_replay_says_what_heads_behind_a_layer_do(tiny, texts, draft_exit, gate, branches, scale):
     heads, policy = random_heads(tiny, "hydra", HEADS, scale=0.02), policy_of(draft_exit, gate, branches)
     prefix = random_prefix(tiny, scale=scale)
-    layer = prefix.build(tiny, 0)
-    drafter = make_drafter(tiny, policy, DraftWeights(layers={2 * LAYERS: prefix}, heads=heads))
+    drafter = make_drafter(tiny, policy, DraftWeights(layers=[prefix], heads=heads))
     for text in texts:
         prompt = text.tokens[: text.prompt_length]
         stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
-        traces = [trace_heads(tiny, heads, tiny.stack_of(SkipSet(LAYERS)), text, layer)]
+        traces = [trace_heads(tiny, heads, tiny.stack_of(SkipSet(LAYERS)), text, prefix)]
         foretold = replay_heads(traces, [policy], rounds_alone(), limit=LIMIT)
         assert foretold.seconds == (stats.rounds,)
         if isinstance(draft_exit, FixedLength):
@@ -201,14 +200,14 @@ def test_seconds_between_measured_numbers_of_tokens_are_interpolated():
 
 
 def test_the_layer_before_heads_is_timed_with_every_draft_behind_a_text_of_usual_length(llama, monkeypatch):
-    seen, run = [], DraftLayerStep.__call__
+    seen, run = [], DraftLayer.__call__
 
     def watched(self, x, context):
         seen.append((x.shape[1], context.cache.length))
         return run(self, x, context)
 
-    monkeypatch.setattr(DraftLayerStep, "__call__", watched)
-    layers = {2 * LAYERS: random_prefix(llama)}
+    monkeypatch.setattr(DraftLayer, "__call__", watched)
+    layers = [random_prefix(llama)]
     ways = measure_drafts(EagerEngine(llama), DraftWeights(layers=layers, heads=random_heads(llama, "hydra", 2))).ways
     first, rest = seen[: len(ways)], seen[len(ways) :]
     assert first == [(130, 0)] * len(ways)

@@ -1,4 +1,4 @@
-"""Turns: real processes that estimate side by side, and measure alone."""
+"""The machine lock: real processes that predict side by side, and measure alone."""
 
 import fcntl
 import multiprocessing
@@ -10,23 +10,23 @@ from layerskip.errors import LayerSkipError
 from search.machine_lock import MachineLock
 
 CPU = torch.device("cpu")
-ESTIMATE, MEASURE = "shared", "exclusive"
+PREDICT, MEASURE = "shared", "exclusive"
 
 
 def take_turns(folder, orders):
-    """Take a turn when told its kind, say so, and give it back when told to."""
-    quiet = MachineLock(folder, CPU)
+    """Take the lock as ordered, say so, and release it when ordered."""
+    lock = MachineLock(folder, CPU)
     while True:
         kind = orders.recv()
         orders.send("waits")
-        with getattr(quiet, kind)():
+        with getattr(lock, kind)():
             orders.send("in")
             orders.recv()
         orders.send("out")
 
 
 class Worker:
-    """A process that takes turns as it is told."""
+    """A process that takes the lock as ordered."""
 
     def __init__(self, folder):
         context = multiprocessing.get_context("fork")  # importing torch anew would take seconds
@@ -64,24 +64,24 @@ def workers(tmp_path):
         worker.kill()
 
 
-def test_estimates_run_side_by_side(workers):
+def test_predictions_run_side_by_side(workers):
     for worker in workers:
-        worker.begin(ESTIMATE)
+        worker.begin(PREDICT)
         assert worker.says() == "in"
     for worker in workers:
         worker.end()
 
 
-def test_who_measures_is_alone(workers):
-    measuring, estimating, other = workers
+def test_a_measurement_has_the_machine_to_itself(workers):
+    measuring, predicting, other = workers
     measuring.begin(MEASURE)
     assert measuring.says() == "in"
-    estimating.begin(ESTIMATE)
+    predicting.begin(PREDICT)
     other.begin(MEASURE)
-    assert estimating.waits()
+    assert predicting.waits()
     assert other.waits()
     measuring.end()
-    first, second = (other, estimating) if estimating.waits() else (estimating, other)
+    first, second = (other, predicting) if predicting.waits() else (predicting, other)
     assert first.says() == "in"
     assert second.waits()
     first.end()
@@ -89,14 +89,14 @@ def test_who_measures_is_alone(workers):
     second.end()
 
 
-def test_a_measurement_waits_for_running_estimates_and_new_ones_wait_for_it(workers):
+def test_a_measurement_waits_for_running_predictions_and_new_ones_wait_for_it(workers):
     running, measuring, new = workers
-    running.begin(ESTIMATE)
+    running.begin(PREDICT)
     assert running.says() == "in"
     measuring.begin(MEASURE)
     assert measuring.waits()
-    new.begin(ESTIMATE)
-    assert new.waits()  # or estimates that take turns would keep the measurement waiting for ever
+    new.begin(PREDICT)
+    assert new.waits()  # or predictions that take turns would keep the measurement waiting for ever
     running.end()
     assert measuring.says() == "in"
     assert new.waits()
@@ -105,45 +105,45 @@ def test_a_measurement_waits_for_running_estimates_and_new_ones_wait_for_it(work
     new.end()
 
 
-def test_who_has_the_machine_keeps_it_when_asking_again(workers, tmp_path):
+def test_a_process_with_the_exclusive_lock_can_take_it_again(workers, tmp_path):
     lock = MachineLock(tmp_path, CPU)
     with lock.exclusive():
         with lock.exclusive():
             pass
-        workers[0].begin(ESTIMATE)
+        workers[0].begin(PREDICT)
         assert workers[0].waits()
     assert workers[0].says() == "in"
     with pytest.raises(BlockingIOError), lock._room.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_the_turn_of_a_killed_process_is_over(workers):
+def test_the_lock_of_a_killed_process_is_released(workers):
     killed, other, _ = workers
     killed.begin(MEASURE)
     assert killed.says() == "in"
-    other.begin(ESTIMATE)
+    other.begin(PREDICT)
     assert other.waits()
     killed.kill()
     assert other.says() == "in"
 
 
 @pytest.mark.parametrize(("workers", "expected"), [(1, 4), (2, 2), (3, 1), (9, 1)])
-def test_workers_share_the_processor_s_threads_while_nobody_measures(tmp_path, workers, expected):
+def test_workers_share_the_processors_threads_while_none_measures(tmp_path, workers, expected):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        quiet = MachineLock(tmp_path, CPU, workers=workers)
-        with quiet.shared():
+        lock = MachineLock(tmp_path, CPU, workers=workers)
+        with lock.shared():
             assert torch.get_num_threads() == expected
-        with quiet.exclusive():
+        with lock.exclusive():
             assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_turn_ends_with_an_error_too(tmp_path):
-    quiet = MachineLock(tmp_path, CPU)
-    for turn in (quiet.exclusive, quiet.shared, quiet.exclusive):
+def test_the_lock_is_released_on_an_error_too(tmp_path):
+    lock = MachineLock(tmp_path, CPU)
+    for turn in (lock.exclusive, lock.shared, lock.exclusive):
         with pytest.raises(KeyboardInterrupt), turn():
             raise KeyboardInterrupt
 

@@ -10,8 +10,7 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 import search.space as space_module
 from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.costs import CostModel
@@ -28,9 +27,10 @@ from search.callbacks import (
     TrialFinished,
 )
 from search.measure import Summary
+from search.measurement_scheduler import next_to_measure
 from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
 from search.predict import SpeedupPredictor
-from search.search import Search, next_to_measure
+from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import warm_starts
@@ -53,6 +53,7 @@ from tests.search.searches import (
     CtrlC,
     Log,
     completed,
+    explore,
     kind_of,
     known_costs,
     known_costs_of,
@@ -65,7 +66,7 @@ from tests.search.searches import (
 from tests.search.test_reference import passes_counted
 
 SPACE = SearchSpace(LAYERS)
-# All but one of these searches begin with so many of their warm starts; what comes behind is measured or sampled.
+# All but one of these searches begin with so many of their warm starts; what comes after is measured or sampled.
 STARTS = 3
 MEASURING = {"measuring_share": 1.0}
 
@@ -76,12 +77,12 @@ def costs():
     measured = []
 
     def known(engine, **sizes):
-        measured.append(engine.model)
+        measured.append(engine)
         return known_costs_of(engine, **sizes)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preparation, "measure_costs", known)
-        patched.setattr(study_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
+        patched.setattr(search_module, "measure_costs", known)
+        patched.setattr(search_module, "warm_starts", lambda *parts: itertools.islice(warm_starts(*parts), STARTS))
         yield measured
 
 
@@ -109,7 +110,7 @@ def with_no_starts(study):
     study.set_user_attr("warm_starts", True)
 
 
-def test_a_search_looks_at_as_many_candidates_as_it_was_asked_for(finished):
+def test_a_search_predicts_as_many_candidates_as_it_was_asked_for(finished):
     result, _, _, _, study = finished
     assert result.trials == len(evaluated_trials(study)) == STARTS + 8
     assert result.measured == len(measured_trials(study)) >= 1
@@ -174,7 +175,7 @@ def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
     assert first.user_attrs["predicted_speedup"] == max(map(speedup_of, before))
 
 
-def test_a_trial_says_what_it_tried_and_what_came_of_it(finished):
+def test_a_trial_records_its_candidate_and_its_result(finished):
     result, storage, _, _, study = finished
     for trial in completed(study):
         candidate, config = SPACE.config(trial.params), config_of(trial)
@@ -191,7 +192,7 @@ def test_a_trial_says_what_it_tried_and_what_came_of_it(finished):
         assert summary.speedup_low <= trial.value * (1 + 1e-9)
 
 
-def test_the_first_trials_are_starting_points_and_say_so(finished):
+def test_the_first_trials_are_warm_starts_and_say_so(finished):
     trials = finished[4].trials
     first = trials[0]
     assert first.user_attrs[SOURCE_KEY] == "nothing skipped"
@@ -203,8 +204,8 @@ def test_the_first_trials_are_starting_points_and_say_so(finished):
 
 
 def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monkeypatch):
-    monkeypatch.setattr(study_module, "warm_starts", warm_starts)
-    small_search(llama, storage, trials=40, finalists=1, study_name="s").run()
+    monkeypatch.setattr(search_module, "warm_starts", warm_starts)
+    small_search(llama, storage, trials=40, finalists=1, study="s").run()
     trials = [trial for trial in load_study(storage, "s").trials if SOURCE_KEY in trial.user_attrs]
     sources = [trial.user_attrs[SOURCE_KEY] for trial in trials]
     families = {source.partition(":")[0] for source in sources}
@@ -212,7 +213,7 @@ def test_every_family_of_starts_is_tried_and_nothing_twice(llama, storage, monke
     assert len({json.dumps(trial.system_attrs["fixed_params"]) for trial in trials}) == len(trials)
 
 
-def test_no_candidate_is_looked_at_twice(finished):
+def test_no_candidate_is_predicted_twice(finished):
     looked_at = [candidate_key(trial) for trial in evaluated_trials(finished[4])]
     assert len(set(looked_at)) == len(looked_at)
 
@@ -277,7 +278,7 @@ def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_p
     near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, expected)
 
 
-def test_a_search_tells_how_it_goes(finished):
+def test_a_search_reports_its_progress(finished):
     result, _, _, log, study = finished
     kinds = [kind_of(event) for event in log.events]
     assert kinds[:5] == [StudyOpened, "reference", ReferenceReady, "costs", "trials"]
@@ -321,12 +322,12 @@ def test_costs_are_measured_once_for_a_study_and_kept_with_it(llama, storage, co
 
 
 def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
-    monkeypatch.setattr(preparation, "measure_costs", measure_costs)
+    monkeypatch.setattr(search_module, "measure_costs", measure_costs)
     result = small_search(llama, storage, trials=1, finalists=1).run()
     assert result.profile.measured.speedup > 0
 
 
-def test_a_search_that_goes_on_decodes_no_reference_again(llama, storage, tmp_path, monkeypatch):
+def test_a_resumed_search_decodes_no_reference_again(llama, storage, tmp_path, monkeypatch):
     small_search(llama, storage, trials=1, folder=tmp_path).run()
     asked = []
     monkeypatch.setattr(llama.hf_model, "generate", lambda *arguments, **named: asked.append(arguments))
@@ -345,11 +346,11 @@ def passes_of_trials(search):
     """How many forward passes the trials of a search take."""
     with passes_counted(search._engine.model) as passes:
         search._on_event = lambda event: passes.clear() if event == PhaseStarted("trials") else None
-        search.explore(search.open())
+        explore(search)
         return len(passes)
 
 
-def test_looking_at_a_candidate_takes_one_pass_for_each_lot_of_texts(llama, storage):
+def test_predicting_a_candidate_takes_one_pass_for_each_batch_of_texts(llama, storage):
     assert passes_of_trials(small_search(llama, storage, trials=3)) == 3
     lots = small_search(llama, storage, trials=1, prompts=random_prompts(search=40))  # 20 texts: four, and two of eight
     assert passes_of_trials(lots) == 3
@@ -362,7 +363,7 @@ def test_gemma_2_can_be_searched(gemma2, storage):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_a_model_too_shallow_for_starting_points_can_be_searched(storage, num_layers):
+def test_a_model_too_shallow_for_warm_starts_can_be_searched(storage, num_layers):
     model = LayerSkipModel(tiny_llama(num_hidden_layers=num_layers))
     result = small_search(model, storage, trials=9).run()
     assert result.trials == 9  # more than there are candidates in one layer: repeats are answered, and counted
@@ -380,7 +381,7 @@ def test_every_sampler_can_search(llama, storage, sampler):
     assert result.trials == STARTS + 6
 
 
-def test_a_candidate_that_was_looked_at_is_answered_from_the_record(llama, storage):
+def test_a_candidate_that_was_predicted_before_is_answered_from_the_record(llama, storage):
     name = small_search(llama, storage, trials=2).run().study
     study = load_study(storage, name)
     first = study.trials[1]
@@ -410,7 +411,7 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
 def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
     monkeypatch.setattr(SearchSpace, "policies", lambda self, config: [replace(config, stopping=FixedLength(8))])
     prompts = random_prompts(search=12, held_out=1)
-    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study_name": "s", "finalists": 1}
+    settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
@@ -448,7 +449,7 @@ def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llam
 
 
 def test_the_study_can_be_named(llama, storage):
-    result = small_search(llama, storage, trials=1, study_name="mine").run()
+    result = small_search(llama, storage, trials=1, study="mine").run()
     assert result.study == "mine"
     assert result.profile.provenance.study == "mine"
     assert optuna.get_all_study_names(storage) == ["mine"]
@@ -458,10 +459,10 @@ def test_the_study_can_be_named(llama, storage):
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_study_needs_a_name_that_can_be_read(llama, storage, name):
     with pytest.raises(InvalidInputError, match=r"^study: the name is empty"):
-        small_search(llama, storage, study_name=name)
+        small_search(llama, storage, study=name)
 
 
-def test_going_on_makes_only_the_missing_trials(llama, database):
+def test_a_resumed_search_makes_only_the_missing_trials(llama, database):
     first = small_search(llama, open_storage(database), trials=2).run()
     before = load_study(open_storage(database), first.study).trials
     log = Log()
@@ -486,7 +487,7 @@ def test_a_study_with_enough_trials_is_only_measured_on_held_out_prompts_again(l
     assert again.profile.measured.prompt_set == "held-out"
 
 
-def test_starting_points_are_queued_once_however_often_a_search_goes_on(llama, storage):
+def test_warm_starts_are_queued_once_however_often_a_search_is_resumed(llama, storage):
     for trials in (1, 2, STARTS + 1):
         name = small_search(llama, storage, trials=trials, finalists=1).run().study
     trials = load_study(storage, name).trials
@@ -495,7 +496,7 @@ def test_starting_points_are_queued_once_however_often_a_search_goes_on(llama, s
     assert len({candidate_key(trial) for trial in trials}) == len(trials) == STARTS + 1
 
 
-def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(llama, storage, monkeypatch):
+def test_warm_starts_that_a_kill_kept_from_being_queued_are_queued_later(llama, storage, monkeypatch):
     original, queued = optuna.Study.enqueue_trial, []
 
     def killed_at_the_third(self, params, **named):
@@ -507,12 +508,12 @@ def test_starting_points_that_a_kill_kept_from_being_queued_are_queued_later(lla
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
         with pytest.raises(SystemExit):
-            small_search(llama, storage, study_name="s").run()
-    small_search(llama, storage, study_name="s", trials=STARTS).run()
+            small_search(llama, storage, study="s").run()
+    small_search(llama, storage, study="s", trials=STARTS).run()
     trials = load_study(storage, "s").trials
     assert len(trials) == STARTS
-    told = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
-    assert len(set(told)) == STARTS
+    enqueued = [json.dumps(trial.system_attrs["fixed_params"]) for trial in trials]
+    assert len(set(enqueued)) == STARTS
 
 
 def refused(search):
@@ -524,12 +525,12 @@ def refused(search):
     return message
 
 
-def test_going_on_with_something_else_is_refused_and_the_difference_named(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+def test_resuming_with_something_else_is_refused_and_the_difference_named(llama, storage):
+    small_search(llama, storage, trials=1, study="s").run()
     trials_before = load_study(storage, "s").trials
 
     def other(model=llama, **changed):
-        return small_search(model, storage, study_name="s", **changed)
+        return small_search(model, storage, study="s", **changed)
 
     other_weights = LayerSkipModel(tiny_llama(seed=1))
     assert f"fingerprint (study: {identify(llama).fingerprint}, now: {identify(other_weights).fingerprint})" in refused(
@@ -547,13 +548,11 @@ def test_going_on_with_something_else_is_refused_and_the_difference_named(llama,
     assert load_study(storage, "s").trials == trials_before
 
 
-def test_a_model_under_another_id_may_go_on(llama, storage):
-    small_search(llama, storage, trials=1, study_name="s").run()
+def test_a_study_can_be_resumed_with_the_model_under_another_id(llama, storage):
+    small_search(llama, storage, trials=1, study="s").run()
     settings = SearchSettings(trials=2, max_new_tokens=6, prompts_per_trial=3)
-    moved = Search(
-        EagerEngine(llama), identify(llama, "/another/place"), random_prompts(), storage, settings, study_name="s"
-    )
-    assert moved.run().trials == 2
+    task = SearchTask(identify(llama, "/another/place"), random_prompts(), settings, SPACE, "s")
+    assert Search(EagerEngine(llama), task, storage).run().trials == 2
 
 
 def proposals(storage, study):
@@ -562,7 +561,7 @@ def proposals(storage, study):
 
 def test_the_same_seed_makes_the_same_search(llama, storage):
     for name, seed in {"one": 5, "same": 5, "other": 6}.items():
-        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study_name=name).run()
+        small_search(llama, storage, trials=STARTS + 8, finalists=1, seed=seed, study=name).run()
     assert proposals(storage, "one") == proposals(storage, "same")
     assert proposals(storage, "one")[:STARTS] == proposals(storage, "other")[:STARTS]
     assert proposals(storage, "one") != proposals(storage, "other")
@@ -570,9 +569,9 @@ def test_the_same_seed_makes_the_same_search(llama, storage):
     assert values[0] == values[1]
 
 
-def test_going_on_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
+def test_a_search_resumed_with_the_same_seed_does_not_propose_the_same_again(llama, storage):
     for trials in (STARTS + 2, STARTS + 5):
-        small_search(llama, storage, trials=trials, finalists=1, seed=5, study_name="s").run()
+        small_search(llama, storage, trials=trials, finalists=1, seed=5, study="s").run()
     tried = [json.dumps(parameters, sort_keys=True) for parameters in proposals(storage, "s")]
     assert len(set(tried)) == len(tried) == STARTS + 5
 
@@ -639,7 +638,7 @@ def test_what_the_sampler_proposed_and_ctrl_c_broke_off_is_tried_again_and_calle
 
 
 @pytest.mark.parametrize("event", ["reference", "costs", "trials"])
-def test_ctrl_c_before_any_trial_is_done_leaves_no_profile_and_a_study_to_go_on_with(llama, storage, event):
+def test_ctrl_c_before_any_trial_is_done_leaves_no_profile_and_a_study_to_resume(llama, storage, event):
     result = small_search(llama, storage, on_event=CtrlC(event)).run()
     assert (result.interrupted, result.trials, result.profile) == (True, 0, None)
     assert small_search(llama, storage).run().trials == 3
@@ -652,7 +651,7 @@ def test_ctrl_c_between_trials_keeps_them_all(llama, storage, event, done):
     assert not load_study(storage, result.study).get_trials(states=(TrialState.FAIL,))
 
 
-def test_ctrl_c_behind_a_measurement_gives_the_best_profile_so_far(llama, storage):
+def test_ctrl_c_after_a_measurement_gives_the_best_profile_so_far(llama, storage):
     settings = {"trials": STARTS + 6, **MEASURING}
     result = small_search(llama, storage, on_event=CtrlC(TrialFinished, STARTS + 1), **settings).run()
     assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 1)
@@ -679,10 +678,10 @@ def test_ctrl_c_while_a_trial_is_stored_loses_no_trial(llama, storage, method, c
     assert result.interrupted
     assert result.trials >= 1
     [broken] = [t for t in load_study(storage, name).trials if t.state in (TrialState.FAIL, TrialState.RUNNING)]
-    told = broken.system_attrs["fixed_params"]
+    chosen = broken.system_attrs["fixed_params"]
     assert small_search(llama, storage, trials=STARTS + 1).run().trials == STARTS + 1
     if broken.state == TrialState.FAIL:  # or it runs until its heartbeat tells that it died
-        assert told in [trial.params for trial in completed(load_study(storage, name))]
+        assert chosen in [trial.params for trial in completed(load_study(storage, name))]
 
 
 def test_ctrl_c_among_the_finalists_gives_the_best_of_those_measured(llama, storage):
@@ -703,7 +702,7 @@ def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monke
             return original(*arguments)
 
     monkeypatch.setattr(Objective, "_measured", measured)
-    search = small_search(model, storage, study_name="s", trials=STARTS + 2, **MEASURING)
+    search = small_search(model, storage, study="s", trials=STARTS + 2, **MEASURING)
     with pytest.raises(LosslessnessError, match="bug"):
         search.run()
     states = [trial.state for trial in load_study(storage, "s").trials]
@@ -745,7 +744,7 @@ def test_an_unknown_sampler_is_refused_and_the_known_ones_named():
         SearchSettings(sampler="dice")
 
 
-def test_the_largest_seed_can_be_gone_on_with(llama, storage):
+def test_a_study_with_the_largest_seed_can_be_resumed(llama, storage):
     for trials in (1, STARTS + 2):
         assert small_search(llama, storage, trials=trials, finalists=1, seed=2**32 - 1).run().trials == trials
 
@@ -790,7 +789,7 @@ def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_so
     assert skipping.user_attrs["draft"].endswith(f" · bridges · vocabulary {VOCABULARY // 2}")
 
 
-def test_a_rich_study_can_be_gone_on_with_and_is_not_a_plain_one(llama, rich, storage):
+def test_a_rich_study_can_be_resumed_and_is_not_a_plain_one(llama, rich, storage):
     first = rich(trials=1).run()
     second = rich(trials=2).run()
     assert (second.study, second.trials) == (first.study, 2)

@@ -1,24 +1,20 @@
 """A search whose process is killed (SIGKILL) in the middle of a trial, and started again."""
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-import search.search as preparation
-import search.search as study_module
+import search.search as search_module
 from search.objective import MEASURES_KEY
 from studies.ranking import basis_of
 from studies.storage import open_storage
 from studies.study import load_study
+from tests.processes import processes
 from tests.search import killable_search
 from tests.search.searches import records
 
-REPOSITORY = Path(__file__).parents[2]
 # Three missed heartbeats, and as much again as the database's clock (whole seconds) may be off.
 UNTIL_TAKEN_FOR_DEAD = 3 * killable_search.HEARTBEAT_SECONDS + 1.5
 STARTS, TRIALS = killable_search.STARTS, killable_search.TRIALS
@@ -27,22 +23,22 @@ STARTS, TRIALS = killable_search.STARTS, killable_search.TRIALS
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What a killable search changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
-    monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
+    monkeypatch.setattr(search_module, "measure_costs", search_module.measure_costs)
+    monkeypatch.setattr(search_module, "warm_starts", search_module.warm_starts)
 
 
 def kill_in_the_middle_of(doing, url, folder):
     """Search in another process, and kill it in the middle of a trial."""
-    command = [sys.executable, "-m", "tests.search.killable_search", url, str(folder), doing]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            said = process.stdout.readline()
-        finally:
-            process.kill()
-        assert said == "in the middle of a trial\n", process.stderr.read()
-    assert process.returncode == -9
+    hears, says = processes.Pipe(duplex=False)
+    process = processes.Process(target=killable_search.stand_still_in, args=(doing, url, str(folder), says))
+    process.start()
+    says.close()
+    try:
+        assert hears.recv() == "in the middle of a trial"
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -9
     time.sleep(UNTIL_TAKEN_FOR_DEAD)
 
 
@@ -60,7 +56,7 @@ def retry_of(trials, number):
 
 
 def test_a_search_killed_while_it_looked_at_a_candidate_goes_on_and_looks_at_it_again(database, tmp_path):
-    kill_in_the_middle_of("looking", database, tmp_path)
+    kill_in_the_middle_of("predicting", database, tmp_path)
     before = trials_of(database)
     assert states_of(before) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
 

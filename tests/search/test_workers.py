@@ -9,21 +9,18 @@ from functools import partial
 import pytest
 from optuna.trial import TrialState
 
-import search.search as preparation
-import search.search as study_module
-from layerskip.fingerprint import identify
+import search.search as search_module
 from search.callbacks import TrialFinished
-from search.draft_layers import trained_draft_layers
-from search.loading import load_profiles
 from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
-from search.workers import Work, Workers
+from search.workers import Workers
 from studies.ranking import candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
-from tests.search.loaders import STARTS, broken_engine, no_engine, other_engine, quick_engine, slow_engine
-from tests.search.searches import MODEL_ID, CtrlC, Log, random_prompts, small_search
+from tests.processes import processes
+from tests.search.loaders import STARTS, load_and_die, load_nothing, load_other, load_quick, load_slow, quick_engine
+from tests.search.searches import CtrlC, Log, small_search
 from tests.trained import layer_profile
 
 TRIALS = 24
@@ -32,8 +29,14 @@ TRIALS = 24
 @pytest.fixture(autouse=True)
 def search_as_it_was(monkeypatch):
     """What loading a model changes in this process is changed back."""
-    monkeypatch.setattr(preparation, "measure_costs", preparation.measure_costs)
-    monkeypatch.setattr(study_module, "warm_starts", study_module.warm_starts)
+    monkeypatch.setattr(search_module, "measure_costs", search_module.measure_costs)
+    monkeypatch.setattr(search_module, "warm_starts", search_module.warm_starts)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked from a process that has imported everything, instead of importing it for seconds each."""
+    monkeypatch.setattr("search.workers.multiprocessing.get_context", lambda _: processes)
 
 
 @pytest.fixture
@@ -41,33 +44,16 @@ def search_with(database, tmp_path):
     """A search of which other workers load their models by some loaders, and what was said of those that failed."""
     failures = []
 
-    def make(*loaders, tuned=(), **named):
-        model = quick_engine().model
-        profiles = partial(load_profiles, tuned, "cpu", "float32")
-        stand_ins = trained_draft_layers(profiles(), model)
-        space = SearchSpace(LAYERS, draft_layers=tuple(one.ref for one in stand_ins))
-        settings = {"trials": TRIALS, "workers": 1 + len(loaders), "study_name": "s", "finalists": 1} | named
+    def make(*loads, profiles=(), **named):
+        engine, draft_layers = load_quick(profiles)
+        settings = {"trials": TRIALS, "workers": 1 + len(loads), "study": "s", "finalists": 1} | named
 
-        def helpers(study):
-            work = [
-                Work(
-                    load,
-                    identify(model, MODEL_ID),
-                    random_prompts(),
-                    database,
-                    search._settings,
-                    space,
-                    study,
-                    tmp_path,
-                    load_profiles=profiles,
-                )
-                for load in loaders
-            ]
-            return Workers(work, lambda number, message: failures.append((number, message)))
+        def workers_on(task):
+            return Workers(loads, task, database, lambda number, message: failures.append((number, message)))
 
-        own = {"space": space, "draft_layers": stand_ins, "folder": tmp_path, "helpers": helpers}
-        search = small_search(model, open_storage(database), **own, **settings)
-        return search, failures
+        space = SearchSpace(LAYERS, draft_layers=tuple(layer.ref for layer in draft_layers))
+        own = {"space": space, "draft_layers": draft_layers, "folder": tmp_path, "helpers": workers_on}
+        return small_search(engine.model, open_storage(database), **own, **settings), failures
 
     return make
 
@@ -98,7 +84,7 @@ def begun(database):
 
 def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_other_s_way(search_with, database, capfd):
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_engine, quick_engine, measuring_share=0.3, on_event=log)
+    search, failures = search_with(load_quick, load_quick, measuring_share=0.3, on_event=log)
     result = search.run()
     assert failures == []
     study = the_study(database)
@@ -116,11 +102,12 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
 
 
-def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_with, database, tmp_path):
+@pytest.mark.usefixtures("forked")
+def test_workers_have_the_draft_layers_of_the_first_worker(search_with, database, tmp_path):
     file = str(tmp_path / "tuned.json")
     layer_profile(quick_engine().model, start=4).save(file)
     log = WaitsForOthers(database)
-    search, failures = search_with(quick_engine, tuned=[file], trials=16, on_event=log)
+    search, failures = search_with(partial(load_quick, [file]), profiles=[file], trials=16, on_event=log)
     result = search.run()
     assert failures == []
     assert 16 <= result.trials <= 17
@@ -129,35 +116,36 @@ def test_workers_have_the_trained_stand_ins_that_the_first_one_was_given(search_
     assert {trial.params["draft_layer"] for trial in evaluated_trials(study)} == {0, 1}
 
 
-def test_workers_that_give_up_are_reported_and_the_others_go_on(search_with):
-    search, failures = search_with(no_engine, broken_engine, other_engine, trials=STARTS + 2)
+@pytest.mark.usefixtures("forked")
+def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
+    search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (one, is_disconnect), (two, broken), (three, differs) = failures
-    assert (one, two, three) == (1, 2, 3)
-    assert (is_disconnect, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
+    (first, lost), (second, broken), (third, differs) = failures
+    assert (first, second, third) == (1, 2, 3)
+    assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith(
         "study 's': cannot be resumed, because this differs: dtype (study: float32, now: bfloat16)"
     )
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "forked")
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
-    told = tmp_path / "looking"
-    told.mkdir()
+    looking = tmp_path / "looking"
+    looking.mkdir()
 
     def press_when_all_look():
         deadline = time.monotonic() + 120
-        while len(list(told.iterdir())) < 2 and time.monotonic() < deadline:
+        while len(list(looking.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    search, failures = search_with(partial(slow_engine, str(told)), partial(slow_engine, str(told)))
-    monkeypatch.setattr(study_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
+    search, failures = search_with(partial(load_slow, str(looking)), partial(load_slow, str(looking)))
+    monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
     assert (result.interrupted, result.trials, failures) == (True, 1, [])
-    for pid in told.iterdir():
+    for pid in looking.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)
     trials = the_study(database).trials
@@ -168,21 +156,23 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
-    work = Work(partial(slow_engine, str(tmp_path)), *(None, None, "sqlite://", None, None, "s"))
-    workers = Workers([work], lambda *_: pytest.fail("not its fault"))
-    with workers:
+    task = small_search(quick_engine().model, open_storage("sqlite://")).task
+    load = partial(load_slow, str(tmp_path))
+    with Workers([load], task, "sqlite://", lambda *_: pytest.fail("not its fault")) as workers:
         [(process, _)] = workers._running
         workers.__exit__(RuntimeError, RuntimeError(), None)
         assert not process.is_alive()
 
 
 def test_a_search_without_other_workers_starts_no_process():
-    with Workers([], lambda *_: pytest.fail("there is none")) as workers:
+    with Workers([], None, "sqlite://", lambda *_: pytest.fail("there is none")) as workers:
         assert workers._running == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_in_a_callback_ends_workers_that_are_still_loading(search_with):
-    search, failures = search_with(quick_engine, on_event=CtrlC(TrialFinished))
+    search, failures = search_with(load_quick, on_event=CtrlC(TrialFinished))
     result = search.run()
     assert (result.interrupted, failures) == (True, [])

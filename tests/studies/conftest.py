@@ -3,7 +3,7 @@ import pytest
 
 from studies.storage import open_storage
 from studies.view import view_study
-from tests.studies.drawn_studies import searched_study
+from tests.studies.synthetic_studies import searched_study
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -21,7 +21,7 @@ from layerskip.fingerprint import identify
 from layerskip.profile import Provenance
 from studies.dashboard import artifact_store, attach_figures, attach_profile, serve
 from studies.study import load_study
-from tests.studies.drawn_studies import StudyInTheMaking
+from tests.studies.synthetic_studies import StudyBuilder
 
 optuna_dashboard = pytest.importorskip("optuna_dashboard")
 FIGURES = {"skip-map", "prompts", "predictions", "acceptance", "sublayers", "costs", "history"}
@@ -91,7 +91,7 @@ class CountingStorage:
         monkeypatch.setattr(RDBStorage, "set_study_system_attr", count)
 
 
-def test_the_dashboard_answers_where_it_said_and_lists_the_study(served):
+def test_the_dashboard_answers_at_its_address_and_lists_the_study(served):
     assert b"<html" in fetched(served).lower()
     studies = json.loads(fetched(f"{served}api/studies"))["study_summaries"]
     assert [study["study_name"] for study in studies] == ["seen"]
@@ -103,8 +103,8 @@ def test_the_dashboard_leaves_the_terminal_alone(served, capfd):
 
 
 def test_a_study_shows_our_figures_and_note_in_a_browser_that_asks_nobody_else(storage, serve_storage, visit):
-    making = StudyInTheMaking(storage).with_costs().with_sublayers_looked_at()
-    making.looked_at(10).measured(1).finalists(1)
+    builder = StudyBuilder(storage).with_costs().with_single_sublayers()
+    builder.predict(10).measure(1).measure_finalists(1)
     served = serve_storage()
     number, told = detail(served)
     assert {figure["id"] for figure in told["plotly_graph_objects"]} == FIGURES
@@ -121,38 +121,38 @@ def test_a_study_shows_our_figures_and_note_in_a_browser_that_asks_nobody_else(s
 
 
 def test_what_has_not_changed_is_not_written_again(storage, monkeypatch):
-    making = StudyInTheMaking(storage).looked_at(12)
+    builder = StudyBuilder(storage).predict(12)
     attach_figures(storage, "s")
     counting = CountingStorage(monkeypatch)
     attach_figures(storage, "s")
     assert counting.writes == []
-    making.looked_at(1)
+    builder.predict(1)
     attach_figures(storage, "s")
     assert any(key.startswith("dashboard:plot_data:history") for key in counting.writes)
     assert not any(key.startswith("dashboard:plot_data:costs") for key in counting.writes)
 
 
 def test_a_note_follows_the_study_until_somebody_else_writes_it(storage):
-    making = StudyInTheMaking(storage).looked_at(1)
+    builder = StudyBuilder(storage).predict(1)
     attach_figures(storage, "s")
-    assert "1 candidates evaluated" in optuna_dashboard.get_note(making.study)
-    making.looked_at(2)
+    assert "1 candidates evaluated" in optuna_dashboard.get_note(builder.study)
+    builder.predict(2)
     attach_figures(storage, "s")
-    assert "3 candidates evaluated" in optuna_dashboard.get_note(making.study)
-    optuna_dashboard.save_note(making.study, "mine")
-    making.looked_at(1)
+    assert "3 candidates evaluated" in optuna_dashboard.get_note(builder.study)
+    optuna_dashboard.save_note(builder.study, "mine")
+    builder.predict(1)
     attach_figures(storage, "s")
-    assert optuna_dashboard.get_note(making.study) == "mine"
+    assert optuna_dashboard.get_note(builder.study) == "mine"
 
 
 def test_a_note_holds_no_html(storage):
-    making = StudyInTheMaking(storage, model="<img src=x onerror=alert(1)>").looked_at(1)
+    builder = StudyBuilder(storage, model="<img src=x onerror=alert(1)>").predict(1)
     attach_figures(storage, "s")
-    assert "<" not in optuna_dashboard.get_note(making.study)
+    assert "<" not in optuna_dashboard.get_note(builder.study)
 
 
 def test_the_objective_has_its_name(storage, serve_storage):
-    StudyInTheMaking(storage)
+    StudyBuilder(storage)
     _, told = detail(serve_storage())
     assert told["objective_names"] == ["speedup"]
 
@@ -164,7 +164,7 @@ def test_studies_of_others_are_served_as_they_are(storage, served):
 
 
 def test_profiles_and_their_tensors_can_be_downloaded(storage, serve_storage, make_profile):
-    StudyInTheMaking(storage).looked_at(1)
+    StudyBuilder(storage).predict(1)
     path = make_profile("s")
     served = serve_storage(profiles=[path])
     number, told = detail(served)
@@ -176,7 +176,7 @@ def test_profiles_and_their_tensors_can_be_downloaded(storage, serve_storage, ma
 
 
 def test_a_profile_is_attached_once_and_again_where_its_copy_is_lost(storage, make_profile, tmp_path):
-    StudyInTheMaking(storage)
+    StudyBuilder(storage)
     folder, path = tmp_path / "artifacts", make_profile("s")
     for _ in range(2):
         attach_profile(storage, path, artifact_store(folder))
@@ -190,7 +190,7 @@ def test_a_profile_is_attached_once_and_again_where_its_copy_is_lost(storage, ma
 
 
 def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profile, tmp_path):
-    StudyInTheMaking(storage)
+    StudyBuilder(storage)
     store = artifact_store(tmp_path / "artifacts")
     with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: s$"):
         attach_profile(storage, make_profile("x"), store)
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_is_an_error_in_one_line(storage, make_profile, tmp_path):
-    StudyInTheMaking(storage)
+    StudyBuilder(storage)
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o500)
     with pytest.raises(InvalidInputError, match="cannot be copied to the artifacts: Permission denied"):

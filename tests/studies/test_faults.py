@@ -100,7 +100,7 @@ def with_format(database, format):
     return storage
 
 
-def test_a_study_of_a_newer_version_is_said_to_be_that(database):
+def test_a_study_of_a_newer_version_is_refused_as_newer(database):
     storage = with_format(database, 1000)
     with pytest.raises(InvalidInputError) as caught:
         open_study(storage, "s", CONTEXT)
@@ -114,7 +114,7 @@ def test_a_study_of_a_newer_version_is_said_to_be_that(database):
 
 
 @pytest.mark.parametrize("format", [0, None, "two"])
-def test_a_study_of_an_unknown_version_is_not_said_to_be_newer(database, format):
+def test_a_study_of_an_unknown_version_is_not_refused_as_newer(database, format):
     with pytest.raises(InvalidInputError, match="was not made by this version of layerskip"):
         open_study(with_format(database, format), "s", CONTEXT)
 
@@ -129,7 +129,7 @@ def test_a_database_of_a_newer_optuna_is_an_error_in_one_line(database):
         assert "\n" not in str(caught.value)
 
 
-def test_trials_from_the_future_are_listed_and_gone_on_from(database):
+def test_a_study_with_trials_from_the_future_is_listed_and_resumed(database):
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)

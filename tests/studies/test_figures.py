@@ -11,7 +11,7 @@ from layerskip.costs import best_speedup
 from studies.figures import study_figures
 from studies.figures.candidate_figures import family_of
 from studies.view import view_study
-from tests.studies.drawn_studies import SOURCES, StudyInTheMaking
+from tests.studies.synthetic_studies import SOURCES, StudyBuilder
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_predicted_and_measured_differ_in_shape_wherever_both_are_shown(drawn):
 
 
 def test_diamonds_and_squares_are_measured_in_the_history_too_and_its_caption_says_which(storage):
-    view = view_study(StudyInTheMaking(storage).looked_at(12).measured(2).measured(1, stopped=True).storage, "s")
+    view = view_study(StudyBuilder(storage).predict(12).measure(2).measure(1, stopped=True).storage, "s")
     [picture] = [picture for picture in study_figures(view, 5) if picture.id == "history"]
     shapes = {trace.name: trace.marker.symbol for trace in picture.figure.data if trace.mode == "markers"}
     assert (shapes.pop("measured"), shapes.pop("measured, stopped early")) == ("diamond", "diamond-open")
@@ -80,7 +80,7 @@ def test_the_best_so_far_never_falls(drawn):
         assert all(before <= after for before, after in itertools.pairwise(line.y))
 
 
-def test_predictions_are_held_against_what_was_measured(searched, drawn):
+def test_predictions_are_compared_with_measurements(searched, drawn):
     whole = [one for one in searched.measured if not one.stopped]
     assert points(drawn["predictions"], "search's prompts") == [(one.predicted, one.speedup.value) for one in whole]
     assert len(points(drawn["predictions"], "held-out prompts")) == 3

@@ -28,7 +28,7 @@ def study(storage):
     return optuna.create_study(study_name="s", storage=storage)
 
 
-def test_a_study_is_made_once_and_is_not_said_to_be_anothers(cut, storage):
+def test_a_study_is_created_once_and_not_refused_as_a_duplicate(cut, storage):
     cut.arm(b"INSERT INTO studies")
     study = optuna.create_study(study_name="s", storage=storage)
     assert cut.cuts == 1
@@ -45,7 +45,7 @@ def test_a_finished_trial_is_finished_once(cut, study):
     assert [(trial.state, trial.value) for trial in study.trials] == [(TrialState.COMPLETE, 0.5)]
 
 
-def test_a_trial_that_another_worker_finished_is_not_said_to_be_ones_own(cut, storage, study):
+def test_a_trial_that_another_worker_finished_is_refused(cut, storage, study):
     trial = study.ask()
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):

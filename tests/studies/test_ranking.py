@@ -95,7 +95,7 @@ def test_finalists_are_the_best_and_always_the_one_measured_to_be_fastest(drawn,
 
 @given(tried)
 @settings(max_examples=30)
-def test_a_completed_trial_either_looked_at_a_candidate_or_measured_it(drawn):
+def test_a_completed_trial_either_predicted_a_candidate_or_measured_it(drawn):
     study = study_of(drawn)
     seen, measured = ({trial.number for trial in kind(study)} for kind in (evaluated_trials, measured_trials))
     assert not seen & measured

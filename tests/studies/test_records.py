@@ -46,7 +46,7 @@ def test_what_is_recorded_is_read_back_by_study_in_order(tmp_path_factory, rows)
         assert [{name: record[name] for name in row} for record, row in zip(read, expected, strict=True)] == expected
 
 
-def test_a_record_says_when_it_was_made(storage):
+def test_a_record_has_its_time(storage):
     earliest = datetime.now(UTC).replace(tzinfo=None)
     row = dict.fromkeys(["plain_seconds", "draft_seconds"], 1.0) | dict.fromkeys(
         ["trial", "tokens", "draft_tokens", "drafted", "accepted"], 1

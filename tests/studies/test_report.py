@@ -10,7 +10,7 @@ from layerskip import DraftConfig, SkipSet
 from studies.figures import study_figures
 from studies.report import render_report, verdict
 from studies.view import view_study
-from tests.studies.drawn_studies import StudyInTheMaking
+from tests.studies.synthetic_studies import StudyBuilder
 
 HOSTILE = "<script>alert('study')</script>"
 HOSTILE_MODEL = "</script><img src=x onerror=alert('model')>"
@@ -19,13 +19,13 @@ CONFIG = DraftConfig(SkipSet(6)).to_json()
 COUNT_TRACES = "[...document.querySelectorAll('.drawing')].map(d => d.querySelectorAll('g.trace, g.hm').length)"
 WIDTHS = "[...document.querySelectorAll('.drawing .main-svg')].map(svg => svg.getBoundingClientRect().width)"
 STAGES = {
-    "no trial": lambda making: making,
-    "one candidate": lambda making: making.looked_at(1),
-    "predictions without costs": lambda making: making.looked_at(12),
-    "predictions": lambda making: making.with_costs().with_sublayers_looked_at().looked_at(12),
-    "one hopeless measurement": lambda making: making.looked_at(5).measured(1, stopped=True),
-    "measurements": lambda making: making.with_costs().looked_at(12).measured(2),
-    "finalists that were never measured in the search": lambda making: making.looked_at(4).finalists(1),
+    "no trial": lambda builder: builder,
+    "one candidate": lambda builder: builder.predict(1),
+    "predictions without costs": lambda builder: builder.predict(12),
+    "predictions": lambda builder: builder.with_costs().with_single_sublayers().predict(12),
+    "one hopeless measurement": lambda builder: builder.predict(5).measure(1, stopped=True),
+    "measurements": lambda builder: builder.with_costs().predict(12).measure(2),
+    "finalists that were never measured in the search": lambda builder: builder.predict(4).measure_finalists(1),
 }
 
 
@@ -66,7 +66,7 @@ def test_a_report_draws_every_figure_without_a_network_and_without_a_complaint(f
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
-    STAGES[stage](StudyInTheMaking(storage))
+    STAGES[stage](StudyBuilder(storage))
     url, _ = reported("s")
     visited = visit(url)
     expected = [picture.figure is not None for picture in study_figures(view_study(storage, "s"), 8)]
@@ -79,8 +79,8 @@ def test_a_study_can_be_reported_at_any_stage(storage, reported, visit, stage):
 
 @pytest.mark.parametrize("layers", [30, 80])
 def test_a_report_of_a_deep_model_fits_a_phone(storage, reported, visit, layers):
-    making = StudyInTheMaking(storage, layers=layers).with_costs().with_sublayers_looked_at()
-    making.looked_at(4).measured(1).finalists(1)
+    builder = StudyBuilder(storage, layers=layers).with_costs().with_single_sublayers()
+    builder.predict(4).measure(1).measure_finalists(1)
     visited = visit(reported("s")[0], width=390, height=844)
     assert visited.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert all(width <= 390 for width in visited.page.evaluate(WIDTHS))
@@ -109,7 +109,7 @@ def test_figures_fit_the_paper_while_printing_and_the_window_afterwards(full, vi
 
 
 def test_names_that_look_like_html_stay_text(storage, reported, visit):
-    StudyInTheMaking(storage, HOSTILE, model=HOSTILE_MODEL).looked_at(1)
+    StudyBuilder(storage, HOSTILE, model=HOSTILE_MODEL).predict(1)
     url, _ = reported(HOSTILE)
     visited = visit(url)
     assert visited.page.locator("h1").inner_text() == HOSTILE
@@ -119,9 +119,9 @@ def test_names_that_look_like_html_stay_text(storage, reported, visit):
 
 
 def test_sources_that_look_like_html_stay_text(storage, reported, visit):
-    making = StudyInTheMaking(storage).looked_at(1)
+    builder = StudyBuilder(storage).predict(1)
     told = {"source": HOSTILE_MODEL, "basis": "predicted", "config": CONFIG}
-    making.study.add_trial(create_trial(value=1.0, user_attrs=told))
+    builder.study.add_trial(create_trial(value=1.0, user_attrs=told))
     visited = visit(reported("s")[0])
     assert HOSTILE_MODEL in visited.page.locator("#history .legend").text_content()
     assert visited.page.locator("img").count() == 0
@@ -168,17 +168,17 @@ def test_the_browser_refuses_whatever_a_report_would_load_or_run(full, visit):
 
 
 def test_a_report_says_what_its_speedup_rests_on(storage, reported):
-    making = StudyInTheMaking(storage).looked_at(5)
+    builder = StudyBuilder(storage).predict(5)
     assert "predicted; nothing was measured yet" in reported("s")[1]
-    making.measured(1, off=1.0)
+    builder.measure(1, off=1.0)
     assert "measured on the search&#x27;s own prompts, which selected it" in reported("s")[1]
-    making.finalists(1)
+    builder.measure_finalists(1)
     assert "measured on held-out prompts" in reported("s")[1]
 
 
-def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(storage):
-    making = StudyInTheMaking(storage).looked_at(3).measured(1, off=0.5)
-    making.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted", "config": CONFIG}))
+def test_a_leading_prediction_is_reported_with_the_correction_of_predictions(storage):
+    builder = StudyBuilder(storage).predict(3).measure(1, off=0.5)
+    builder.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted", "config": CONFIG}))
     assert verdict(view_study(storage, "s")) == (
         "Best speedup: 1.90×, predicted; measured candidates were slower, 0.50 times their predictions (median). "
         "No candidate beat plain decoding."
@@ -186,13 +186,13 @@ def test_a_prediction_that_leads_is_told_with_what_predictions_proved_worth(stor
 
 
 def test_a_report_says_where_the_best_speedup_shows_no_gain(storage):
-    making = StudyInTheMaking(storage).looked_at(5)
-    best = max(trial.values[0] for trial in making.trials)
-    making.measured(1, off=1.05 / best)  # its interval reaches a tenth below and above
+    builder = StudyBuilder(storage).predict(5)
+    best = max(trial.values[0] for trial in builder.trials)
+    builder.measure(1, off=1.05 / best)  # its interval reaches a tenth below and above
     assert verdict(view_study(storage, "s")).endswith(
         ". No clear gain (the interval crosses 1×): nothing was shown to be faster."
     )
-    making.measured(1, off=1.5)
+    builder.measure(1, off=1.5)
     assert "No clear gain" not in verdict(view_study(storage, "s"))
 
 

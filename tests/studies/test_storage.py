@@ -85,7 +85,7 @@ def test_a_storage_in_memory_can_be_used(opener):
 
 @pytest.mark.parametrize("opener", OPENERS)
 @pytest.mark.parametrize("url", ["", "studies.db", "not a url", f"user:{PASSWORD}@host", f"/:{PASSWORD}@host/db"])
-def test_what_is_not_a_url_is_said_to_be_none(opener, url):
+def test_what_is_not_a_url_is_refused_as_such(opener, url):
     assert "not a database URL; expected one such as sqlite:///" in error_of(opener, url)
 
 
@@ -94,7 +94,7 @@ def test_what_is_not_a_url_is_said_to_be_none(opener, url):
     "url",
     [f"journal://me:{PASSWORD}@host/db", f"redis://:{PASSWORD}@host:1/0", f"postgresql+nothing://a:{PASSWORD}@b/c"],
 )
-def test_an_unknown_kind_of_database_is_said_to_be_unknown(opener, url):
+def test_an_unknown_kind_of_database_is_named_as_unknown(opener, url):
     message = error_of(opener, url)
     assert "unknown kind of database" in message
     assert ":***@" in message
@@ -111,7 +111,7 @@ def test_a_sqlite_url_with_a_host_is_an_error_in_one_line(opener):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug")], ids=repr)
-def test_a_bug_is_not_said_to_be_the_storages(database, monkeypatch, error):
+def test_a_bug_is_not_reported_as_an_error_of_the_storage(database, monkeypatch, error):
     def broken(engine):
         raise error
 
@@ -121,7 +121,7 @@ def test_a_bug_is_not_said_to_be_the_storages(database, monkeypatch, error):
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_file_that_is_no_database_is_said_to_be_none_and_left_alone(opener, tmp_path):
+def test_a_file_that_is_not_a_database_is_refused_and_left_alone(opener, tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("shopping list\n" * 100)
     assert error_of(opener, f"sqlite:///{file}") == f"storage 'sqlite:///{file}': file is not a database"

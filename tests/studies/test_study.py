@@ -83,7 +83,7 @@ def test_a_new_study_maximizes(storage):
     assert study.study_name == "s"
 
 
-def test_opening_a_study_again_goes_on_with_it(storage):
+def test_opening_a_study_again_resumes_it(storage):
     add_trial(open_study(storage, "s", CONTEXT), 1.0)
     assert len(open_study(storage, "s", CONTEXT).trials) == 1
     assert len(open_study(storage, "s", replace(CONTEXT, model="moved/here")).trials) == 1
@@ -91,7 +91,7 @@ def test_opening_a_study_again_goes_on_with_it(storage):
 
 
 @pytest.mark.parametrize("name", sorted(set(OTHER_VALUES) - {"model"}))
-def test_going_on_in_another_context_is_refused_and_the_difference_named(storage, name):
+def test_resuming_under_other_conditions_is_refused_and_the_difference_named(storage, name):
     open_study(storage, "s", CONTEXT)
     with pytest.raises(InvalidInputError) as caught:
         open_study(storage, "s", replace(CONTEXT, **{name: OTHER_VALUES[name]}))
@@ -127,7 +127,7 @@ def test_a_study_of_another_format_is_refused(storage, recorded):
     refused_as_foreign(storage, "s")
 
 
-def test_a_study_that_was_killed_before_it_said_what_it_is_can_be_gone_on_with(storage):
+def test_a_study_whose_search_was_killed_before_its_conditions_were_stored_can_be_resumed(storage):
     optuna.create_study(study_name="s", storage=storage, direction="maximize")
     open_study(storage, "s", CONTEXT)
     with pytest.raises(InvalidInputError):

@@ -12,10 +12,10 @@ from studies.ranking import best_trials
 from studies.statistics import speedup_of_all, speedup_of_prompt
 from studies.study import describe_study
 from studies.view import costs_from, view_study
-from tests.studies.drawn_studies import BEGAN, StudyInTheMaking, latency_of
+from tests.studies.synthetic_studies import BEGAN, StudyBuilder, costs_of
 
 
-def test_what_trials_tried_is_read_from_their_attributes(searched_storage, searched):
+def test_a_trials_configuration_is_read_from_its_attributes(searched_storage, searched):
     study = optuna.load_study(study_name="s", storage=searched_storage)
     for one, trial in zip(searched.trials, study.trials, strict=True):
         assert str(one.config.skip_set) == trial.user_attrs["skip_set"]
@@ -37,45 +37,45 @@ def test_finalists_come_first_and_then_the_best_as_the_study_ranks_them(searched
     assert [one.number for one in searched.ranked[3:]] == [n for n in ranked if n not in {one.number for one in finals}]
 
 
-def test_a_candidate_keeps_what_it_was_looked_at_with_where_it_is_measured(storage):
-    making = StudyInTheMaking(storage).looked_at(3)
-    cost = making.study.trials[0].user_attrs["draft_cost"]
-    told = {k: v for k, v in making.study.trials[0].user_attrs.items() if k != "draft_cost"}
-    trial = making.study.trials[0]
-    making.study.add_trial(
+def test_a_measured_candidate_keeps_the_draft_cost_of_its_prediction(storage):
+    builder = StudyBuilder(storage).predict(3)
+    cost = builder.study.trials[0].user_attrs["draft_cost"]
+    attributes = {k: v for k, v in builder.study.trials[0].user_attrs.items() if k != "draft_cost"}
+    trial = builder.study.trials[0]
+    builder.study.add_trial(
         optuna.trial.create_trial(
             value=1.0,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs=told | {"basis": "measured"},
+            user_attrs=attributes | {"basis": "measured"},
         )
     )
     [measured] = view_study(storage, "s").measured
     assert measured.draft_cost == cost
 
 
-def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_made_them(storage):
-    making = StudyInTheMaking(storage).looked_at(1).finalists(1).measured(1)
+def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_was_measured(storage):
+    builder = StudyBuilder(storage).predict(1).measure_finalists(1).measure(1)
     look, measured = view_study(storage, "s").trials
     assert look.number == 0
     assert measured.number == 1
     assert measured.held_out == look.held_out is not None
     [best] = describe_study(storage, "s", 1)["best"]
     assert (best["number"], best["held_out_speedup"]) == (1, measured.held_out.value)
-    assert making.study.trials[1].params == making.study.trials[0].params
+    assert builder.study.trials[1].params == builder.study.trials[0].params
 
 
 def test_studies_of_others_and_of_newer_versions_are_refused(storage):
     optuna.create_study(study_name="other", storage=storage, direction="maximize")
     with pytest.raises(InvalidInputError, match="study 'other': was not made by this version of layerskip"):
         view_study(storage, "other")
-    StudyInTheMaking(storage).study.set_user_attr("layerskip", {"format": 1000})
+    StudyBuilder(storage).study.set_user_attr("layerskip", {"format": 1000})
     with pytest.raises(InvalidInputError, match="study 's': was made by a newer version of layerskip"):
         view_study(storage, "s")
 
 
 def test_costs_are_those_halfway_between_the_lengths_measured():
-    costs = costs_from(latency_of(10))
+    costs = costs_from(costs_of(10))
     assert costs.context == (64 + 512) / 2
     relative = costs.relative()
     # A draft step that skips nothing is a plain step.

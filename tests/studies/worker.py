@@ -1,9 +1,5 @@
-"""A worker of a fleet: runs trials of a study on a storage of ours, with an objective that costs next to nothing.
+"""A worker of a fleet: runs trials of a study on a storage of ours, with an objective that costs next to nothing."""
 
-Workers start from a process that has imported everything once, so that a fleet of them starts in no time.
-"""
-
-import multiprocessing
 import os
 import threading
 import time
@@ -16,9 +12,7 @@ from layerskip.errors import LayerSkipError
 from studies.records import MeasurementRecord
 from studies.storage import open_storage
 from studies.trial_loop import run_trials
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
+from tests.processes import processes
 
 
 def measurement(study, trial, seconds):

@@ -64,13 +64,13 @@ def test_an_affine_run_is_found_again(tiny):
     states = torch.stack([before] * (2 * LAYERS + 1))
     states[6] = before + before @ weight.T + bias
     bridge = BridgeFitter(tiny, states, ridge=1e-6)._fit_run(2, 6)
-    torch.testing.assert_close(bridge.factors[0], weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(bridge.factor[0], weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(bridge.bias, bias, atol=1e-3, rtol=1e-3)
 
 
 def test_a_bridge_comes_closer_to_what_it_replaces_than_nothing_does(tiny, states, monkeypatch):
     monkeypatch.setattr(bridges_module, "_WORTH", float("inf"))
-    [bridge] = BridgeFitter(tiny, states).fit(MIDDLE).values()
+    [bridge] = BridgeFitter(tiny, states).fit(MIDDLE)
     fresh = record_states(tiny, [[5, 3, 2, 9, 11, 4, 8, 30, 1, 7]])
     before, after = fresh[bridge.start][None], fresh[bridge.stop][None]
     assert (bridge(before, None) - after).norm() < (before - after).norm()
@@ -94,16 +94,16 @@ def test_only_runs_that_weigh_much_more_than_a_bridge_get_one(tiny, states, monk
     size = tiny.config.hidden_size
     for worth, expected in [(size**2 / weights * 1.01, {2}), (size**2 / weights * 0.99, set())]:
         monkeypatch.setattr(bridges_module, "_WORTH", worth)
-        assert set(BridgeFitter(tiny, states).fit(MIDDLE)) == expected
+        assert {bridge.start for bridge in BridgeFitter(tiny, states).fit(MIDDLE)} == expected
 
 
 def test_a_wide_model_gets_bridges_of_low_rank(tiny, states, monkeypatch):
     monkeypatch.setattr(bridges_module, "_WORTH", float("inf"))
-    full = BridgeFitter(tiny, states).fit(MIDDLE)[2]
+    full = BridgeFitter(tiny, states).fit(MIDDLE)[0]
     monkeypatch.setattr(bridges_module, "_LOW_RANK_FROM", 1)
-    low = BridgeFitter(tiny, states).fit(MIDDLE)[2]
+    low = BridgeFitter(tiny, states).fit(MIDDLE)[0]
     size = tiny.config.hidden_size
-    assert [tuple(factor.shape) for factor in low.factors] == [(size // 8, size), (size, size // 8)]
+    assert [tuple(factor.shape) for factor in low.factor] == [(size // 8, size), (size, size // 8)]
     x = states[2][None]
     held_in = torch.arange(x.shape[1]) % 4 != 3
     change, wanted = (low(x, None) - x)[0, held_in], (states[6] - states[2])[held_in]
@@ -112,7 +112,7 @@ def test_a_wide_model_gets_bridges_of_low_rank(tiny, states, monkeypatch):
 
 
 @given(tokens(12), skip_sets())
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
     each_family, states_of_family, prompt, skip_set
 ):
@@ -131,8 +131,8 @@ def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(
 def test_one_call_fits_the_bridges_of_a_skip_set(tiny, monkeypatch):
     monkeypatch.setattr(bridges_module, "_WORTH", float("inf"))
     bridges = fit_bridges(tiny, texts(), MIDDLE)
-    assert [(bridge.start, bridge.stop) for bridge in bridges.values()] == [(2, 6)]
-    assert isinstance(bridges[2], Bridge)
+    assert [(bridge.start, bridge.stop) for bridge in bridges] == [(2, 6)]
+    assert isinstance(bridges[0], Bridge)
 
 
 @pytest.mark.parametrize("nothing", [[], [[1, 2, 3], []]])

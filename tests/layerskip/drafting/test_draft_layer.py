@@ -1,15 +1,15 @@
 """A decoder layer of a draft's own in place of skipped sublayers: lossless, and it has always seen the whole text."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
-from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
@@ -44,7 +44,7 @@ def drafter_with_layers(model, runs, draft_exit, *, like=1, cls=LayerSkipDrafter
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([None, torch.arange(3, 40)]),
 )
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_greedy_output_is_that_of_transformers(tiny, prompt, runs, like, draft_exit, length, gate, token_ids):
     drafter = drafter_with_layers(tiny, runs, draft_exit, like=like, gate=gate, token_ids=token_ids)
     ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
@@ -99,9 +99,9 @@ def test_every_proposal_is_that_of_a_pass_over_the_whole_text(tiny, start, like,
 
 def test_rounds_that_stand_whole_are_among_those_followed(llama):
     """A stand-in that is the skipped layers' own proposes what the target model chooses: all of it stands."""
-    last = DraftLayerWeights.copied(llama, TOP - 2, TOP, LAYERS - 1)
+    last = DraftLayer.copied(llama, TOP - 2, TOP, LAYERS - 1)
     skip_set = SkipSet(LAYERS, (LAYERS - 1,), (LAYERS - 1,))
-    drafter = Watched(llama, DraftConfig(skip_set, stopping=FixedLength(3)), DraftWeights(layers={TOP - 2: last}))
+    drafter = Watched(llama, DraftConfig(skip_set, stopping=FixedLength(3)), DraftWeights(layers=[last]))
     stats = generate(llama, [1, 5, 7], drafter=drafter, max_new_tokens=24, eos_token_ids=[]).stats
     assert stats.acceptance_rate == 1
     assert stats.rounds < 8
@@ -124,7 +124,7 @@ def test_seeing_the_text_leaves_the_full_models_keys_and_values(tiny, runs):
         for layer in range(LAYERS):
             for ours, theirs in zip(cache.layer(layer), before[layer], strict=True):
                 assert torch.equal(ours, theirs)
-        assert cache.layer(LAYERS)[0].abs().sum() > 0
+        assert cache.layer(LAYERS + min(runs))[0].abs().sum() > 0
 
 
 def test_captured_steps_give_the_text_of_eager_ones():
@@ -158,46 +158,54 @@ def test_the_model_is_left_alone(llama):
 
 def test_a_stand_in_keeps_the_window_of_the_layer_that_it_is_like():
     model = LayerSkipModel(tiny_gemma2())
-    windows = [random_layers(model, {2: TOP}, like=like)[2].build(model, 0).attention.window for like in (0, 1)]
+    windows = [random_layers(model, {2: TOP}, like=like)[0].attention.window for like in (0, 1)]
     assert windows == [model.config.sliding_window, None]
 
 
 def test_weights_of_another_model_are_refused_in_one_line(llama):
     small = LayerSkipModel(tiny_llama(intermediate_size=16))
-    assets = DraftWeights(layers=random_layers(small, {2: TOP}))
-    with pytest.raises(InvalidInputError, match=r"^stand-in: its weights do not fit a layer of this model: .*mlp"):
-        LayerSkipDrafter(llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(2)), assets)
-    beyond = replace(random_layers(llama, {2: TOP})[2], like=9)
-    with pytest.raises(InvalidInputError, match="is like layer 9, but the model has 4 layers"):
-        LayerSkipDrafter(
-            llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(2)), DraftWeights(layers={2: beyond})
-        )
+    tensors = DraftWeights(layers=random_layers(small, {2: TOP})).tensors()
+    with pytest.raises(InvalidInputError, match=r"^draft layer: the weights do not fit this model: .*mlp"):
+        DraftWeights.from_tensors(tensors, llama)
+    with pytest.raises(InvalidInputError, match="is built like layer 9, but the model has 4 layers"):
+        DraftLayer(llama, 2, TOP, 9, {})
+
+
+def test_draft_layers_ask_for_no_gradient(llama):
+    """Neither copies of the model's own layers nor those that were read."""
+    weights = DraftWeights(layers=[DraftLayer.copied(llama, 2, TOP, 1)])
+    read = DraftWeights.from_tensors(weights.tensors(), llama)
+    assert not any(weight.requires_grad for module in (weights, read) for weight in module.parameters())
+
+
+def test_a_drafter_leaves_the_weights_that_it_was_given_as_they_are(llama):
+    """It brings a copy to the model's dtype."""
+    weights = DraftWeights(layers=random_layers(llama, {2: TOP}), token_ids=torch.arange(3, 40)).to(torch.bfloat16)
+    drafter = LayerSkipDrafter(llama, DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(2)), weights)
+    generate(llama, [1, 2], drafter=drafter, max_new_tokens=4)
+    assert {weight.dtype for weight in weights.parameters()} == {torch.bfloat16}
+    assert weights.token_ids.dtype == torch.long
 
 
 def test_a_layer_of_another_precision_is_no_starting_point():
     model = LayerSkipModel(tiny_llama())
     model.hf_model.model.layers[1].mlp.up_proj = torch.nn.Identity()  # as adapters and quantizers replace it
     with pytest.raises(InvalidInputError, match=r"^layer 1: its weights are quantized or adapted"):
-        DraftLayerWeights.copied(model, 2, TOP, 1)
+        DraftLayer.copied(model, 2, TOP, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_assets_survive_the_round_trip(llama, dtype):
-    layers = {
-        start: layer.to(torch.empty(0, dtype=dtype)) for start, layer in random_layers(llama, {1: 3, 5: 8}).items()
-    }
-    assets = DraftWeights(token_ids=torch.tensor([3, 9]), layers=layers)
-    read = DraftWeights.from_bytes(assets.to_bytes())
-    assert bool(read)
+def test_weights_survive_the_round_trip(llama, dtype):
+    weights = DraftWeights(token_ids=torch.tensor([3, 9]), layers=random_layers(llama, {1: 3, 5: 8})).to(dtype)
+    read = DraftWeights.from_tensors(load(save(weights.tensors())), llama)
     assert read.token_ids.tolist() == [3, 9]
-    assert read.bridges == {}
-    assert list(read.layers) == [1, 5]
-    for start, layer in read.layers.items():
-        assert (layer.start, layer.stop, layer.like) == (start, {1: 3, 5: 8}[start], 1)
-        assert layer.weights.keys() == layers[start].weights.keys()
-        for name, weight in layer.weights.items():
-            assert weight.dtype == dtype
-            assert torch.equal(weight, layers[start].weights[name])
+    assert len(read.bridges) == 0
+    assert [(layer.start, layer.stop, layer.like) for layer in read.layers] == [(1, 3, 1), (5, 8, 1)]
+    expected = weights.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    for name, weight in read.state_dict().items():
+        assert weight.dtype == expected[name].dtype == (torch.long if name == "token_ids" else dtype)
+        assert torch.equal(weight, expected[name])
 
 
 def test_an_engine_without_stand_ins_sees_one_token_at_a_time(llama):
@@ -221,8 +229,8 @@ def test_an_engine_without_stand_ins_sees_one_token_at_a_time(llama):
 
 
 def test_a_profile_brings_its_layers_along(llama, tmp_path):
-    in_half = random_layers(llama, {2: TOP})[2].to(torch.empty(0, dtype=torch.bfloat16))
-    assets = DraftWeights(token_ids=torch.arange(3, 40), layers={2: in_half})
+    in_half = random_layers(llama, {2: TOP})[0].to(torch.bfloat16)
+    assets = DraftWeights(token_ids=torch.arange(3, 40), layers=[in_half])
     profile = DraftProfile.of(
         DraftConfig(skip_set_of({2: TOP}), stopping=FixedLength(3)),
         assets,

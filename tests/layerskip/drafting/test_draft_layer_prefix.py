@@ -4,17 +4,17 @@ from datetime import UTC, datetime
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, export_draft, generate
-from layerskip.drafting.draft_layer import DraftLayerWeights
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import identify
 from layerskip.hub import card_of
 from layerskip.profile import Provenance
-from layerskip.training.trainable_draft import _Forgetful
+from layerskip.training.trainable_draft import _NoCache
 from search.compare import draft_bytes, transformers_methods
 from tests.models import (
     LAYERS,
@@ -30,7 +30,7 @@ TOP = 2 * LAYERS
 
 
 def assets_of(model, **others):
-    parts = {"layers": {TOP: random_prefix(model)}, "heads": random_heads(model, "hydra")} | others
+    parts = {"layers": [random_prefix(model)], "heads": random_heads(model, "hydra")} | others
     return DraftWeights(**parts)
 
 
@@ -45,11 +45,10 @@ def profile_for(model, weights=None):
 
 def test_at_first_it_leaves_hidden_states_as_they_are_and_can_learn_not_to(each_family):
     """In every family: behind a norm of one's own as well as without."""
-    weights = DraftLayerWeights.behind(each_family)
-    assert (weights.start, weights.stop, weights.like) == (TOP, TOP, LAYERS - 1)
-    layer = weights.build(each_family, 0)
+    layer = DraftLayer.identity(each_family).requires_grad_()
+    assert (layer.start, layer.stop, layer.like) == (TOP, TOP, LAYERS - 1)
     states = torch.randn(1, 7, each_family.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    out = layer(states, each_family.pass_context(7, _Forgetful()))
+    out = layer(states, each_family.pass_context(7, _NoCache()))
     assert torch.equal(out, states)
     out.square().sum().backward()
     for sublayer in (layer.attention, layer.mlp):
@@ -63,7 +62,7 @@ def _parts(sublayer):
 
 def test_the_models_own_layer_stays(each_family):
     before = {name: weight.clone() for name, weight in each_family.hf_model.state_dict().items()}
-    DraftLayerWeights.behind(each_family)
+    DraftLayer.identity(each_family)
     assert all(torch.equal(weight, before[name]) for name, weight in each_family.hf_model.state_dict().items())
 
 
@@ -71,23 +70,23 @@ def test_a_model_whose_weights_are_quantized_gives_none(llama):
     model = LayerSkipModel(tiny_llama())
     model.hf_model.model.layers[LAYERS - 1].mlp.up_proj = torch.nn.Identity()  # as quantizers replace it
     with pytest.raises(InvalidInputError, match=r"^layer 3: its weights are quantized or adapted; tune the model"):
-        DraftLayerWeights.behind(model)
+        DraftLayer.identity(model)
 
 
 # Keeping it.
 
 
 def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
-    in_half = assets_of(llama, token_ids=torch.arange(3, 40)).to(torch.empty(0, dtype=torch.bfloat16))
+    in_half = assets_of(llama, token_ids=torch.arange(3, 40)).to(torch.bfloat16)
     profile = profile_for(llama, in_half)
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded == profile
     assert (loaded.tensors.heads, loaded.tensors.layers, loaded.tensors.bridges) == (3, 1, 0)
     assert loaded.draft == "3 tokens; tree 2-2; 3 draft heads after a draft layer; draft vocabulary of 37"
-    [layer], [expected] = loaded.weights.layers.values(), in_half.layers.values()
+    [layer], [expected] = loaded.weights(llama).layers, in_half.layers
     assert (layer.start, layer.stop, layer.like) == (TOP, TOP, LAYERS - 1)
-    assert all(torch.equal(weight, expected.weights[name]) for name, weight in layer.weights.items())
+    assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in layer.state_dict().items())
     names = load((tmp_path / loaded.tensors.file).read_bytes())
     assert "layer.8.8.3.self_attn.o_proj.weight" in names
     drafter = loaded.drafter(llama)
@@ -100,8 +99,8 @@ def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
 
 
 def test_its_memory_counts(llama):
-    with_layer, without = (draft_bytes(llama, assets_of(llama, **own)) for own in ({}, {"layers": {}}))
-    weights = sum(weight.numel() for weight in random_prefix(llama).weights.values())
+    with_layer, without = (draft_bytes(llama, assets_of(llama, **own)) for own in ({}, {"layers": []}))
+    weights = sum(weight.numel() for weight in random_prefix(llama).parameters())
     assert with_layer - without >= 4 * weights
 
 
@@ -130,17 +129,15 @@ def test_heads_and_their_layer_are_no_model_of_their_own(byte_tokenizer, tmp_pat
     [
         (
             lambda model: assets_of(model, heads=None),
-            "stand-in: the layer at sublayer 8 stands for no sublayer; only draft heads have such a layer, and there "
+            "draft layer: the one at sublayer 8 replaces no sublayer; only draft heads have such a layer, and there "
             "are none",
         ),
         (
-            lambda model: assets_of(model, layers={TOP: random_prefix(model)} | random_layers(model, {2: 8})),
-            "draft heads: nothing of the stack runs to draft, so nothing can stand in for it",
+            lambda model: assets_of(model, layers=[random_prefix(model), *random_layers(model, {2: 8})]),
+            "draft heads: a draft with heads cannot also have bridges or draft layers",
         ),
         (
-            lambda model: assets_of(
-                model, layers={start: random_layers(model, {start: start})[start] for start in (6, TOP)}
-            ),
+            lambda model: assets_of(model, layers=random_layers(model, {6: 6, TOP: TOP})),
             "draft heads: expected one layer before them at most, found 2",
         ),
         (
@@ -149,16 +146,12 @@ def test_heads_and_their_layer_are_no_model_of_their_own(byte_tokenizer, tmp_pat
                 head_config(model, FixedLength(2)),
                 assets_of(model, layers=random_layers(model, {TOP + 4: TOP + 4})),
             ),
-            "draft heads: their layer stands behind 12 sublayers, but the model has 8; train heads for this model with "
-            "'layerskip tune'",
+            "draft heads: the layer before them runs after 12 sublayers, but the model has 8; train heads for this "
+            "model with 'layerskip tune'",
         ),
         (
-            lambda model: HeadDrafter(
-                model,
-                head_config(model, FixedLength(2)),
-                assets_of(model, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS, {})}),
-            ),
-            "stand-in: is like layer 4, but the model has 4 layers",
+            lambda model: DraftLayer(model, TOP, TOP, LAYERS, {}),
+            "draft layer: is built like layer 4, but the model has 4 layers",
         ),
     ],
 )
@@ -169,17 +162,15 @@ def test_what_cannot_be_is_refused_in_one_line(llama, make, message):
 
 
 def test_a_layer_of_another_shape_is_refused(llama):
-    weights = dict(random_prefix(llama).weights)
-    weights["mlp.up_proj.weight"] = torch.zeros(7, 32)
-    assets = assets_of(llama, layers={TOP: DraftLayerWeights(TOP, TOP, LAYERS - 1, weights)})
+    weights = random_prefix(llama).layer.state_dict() | {"mlp.up_proj.weight": torch.zeros(7, 32)}
     with pytest.raises(InvalidInputError) as error:
-        HeadDrafter(llama, head_config(llama, FixedLength(2)), assets)
-    assert str(error.value).startswith("stand-in: its weights do not fit a layer of this model: size mismatch for mlp.")
+        DraftLayer(llama, TOP, TOP, LAYERS - 1, weights)
+    assert str(error.value).startswith("draft layer: the weights do not fit this model: size mismatch for mlp.")
     assert "\n" not in str(error.value)
 
 
 def test_a_file_with_a_layer_and_nobody_to_read_it_is_refused(llama):
-    tensors = load(assets_of(llama).to_bytes())
-    content = save({name: tensor for name, tensor in tensors.items() if name.startswith("layer.")})
-    with pytest.raises(ValueError, match=r"^not the tensors of a draft: stand-in: the layer at sublayer 8 stands for"):
-        DraftWeights.from_bytes(content)
+    tensors = assets_of(llama).tensors()
+    only_layer = {name: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
+    with pytest.raises(InvalidInputError, match=r"^draft layer: the one at sublayer 8 replaces no sublayer"):
+        DraftWeights.from_tensors(only_layer, llama)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
 from layerskip.drafting.head_drafter import HeadDrafter
-from layerskip.drafting.heads import HEAD_KINDS, HydraHead, HydraHeads, MedusaHeads, heads_of, untrained_heads
+from layerskip.drafting.heads import HEAD_KINDS, HydraHeads, MedusaHeads, untrained_heads
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
@@ -66,21 +65,29 @@ def test_hydra_sees_every_token_before_its_place_and_medusa_none(llama, kind, se
     assert all(torch.allclose(one, other) != sees for one, other in itertools.combinations(said, 2))
 
 
+def filled(module, **weights):
+    module.load_state_dict(weights)
+    return module
+
+
 def test_a_medusa_head_is_a_residual_block_with_silu():
     weight, bias = torch.randn(1, 4, 4), torch.randn(1, 4)
     x = torch.tensor([[3.0, -1.0, 1.0, 1.0]])
     unit = x / 3**0.5
     z = unit @ weight[0].T + bias[0]
-    torch.testing.assert_close(MedusaHeads(weight, bias).at(0, x, x[None]), unit + z / (1 + (-z).exp()))
+    torch.testing.assert_close(
+        filled(MedusaHeads(1, 4), weight=weight, bias=bias).at(0, x, x[None]), unit + z / (1 + (-z).exp())
+    )
 
 
 def test_a_hydra_head_is_a_perceptron_on_state_and_tokens_with_a_residual():
-    up, bias, down = torch.randn(5, 12), torch.randn(5), torch.randn(4, 5)
+    up, bias, down = torch.randn(4, 12), torch.randn(4), torch.randn(4, 4)
     x, tokens = torch.tensor([[3.0, -1.0, 1.0, 1.0]]), torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
     unit = x / 3**0.5
-    first = HydraHead(torch.zeros(5, 8), torch.zeros(5), torch.zeros(4, 5))
     z = torch.cat([unit[0], *tokens]) @ up.T + bias
-    found = HydraHeads([first, HydraHead(up, bias, down)]).at(1, x, tokens[None])
+    heads = HydraHeads(2, 4)
+    filled(heads.head(1), up=up, bias=bias, down=down)
+    found = heads.at(1, x, tokens[None])
     torch.testing.assert_close(found[0], unit[0] + (z / (1 + (-z).exp())) @ down.T)
 
 
@@ -90,22 +97,28 @@ def test_a_hydra_head_is_a_perceptron_on_state_and_tokens_with_a_residual():
 @kinds
 def test_heads_come_back_from_a_file_as_they_were(llama, kind):
     heads = random_heads(llama, kind)
-    back = DraftWeights.from_bytes(DraftWeights(token_ids=torch.arange(9), heads=heads).to_bytes())
+    back = DraftWeights.from_tensors(DraftWeights(token_ids=torch.arange(9), heads=heads).tensors(), llama)
     assert back.token_ids.tolist() == list(range(9))
     assert type(back.heads) is type(heads)
     assert (back.heads.count, back.heads.hidden_size) == (3, SIZE)
-    for name, tensor in heads.tensors().items():
-        assert torch.equal(back.heads.tensors()[name], tensor)
+    for name, tensor in heads.state_dict().items():
+        assert torch.equal(back.heads.state_dict()[name], tensor)
 
 
-def test_assets_without_heads_have_none(llama):
-    assert heads_of({"token_ids": torch.arange(3)}) is None
-    assert DraftWeights.from_bytes(DraftWeights(token_ids=torch.arange(3)).to_bytes()).heads is None
+def test_weights_without_heads_have_none(llama):
+    assert DraftWeights.from_tensors(DraftWeights(token_ids=torch.arange(3)).tensors(), llama).heads is None
+
+
+@kinds
+def test_heads_ask_for_no_gradient(llama, kind):
+    heads = random_heads(llama, kind)
+    for weights in (DraftWeights(heads=heads), DraftWeights.from_tensors(DraftWeights(heads=heads).tensors(), llama)):
+        assert not any(weight.requires_grad for weight in weights.parameters())
 
 
 @kinds
 def test_a_profile_brings_its_heads_along_and_drafts_with_them(llama, tmp_path, kind):
-    in_half = random_heads(llama, kind, 3).to(torch.empty(0, dtype=torch.bfloat16))
+    in_half = random_heads(llama, kind, 3).to(torch.bfloat16)
     assets = DraftWeights(token_ids=torch.arange(3, 40), heads=in_half)
     profile = profile_for(llama, assets)
     profile.save(tmp_path / "profile.json")
@@ -136,35 +149,50 @@ def profile_for(model, weights=None, skip_set=None):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"medusa.weight": (2, 4, 4)}, "'medusa.bias'"),
+        ({"medusa.weight": (2, 32, 32)}, 'Missing key(s) in state_dict: "bias"'),
+        ({"medusa.weight": (2, 32, 31), "medusa.bias": (2, 32)}, "size mismatch for weight"),
+        ({"medusa.weight": (32, 32), "medusa.bias": (32,)}, "size mismatch for weight"),
+        ({"medusa.weight": (2, 32, 32), "medusa.bias": (3, 32)}, "size mismatch for weight"),
+        ({"medusa.weight": (2, 4, 4), "medusa.bias": (2, 4)}, "size mismatch for weight"),
         (
-            {"medusa.weight": (2, 4, 3), "medusa.bias": (2, 4)},
-            "medusa.weight: expected shape [2, 4, 4], found [2, 4, 3]",
+            {"medusa.weight": (1, 32, 32), "medusa.bias": (1, 32), "medusa.more": (1,)},
+            'Unexpected key(s) in state_dict: "more"',
         ),
-        ({"medusa.weight": (4, 4), "medusa.bias": (4,)}, "medusa.weight: expected [heads, hidden_size, hidden_size]"),
-        ({"medusa.weight": (2, 4, 4), "medusa.bias": (3, 4)}, "medusa.bias: expected shape [2, 4], found [3, 4]"),
         (
-            {"hydra.1.up": (4, 4), "hydra.1.bias": (4,), "hydra.1.down": (4, 4)},
-            "hydra.1.up: expected shape [4, 8], found [4, 4]",
+            {"hydra.1.up": (32, 32), "hydra.1.bias": (32,), "hydra.1.down": (32, 32)},
+            "size mismatch for 1.up",
         ),
-        ({"hydra.1.up": (5, 8), "hydra.1.bias": (4,), "hydra.1.down": (4, 5)}, "hydra.1.bias: expected shape [5]"),
-        ({"hydra.2.up": (5, 8), "hydra.2.bias": (4,), "hydra.2.down": (4, 5)}, "'hydra.1.up'"),
-        ({"hydra.1.up": (5, 8), "hydra.1.bias": (5,), "hydra.1.down": (4,)}, "hydra.1.down: expected [hidden_size"),
+        ({"hydra.1.up": (5, 64), "hydra.1.bias": (5,), "hydra.1.down": (32, 5)}, "size mismatch for 1.up"),
+        ({"hydra.2.up": (32, 64), "hydra.2.bias": (32,), "hydra.2.down": (32, 32)}, '"1.up"'),
+    ],
+)
+def test_a_file_with_wrong_heads_says_which_tensor(llama, tensors, message):
+    with pytest.raises(InvalidInputError, match=r"^draft heads: the weights do not fit this model: ") as error:
+        DraftWeights.from_tensors({name: torch.zeros(shape) for name, shape in tensors.items()}, llama)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (
-            {"medusa.weight": (1, 4, 4), "medusa.bias": (1, 4), "hydra.1.up": (4, 8)},
+            {"hydra.1.up": (32, 64), "hydra.1.bias": (32,), "hydra.1.down": (32, 32)},
             "draft heads: there are medusa and hydra heads; expected one kind",
         ),
         (
-            {"medusa.weight": (1, 4, 4), "medusa.bias": (1, 4), "bridge.2.4.bias": (4,), "bridge.2.4.factor.0": (4, 4)},
-            "draft heads: nothing of the stack runs to draft, so nothing can stand in for it",
+            {"bridge.2.4.bias": (32,), "bridge.2.4.factor.0": (32, 32)},
+            "draft heads: a draft with heads cannot also have bridges or draft layers",
         ),
+        ({"bridge.2.4.factor.0": (32, 32)}, "bridge.2.4: expected bias and factor.0, found factor.0"),
+        ({"spare.weight": (1,)}, "not the tensors of a draft: spare.weight"),
     ],
 )
-def test_a_file_with_wrong_heads_says_which_tensor(tensors, message):
-    content = save({name: torch.zeros(shape) for name, shape in tensors.items()})
-    with pytest.raises(ValueError, match=r"^not the tensors of a draft: ") as error:
-        DraftWeights.from_bytes(content)
-    assert message in str(error.value)
+def test_a_file_with_heads_and_what_does_not_go_with_them_is_refused(llama, more, message):
+    shapes = {"medusa.weight": (1, 32, 32), "medusa.bias": (1, 32)} | more
+    with pytest.raises(InvalidInputError) as error:
+        DraftWeights.from_tensors({name: torch.zeros(shape) for name, shape in shapes.items()}, llama)
+    assert str(error.value) == message
 
 
 @kinds
@@ -183,7 +211,7 @@ def test_assets_without_heads_give_no_drafter_with_heads(llama):
 
 
 def test_nothing_stands_in_beside_heads(llama):
-    with pytest.raises(InvalidInputError, match="nothing can stand in for it"):
+    with pytest.raises(InvalidInputError, match="cannot also have bridges or draft layers"):
         DraftWeights(layers=random_layers(llama, {2: 8}), heads=random_heads(llama, "medusa"))
 
 

@@ -89,7 +89,7 @@ def test_samples_follow_the_full_model(tiny_vocabulary, combined):  # noqa: F811
         drafter = FallbackDrafter(
             drafter, LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(2)))
         )
-    observed = samples(tiny_vocabulary, drafter, PLAIN, 1000)
+    observed = samples(tiny_vocabulary, drafter, PLAIN)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
 
 

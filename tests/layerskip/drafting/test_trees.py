@@ -110,7 +110,7 @@ def chosen_behind(draft, after):
 )
 def test_samples_follow_the_full_model(tiny_vocabulary, widths, settings_):  # noqa: F811
     drafter = LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(3), tree=widths))
-    observed = samples(tiny_vocabulary, drafter, settings_, 1000)
+    observed = samples(tiny_vocabulary, drafter, settings_)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, settings_)) > DOUBT
 
 

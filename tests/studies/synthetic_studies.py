@@ -34,29 +34,29 @@ def context_of(layers, model="makers/tiny"):
     return StudyContext(model, "0123456789abcdef", "float32", "a processor, 2 threads", "p", 48, 6, space)
 
 
-def latency_of(layers):
-    """What a search would keep of a machine where verifying is cheap."""
+def costs_of(layers):
+    """The JSON of a cost model of a machine where verifying is cheap."""
     plain = PARTS["fixed"] + layers * (PARTS["attention"] + PARTS["mlp"]) + 0.01
     step = PARTS | {"head": {"0": 0.01, "8192": 0.002, "16384": 0.004}}
     sublayers = {str(k): (plain - 0.01) * (1 + 0.04 * (k - 1)) for k in (1, 2, 4, 8, 12)}
-    behind = {"step": step, "passes": {"sublayers": sublayers, "head": dict.fromkeys(sublayers, 0.01)}, "prefill": 0.1}
-    return json.dumps({"short": {"context": 64} | behind, "long": {"context": 512} | behind})
+    costs = {"step": step, "passes": {"sublayers": sublayers, "head": dict.fromkeys(sublayers, 0.01)}, "prefill": 0.1}
+    return json.dumps({"short": {"context": 64} | costs, "long": {"context": 512} | costs})
 
 
 def log_rejection(layers, seed=0):
-    """Of each sublayer, in −ln α; the first ones are needed."""
+    """−ln α without each sublayer; the first ones are needed."""
     source = random.Random(seed)
     return [source.expovariate(60) + 1.5 * (i < 2) + 0.2 * (i == 2 * layers - 1) for i in range(2 * layers)]
 
 
-class StudyInTheMaking:
-    """A study that grows.
+class StudyBuilder:
+    """Builds a study step by step.
 
     Args:
         storage: Where it lives.
         name: Its name.
-        layers: Of the model.
-        seed: Of everything that is drawn.
+        layers: Layers of the model.
+        seed: Of all random choices.
     """
 
     def __init__(self, storage, name="s", *, layers=6, seed=0, model="makers/tiny"):
@@ -67,55 +67,54 @@ class StudyInTheMaking:
         self.trials = []  # reading them from the storage again and again takes long
 
     def with_costs(self):
-        self.study.set_user_attr(COSTS_KEY, latency_of(self.layers))
+        self.study.set_user_attr(COSTS_KEY, costs_of(self.layers))
         return self
 
-    def with_sublayers_looked_at(self):
-        masks = ([i == one for i in range(2 * self.layers)] for one in range(2 * self.layers))
-        alone = {str(SkipSet.from_mask(m)): math.exp(-d) for m, d in zip(masks, self.damage, strict=True)}
-        self.study.set_user_attr(SINGLE_SUBLAYER_KEY, alone)
+    def with_single_sublayers(self):
+        masks = ([i == skipped for i in range(2 * self.layers)] for skipped in range(2 * self.layers))
+        rates = {str(SkipSet.from_mask(m)): math.exp(-d) for m, d in zip(masks, self.damage, strict=True)}
+        self.study.set_user_attr(SINGLE_SUBLAYER_KEY, rates)
         return self
 
-    def looked_at(self, count):
-        """Look at random candidates, the first of them warm starts."""
+    def predict(self, count):
+        """Predict random candidates, the first of them warm starts."""
         for number in range(len(self.trials), len(self.trials) + count):
             share = 0.0 if number == 0 else self.random.choice((0.1, 0.2, 0.4))
             tried = [trial.params for trial in self.trials]
             while (parameters := self._parameters(share)) in tried:
                 pass
-            who = {"source": SOURCES[number]} if number < len(SOURCES) else {"sampler": "tpe"}
-            self._add(number, parameters, self._foretold(parameters) | who | {"basis": "predicted"})
+            proposer = {"source": SOURCES[number]} if number < len(SOURCES) else {"sampler": "tpe"}
+            self._add(number, parameters, self._prediction(parameters) | proposer | {"basis": "predicted"})
         return self
 
-    def measured(self, count, *, stopped=False, off=0.9):
+    def measure(self, count, *, stopped=False, off=0.9):
         """Measure the best that were not measured yet; measured speedups are ``off`` times the predicted ones."""
         done = [trial.params for trial in self.trials if trial.user_attrs["basis"] == "measured"]
-        looks = [trial for trial in self.trials if trial.params not in done]
-        for look in sorted(looks, key=lambda trial: trial.values[0], reverse=True)[:count]:
-            number, value = len(self.trials), off * look.values[0]
-            told = look.user_attrs | {"basis": "measured", "source": f"measurement of trial {look.number}"}
-            told |= {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value} | (
-                {"stopped_early": True} if stopped else {}
-            )
-            told.pop("sampler", None)
-            self._add(number, look.params, told, value)
+        predicted = [trial for trial in self.trials if trial.params not in done]
+        for trial in sorted(predicted, key=lambda trial: trial.values[0], reverse=True)[:count]:
+            number, value = len(self.trials), off * trial.values[0]
+            attributes = trial.user_attrs | {"basis": "measured", "source": f"measurement of trial {trial.number}"}
+            attributes |= {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value}
+            attributes |= {"stopped_early": True} if stopped else {}
+            attributes.pop("sampler", None)
+            self._add(number, trial.params, attributes, value)
             self._record(number, "search", value, 6)
         return self
 
-    def finalists(self, count, *, off=0.95):
+    def measure_finalists(self, count, *, off=0.95):
         """Measure the best on held-out prompts."""
         for trial in best_trials(self.study, count):
             self._record(trial.number, "held-out", off * trial.values[0], 8)
         return self
 
     def _parameters(self, share):
-        """A candidate that leaves out about this share, and never the last sublayer."""
+        """A candidate that skips about this share of the sublayers, and never the last."""
         mask = [*(self.random.random() < share for _ in self.damage[1:]), False]
         kinds = [f"skip_{kind}_{layer:02}" for layer in range(self.layers) for kind in ("attn", "mlp")]
         chosen = dict(zip(kinds, map(int, mask), strict=True))
         return chosen | {"bridges": self.random.random() < 0.5, "vocabulary_size": self.random.choice(VOCABULARIES)}
 
-    def _foretold(self, parameters):
+    def _prediction(self, parameters):
         mask = [value for name, value in parameters.items() if name.startswith("skip")]
         rate = math.exp(-sum(d for d, skip in zip(self.damage, mask, strict=True) if skip)) * 0.98
         cost = 1 - 0.9 * sum(mask) / len(mask) - 0.1 * bool(parameters["vocabulary_size"])
@@ -131,8 +130,8 @@ class StudyInTheMaking:
             "predicted_speedup": speedup,
         }
 
-    def _add(self, number, parameters, told, value=None):
-        speedup = told["predicted_speedup"] if value is None else value
+    def _add(self, number, parameters, attributes, value=None):
+        speedup = attributes["predicted_speedup"] if value is None else value
         choices = {"bridges": (False, True), "vocabulary_size": VOCABULARIES}
         began = BEGAN + timedelta(seconds=number)
         trial = create_trial(
@@ -140,7 +139,7 @@ class StudyInTheMaking:
             value=speedup,
             params=parameters,
             distributions={name: CategoricalDistribution(choices.get(name, (0, 1))) for name in parameters},
-            user_attrs=told,
+            user_attrs=attributes,
         )
         trial.datetime_start, trial.datetime_complete = began, began + timedelta(seconds=1)
         trial.number = number
@@ -151,7 +150,7 @@ class StudyInTheMaking:
         for prompt in range(count):
             plain = 2 + self.random.random()
             draft = plain / (speedup * self.random.uniform(0.85, 1.15))
-            told = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
+            counts = {"tokens": 48, "draft_tokens": 48, "drafted": 60, "accepted": 50, "near_tie": False}
             self.storage.records.add(
                 MeasurementRecord(
                     study=self.name,
@@ -160,12 +159,12 @@ class StudyInTheMaking:
                     prompt_set=prompt_set,
                     plain_seconds=plain,
                     draft_seconds=draft,
-                    **told,
+                    **counts,
                 )
             )
 
 
 def searched_study(storage, name="s", **options):
     """A study at its end, with everything that there is to draw."""
-    making = StudyInTheMaking(storage, name, **options).with_costs().with_sublayers_looked_at()
-    return making.looked_at(25).measured(4).measured(1, stopped=True, off=0.5).finalists(3)
+    builder = StudyBuilder(storage, name, **options).with_costs().with_single_sublayers()
+    return builder.predict(25).measure(4).measure(1, stopped=True, off=0.5).measure_finalists(3)
