@@ -25,7 +25,7 @@ class Answer:
     Args:
         text: The whole text, without special tokens.
         generation: Its tokens, with counters and times.
-        forgotten: Earlier exchanges that had to be left out for this one to fit the context; they stay left out.
+        forgotten: Earlier exchanges that were left out so that this one fits the context; they stay left out.
     """
 
     text: str

@@ -197,7 +197,7 @@ class CostModel:
         return replace(_combined(self.short, self.long, on_the_line), context=context)
 
     def to_json(self) -> str:
-        """The model as text, to be kept with a study."""
+        """The model as text, for a study."""
         return _ADAPTER.dump_json(self).decode()
 
     @classmethod
@@ -205,7 +205,7 @@ class CostModel:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: The text is none of a cost model.
+            ValueError: The text is not a cost model's.
         """
         return _ADAPTER.validate_json(text)
 
@@ -213,20 +213,20 @@ class CostModel:
 _ADAPTER = TypeAdapter(CostModel)
 
 
-def _combined(one: Costs, other: Costs, combine: Callable[[float, float], float]) -> Costs:
-    """Two costs as a third, number by number; its context is the first one's."""
+def _combined(first: Costs, second: Costs, combine: Callable[[float, float], float]) -> Costs:
+    """Two costs as a third, number by number, after the context of the first."""
 
     def by_size(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
         return {size: combine(cost, b[size]) for size, cost in a.items()}
 
     step = StepCosts(
-        fixed=combine(one.step.fixed, other.step.fixed),
-        attention=combine(one.step.attention, other.step.attention),
-        mlp=combine(one.step.mlp, other.step.mlp),
-        bridge=combine(one.step.bridge, other.step.bridge),
-        head=by_size(one.step.head, other.step.head),
+        fixed=combine(first.step.fixed, second.step.fixed),
+        attention=combine(first.step.attention, second.step.attention),
+        mlp=combine(first.step.mlp, second.step.mlp),
+        bridge=combine(first.step.bridge, second.step.bridge),
+        head=by_size(first.step.head, second.step.head),
     )
     passes = PassCosts(
-        by_size(one.passes.sublayers, other.passes.sublayers), by_size(one.passes.head, other.passes.head)
+        by_size(first.passes.sublayers, second.passes.sublayers), by_size(first.passes.head, second.passes.head)
     )
-    return Costs(one.context, step, passes, combine(one.prefill, other.prefill))
+    return Costs(first.context, step, passes, combine(first.prefill, second.prefill))

@@ -66,7 +66,7 @@ class Generation:
     """A finished generation.
 
     Attributes:
-        tokens: The new token ids, without the prompt. An end-of-sequence token, if one came, is the last of them.
+        tokens: The new token ids, without the prompt. An end-of-sequence token, if any, is the last of them.
         finish_reason: ``"eos"``: an end-of-sequence token; ``"stop"``: the stop rule; ``"length"``:
             ``max_new_tokens``; ``"context"``: the model's context is full.
         stats: Counters and times.

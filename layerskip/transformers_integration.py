@@ -128,7 +128,7 @@ def speculate(
 
     Args:
         profile: A profile, or the path of one.
-        streamer: Gets the prompt, then each token as it becomes certain. Give it here *instead of* to ``generate``.
+        streamer: Gets the prompt, then each token as it is generated. Give it here *instead of* to ``generate``.
         tokenizer: Needed only with ``generate(stop_strings=...)``.
 
     Raises:

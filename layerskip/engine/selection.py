@@ -41,7 +41,7 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name) -> Engine:
         name: ``eager`` or ``cuda-graphs``.
 
     Raises:
-        InvalidInputError: There is no such engine, or the model does not lie on one CUDA device.
+        InvalidInputError: There is no such engine, or the model is not on one CUDA device.
     """
     check_engine(name, model.device)
     engine: Engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
