@@ -90,9 +90,9 @@ class Scorer:
         self._columns[ids] = torch.arange(len(ids))
         self._chunk = max(_SCORES // len(ids), 1)
 
-    def learn_from(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> float:
-        """Add the gradient of the mean loss over all asked positions to the learner's parameters; return that loss."""
-        outputs = [output for output in self._outputs(learner, texts) if len(output.states)]
+    def learn_from(self, draft: TrainableDraft, texts: Sequence[TargetText]) -> float:
+        """Add the gradient of the mean loss over all asked positions to the draft's weights; return that loss."""
+        outputs = [output for output in self._outputs(draft, texts) if len(output.states)]
         # Chunk by chunk through the head, so that the scores of one chunk are in memory at a time.
         leaves = [output.states.detach().requires_grad_() for output in outputs]
         total = 0.0
@@ -106,11 +106,11 @@ class Scorer:
         return total
 
     @torch.no_grad()
-    def agreement(self, learner: TrainableDraft, batches: Sequence[Sequence[TargetText]]) -> Agreement:
-        """How a learner does on some batches of texts."""
+    def agreement(self, draft: TrainableDraft, batches: Sequence[Sequence[TargetText]]) -> Agreement:
+        """How often a draft agrees on some batches of texts."""
         counts: list[_Count] = []
         for texts in batches:
-            outputs = self._outputs(learner, texts)
+            outputs = self._outputs(draft, texts)
             counts = counts or [_Count.empty() for _ in outputs]
             for count, output in zip(counts, outputs, strict=True):
                 self._add(count, output)
@@ -131,9 +131,9 @@ class Scorer:
             for k in RANKS:
                 count.within[k] += int((known & (rank < k)).sum())
 
-    def _outputs(self, learner: TrainableDraft, texts: Sequence[TargetText]) -> list[DraftOutput]:
+    def _outputs(self, draft: TrainableDraft, texts: Sequence[TargetText]) -> list[DraftOutput]:
         with self._precision():
-            return learner.outputs(texts)
+            return draft.outputs(texts)
 
     def _chunks(self, output: DraftOutput, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         columns = self._columns[output.choices].to(states.device)

@@ -111,7 +111,7 @@ class Trained:
 
 def train(
     model: LayerSkipModel,
-    learner: TrainableDraft,
+    draft: TrainableDraft,
     texts: TrainingTexts,
     settings: TrainingSettings,
     *,
@@ -123,7 +123,7 @@ def train(
 
     Args:
         model: The target model.
-        learner: What to train, in place.
+        draft: What to train, in place.
         texts: What the target model wrote.
         settings: How to train.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
@@ -136,14 +136,14 @@ def train(
         OSError: A checkpoint cannot be written.
     """
     with frozen(model):
-        training = _Training(model, learner, texts, settings, token_ids, folder, observe)
+        training = _Training(model, draft, texts, settings, token_ids, folder, observe)
         interrupted = False
         try:
             training.run()
         except KeyboardInterrupt:
             interrupted = True
         agreement = training.take_best()
-    weights = learner.weights.requires_grad_(False)
+    weights = draft.weights.requires_grad_(False)
     weights.token_ids = token_ids
     return Trained(weights, agreement, training.evaluations, interrupted)
 
@@ -153,7 +153,7 @@ class _State:
     """How far a training has come.
 
     Attributes:
-        best: The parameters' values at the best evaluation.
+        best: The weights' values at the best evaluation.
         best_loss: The loss on held-out texts then.
         misses: Evaluations in a row that were not better.
         epoch: Epochs done.
@@ -172,19 +172,19 @@ class _State:
 
 
 class _Training:
-    """A training in progress: parameters, optimizer, and how far it has come."""
+    """A training in progress: weights, optimizer, and how far it has come."""
 
     def __init__(
         self,
         model: LayerSkipModel,
-        learner: TrainableDraft,
+        draft: TrainableDraft,
         texts: TrainingTexts,
         settings: TrainingSettings,
         token_ids: Tensor | None,
         folder: Path | None,
         observe: Callable[[EvalResult], None],
     ) -> None:
-        self._learner = learner
+        self._draft = draft
         self._texts = texts
         self._settings = settings
         self._observe = observe
@@ -192,7 +192,7 @@ class _Training:
         self._held_out = _batches(texts.held_out(_HELD_OUT_POSITIONS), settings.batch_positions)
         self._rate = settings.learning_rate or _RATE * math.sqrt(_RATE_SIZE / model.config.hidden_size)
         self._optimizer = torch.optim.AdamW(
-            learner.parameters.values(), lr=self._rate, betas=_BETAS, weight_decay=settings.weight_decay
+            draft.weights.parameters(), lr=self._rate, betas=_BETAS, weight_decay=settings.weight_decay
         )
         learned = sum(len(text.choices) for text in texts.learned())
         if not learned:
@@ -205,18 +205,18 @@ class _Training:
         self._began = time.monotonic() - self.state.seconds
 
     def _values(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self._learner.parameters.items()}
+        return {name: value.clone() for name, value in self._draft.weights.state_dict().items()}
 
     def _digest(self, token_ids: Tensor | None) -> str:
         """Changes with whatever would make it another training."""
         ids = None if token_ids is None else token_ids.tolist()
         # Rounded: the last places of a sum depend on the number of threads.
         first = {
-            name: [list(value.shape), f"{value.detach().double().abs().sum():.5e}"]
-            for name, value in self._learner.parameters.items()
+            name: [list(value.shape), f"{value.double().abs().sum():.5e}"]
+            for name, value in self._draft.weights.state_dict().items()
         }
         texts = [self._texts.shards, self._texts.positions]
-        return digest([asdict(self._settings), ids, list(self._learner.weights.steps), first, texts])
+        return digest([asdict(self._settings), ids, list(self._draft.weights.steps), first, texts])
 
     def _resume(self) -> None:
         """Continue from the checkpoint, if there is one and it is whole."""
@@ -226,7 +226,7 @@ class _Training:
             saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             return
-        self._put(saved["parameters"])
+        self._draft.weights.load_state_dict(saved["weights"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self.state = _State(**saved["state"])
 
@@ -234,13 +234,9 @@ class _Training:
         if self._checkpoint is None:
             return
         content = io.BytesIO()
-        saved = {"parameters": self._values(), "optimizer": self._optimizer.state_dict(), "state": vars(self.state)}
+        saved = {"weights": self._values(), "optimizer": self._optimizer.state_dict(), "state": vars(self.state)}
         torch.save(saved, content)
         write_bytes_atomically(self._checkpoint, content.getvalue())
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._learner.parameters.items():
-            parameter.data.copy_(values[name])
 
     def run(self) -> None:
         """Train until the end, the time limit, or no more improvement."""
@@ -260,9 +256,9 @@ class _Training:
         return self._progress() >= 1 or self.state.misses >= _PATIENCE
 
     def take_best(self) -> Agreement:
-        """Restore the parameters of the best evaluation; how they do."""
-        self._put(self.state.best)
-        return self._scorer.agreement(self._learner, self._held_out)
+        """Restore the weights of the best evaluation, and evaluate them."""
+        self._draft.weights.load_state_dict(self.state.best)
+        return self._scorer.agreement(self._draft, self._held_out)
 
     def _rest_of_epoch(self) -> Iterator[list[TargetText]]:
         """The batches of the current epoch after those that were done."""
@@ -281,8 +277,8 @@ class _Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * _schedule(self._progress())
         self._optimizer.zero_grad()
-        self._scorer.learn_from(self._learner, batch)
-        torch.nn.utils.clip_grad_norm_(self._learner.parameters.values(), _LARGEST_GRADIENT)
+        self._scorer.learn_from(self._draft, batch)
+        torch.nn.utils.clip_grad_norm_(self._draft.weights.parameters(), _LARGEST_GRADIENT)
         self._optimizer.step()
         self.state.batch += 1
         self.state.positions += sum(len(text.choices) for text in batch)
@@ -294,7 +290,7 @@ class _Training:
         return min(max(by_texts, by_time), 1.0)
 
     def _evaluate(self) -> None:
-        agreement = self._scorer.agreement(self._learner, self._held_out)
+        agreement = self._scorer.agreement(self._draft, self._held_out)
         state = self.state
         better = agreement.loss < state.best_loss
         if better:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from layerskip.drafting.heads import DraftHeads
@@ -62,11 +62,6 @@ class TrainableDraft:
                 raise InvalidInputError(
                     f"draft layer: ends before sublayer {step.stop}; only one that reaches the top can be trained"
                 )
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is learned, by name."""
-        return dict(self.weights.named_parameters())
 
     def outputs(self, texts: Sequence[TargetText]) -> list[DraftOutput]:
         """The draft's output over whole texts, at the positions at which a draft is asked, for each of its places."""

@@ -72,22 +72,22 @@ def test_what_was_trained_is_what_drafts(writer, shards):
         accepted, drafted = accepted + generation.stats.accepted, drafted + generation.stats.drafted
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "kl")
-        learner = TrainableDraft(writer, trained.weights)
-        expected = scorer.agreement(learner, [texts]).top[1]
+        draft = TrainableDraft(writer, trained.weights)
+        expected = scorer.agreement(draft, [texts]).top[1]
     # Positions that follow an accepted token are not asked in decoding, but the two rates are near each other.
     assert accepted / drafted == pytest.approx(expected, abs=0.12)
 
 
 def test_scores_are_those_of_the_stack_over_the_text(writer, shards):
-    learner = a_layer(writer)
+    draft = a_layer(writer)
     [text, *_] = shards.held_out(10)
-    stack = writer.stack_of(EXITED, stand_ins=learner.weights.steps)
+    stack = writer.stack_of(EXITED, stand_ins=draft.weights.steps)
     with torch.inference_mode():
         cache = writer.new_cache(len(text.tokens))
         x = stack.run(writer.embed(text.tokens.long()), writer.pass_context(len(text.tokens), cache))
         chosen = writer.logits(x[:, text.asked]).argmax(-1)
     with frozen(writer):
-        agreement = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce").agreement(learner, [[text]])
+        agreement = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce").agreement(draft, [[text]])
     expected = (chosen == text.choices).float().mean()
     assert agreement.top[1] == pytest.approx(float(expected), abs=0.1)  # states were kept in bfloat16
     assert agreement.positions == len(text.choices)
@@ -98,10 +98,10 @@ def test_the_gradient_is_that_of_the_whole_loss_however_it_is_cut(writer, shards
     gradients = []
     for chunk in (2**24, 64 * 3):
         monkeypatch.setattr("layerskip.training.evaluation._SCORES", chunk)
-        learner = a_layer(writer)
+        draft = a_layer(writer)
         with frozen(writer):
-            loss = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "both").learn_from(learner, texts)
-        gradients.append([loss, *(parameter.grad for parameter in learner.parameters.values())])
+            loss = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "both").learn_from(draft, texts)
+        gradients.append([loss, *(parameter.grad for parameter in draft.weights.parameters())])
     for whole, cut in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, cut, atol=1e-5, rtol=1e-4)
 
@@ -112,10 +112,10 @@ def test_a_copy_of_the_only_skipped_layer_loses_nothing(llama, tmp_path):
 
     settings = DataSettings(LAYERS - 1, max_new_tokens=12, batch_size=16)
     shards = TrainingTextWriter(llama, random_prompts(64), settings, tmp_path, "f").collect(300)
-    learner = TrainableDraft(llama, DraftWeights(layers=[DraftLayer.copied(llama, STOP - 2, STOP, LAYERS - 1)]))
+    draft = TrainableDraft(llama, DraftWeights(layers=[DraftLayer.copied(llama, STOP - 2, STOP, LAYERS - 1)]))
     with frozen(llama):
         scorer = Scorer(llama, llama.stack_of(SkipSet(LAYERS)), "kl")
-        agreement = scorer.agreement(learner, [shards.held_out(100)])
+        agreement = scorer.agreement(draft, [shards.held_out(100)])
     assert agreement.loss < 1e-2
     assert agreement.top[1] > 0.9
     assert agreement.coverage == 1

@@ -51,8 +51,8 @@ def test_the_models_weights_stay(writer, shards, kind):
 @kinds
 def test_agreement_is_how_often_the_heads_predict_the_text(writer, shards, kind):
     """Counted by hand, along greedy texts whose next tokens are known."""
-    learner = TrainableDraft(writer, DraftWeights(heads=random_heads(writer, kind, HEADS, scale=0.02)))
-    heads = learner.weights.heads
+    draft = TrainableDraft(writer, DraftWeights(heads=random_heads(writer, kind, HEADS, scale=0.02)))
+    heads = draft.weights.heads
     texts = shards.held_out(200)
     right, asked = [0] * HEADS, [0] * HEADS
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_agreement_is_how_often_the_heads_predict_the_text(writer, shards, kind)
                     right[place] += int(writer.logits(states[None])[0].argmax()) == whole[newest + place + 1]
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce")
-        agreement = scorer.agreement(learner, [texts[:3], texts[3:]])
+        agreement = scorer.agreement(draft, [texts[:3], texts[3:]])
     assert agreement.positions == asked[0]
     found = [top[1] for top in agreement.by_place]
     assert found == pytest.approx([count / all_ for count, all_ in zip(right, asked, strict=True)])
@@ -78,14 +78,14 @@ def test_agreement_is_how_often_the_heads_predict_the_text(writer, shards, kind)
 @kinds
 def test_later_heads_count_less(writer, shards, kind):
     """The loss is the sum of their cross entropies, the k-th times 0.8 to the power of k."""
-    learner, texts = some_heads(writer, kind), shards.held_out(100)
+    draft, texts = some_heads(writer, kind), shards.held_out(100)
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce")
-        learned = scorer.learn_from(learner, texts)
-        found = scorer.agreement(learner, [texts]).loss
+        learned = scorer.learn_from(draft, texts)
+        found = scorer.agreement(draft, [texts]).loss
         entropies = [
             torch.nn.functional.cross_entropy(writer.logits(guess.states[None]), guess.choices).item()
-            for guess in learner.outputs(texts)
+            for guess in draft.outputs(texts)
         ]
     expected = sum(0.8 ** (k + 1) * entropy for k, entropy in enumerate(entropies))
     assert [learned, found] == pytest.approx([expected, expected], rel=1e-4)
@@ -97,11 +97,11 @@ def test_texts_too_short_for_a_head_teach_the_others(writer, shards, kind):
     [text] = short
     cut = text.prompt_length + 2
     text = replace(text, tokens=text.tokens[:cut], choices=text.choices[:1], states=text.states[:, : cut - 1])
-    learner = some_heads(writer, kind)
+    draft = some_heads(writer, kind)
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "both")
-        assert math.isfinite(scorer.learn_from(learner, [text]))
-        assert scorer.agreement(learner, [[text]]).positions == 1
+        assert math.isfinite(scorer.learn_from(draft, [text]))
+        assert scorer.agreement(draft, [[text]]).positions == 1
 
 
 @kinds

@@ -41,10 +41,10 @@ def test_untrained_its_outputs_are_those_of_untrained_heads(writer, shards):
 
 
 def test_layer_and_heads_learn_and_do_better_on_held_out_texts(writer, shards):
-    learner = untrained(writer)
-    before = {name: weight.detach().clone() for name, weight in learner.parameters.items()}
+    draft = untrained(writer)
+    before = {name: weight.detach().clone() for name, weight in draft.weights.named_parameters()}
     own = {name: weight.clone() for name, weight in writer.hf_model.state_dict().items()}
-    trained = train(writer, learner, shards, settings(learning_rate=1e-2))
+    trained = train(writer, draft, shards, settings(learning_rate=1e-2))
     first = trained.evaluations[0].agreement
     assert trained.agreement.loss < 0.98 * first.loss
     assert (trained.weights.heads.kind, trained.weights.heads.count) == ("hydra", HEADS)
@@ -59,11 +59,11 @@ def test_layer_and_heads_learn_and_do_better_on_held_out_texts(writer, shards):
 def test_its_outputs_are_those_of_heads_after_one_pass_over_each_text(writer, shards):
     """Whatever other texts, longer or shorter, are in the batch."""
     prefix, heads = random_prefix(writer), random_heads(writer, "hydra", HEADS)
-    learner, texts = TrainableDraft(writer, DraftWeights(layers=[prefix], heads=heads)), shards.held_out(100)
+    draft, texts = TrainableDraft(writer, DraftWeights(layers=[prefix], heads=heads)), shards.held_out(100)
     layer = prefix
     assert len({len(text.tokens) for text in texts}) > 1
     with torch.no_grad():
-        guesses = learner.outputs(texts)
+        guesses = draft.outputs(texts)
         for place, guess in enumerate(guesses):
             expected = []
             for text in texts:
@@ -88,8 +88,8 @@ def test_what_was_trained_is_what_drafts(writer, shards):
         accepted, drafted = accepted + generation.stats.accepted, drafted + generation.stats.drafted
     with frozen(writer):
         scorer = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "kl")
-        learner = TrainableDraft(writer, trained.weights)
-        expected = scorer.agreement(learner, [texts]).top[1]
+        draft = TrainableDraft(writer, trained.weights)
+        expected = scorer.agreement(draft, [texts]).top[1]
     assert accepted / drafted == pytest.approx(expected, abs=0.12)
 
 
@@ -110,8 +110,8 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(writer, shards, 
 
 def test_it_is_a_training_of_its_own(writer, shards, tmp_path):
     heads = untrained_heads("hydra", HEADS, writer.config.hidden_size)
-    for learner in (TrainableDraft(writer, DraftWeights(heads=heads)), untrained(writer)):
-        train(writer, learner, shards, settings(epochs=1), folder=tmp_path)
+    for draft in (TrainableDraft(writer, DraftWeights(heads=heads)), untrained(writer)):
+        train(writer, draft, shards, settings(epochs=1), folder=tmp_path)
     assert len(list(tmp_path.glob("training-*.pt"))) == 2
 
 
