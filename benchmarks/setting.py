@@ -11,7 +11,7 @@ from typing import Any
 
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
 from layerskip.engine import Engine, make_engine
-from layerskip.ready_profiles import load_profile
+from layerskip.hub import load_profile
 from layerskip.utils import device_name, library_versions
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 

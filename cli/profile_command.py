@@ -119,14 +119,14 @@ def push(
 
     The token comes from 'hf auth login' or from the environment variable HF_TOKEN.
     """
-    from layerskip import load_profile
+    from layerskip.hub import load_profile, push_profile
 
     loaded = load_profile(profile)
     if base_model or base_revision:
         loaded = loaded.for_base_model(base_model or loaded.model.id, base_revision)
     quiet_libraries()
-    address = loaded.push_to_hub(
-        repo_id, commit_message=message, private=private, revision=revision, create_pr=create_pr
+    address = push_profile(
+        loaded, repo_id, commit_message=message, private=private, revision=revision, create_pr=create_pr
     )
     if json:
         print_json({"profile": profile, "repository": repo_id, "address": address})

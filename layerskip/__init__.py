@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from layerskip.generation import generate as generate
     from layerskip.generation import stream as stream
     from layerskip.generation import stream_rounds as stream_rounds
+    from layerskip.hub import load_profile as load_profile
     from layerskip.model import LayerSkipModel as LayerSkipModel
     from layerskip.prefix_cache import PrefixCache as PrefixCache
     from layerskip.profile import DraftProfile as DraftProfile
-    from layerskip.ready_profiles import load_profile as load_profile
     from layerskip.sampling import Sampling as Sampling
     from layerskip.skip_set import SkipSet as SkipSet
     from layerskip.tokenizer import StopStrings as StopStrings
@@ -53,7 +53,7 @@ _MODULES = {
     "export_draft": "export",
     "generate": "generation",
     "load_checkpoint": "checkpoints",
-    "load_profile": "ready_profiles",
+    "load_profile": "hub",
     "make_drafter": "drafting.factory",
     "make_engine": "engine.selection",
     "speculate": "transformers_integration",

@@ -18,7 +18,7 @@ from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import ExportError, InvalidInputError
 from layerskip.families import family_of
-from layerskip.hub import CARD_NAME, measured_in_words, metadata, published
+from layerskip.hub import CARD_NAME, card_metadata, measured_in_words, with_hub_name
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
 
@@ -35,7 +35,7 @@ def export_card(profile: DraftProfile, draft: PreTrainedConfig, full: PreTrained
         full: Configuration of the target model.
     """
     sections = [
-        f"---\n{metadata(profile.base_model_name_or_path, library='transformers')}\n---",
+        f"---\n{card_metadata(profile.base_model_name_or_path, library='transformers')}\n---",
         f"# A draft of {_target(profile)}",
         _what(profile),
         *_half_kept(profile),
@@ -208,7 +208,7 @@ def export_draft(
     folder = Path(folder)
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)
-    profile = published(profile)
+    profile = with_hub_name(profile)
     trained = profile.weights(model).placed_on(model).layers
     stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).steps)
     draft = draft_model_of(model, profile.skip_set, trained)

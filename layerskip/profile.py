@@ -23,7 +23,6 @@ from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights, draft_layer_ref, tensors_by_module
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
-from layerskip.hub import OnTheHub
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.token_tree import widths_of
@@ -32,6 +31,7 @@ from layerskip.utils import duration, write_atomically, write_bytes_atomically
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[2] = 2
 PromptSet = Literal["held-out", "search"]
+PROFILE_NAME = "draft_profile.json"
 
 
 class _Part(BaseModel):
@@ -104,11 +104,11 @@ class Provenance(_Part):
         return "made by hand" if self.training_seconds is None else f"trained for {duration(self.training_seconds)}"
 
 
-class DraftProfile(OnTheHub, _Part):
+class DraftProfile(_Part):
     """A draft configuration for one model, with the draft's weights and what was measured with it.
 
     ``DraftProfile.load(path)`` reads one, ``profile.drafter(model)`` decodes with it, ``profile.save(path)`` writes it.
-    ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` do so for folders and repositories on the hub.
+    :mod:`layerskip.hub` does so for repositories on the hub.
 
     Some fields have other names in the file than here; ``validation_alias`` is also where a later version of the format
     can name the key that an earlier one used.
@@ -232,17 +232,29 @@ class DraftProfile(OnTheHub, _Part):
     def load(cls, path: str | Path) -> DraftProfile:
         """Read a profile.
 
+        Args:
+            path: Its file, or a folder that holds a ``draft_profile.json``.
+
         Raises:
             InvalidProfileError: The file cannot be read or is not a valid profile. The message names the file, the
                 field and what was expected.
         """
-        profile = cls._read(Path(path), source=str(path))
-        profile._tensors = profile._load_tensors(Path(path).parent)
-        return profile
+        path = Path(path)
+        if path.is_dir():
+            path /= PROFILE_NAME
+        return cls.read(path, source=str(path)).with_tensors(path.parent)
 
     @classmethod
-    def _read(cls, path: Path, *, source: str) -> DraftProfile:
-        """The profile without its tensors; errors call it by its ``source``."""
+    def read(cls, path: Path, *, source: str) -> DraftProfile:
+        """Read a profile's own file, without its tensors.
+
+        Args:
+            path: The file.
+            source: What to call it in errors.
+
+        Raises:
+            InvalidProfileError: As in :meth:`load`.
+        """
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -256,9 +268,14 @@ class DraftProfile(OnTheHub, _Part):
         profile._source = source
         return profile
 
-    def _load_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+    def with_tensors(self, folder: Path) -> DraftProfile:
+        """The profile with its tensors, from their file in a folder.
+
+        Raises:
+            InvalidProfileError: The file is missing, is not the one that the profile names, or is not a draft's.
+        """
         if self.tensors is None:
-            return {}
+            return self
         path = folder / self.tensors.file
         try:
             content = path.read_bytes()
@@ -276,7 +293,18 @@ class DraftProfile(OnTheHub, _Part):
             tensors_by_module(tensors)
         except (SafetensorError, InvalidInputError) as error:
             raise InvalidProfileError(f"{self._source}: tensors.file: {path}: {error}") from error
-        return tensors
+        profile = self.model_copy()
+        profile._tensors = tensors
+        return profile
+
+    def for_base_model(self, name_or_path: str, revision: str | None = None) -> DraftProfile:
+        """The same profile with the name of its model on the hub, to publish it.
+
+        Args:
+            name_or_path: The model, as ``AutoModelForCausalLM.from_pretrained`` takes it.
+            revision: Its branch, tag or commit; None takes its default branch.
+        """
+        return self.model_copy(update={"base_model_name_or_path": name_or_path, "revision": revision})
 
     def save(self, path: str | Path) -> None:
         """Write the profile so that a killed process leaves the old one or the new one.

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layerskip.checkpoints import resolve_device, resolve_dtype
 from layerskip.errors import InvalidInputError, InvalidProfileError
-from layerskip.hub import PROFILE_NAME
 from layerskip.names import ALIASES
 from layerskip.profile import DraftProfile
 from layerskip.utils import device_name, write_atomically
@@ -91,31 +90,6 @@ def find_profile(name: str, *, device: str = "auto", dtype: str = "auto", folder
         return (*alike, entry.speedup)
 
     return (folder or FOLDER) / max(named, key=likeness).file
-
-
-def load_profile(source: str, *, device: str = "auto", dtype: str = "auto") -> DraftProfile:
-    """Load a profile by its file, by the name of a ready one, or from the hub.
-
-    Args:
-        source: A file, or a folder that holds a ``draft_profile.json``; a name for :func:`find_profile`; or else
-            ``owner/name``, a repository on the hub.
-        device: As in :func:`find_profile`.
-        dtype: Likewise.
-
-    Raises:
-        InvalidProfileError: There is no such profile, or it is not valid.
-        InvalidInputError: The device or dtype is unknown or not available.
-        HubError: The repository cannot be had.
-    """
-    path = Path(source).expanduser()
-    has_one = (path / PROFILE_NAME).is_file()
-    if path.suffix == ".gguf" or ((path / "config.json").is_file() and not has_one):
-        raise InvalidProfileError(
-            f"{source}: is a model, and not a draft profile; make one with 'layerskip search {source}'"
-        )
-    if path.is_file() or has_one or path.suffix == ".json" or "/" in source:
-        return DraftProfile.from_pretrained(source)
-    return DraftProfile.load(find_profile(source, device=device, dtype=dtype))
 
 
 def add_profile(name: str, source: Path, device_type: DeviceType, *, folder: Path | None = None) -> ReadyProfile:

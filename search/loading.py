@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from layerskip.checkpoints import load_checkpoint
 from layerskip.engine import Engine, compile_sublayers, make_engine
+from layerskip.hub import load_profile
 from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile
-from layerskip.ready_profiles import load_profile
 from search.draft_layers import TrainedDraftLayer, trained_draft_layers
 
 

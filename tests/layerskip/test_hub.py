@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from layerskip import DraftProfile, LayerSkipModel, generate, load_checkpoint
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
+from layerskip.hub import download_profile, load_profile, push_profile, save_profile
 from tests.hub import TOKEN, FakeHub
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_weights, some_weights
 from tests.models import tiny_llama, tiny_tokenizer, transformers_greedy
@@ -43,8 +44,8 @@ def contents(folder):
 
 def test_a_folder_gets_the_profile_its_tensors_and_a_card(tmp_path):
     profile = published(some_weights())
-    profile.save_pretrained(tmp_path / "new" / "folder")
-    loaded = DraftProfile.from_pretrained(tmp_path / "new" / "folder")
+    save_profile(profile, tmp_path / "new" / "folder")
+    loaded = load_profile(tmp_path / "new" / "folder")
     assert same_weights(loaded, some_weights())
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
     names = [path.name for path in (tmp_path / "new" / "folder").iterdir()]
@@ -52,8 +53,8 @@ def test_a_folder_gets_the_profile_its_tensors_and_a_card(tmp_path):
 
 
 def test_a_profile_decodes_the_same_after_a_trip_through_a_folder(tmp_path, llama):
-    profile_for(llama).save_pretrained(tmp_path)
-    drafter = DraftProfile.from_pretrained(tmp_path).drafter(llama)
+    save_profile(profile_for(llama), tmp_path)
+    drafter = load_profile(tmp_path).drafter(llama)
     assert generate(llama, [1, 2, 3], drafter=drafter, max_new_tokens=8).tokens == transformers_greedy(
         llama.hf_model, [1, 2, 3], 8
     )
@@ -65,7 +66,7 @@ def test_a_model_s_own_folder_keeps_every_file_as_it_is(tmp_path):
     (tmp_path / "README.md").write_text("The model's own card.\n")
     before = contents(tmp_path)
     profile = published(some_weights())
-    profile.save_pretrained(tmp_path)
+    save_profile(profile, tmp_path)
     assert contents(tmp_path) == before | {
         name: (tmp_path / name).read_bytes() for name in ("draft_profile.json", profile.tensors.file)
     }
@@ -74,36 +75,36 @@ def test_a_model_s_own_folder_keeps_every_file_as_it_is(tmp_path):
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "model.gguf", "model-00001-of-2.safetensors"])
 def test_a_folder_with_a_model_gets_no_card(tmp_path, file):
     (tmp_path / file).write_bytes(b"a model's")
-    published().save_pretrained(tmp_path)
+    save_profile(published(), tmp_path)
     assert sorted(contents(tmp_path)) == sorted(["draft_profile.json", file])
 
 
 def test_the_card_follows_the_profile_until_somebody_edits_it(tmp_path):
     card = tmp_path / "README.md"
-    published().save_pretrained(tmp_path)
+    save_profile(published(), tmp_path)
     assert "**1.25×**" in card.read_text()
-    published(measured=MEASURED.model_copy(update={"speedup": 1.5})).save_pretrained(tmp_path)
+    save_profile(published(measured=MEASURED.model_copy(update={"speedup": 1.5})), tmp_path)
     assert "**1.50×**" in card.read_text()
     card.write_text(card.read_text().replace("# A draft profile", "# My draft profile"))
     edited = card.read_text()
-    published(measured=None).save_pretrained(tmp_path)
+    save_profile(published(measured=None), tmp_path)
     assert card.read_text() == edited
 
 
 def test_a_card_of_somebody_else_stays(tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xff not even text")
-    published().save_pretrained(tmp_path)
+    save_profile(published(), tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"\xff not even text"
 
 
 def test_a_profile_s_own_file_is_as_good_as_its_folder(tmp_path):
     published().save(tmp_path / "mine.json")
-    assert DraftProfile.from_pretrained(tmp_path / "mine.json") == published()
+    assert load_profile(tmp_path / "mine.json") == published()
 
 
 def test_a_subfolder_is_looked_into(tmp_path):
-    published().save_pretrained(tmp_path / "sub")
-    assert DraftProfile.from_pretrained(tmp_path, subfolder="sub").base_model_name_or_path == BASE
+    save_profile(published(), tmp_path / "sub")
+    assert DraftProfile.load(tmp_path / "sub").base_model_name_or_path == BASE
 
 
 @pytest.mark.parametrize(
@@ -111,20 +112,19 @@ def test_a_subfolder_is_looked_into(tmp_path):
     [
         ("{}", "{}/draft_profile.json: cannot read the draft profile: No such file or directory"),
         ("{}/none.json", "{}/none.json: cannot read the draft profile: No such file or directory"),
-        ("no-such-thing", "no-such-thing: cannot read the draft profile: No such file or directory"),
         ("profiles/none.json", "profiles/none.json: cannot read the draft profile: No such file or directory"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, name, message):
     with pytest.raises(InvalidProfileError) as error:
-        DraftProfile.from_pretrained(name.format(tmp_path))
+        load_profile(name.format(tmp_path))
     assert str(error.value) == message.format(tmp_path)
 
 
 def test_a_file_is_no_folder_to_save_to(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidProfileError, match="file: cannot write the draft profile: File exists"):
-        published().save_pretrained(tmp_path / "file")
+        save_profile(published(), tmp_path / "file")
 
 
 # What the profile says of its model.
@@ -143,7 +143,7 @@ def test_a_file_is_no_folder_to_save_to(tmp_path):
 )
 def test_a_saved_profile_names_its_model_as_the_hub_does_where_that_is_known(tmp_path, id, base, saved_id, saved_base):
     profile = a_profile(model=replace(IDENTITY, id=id)).model_copy(update={"base_model_name_or_path": base})
-    profile.save_pretrained(tmp_path)
+    save_profile(profile, tmp_path)
     saved = json.loads((tmp_path / "draft_profile.json").read_text())
     assert (saved["model"]["id"], saved["base_model_name_or_path"]) == (saved_id, saved_base)
 
@@ -151,22 +151,22 @@ def test_a_saved_profile_names_its_model_as_the_hub_does_where_that_is_known(tmp
 def test_a_folder_here_that_looks_like_a_repository_is_no_repository(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    a_profile(model=replace(IDENTITY, id="models/mine")).save_pretrained(tmp_path / "out")
-    assert DraftProfile.from_pretrained("out").base_model_name_or_path is None
+    save_profile(a_profile(model=replace(IDENTITY, id="models/mine")), tmp_path / "out")
+    assert load_profile("out").base_model_name_or_path is None
 
 
 def test_a_profile_without_these_fields_still_loads(tmp_path):
     fields = json.loads(a_profile().model_dump_json())
     del fields["base_model_name_or_path"], fields["revision"]
     (tmp_path / "draft_profile.json").write_text(json.dumps(fields))
-    assert DraftProfile.from_pretrained(tmp_path) == a_profile()
+    assert load_profile(tmp_path) == a_profile()
 
 
 # The card.
 
 
 def card_of(tmp_path, profile):
-    profile.save_pretrained(tmp_path / "a-folder")
+    save_profile(profile, tmp_path / "a-folder")
     _, metadata, text = (tmp_path / "a-folder" / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(metadata), text
 
@@ -193,14 +193,14 @@ def test_the_card_has_the_measured_figures_with_the_machine_and_how_to_use_it(tm
         "1.20 to 1.30",
         "15.0 → 18.8 tokens/s",
         "75% of the drafted tokens were accepted",
-        "On An accelerator in float32, over 8 prompts that the search never saw",
+        "On An accelerator in float32, over 8 prompts that the search did not use",
         "torch 2.13.0, python 3.11",
         "attn 1 · mlp 2 (2 of 8 sublayers)",
         "2 bridges; draft vocabulary of 3",
         "revision `v2`",
         "0123456789abcdef",
         "study nightly, trial 7",
-        "DraftProfile.from_pretrained('a-folder')",
+        "load_profile('a-folder')",
         f"load_checkpoint('{BASE}', revision='v2')",
     ]:
         assert words in text
@@ -209,9 +209,9 @@ def test_the_card_has_the_measured_figures_with_the_machine_and_how_to_use_it(tm
 @pytest.mark.parametrize(
     ("measured", "words"),
     [
-        (None, "nothing was measured"),
+        (None, "Its speed was not measured."),
         (MEASURED.model_copy(update={"speedup": 0.9}), "**That is slower than plain decoding.**"),
-        (MEASURED.model_copy(update={"prompt_set": "search"}), "which flatters"),
+        (MEASURED.model_copy(update={"prompt_set": "search"}), "which is optimistic"),
         (MEASURED.model_copy(update={"acceptance_rate": None}), "nothing was drafted"),
     ],
 )
@@ -236,29 +236,22 @@ def test_the_code_on_the_card_runs(tmp_path, llama, monkeypatch, capsys):
 
 def test_a_profile_survives_the_way_to_the_hub_and_back(hub):
     profile = published(some_weights())
-    address = profile.push_to_hub("me/drafts")
+    address = push_profile(profile, "me/drafts")
     repository = hub.repositories["me/drafts"]
     assert address == f"{hub.url}/me/drafts/commit/{repository.branches['main']}"
     assert sorted(repository.files()) == sorted(
         [".gitattributes", "README.md", "draft_profile.json", profile.tensors.file]
     )
     assert repository.messages[-1] == "Upload draft profile"
-    loaded = DraftProfile.from_pretrained("me/drafts")
+    loaded = download_profile("me/drafts")
     assert loaded == profile.model_copy(update={"model": replace(IDENTITY, id=BASE)})
     assert same_weights(loaded, some_weights())
-    assert "DraftProfile.from_pretrained('me/drafts')" in repository.files()["README.md"].decode()
+    assert "load_profile('me/drafts')" in repository.files()["README.md"].decode()
 
 
 def test_a_name_without_an_owner_is_one_s_own(hub):
-    published().push_to_hub("drafts")
-    assert "from_pretrained('me/drafts')" in hub.repositories["me/drafts"].files()["README.md"].decode()
-
-
-def test_saving_may_push_as_well(hub, tmp_path):
-    published().save_pretrained(tmp_path / "drafts", push_to_hub=True, commit_message="First one")
-    assert hub.repositories["me/drafts"].messages[-1] == "First one"
-    published().save_pretrained(tmp_path / "drafts", push_to_hub=True, repo_id="me/other")
-    assert "draft_profile.json" in hub.repositories["me/other"].files()
+    push_profile(published(), "drafts")
+    assert "load_profile('me/drafts')" in hub.repositories["me/drafts"].files()["README.md"].decode()
 
 
 def test_a_model_s_own_repository_keeps_every_file_as_it_is(hub):
@@ -269,46 +262,46 @@ def test_a_model_s_own_repository_keeps_every_file_as_it_is(hub):
     }
     repository = hub.add("tiny-models/base", files)
     profile = published(some_weights())
-    profile.push_to_hub("tiny-models/base")
+    push_profile(profile, "tiny-models/base")
     after = repository.files()
     assert {name: after[name] for name in files} == files
     assert after.keys() - files.keys() == {"draft_profile.json", profile.tensors.file}
-    assert DraftProfile.from_pretrained("tiny-models/base").tensors == profile.tensors
+    assert download_profile("tiny-models/base").tensors == profile.tensors
 
 
 def test_the_card_on_the_hub_follows_the_profile_until_somebody_edits_it(hub):
-    published().push_to_hub("me/drafts")
-    published(measured=MEASURED.model_copy(update={"speedup": 1.5})).push_to_hub("me/drafts")
+    push_profile(published(), "me/drafts")
+    push_profile(published(measured=MEASURED.model_copy(update={"speedup": 1.5})), "me/drafts")
     repository = hub.repositories["me/drafts"]
     assert b"**1.50" in repository.files()["README.md"]
     edited = repository.files()["README.md"] + b"More.\n"
     repository.commit("main", {"README.md": edited})
-    published(measured=None).push_to_hub("me/drafts")
+    push_profile(published(measured=None), "me/drafts")
     assert repository.files()["README.md"] == edited
-    assert DraftProfile.from_pretrained("me/drafts").measured is None
+    assert download_profile("me/drafts").measured is None
 
 
 def test_a_revision_is_a_branch_to_push_to_and_to_read_from(hub):
-    published(target_confidence_threshold=0.1).push_to_hub("me/drafts")
-    published(target_confidence_threshold=0.2).push_to_hub("me/drafts", revision="next")
-    published(target_confidence_threshold=0.3).push_to_hub("me/drafts", revision="next")
-    assert DraftProfile.from_pretrained("me/drafts").target_confidence_threshold == 0.1
-    assert DraftProfile.from_pretrained("me/drafts", revision="next").target_confidence_threshold == 0.3
+    push_profile(published(target_confidence_threshold=0.1), "me/drafts")
+    push_profile(published(target_confidence_threshold=0.2), "me/drafts", revision="next")
+    push_profile(published(target_confidence_threshold=0.3), "me/drafts", revision="next")
+    assert download_profile("me/drafts").target_confidence_threshold == 0.1
+    assert download_profile("me/drafts", revision="next").target_confidence_threshold == 0.3
 
 
 def test_profile_and_tensors_are_of_one_commit(hub, monkeypatch):
     old, new = (published(some_weights(seed)) for seed in (0, 1))
-    old.push_to_hub("me/drafts")
+    push_profile(old, "me/drafts")
     repository = hub.repositories["me/drafts"]
-    read = DraftProfile._read.__func__
+    read = DraftProfile.read.__func__
 
     def read_while_somebody_pushes(cls, path, *, source):
         tree = {name: content for name, content in repository.files().items() if name != old.tensors.file}
         repository.commits["f" * 40], repository.branches["main"] = tree, "f" * 40
         return read(cls, path, source=source)
 
-    monkeypatch.setattr(DraftProfile, "_read", classmethod(read_while_somebody_pushes))
-    assert same_weights(DraftProfile.from_pretrained("me/drafts"), some_weights(0))
+    monkeypatch.setattr(DraftProfile, "read", classmethod(read_while_somebody_pushes))
+    assert same_weights(download_profile("me/drafts"), some_weights(0))
     assert new.tensors != old.tensors
 
 
@@ -316,35 +309,36 @@ def test_a_commit_of_somebody_else_in_the_meantime_is_not_written_over(hub):
     repository = hub.add("me/drafts", {"notes.txt": b"1"})
     hub.before_commit = lambda: repository.commit("main", {"README.md": b"Theirs."})
     with pytest.raises(HubError, match=r"^me/drafts: the hub refuses: 412 Precondition Failed: A commit has happened"):
-        published().push_to_hub("me/drafts")
+        push_profile(published(), "me/drafts")
     assert repository.files() == {"notes.txt": b"1", "README.md": b"Theirs."}
 
 
 def test_a_profile_of_a_local_model_is_not_published_without_its_name(hub):
     local = a_profile(model=replace(IDENTITY, id="/home/me/models/secret"))
     with pytest.raises(
-        InvalidInputError, match=r"^base model: the profile is for '/home/me/models/secret', which lies"
+        InvalidInputError,
+        match=r"^base model: the profile is for '/home/me/models/secret', which is on this machine only",
     ):
-        local.push_to_hub("me/drafts")
+        push_profile(local, "me/drafts")
     assert hub.repositories == {}
-    local.for_base_model(BASE).push_to_hub("me/drafts")
+    push_profile(local.for_base_model(BASE), "me/drafts")
     assert not any(b"secret" in content for content in hub.repositories["me/drafts"].files().values())
 
 
 def test_a_private_repository_is_for_those_with_a_token(hub):
-    published().push_to_hub("me/drafts", private=True, token=TOKEN)
+    push_profile(published(), "me/drafts", private=True, token=TOKEN)
     assert hub.repositories["me/drafts"].private
     assert "if it is private" in refused()
-    assert DraftProfile.from_pretrained("me/drafts", token=TOKEN).base_model_name_or_path == BASE
+    assert download_profile("me/drafts", token=TOKEN).base_model_name_or_path == BASE
 
 
 def test_what_was_fetched_once_is_there_without_the_hub(hub, offline):
     profile = published(some_weights())
-    profile.push_to_hub("me/drafts")
-    DraftProfile.from_pretrained("me/drafts")
+    push_profile(profile, "me/drafts")
+    download_profile("me/drafts")
     offline()
     hub.requests.clear()
-    assert same_weights(DraftProfile.from_pretrained("me/drafts"), some_weights())
+    assert same_weights(download_profile("me/drafts"), some_weights())
     assert hub.requests == []
 
 
@@ -356,8 +350,8 @@ def test_the_base_model_s_revision_is_the_one_that_the_profile_is_for(hub, tmp_p
         tiny_tokenizer().save_pretrained(tmp_path / branch)
         repository.commit(branch, contents(tmp_path / branch))
     profile = a_profile(model=identify(LayerSkipModel(models["v2"]), "/home/me/v2")).for_base_model(BASE, "v2")
-    profile.push_to_hub("me/drafts")
-    fetched = DraftProfile.from_pretrained("me/drafts")
+    push_profile(profile, "me/drafts")
+    fetched = download_profile("me/drafts")
     fetched.check(LayerSkipModel(load_checkpoint(fetched.model.id, device="cpu", revision=fetched.revision).model))
     with pytest.raises(InvalidProfileError, match="fingerprint"):
         fetched.check(LayerSkipModel(load_checkpoint(fetched.model.id, device="cpu").model))
@@ -368,7 +362,7 @@ def test_the_base_model_s_revision_is_the_one_that_the_profile_is_for(hub, tmp_p
 
 def refused(name="me/drafts", **options):
     with pytest.raises(HubError) as error:
-        DraftProfile.from_pretrained(name, **options)
+        download_profile(name, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -397,7 +391,7 @@ def test_a_repository_without_a_profile_says_so(hub):
 
 def test_a_repository_without_the_profile_s_tensors_says_so(hub):
     profile = published(some_weights())
-    profile.push_to_hub("me/drafts")
+    push_profile(profile, "me/drafts")
     repository = hub.repositories["me/drafts"]
     hub.add("me/copy", {"draft_profile.json": repository.files()["draft_profile.json"]})
     assert refused("me/copy") == f"me/copy: the repository has no {profile.tensors.file}"
@@ -426,7 +420,7 @@ def test_a_hub_that_is_away_is_named(gone):
 
 def test_a_hub_that_is_away_takes_nothing(gone):
     with pytest.raises(HubError, match=f"^me/drafts: {gone} cannot be reached"):
-        published().push_to_hub("me/drafts")
+        push_profile(published(), "me/drafts")
 
 
 def test_a_repository_that_one_may_not_write_says_so(hub):
@@ -434,28 +428,28 @@ def test_a_repository_that_one_may_not_write_says_so(hub):
     with pytest.raises(
         HubError, match=r"^them/drafts: the hub refuses: 403 Forbidden: You don't have the rights to wri"
     ):
-        published().push_to_hub("them/drafts")
+        push_profile(published(), "them/drafts")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "", "with space", "--x"])
 def test_a_name_that_is_none_is_refused_before_anything_is_sent(hub, name):
     with pytest.raises(InvalidInputError, match="expected owner/name"):
-        published().push_to_hub(name)
+        push_profile(published(), name)
     assert hub.requests == []
 
 
 def test_a_profile_on_the_hub_that_is_none_is_named_by_its_repository(hub):
     hub.add("me/drafts", {"draft_profile.json": b'{"version": 9}'})
     with pytest.raises(InvalidProfileError, match=r"^me/drafts/draft_profile\.json: "):
-        DraftProfile.from_pretrained("me/drafts")
+        download_profile("me/drafts")
 
 
 def test_tensors_that_are_not_the_profile_s_are_refused(hub):
     profile = published(some_weights())
-    profile.push_to_hub("me/drafts")
+    push_profile(profile, "me/drafts")
     hub.repositories["me/drafts"].commit("main", {profile.tensors.file: b"other"})
     with pytest.raises(InvalidProfileError, match=r"^me/drafts/draft_profile\.json: tensors\.sha256: "):
-        DraftProfile.from_pretrained("me/drafts")
+        download_profile("me/drafts")
 
 
 # As in a user's own program, which knows of the hub by the environment alone.
@@ -463,8 +457,9 @@ def test_tensors_that_are_not_the_profile_s_are_refused(hub):
 PROGRAM = """
 import sys
 from layerskip import DraftProfile
-DraftProfile.load(sys.argv[1]).push_to_hub("me/drafts")
-DraftProfile.from_pretrained("me/drafts").save(sys.argv[2])
+from layerskip.hub import download_profile, push_profile
+push_profile(DraftProfile.load(sys.argv[1]), "me/drafts")
+download_profile("me/drafts").save(sys.argv[2])
 """
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from layerskip import DraftProfile, load_profile
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
+from layerskip.hub import save_profile
 from layerskip.ready_profiles import FOLDER, add_profile, find_profile, ready_profiles
 from layerskip.utils import device_name
 from tests.layerskip.test_profile import MEASURED, a_profile, same_weights, some_weights
@@ -131,7 +132,7 @@ def test_what_looks_like_a_file_is_taken_for_one(folder, source):
 
 def test_a_folder_with_a_profile_is_one_also_beside_a_model(add, tmp_path):
     add("tiny")
-    load_profile("tiny").save_pretrained(tmp_path / "model")
+    save_profile(load_profile("tiny"), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
     assert load_profile(str(tmp_path / "model")) == load_profile("tiny")
 

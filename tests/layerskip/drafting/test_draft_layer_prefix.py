@@ -106,7 +106,7 @@ def test_its_memory_counts(llama):
 
 def test_the_card_says_so(llama):
     card = card_of(profile_for(llama, assets_of(llama)), "me/heads")
-    assert "lets small trained heads on its hidden states propose" in card
+    assert "small heads on its hidden states propose" in card
     assert "3 draft heads after a draft layer" in card
 
 
