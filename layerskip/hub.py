@@ -28,8 +28,8 @@ from huggingface_hub.errors import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from layerskip.checkpoints import ALIASES
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError, first_line
+from layerskip.names import ALIASES
 from layerskip.profile import PROFILE_NAME, DraftProfile, Measured
 from layerskip.ready_profiles import find_profile
 from layerskip.utils import write_atomically
