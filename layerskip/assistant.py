@@ -121,7 +121,7 @@ class _Layer(nn.Module):
         past_key_values: Any = None,
         **others: Any,
     ) -> Tensor:
-        """Hidden states ``[b, n, hidden_size]`` behind the layer, of those before it."""
+        """Hidden states ``[b, n, hidden_size]`` after the layer, of those before it."""
         context = PassContext({self._rotary: position_embeddings}, {self._window: attention_mask}, past_key_values)
         for step in self._steps:
             hidden_states = step(hidden_states, context)

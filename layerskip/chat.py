@@ -44,7 +44,7 @@ class Chat:
         model: The model.
         tokenizer: Its tokenizer, with a chat template.
         engine: Runs the model's passes; None is a plain eager one.
-        drafter: Proposes tokens to verify; None decodes plainly.
+        drafter: Proposes tokens to verify; None is plain decoding.
         sampling: How to choose tokens; None is greedy. A seed is used anew for each answer.
         max_new_tokens: Most tokens of one answer.
 

@@ -1,7 +1,7 @@
 """A draft as a model of its own: the same architecture with the kept layers only.
 
 A layer that is skipped whole goes. A layer of which one sublayer is kept stays, and the output projection of the other
-becomes zero, so that ``x + f(x)`` is ``x``: a norm behind the projection makes zero of zero. A trained layer takes its
+becomes zero, so that ``x + f(x)`` is ``x``: a norm after the projection makes zero of zero. A trained layer takes its
 place among them.
 """
 

@@ -79,7 +79,7 @@ def layerskip_method(
     Args:
         name: What it is called.
         engine: Runs the passes of the model.
-        drafter: Drafts for it; None decodes plainly.
+        drafter: Drafts for it; None is plain decoding.
         draft_bytes: As in :class:`DecodingMethod`.
         training_seconds: Likewise.
     """

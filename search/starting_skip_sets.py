@@ -188,7 +188,7 @@ def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Seq
 def _ranked(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> list[int]:
     """The sublayers before ``stop``, those first that do least damage for their cost."""
     damage = [_damage(acceptance(skipping([index], len(costs) // 2))) for index in range(stop)]
-    # Of several that do no damage at all, the dearest first.
+    # Of several that do no damage at all, the most expensive first.
     return sorted(range(stop), key=lambda index: (damage[index] / costs[index], -costs[index]))
 
 

@@ -127,7 +127,7 @@ class AdaptiveThreshold:
         target_rate: The acceptance rate to keep to, from 0 to 1.
         step: How far the threshold should move after a round, from 0 to 1.
         rate_momentum: Weight of earlier rounds in the running acceptance rate, from 0 to 1.
-        threshold_momentum: Weight of the threshold before a round in the one behind it, from 0 to 1.
+        threshold_momentum: Weight of the threshold before a round in the one after it, from 0 to 1.
         kind: Names the policy in a profile.
 
     Raises:
