@@ -133,15 +133,21 @@ def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
 def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search_with, database, tmp_path, monkeypatch):
     looking = tmp_path / "looking"
     looking.mkdir()
+    planning = threading.Event()
+
+    def plan_for_ever(*_):
+        planning.set()
+        time.sleep(3600)
 
     def press_when_all_look():
         deadline = time.monotonic() + 120
         while len(list(looking.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
+        planning.wait(120)  # elsewhere a finalizer might swallow the exception
         os.kill(os.getpid(), signal.SIGINT)
 
     search, failures = search_with(partial(load_slow, str(looking)), partial(load_slow, str(looking)))
-    monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", lambda *_: time.sleep(3600))
+    monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", plan_for_ever)
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
     assert (result.interrupted, result.trials, failures) == (True, 1, [])
