@@ -12,9 +12,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_search_is_kept_and_can_be_resumed(llama, postgresql_url):
-    first = small_search(llama, open_storage(postgresql_url), study_name="s").run()
+    first = small_search(llama, open_storage(postgresql_url), study="s").run()
     kept = {record.id for record in records(open_storage(postgresql_url), "s")}
-    second = small_search(llama, open_storage(postgresql_url), study_name="s", trials=5).run()
+    second = small_search(llama, open_storage(postgresql_url), study="s", trials=5).run()
     assert (first.trials, second.trials) == (3, 5)
     assert kept < {record.id for record in records(open_storage(postgresql_url), "s")}
     assert second.profile.measured.prompt_set == "held-out"
@@ -25,7 +25,7 @@ def test_a_search_is_kept_and_can_be_resumed(llama, postgresql_url):
 
 def test_a_search_waits_for_a_server_that_is_restarted(llama, postgresql, postgresql_url):
     storage = open_storage(postgresql_url)
-    search = small_search(llama, storage, study_name="s", trials=5)
+    search = small_search(llama, storage, study="s", trials=5)
     postgresql.stop()
     back = threading.Timer(2, postgresql.start)
     back.start()
