@@ -19,6 +19,7 @@ from search.predict import Prediction, SpeedupPredictor
 from search.prompts import EncodedPrompt
 from search.space import SearchSpace
 from studies.ranking import (
+    ACCEPTANCE_KEY,
     BASIS_KEY,
     CONFIG_KEY,
     DRAFT_COST_KEY,
@@ -39,7 +40,6 @@ SECONDS_KEY = "seconds"
 COMPLETE_KEY = "complete"
 # Names the sampler that proposed a trial, where there is no other source.
 SAMPLER_KEY = "sampler"
-ACCEPTANCE_KEY = "acceptance"
 # The draft configuration but for its skip set, for people.
 _DRAFT_KEY = "draft"
 _SPEEDUPS_KEY = "speedups"
@@ -89,7 +89,7 @@ class Objective:
         if SOURCE_KEY not in trial.user_attrs:
             trial.set_user_attr(SAMPLER_KEY, self.sampler)
         now = Snapshot(trial.study)
-        known = _seen_before(trial, now)
+        known = _evaluated_before(trial, now)
         if known is not None:
             _note(trial, {key: known.user_attrs[key] for key in (*_PREDICTED, BASIS_KEY)})
             trial.set_user_attr("answered_from", known.number)
@@ -108,9 +108,9 @@ class Objective:
         return summary.speedup
 
     def _decode(self, trial: optuna.Trial, config: DraftConfig) -> list[Measurement]:
-        """Decode prompts in random order until all are done or there is no hope.
+        """Decode prompts in random order until all are done, or the candidate is clearly slower than the best one.
 
-        A hopeless trial keeps the speedup of the prompts that it did.
+        A trial that stops early has the speedup of the prompts that it decoded.
         """
         prompts = list(self.prompts)
         random.Random(trial.number).shuffle(prompts)
@@ -127,7 +127,7 @@ class Objective:
 
 
 def _best_predicted(study: HasTrials) -> Sequence[float]:
-    """The seconds that each text was predicted to take with the best candidate that was seen on all texts."""
+    """The seconds that each text was predicted to take with the best candidate that was traced on all texts."""
     best = max((t for t in evaluated_trials(study) if t.user_attrs[COMPLETE_KEY]), key=speedup_of, default=None)
     return () if best is None else best.user_attrs[_SECONDS_BY_TEXT_KEY]
 
@@ -138,7 +138,7 @@ def _best_measured(study: HasTrials) -> Mapping[str, float]:
     return {} if best is None else best.user_attrs[_SPEEDUPS_KEY]
 
 
-def _seen_before(trial: optuna.Trial, study: HasTrials) -> FrozenTrial | None:
+def _evaluated_before(trial: optuna.Trial, study: HasTrials) -> FrozenTrial | None:
     return next((seen for seen in evaluated_trials(study) if seen.params == trial.params), None)
 
 
@@ -167,7 +167,7 @@ def _note(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
 
 
 def _enqueue_again(trial: optuna.Trial) -> None:
-    """Let a study go on with what an interrupted trial was to try."""
+    """Let a resumed study try what an interrupted trial was to try."""
     attributes = {SOURCE_KEY: trial.user_attrs.get(SOURCE_KEY, f"interrupted trial {trial.number}")}
     if MEASURES_KEY in trial.user_attrs:
         attributes[MEASURES_KEY] = trial.user_attrs[MEASURES_KEY]

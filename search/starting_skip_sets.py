@@ -1,9 +1,9 @@
-"""Skip sets by dynamic programming: the way up the stack that stays closest to the target model's hidden states.
+"""Starting skip sets: families of skip sets that are worth trying before anything is learned from trials.
 
-CLaSp (Chen et al., arXiv 2505.24196) lets a table of layers × layers skipped keep, in each cell, the hidden states of
-the best way there, judged by their cosine similarity with the target model's at the same boundary. KnapSpec (arXiv
-2602.20217) tells attention and MLP sublayers apart by what they cost. Here the table is over the flat stack of
-sublayers × cost left out.
+One family is found by dynamic programming. CLaSp (Chen et al., arXiv 2505.24196) keeps, in each cell of a table of
+layers × layers skipped, the hidden states of the best path there, judged by their cosine similarity with the target
+model's at the same boundary. KnapSpec (arXiv 2602.20217) tells attention and MLP sublayers apart by their costs. Here
+the table is over the flat stack of sublayers × skipped cost.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def counts_of(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def skipping(sublayers: Iterable[int], num_layers: int) -> SkipSet:
-    """The skip set that leaves out sublayers by their index in the stack."""
+    """The skip set of sublayers by their indices in the stack."""
     skipped = set(sublayers)
     return SkipSet.from_mask([index in skipped for index in range(2 * num_layers)])
 
@@ -54,7 +54,7 @@ def nothing_skipped(num_layers: int) -> Iterator[Start]:
     yield "nothing skipped", SkipSet(num_layers)
 
 
-# (what to leave out, share of the inner layers)
+# (what to skip, share of the inner layers)
 _STARTS = (
     ("attention", 1 / 4),
     ("attention", 1 / 2),
@@ -92,7 +92,7 @@ _EXIT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
 def early_exits(num_layers: int) -> Iterator[Start]:
-    """Skip sets of the top layers, ever more of them.
+    """Skip sets of more and more of the top layers.
 
     The whole draft is then a part of the verification, which need not compute it again.
 
@@ -105,7 +105,7 @@ def early_exits(num_layers: int) -> Iterator[Start]:
 
 
 def published(num_layers: int) -> Iterator[Start]:
-    """Published skip sets of models with as many layers, whatever the model: depth is what they have in common.
+    """Published skip sets of any models with as many layers: depth is what they have in common.
 
     Args:
         num_layers: Decoder layers of the model.
@@ -163,8 +163,8 @@ def least_damage(acceptance: Callable[[SkipSet], float], costs: Sequence[float])
     best skip sets of their size.
 
     Args:
-        acceptance: The acceptance rate α of a draft, from 0 to 1; asked once for each sublayer.
-        costs: What each of the ``2 * num_layers`` sublayers costs, in stack order, each above 0 and all in one unit.
+        acceptance: The acceptance rate α of a draft, from 0 to 1; called once for each sublayer.
+        costs: Cost of each of the ``2 * num_layers`` sublayers, in stack order, each above 0 and all in one unit.
     """
     ranked = _ranked(len(costs), acceptance, costs)
     for count in counts_of(len(ranked), _DAMAGE_SHARES):
@@ -177,7 +177,7 @@ def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Seq
 
     Args:
         stop: Index of the first sublayer above the exit.
-        acceptance: As for :func:`least_damage`; asked once for each sublayer below the exit.
+        acceptance: As for :func:`least_damage`; called once for each sublayer below the exit.
         costs: Likewise.
     """
     ranked = _ranked(stop, acceptance, costs)
@@ -197,7 +197,7 @@ def _damage(acceptance: float) -> float:
 
 
 RunSublayer = Callable[[int, Tensor], Tensor]
-"""Takes the index of a sublayer and hidden states before it, ``[b, n, hidden_size]``; gives those after it."""
+"""Runs a sublayer by its index on hidden states, ``[b, n, hidden_size]``."""
 
 _BUDGETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 # Units of cost in an average sublayer: two tell an MLP from an attention of a third of its cost.
@@ -206,11 +206,11 @@ _RESOLUTION = 2
 
 @dataclass(frozen=True)
 class Path:
-    """The best way found to some boundary.
+    """The best path found to some boundary.
 
     Args:
-        skipped: Indices of the sublayers left out on the way.
-        units: What they cost together.
+        skipped: Indices of the sublayers skipped on it.
+        units: Their cost.
         similarity: Cosine of the hidden states with the target model's, mean over positions.
     """
 
@@ -222,21 +222,19 @@ class Path:
 def most_similar_paths(states: Tensor, run_sublayer: RunSublayer, costs: Sequence[float]) -> Iterator[Start]:
     """The most similar draft that saves at least a budget, for growing budgets.
 
-    A few dozen positions are enough. Each is taken through the stack once for every unit of the largest budget, or
-    a little less.
+    A few dozen positions are enough. Each runs through the stack about once for every unit of the largest budget.
 
     Args:
         states: ``[2 * num_layers + 1, n, hidden_size]``, the target model's at every boundary.
-        run_sublayer: Runs a sublayer on several versions of these ``n`` positions at once, with whatever past they
-            attend to.
-        costs: What each of the ``2 * num_layers`` sublayers costs, in stack order, each above 0 and all in one unit.
+        run_sublayer: Runs a sublayer on several versions of these ``n`` positions at once.
+        costs: Cost of each of the ``2 * num_layers`` sublayers, in stack order, each above 0 and all in one unit.
     """
     return different(_of_all_budgets(states, run_sublayer, quantized(costs)))
 
 
 def _of_all_budgets(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int]) -> Iterator[Start]:
     targets = {share: math.ceil(share * sum(units)) for share in _BUDGETS}
-    # A way may overshoot its budget by less than one sublayer, and must keep something.
+    # A path may overshoot its budget by less than one sublayer, and must keep something.
     most = min(max(targets.values()) + max(units), sum(units)) - 1
     paths = best_paths(states, run_sublayer, units, most=most)
     for share, target in targets.items():
@@ -255,30 +253,29 @@ def quantized(costs: Sequence[float]) -> list[int]:
 
 @torch.inference_mode()
 def best_paths(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int], *, most: int) -> list[Path]:
-    """The best way found to the top of the stack for every cost left out, from 0 to ``most`` units.
+    """The best path found to the top of the stack for every skipped cost, from 0 to ``most`` units.
 
     Args:
         states: As for :func:`most_similar_paths`.
         run_sublayer: Likewise.
-        units: What each sublayer costs.
-        most: Most units to leave out.
+        units: Cost of each sublayer.
+        most: Most units to skip.
 
     Returns:
-        Paths in ascending order of what they leave out; costs that no skip set sums up to are absent.
+        Paths in ascending order of their skipped cost; costs that no skip set sums up to are absent.
     """
     paths, x = [Path((), 0, 1.0)], states[:1]  # x: [paths, n, hidden_size]
     for index, after in enumerate(states[1:]):
-        ways = torch.cat(
-            [run_sublayer(index, x).to(x.device), x]
-        )  # every path with the sublayer, then every path without it
-        similarities = functional.cosine_similarity(ways.float(), after.float(), dim=-1).mean(-1).tolist()
+        # Every path with the sublayer, then every path without it.
+        versions = torch.cat([run_sublayer(index, x).to(x.device), x])
+        similarities = functional.cosine_similarity(versions.float(), after.float(), dim=-1).mean(-1).tolist()
         longer = [(path.skipped, path.units) for path in paths]
         longer += [((*path.skipped, index), path.units + units[index]) for path in paths]
-        best: dict[int, int] = {}  # row in ``ways`` by cost left out
+        best: dict[int, int] = {}  # row in ``versions`` by skipped cost
         for row, (_, cost) in enumerate(longer):
             if cost <= most and (cost not in best or similarities[row] > similarities[best[cost]]):
                 best[cost] = row
         rows = [best[cost] for cost in sorted(best)]
         paths = [Path(*longer[row], similarities[row]) for row in rows]
-        x = ways[rows]
+        x = versions[rows]
     return paths

@@ -1,4 +1,4 @@
-"""What a search tries first: every family of starts, for one model."""
+"""Warm starts: the candidates that a search evaluates first."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from search.starting_skip_sets import (
 from search.traces import acceptance
 from studies.study import SINGLE_SUBLAYER_KEY
 
-# A study that has this attribute was given all of them.
+# A study that has this attribute got all of them.
 STARTED_KEY = "warm_starts"
 
 
 class SingleSublayerAcceptance:
-    """What leaving out one sublayer alone does to the acceptance rate, on the texts of a first look.
+    """Acceptance rates of drafts that skip a single sublayer, on the first few texts.
 
     Attributes:
-        known: The acceptance rate of each draft that was asked for, by what it skips.
+        known: The rate of each draft that was asked for, by what it skips.
 
     Args:
         model: The model.
-        estimator: Scores drafts.
+        tracer: Traces drafts.
     """
 
-    def __init__(self, model: LayerSkipModel, estimator: AcceptanceTracer) -> None:
+    def __init__(self, model: LayerSkipModel, tracer: AcceptanceTracer) -> None:
         self._model = model
-        self._estimator = estimator
+        self._tracer = tracer
         self.known: dict[str, float] = {}
 
     def __call__(self, skip_set: SkipSet) -> float:
         """The acceptance rate α of the draft that skips this, without bridges and with the whole vocabulary."""
         if str(skip_set) not in self.known:
-            rate = acceptance(next(self._estimator.trace(self._model.stack_of(skip_set))))
+            rate = acceptance(next(self._tracer.trace(self._model.stack_of(skip_set))))
             self.known[str(skip_set)] = rate
         return self.known[str(skip_set)]
 
 
 class WarmStartPlan:
-    """A callback for a study: enqueues the next starts when few wait, so that the first ones need not wait for all.
+    """A callback for a study: enqueues the next starts when few are waiting, so that the first need not wait for all.
 
     Args:
-        starts: Candidates with where they come from, worked out as they are taken.
-        alone: What they ask about single sublayers; the study remembers the answers.
+        starts: Candidates with their sources, computed as they are taken.
+        alone: Acceptance rates of single sublayers that they ask for; the study keeps them.
         space: Gives their parameters.
-        ahead: How many shall wait.
-        quiet: Turns with other workers.
+        ahead: How many starts to keep waiting.
+        lock: Keeps other workers from measuring meanwhile.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class WarmStartPlan:
         alone: SingleSublayerAcceptance,
         space: SearchSpace,
         ahead: int,
-        quiet: MachineLock,
+        lock: MachineLock,
     ) -> None:
         self._starts = starts
         self._alone = alone
         self._space = space
         self._ahead = ahead
-        self._quiet = quiet
+        self._lock = lock
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
-        """Enqueue what is missing."""
+        """Enqueue as many starts as are missing."""
         while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
-            with self._quiet.shared():
+            with self._lock.shared():
                 start = next(self._starts, None)
             if len(study.user_attrs.get(SINGLE_SUBLAYER_KEY, ())) < len(self._alone.known):
                 study.set_user_attr(SINGLE_SUBLAYER_KEY, self._alone.known)
@@ -104,20 +104,19 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def warm_starts(
-    space: SearchSpace, alone: Callable[[SkipSet], float], estimator: AcceptanceTracer, latency: CostModel
+    space: SearchSpace, alone: Callable[[SkipSet], float], tracer: AcceptanceTracer, cost_model: CostModel
 ) -> Iterator[tuple[str, DraftConfig]]:
-    """Candidates, each with where it comes from: those with trained stand-ins, then those that take ever longer to
-    work out.
+    """Candidates with their sources: those with draft layers, then all others, the fastest to compute first.
 
     Args:
-        space: The choices of the search.
-        alone: Gives the acceptance rate of a draft that skips a single sublayer.
-        estimator: Has the texts that starts look at.
-        latency: What sublayers cost.
+        space: The search space.
+        alone: The acceptance rate of a draft that skips a single sublayer.
+        tracer: Has the texts that starts are computed from.
+        cost_model: What sublayers cost.
     """
-    costs = _sublayer_costs(space.num_layers, latency)
+    costs = _sublayer_costs(space.num_layers, cost_model)
     yield from _with_draft_layers(space, alone, costs)
-    text = estimator.versions()
+    text = tracer.versions()
     families = (
         nothing_skipped(space.num_layers),
         evenly_spaced(space.num_layers),
@@ -151,8 +150,8 @@ def _with_draft_layers(
             yield f"{name}, {source}", replace(config, skip_set=skip_set)
 
 
-def _sublayer_costs(num_layers: int, latency: CostModel) -> Sequence[float]:
-    step = latency.short.step
+def _sublayer_costs(num_layers: int, cost_model: CostModel) -> Sequence[float]:
+    step = cost_model.short.step
     pair = (step.attention, step.mlp)
     smallest = max(*pair, 1e-9) / 100  # a measurement may say that a sublayer costs nothing
     return [max(cost, smallest) for _ in range(num_layers) for cost in pair]

@@ -16,6 +16,7 @@ Basis = Literal["measured", "predicted"]
 # The basis of a candidate's best speedup.
 BestBasis = Literal["held-out", "measured", "predicted"]
 BASIS_KEY = "basis"
+ACCEPTANCE_KEY = "acceptance"
 PREDICTED_KEY = "predicted_speedup"
 STOPPED_KEY = "stopped_early"
 DRAFT_COST_KEY = "draft_cost"

@@ -20,8 +20,7 @@ from search.samplers.draft_maximizer import DraftMaximizer
 from search.samplers.neighbours import nearby
 from search.space import SearchSpace
 from studies.acceptance_model import AcceptanceModel
-
-ACCEPTANCE_KEY = "acceptance"
+from studies.ranking import ACCEPTANCE_KEY
 
 
 class GreyBoxSampler(BaseSampler):
