@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from studies.storage_errors import causes, redacted, storage_error
+from studies.storage_errors import StorageError, causes, redacted, storage_error
 
 T = TypeVar("T")
 
@@ -82,6 +82,9 @@ class RetryOnDisconnect:
 
 def _is_disconnect(error: BaseException) -> bool:
     """Whether a database's server was away or went away, rather than refused."""
+    # Ctrl-C, and the end of an inner operation's retrying, may have the lost connection in their context.
+    if isinstance(error, StorageError) or not isinstance(error, Exception):
+        return False
     return any(isinstance(cause, DBAPIError) and _lost_connection(cause) for cause in causes(error))
 
 

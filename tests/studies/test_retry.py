@@ -92,6 +92,23 @@ def test_after_ctrl_c_operations_wait_a_second_at_most_and_later_as_long_as_befo
     assert seconds_spent(retry) == RETRY_SECONDS
 
 
+@pytest.mark.parametrize("final", [KeyboardInterrupt(), StorageError("storage 's': away for too long")])
+def test_what_ends_the_retrying_ends_it_also_while_a_lost_connection_is_handled(clock, final):
+    calls = []
+
+    def fail(repeated):
+        calls.append(repeated)
+        clock[0] += 1
+        try:
+            raise away()
+        except OperationalError:
+            raise final  # noqa: B904 - its context is the lost connection
+
+    with pytest.raises(type(final)):
+        RetryOnDisconnect(URL, 10)(fail)
+    assert calls == [False]
+
+
 def test_what_is_waited_for_is_logged_once_without_its_password(clock, caplog):
     def operation(_):
         clock[0] += 1
