@@ -87,7 +87,7 @@ def test_a_tree_of_heads_has_the_tokens_that_texts_run_through_most():
     assert tree(1, 2) == (2,)
     assert tree(2, 2) == (1, 1)
     assert tree(2, 3) == (2, 1)
-    # Of equal tokens the shallower come first; after 1 the text never goes on with 1, and so not with 2.
+    # Of equal tokens the shallower come first; after 1 the text never continues with 1, and so not with 2.
     assert tree(2, 6) == (4, 2)
     assert tree(2, 7) == (4, (2, 1))
 

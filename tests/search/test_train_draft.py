@@ -78,7 +78,7 @@ def test_what_keeps_something_above_is_no_early_exit(skip_set):
 
 
 def best_policy(model, skip_set, weights, space, new):
-    """On one text that goes on with these tokens, where drafting itself costs nothing."""
+    """On one text that continues with these tokens, where drafting itself costs nothing."""
     space, engine = space_for(weights, space), EagerEngine(model)
     costs = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
     head_costs = HeadCosts(0.0, [[0.0]] * weights.heads.count, [1]) if weights.heads else None
