@@ -146,6 +146,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
         planning.wait(120)  # elsewhere a finalizer might swallow the exception
         os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setattr("search.workers._SECONDS_TO_END", 120)  # none is killed, however busy the machine is
     search, failures = search_with(partial(load_slow, str(looking)), partial(load_slow, str(looking)))
     monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", plan_for_ever)
     threading.Thread(target=press_when_all_look, daemon=True).start()
