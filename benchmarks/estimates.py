@@ -27,7 +27,7 @@ from layerskip.engine import Engine, make_engine
 from layerskip.fingerprint import identify
 from layerskip.utils import device_seconds
 from search.machine_lock import MachineLock
-from search.measure import MeasuringPlan, measure_drafter, summarize
+from search.measure import MeasuringPlan, measure_drafters, summarize
 from search.prompts import PromptSplit, SearchPrompts, built_in_prompts, split_prompts
 from search.search import Search, SearchTask, Tools
 from search.settings import SearchSettings
@@ -123,12 +123,12 @@ def compare(bench: Workbench, candidate: DraftConfig) -> Compared:
     estimated = device_seconds(model.device)
     drafter = tools.builder.drafter(prediction.simulated.config)
     built = device_seconds(model.device)
-    measured = list(measure_drafter(bench.engine, drafter, bench.plan, bench.lock))
+    measured = [m["draft"] for m in measure_drafters(bench.engine, {"draft": drafter}, bench.plan, bench.lock)]
     return Compared(
         candidate=str(prediction.simulated.config),
         skipped=len(candidate.skip_set),
         acceptance=prediction.acceptance,
-        predicted=prediction.simulated.speedup,
+        predicted=prediction.speedup,
         measured=summarize(measured).speedup,
         estimate_seconds=estimated - started,
         measurement_seconds=device_seconds(model.device) - built,

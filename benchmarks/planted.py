@@ -42,13 +42,13 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
-from search.objective import COMPLETE_KEY
 from search.prompts import PromptSplit
+from search.pruner import FULLY_TRACED_KEY
 from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import evaluated_trials, speedup_of
+from studies.ranking import evaluated_trials, prediction_of
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY
 
@@ -127,7 +127,7 @@ class PlantedProblem:
         study = search.open()
         self._give_costs(study)
         predictor = search.prepare(study).predictor
-        speedups = {s: predictor.predict(DraftConfig(s)).simulated.speedup for s in skip_sets(self.space.num_layers)}
+        speedups = {s: predictor.predict(DraftConfig(s)).speedup for s in skip_sets(self.space.num_layers)}
         best = max(speedups, key=lambda skip_set: speedups[skip_set])
         return Optimum(best, speedups[best], self.planted.shows_in(best))
 
@@ -138,7 +138,7 @@ class PlantedProblem:
         self._give_costs(study)
         study.set_user_attr(STARTED_KEY, not warm)
         search.explore(study, search.prepare(study))
-        return [speedup_of(trial) * trial.user_attrs[COMPLETE_KEY] for trial in evaluated_trials(study)]
+        return [prediction_of(trial) * trial.user_attrs[FULLY_TRACED_KEY] for trial in evaluated_trials(study)]
 
     def _search(self, settings: SearchSettings) -> Search:
         task = SearchTask(self._identity, self._prompts, settings, self.space, folder=self._folder)

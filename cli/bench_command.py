@@ -63,7 +63,7 @@ def bench(
     from layerskip.engine import make_engine
     from layerskip.tokenizer import read_prompts
     from search.machine_lock import MachineLock
-    from search.measure import MeasuringPlan, measure_drafter
+    from search.measure import MeasuringPlan, measure_drafters
     from search.prompts import prompts_to_measure
 
     quiet_libraries()
@@ -77,9 +77,9 @@ def bench(
     plan = MeasuringPlan(encoded, length, repeats)
     measured: dict[str, Measurement] = {}
     with step_bar("decoding", len(encoded) * repeats) as show_done:
-        measurements = measure_drafter(runner, drafter, plan, MachineLock(cache_folder(), layers.device))
-        for done, measurement in enumerate(measurements, start=1):
-            measured[measurement.prompt] = measurement
+        by_name = measure_drafters(runner, {"draft": drafter}, plan, MachineLock(cache_folder(), layers.device))
+        for done, measurements in enumerate(by_name, start=1):
+            measured[measurements["draft"].prompt] = measurements["draft"]
             show_done(done)
     result = {
         "profile": profile,
@@ -113,6 +113,8 @@ def _described(engine: Engine, measurements: list[Measurement]) -> dict[str, Any
 
 def _report(result: dict[str, Any], built_in: bool) -> None:
     prompts = counted(result["prompts"], "held-out built-in prompt" if built_in else "prompt")
+    from studies.statistics import describe_disturbed
+
     times = f"{result['repeats']} times each" if result["repeats"] > 1 else "once each"
     stdout.print(f"profile   {result['profile']}, for {result['model']}")
     stdout.print(f"prompts   {prompts} of at most {counted(result['max_new_tokens'], 'token')}, {times}")
@@ -139,5 +141,7 @@ def _report(result: dict[str, Any], built_in: bool) -> None:
         )
     if note := no_gain_note(result):
         stdout.print(note)
+    if result["disturbed"]:
+        stdout.print(f"uncertain {describe_disturbed(result['disturbed'], result['prompts'])}")
     if result["near_ties"]:
         stderr.print(describe_near_ties(result["near_ties"]), style="dim")

@@ -202,6 +202,8 @@ def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> 
         out: Its file.
         if_slower: Says that the draft was measured to be slower than plain decoding.
     """
+    from studies.statistics import describe_disturbed
+
     measured = profile.measured
     if measured is not None:
         stdout.print(
@@ -211,6 +213,8 @@ def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> 
         )
         if measured.near_ties:
             stdout.print(f"near-ties {describe_near_ties(measured.near_ties)}")
+        if measured.disturbed:
+            stdout.print(f"uncertain {describe_disturbed(measured.disturbed, measured.prompts)}")
     stdout.print(f"profile   {out}")
     if not profile.pays:
         stdout.print(f"{if_slower} 'layerskip apply' will not draft with this profile unless --force is given.")

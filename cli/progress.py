@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +25,7 @@ from search import callbacks
 from search.callbacks import (
     Evaluated,
     FinalistMeasured,
+    HeldOutPromptMeasured,
     PhaseStarted,
     PolicyChosen,
     PromptMeasured,
@@ -35,8 +36,7 @@ from search.callbacks import (
     TrainingStarted,
     TrialFinished,
 )
-from search.objective import SOURCE_KEY
-from studies.ranking import basis_of, speedup_of
+from studies.ranking import PREDICTION_STEP, SOURCE_KEY, basis_of, is_stopped, speedup_of
 
 
 class ProgressDisplay:
@@ -86,7 +86,7 @@ class ProgressDisplay:
                 self._started = time.monotonic()
             case PhaseStarted("finalists"):
                 self._timeout = None
-                self._start("finalists", event.total)
+                self._start("held-out prompts", event.total)
             case PhaseStarted("texts"):
                 self._print("the target model writes texts to train on; texts of earlier runs are reused")
                 self._start("positions", event.total)
@@ -113,21 +113,21 @@ class ProgressDisplay:
                 self._advance(None)
             case TrialFinished():
                 self._search, self._measuring = event.progress, ""
-                if event.trial.state == TrialState.COMPLETE:
-                    self._trial_completed(event.trial)
-                self._advance(event.progress.seen)
+                if PREDICTION_STEP in event.trial.intermediate_values:
+                    self._trial_finished(event.trial)
+                self._advance(event.progress.evaluated)
+            case HeldOutPromptMeasured():
+                self._advance(event.done)
             case FinalistMeasured():
                 self._print(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}×")
-                self._advance(event.number)
 
     def _open(self, study: str, progress: callbacks.Progress) -> None:
-        self._print(
-            f"study {study}: {progress.seen} of {counted(self._trials, 'candidate')} seen, {progress.measured} measured"
-        )
+        candidates = counted(self._trials, "candidate")
+        self._print(f"study {study}: {progress.evaluated} of {candidates} evaluated, {progress.measured} measured")
         self._search, self._highest_prediction = progress, progress.best or 0.0
-        self._start("candidates", self._trials, progress.seen)
+        self._start("candidates", self._trials, progress.evaluated)
 
-    def _trial_completed(self, trial: FrozenTrial) -> None:
+    def _trial_finished(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)
         if basis == "predicted":
             if speedup <= self._highest_prediction:
@@ -135,7 +135,7 @@ class ProgressDisplay:
             self._highest_prediction = speedup
         attributes = trial.user_attrs
         decoded = counted(attributes.get("prompts", 0), "prompt")
-        stopped = f", stopped after {decoded}" * ("stopped_early" in attributes)
+        stopped = f" on {decoded}, cannot win" * is_stopped(trial)
         self._print(
             f"trial {trial.number}: {basis} {speedup:.3f}×{stopped}  {attributes['skip_set']}; "
             f"draft {attributes['draft']}  [{attributes.get(SOURCE_KEY, 'sampler')}]"

@@ -198,7 +198,7 @@ def _places(workers: int, devices: str | None, device: str) -> list[str]:
 def _report(result: SearchResult, out: Path, json: bool) -> None:
     profile = result.profile
     if json:
-        figures = ("speedup", "speedup_low", "speedup_high", "prompt_set", "near_ties")
+        figures = ("speedup", "speedup_low", "speedup_high", "prompt_set", "near_ties", "disturbed")
         print_json(
             {
                 "profile": None if profile is None else str(out),
@@ -220,7 +220,9 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     measured = profile.measured
     assert measured is not None  # a search always measures
     rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
-    stdout.print(f"study     {result.study}, {counted(result.trials, 'candidate')} seen, {result.measured} measured")
+    stdout.print(
+        f"study     {result.study}, {counted(result.trials, 'candidate')} evaluated, {result.measured} measured"
+    )
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
     print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")

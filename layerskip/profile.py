@@ -55,6 +55,9 @@ class Measured(_Part):
     near_ties: int = Field(
         ge=0, description="Prompts whose outputs diverge at a near-tie of the target model's best tokens."
     )
+    disturbed: int = Field(
+        default=0, ge=0, description="Prompts whose times are uncertain, because the machine was busy."
+    )
     device: str = Field(description="What it was measured on.")
     dtype: str = Field(description="Floating-point type of the model.")
     versions: dict[str, str] = Field(description="Versions of what it was measured with.")

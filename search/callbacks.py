@@ -18,13 +18,13 @@ class Progress:
     """How far a search is.
 
     Args:
-        seen: Candidates looked at.
-        measured: Candidates decoded for real.
+        evaluated: Candidates predicted.
+        measured: Candidates measured on all prompts.
         best: The best speedup so far; None without any.
         basis: Whether it was measured or predicted.
     """
 
-    seen: int
+    evaluated: int
     measured: int
     best: float | None
     basis: Basis
@@ -34,7 +34,7 @@ class Progress:
         """The progress of a search by its study."""
         best = best_trials(study, 1)
         return cls(
-            seen=len(evaluated_trials(study)),
+            evaluated=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             best=speedup_of(best[0]) if best else None,
             basis=basis_of(best[0]) if best else "predicted",
@@ -59,7 +59,7 @@ class PhaseStarted:
     Args:
         phase: ``reference`` decodes the reference prompts, ``costs`` measures the parts of a step, ``texts`` lets the
             target model write texts to train on.
-        total: Prompts of the reference, finalists, or positions of the texts.
+        total: Prompts of the reference, prompts that finalists decode, repeats included, or positions of the texts.
     """
 
     phase: Phase
@@ -135,10 +135,16 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
-class FinalistMeasured:
-    """A finalist was measured on held-out prompts, the ``number``-th."""
+class HeldOutPromptMeasured:
+    """All finalists have decoded so many held-out prompts, repeats included."""
 
-    number: int
+    done: int
+
+
+@dataclass(frozen=True)
+class FinalistMeasured:
+    """A finalist was measured on held-out prompts."""
+
     trial: FrozenTrial
     speedup: float
 
@@ -154,6 +160,7 @@ Event = (
     | PolicyChosen
     | PromptMeasured
     | TrialFinished
+    | HeldOutPromptMeasured
     | FinalistMeasured
 )
 OnEvent = Callable[[Event], None]

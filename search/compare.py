@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -205,7 +204,7 @@ def _entry(method: DecodingMethod, measurements: Sequence[Measurement], peak_byt
     rates = _rates(measurements)
     return Entry(
         name=method.name,
-        tokens_per_second=statistics.median(rates),
+        tokens_per_second=sum(m.draft_tokens for m in measurements) / sum(m.draft_seconds for m in measurements),
         lowest=min(rates),
         highest=max(rates),
         speedup=speedup_of_all(measurements),
@@ -219,14 +218,15 @@ def _entry(method: DecodingMethod, measurements: Sequence[Measurement], peak_byt
         training_seconds=method.training_seconds,
         near_ties=sum(measurement.near_tie for measurement in measurements),
         different=sum(measurement.error is not None for measurement in measurements),
+        disturbed=sum(measurement.disturbed for measurement in measurements),
     )
 
 
 def _rates(measurements: Sequence[Measurement]) -> list[float]:
-    """Tokens per second over all prompts, of each repeat."""
+    """Tokens per second over all prompts, of each repeat; of those that only some prompts had, none."""
     return [
         sum(len(run.decoded.tokens) for run in repeat) / sum(run.seconds for run in repeat)
-        for repeat in zip(*(measurement.draft for measurement in measurements), strict=True)
+        for repeat in zip(*(measurement.draft for measurement in measurements), strict=False)
     ]
 
 

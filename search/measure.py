@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 
 import torch
-from scipy.stats import wilcoxon
 
 from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine, Engine
@@ -29,8 +27,13 @@ _FLOAT32_TIE = 1e-3
 # In shorter types rounding alone moves a logit by a few units in its last place.
 _TIE_ROUNDINGS = 4
 
-# Significance level below which a draft is taken to be slower than the best one.
-_HOPELESS = 0.1
+# The fastest of some runs is trusted if another run, or what was expected, comes this close to it.
+_AGREEMENT = 1.1
+# Runs beyond those asked for, where they do not agree.
+_MOST_AGAIN = 3
+
+# Seconds that a method is expected to take, by the prompt's id.
+ExpectedSeconds = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class MeasuringPlan:
     Args:
         prompts: At least one, in this order.
         max_new_tokens: Most tokens generated for each prompt.
-        repeats: How often each method decodes each prompt.
+        repeats: How often each method decodes each prompt, at least.
+        expected: Seconds that methods are expected to take, by their names.
     """
 
     prompts: Sequence[EncodedPrompt]
     max_new_tokens: int
     repeats: int = 1
+    expected: Mapping[str, ExpectedSeconds] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ class TimedRun:
 class Measurement:
     """One prompt decoded by one method, and in turn by plain decoding.
 
-    Greedy decoding generates the same tokens in each repeat; only the seconds differ, of which the median counts.
+    Greedy decoding generates the same tokens in each repeat; only the seconds differ, of which the fewest count: other
+    processes can make a run slower, never faster.
 
     Args:
         prompt: The prompt's id.
         plain: Runs of plain decoding, one for each repeat.
         draft: Runs of the method, one for each repeat.
         near_tie: Whether the outputs diverge at a near-tie of the target model's top two tokens.
+        disturbed: Whether runs still differed after some more, because the machine was busy: the figures are uncertain.
         error: The outputs diverge anywhere else; None if they do not.
     """
 
@@ -74,17 +81,18 @@ class Measurement:
     plain: tuple[TimedRun, ...]
     draft: tuple[TimedRun, ...]
     near_tie: bool = False
+    disturbed: bool = False
     error: LosslessnessError | None = None
 
     @property
     def plain_seconds(self) -> float:
-        """Median time of plain decoding."""
-        return statistics.median(run.seconds for run in self.plain)
+        """Time of the fastest run of plain decoding."""
+        return min(run.seconds for run in self.plain)
 
     @property
     def draft_seconds(self) -> float:
-        """Median time of the method."""
-        return statistics.median(run.seconds for run in self.draft)
+        """Time of the method's fastest run."""
+        return min(run.seconds for run in self.draft)
 
     @property
     def tokens(self) -> int:
@@ -130,6 +138,7 @@ class Summary:
         draft_tokens_per_second: Of self-speculative decoding.
         prompts: Number of prompts.
         near_ties: Number of prompts whose outputs diverge at a near-tie.
+        disturbed: Number of prompts whose times are uncertain, because the machine was busy.
     """
 
     speedup: float
@@ -140,6 +149,7 @@ class Summary:
     draft_tokens_per_second: float
     prompts: int
     near_ties: int
+    disturbed: int = 0
 
 
 def measure_methods(
@@ -147,7 +157,9 @@ def measure_methods(
 ) -> Iterator[Sequence[Measurement]]:
     """Decode every prompt by every method, prompt by prompt; the methods take turns in who goes first.
 
-    Nothing is decoded ahead of what was asked for, so that a caller can stop early.
+    A run is trusted if another run of the same method and prompt, or what was expected, confirms it; after the last
+    repeat, a prompt is decoded again by all methods until all runs are trusted, a few times at most. Nothing is decoded
+    ahead of what was asked for, so that a caller can stop early.
 
     Args:
         model: The target model, which tells near-ties.
@@ -160,34 +172,65 @@ def measure_methods(
     """
     with lock.exclusive():
         _warm_up(methods, plan)
-    measured: dict[str, list[Measurement]] = {}
+    runs: dict[str, list[list[TimedRun]]] = {prompt.id: [] for prompt in plan.prompts}
     for repeat, (number, prompt) in product(range(plan.repeats), enumerate(plan.prompts)):
-        with lock.exclusive():
-            runs = _in_turn(model, methods, prompt, plan.max_new_tokens, first=repeat + number)
-        if prompt.id in measured:
-            measured[prompt.id] = [
-                replace(earlier, plain=(*earlier.plain, runs[0]), draft=(*earlier.draft, run))
-                for earlier, run in zip(measured[prompt.id], runs, strict=True)
-            ]
-        else:
-            measured[prompt.id] = [_measurement(model, prompt, runs[0], run) for run in runs]
-        yield measured[prompt.id]
+        expected = [plan.expected.get(method.name, {}).get(prompt.id) for method in methods]
+        again = _MOST_AGAIN if repeat == plan.repeats - 1 else 0
+        done = runs[prompt.id]
+        for attempt in range(1 + again):
+            with lock.exclusive():
+                done.append(_in_turn(model, methods, prompt, plan.max_new_tokens, first=repeat + number + attempt))
+            if _all_trusted(done, expected):
+                break
+        disturbed = again > 0 and not _all_trusted(done, expected)
+        by_method = list(zip(*done, strict=True))
+        measured = [_measurement(model, prompt, by_method[0], method_runs) for method_runs in by_method]
+        yield [replace(measurement, disturbed=disturbed) for measurement in measured]
 
 
-def measure_drafter(engine: Engine, drafter: Drafter, plan: MeasuringPlan, lock: MachineLock) -> Iterator[Measurement]:
-    """Measure self-speculative decoding with a drafter, as :func:`measure_methods` does.
+def _all_trusted(turns: Sequence[Sequence[TimedRun]], expected: Sequence[float | None]) -> bool:
+    """Whether the fastest run of each method is confirmed.
+
+    Args:
+        turns: Runs of all methods, turn by turn.
+        expected: Seconds that each method is expected to take; None where that is not known.
+    """
+    return all(
+        _is_trusted([run.seconds for run in runs], seconds)
+        for runs, seconds in zip(zip(*turns, strict=True), expected, strict=True)
+    )
+
+
+def _is_trusted(seconds: Sequence[float], expected: float | None) -> bool:
+    fastest, *others = sorted(seconds)
+    as_expected = expected is not None and fastest <= _AGREEMENT * expected
+    return as_expected or (bool(others) and others[0] <= _AGREEMENT * fastest)
+
+
+def measure_drafters(
+    engine: Engine, drafters: Mapping[str, Drafter], plan: MeasuringPlan, lock: MachineLock
+) -> Iterator[Mapping[str, Measurement]]:
+    """Measure self-speculative decoding with drafters, as :func:`measure_methods` does.
+
+    Args:
+        engine: Runs the passes of the model.
+        drafters: By name.
+        plan: As there.
+        lock: As there.
 
     Yields:
-        After each prompt its measurement, with those repeats that are done.
+        After each prompt the measurement of each drafter on it, with those repeats that are done.
 
     Raises:
-        LosslessnessError: The draft changed the output, and not at a near-tie.
+        LosslessnessError: A draft changed the output, and not at a near-tie.
     """
-    methods = [layerskip_method(PLAIN, engine, None), layerskip_method("draft", engine, drafter)]
-    for _, measurement in measure_methods(engine.model, methods, plan, lock):
-        if measurement.error is not None:
-            raise measurement.error
-        yield measurement
+    methods = [layerskip_method(PLAIN, engine, None)]
+    methods += [layerskip_method(name, engine, drafter) for name, drafter in drafters.items()]
+    for _, *measurements in measure_methods(engine.model, methods, plan, lock):
+        for measurement in measurements:
+            if measurement.error is not None:
+                raise measurement.error
+        yield dict(zip(drafters, measurements, strict=True))
 
 
 def _in_turn(
@@ -217,12 +260,14 @@ def _warm_up(methods: Sequence[DecodingMethod], plan: MeasuringPlan) -> None:
                 method.decode(prompt.tokens, plan.max_new_tokens)
 
 
-def _measurement(model: LayerSkipModel, prompt: EncodedPrompt, plain: TimedRun, draft: TimedRun) -> Measurement:
+def _measurement(
+    model: LayerSkipModel, prompt: EncodedPrompt, plain: tuple[TimedRun, ...], draft: tuple[TimedRun, ...]
+) -> Measurement:
     try:
-        near_tie = diverges_at_near_tie(model, prompt, plain.decoded.tokens, draft.decoded.tokens)
+        near_tie = diverges_at_near_tie(model, prompt, plain[0].decoded.tokens, draft[0].decoded.tokens)
     except LosslessnessError as error:
-        return Measurement(prompt.id, (plain,), (draft,), error=error)
-    return Measurement(prompt.id, (plain,), (draft,), near_tie=near_tie)
+        return Measurement(prompt.id, plain, draft, error=error)
+    return Measurement(prompt.id, plain, draft, near_tie=near_tie)
 
 
 def diverges_at_near_tie(
@@ -260,19 +305,6 @@ def diverges_at_near_tie(
     )
 
 
-def hopeless(speedups: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Whether a draft is slower than the best one, by Wilcoxon's signed-rank test on the prompts that both decoded.
-
-    Args:
-        speedups: The draft's, by the id of the prompt.
-        best: The best draft's.
-    """
-    differences = [speedup - best[prompt] for prompt, speedup in speedups.items() if prompt in best]
-    if not any(differences) or sum(differences) > 0:
-        return False
-    return float(wilcoxon(differences, alternative="less", zero_method="zsplit").pvalue) < _HOPELESS
-
-
 def summarize(measurements: Sequence[Measurement]) -> Summary:
     """Take the measurements of one draft together, at least one.
 
@@ -289,6 +321,7 @@ def summarize(measurements: Sequence[Measurement]) -> Summary:
         draft_tokens_per_second=sum(m.draft_tokens for m in measurements) / sum(m.draft_seconds for m in measurements),
         prompts=len(measurements),
         near_ties=sum(m.near_tie for m in measurements),
+        disturbed=sum(m.disturbed for m in measurements),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.stopping import ConfidenceThreshold, DraftStopping, FixedLength
@@ -30,10 +31,8 @@ Path = tuple[int, ...]
 """Where a token of a tree is: its own rank and those of the tokens before it."""
 
 
-def best_policy(
-    config: DraftConfig, space: SearchSpace, simulator: Simulator, *, heads: bool = False
-) -> SimulatedSpeedup:
-    """The policy with which a draft is simulated to be fastest.
+class PolicyChoice:
+    """Chooses the policy with which a draft is simulated to be fastest.
 
     Prompt lookup is added where it clearly saves time: a few texts that repeat themselves gain so much by it that they
     decide the sum. So it has to save time over the texts one by one, by a few standard errors.
@@ -45,19 +44,49 @@ def best_policy(
         heads: Whether draft heads draft. Of their trees, tokens may follow any token of a place; of those of the stack,
             only the first.
     """
-    trees = tree_policies(config, space, simulator.traces, heads=heads)
-    best = max(simulator.simulate([*space.policies(config), *trees]), key=_speedup)
-    lookups = [replace(best.config, prompt_lookup=lookup) for lookup in space.prompt_lookups]
-    clear = [faster for faster in simulator.simulate(lookups) if _clearly_faster(faster, best)] if lookups else []
-    return max(clear, key=_speedup, default=best)
+
+    def __init__(self, config: DraftConfig, space: SearchSpace, simulator: Simulator, *, heads: bool = False) -> None:
+        self._space = space
+        self._simulator = simulator
+        trees = tree_policies(config, space, simulator.traces, heads=heads)
+        self._simulated = simulator.simulate([*space.policies(config), *trees])
+        self._seconds = np.array([simulated.seconds for simulated in self._simulated])  # [policies, n]
+        self._with_lookups: dict[int, list[SimulatedSpeedup]] = {}
+
+    def best(self) -> SimulatedSpeedup:
+        """The fastest policy over all texts; its speedup is optimistic, for the texts chose it."""
+        return self._fastest_on(np.ones(self._seconds.shape[1], dtype=bool))
+
+    def expected_speedup(self) -> float:
+        """The speedup to expect of a policy that is chosen like this on texts that had no part in choosing it.
+
+        Leave-one-out cross-validation: each text is decoded with the policy that is fastest on all others. With a
+        single text there are no others, and it is the speedup of :meth:`best`.
+        """
+        best, num_texts = self.best(), self._seconds.shape[1]
+        if num_texts == 1:
+            return best.speedup
+        chosen = [self._fastest_on(np.arange(num_texts) != text) for text in range(num_texts)]
+        seconds = sum(policy.seconds[text] for text, policy in enumerate(chosen))
+        return best.speedup * sum(best.seconds) / seconds
+
+    def _fastest_on(self, texts: NDArray[np.bool_]) -> SimulatedSpeedup:
+        row = int(self._seconds[:, texts].sum(axis=1).argmin())
+        best = self._simulated[row]
+        clear = [faster for faster in self._lookups(row) if _clearly_faster(faster, best, texts)]
+        return min(clear, key=lambda simulated: np.array(simulated.seconds)[texts].sum(), default=best)
+
+    def _lookups(self, row: int) -> list[SimulatedSpeedup]:
+        """A policy, with each setting of prompt lookup."""
+        if row not in self._with_lookups:
+            config = self._simulated[row].config
+            lookups = [replace(config, prompt_lookup=lookup) for lookup in self._space.prompt_lookups]
+            self._with_lookups[row] = self._simulator.simulate(lookups) if lookups else []
+        return self._with_lookups[row]
 
 
-def _speedup(simulated: SimulatedSpeedup) -> float:
-    return simulated.speedup
-
-
-def _clearly_faster(simulated: SimulatedSpeedup, other: SimulatedSpeedup) -> bool:
-    saved = 1 - np.divide(simulated.seconds, other.seconds)
+def _clearly_faster(simulated: SimulatedSpeedup, other: SimulatedSpeedup, texts: NDArray[np.bool_]) -> bool:
+    saved = 1 - np.divide(simulated.seconds, other.seconds)[texts]
     error = saved.std(ddof=1) / math.sqrt(len(saved)) if len(saved) > 1 else 0.0
     return bool(saved.mean() > _CLEAR * error)
 
@@ -71,7 +100,7 @@ def tree_policies(
         config: The draft, but for its policy.
         space: Gives the sizes of trees, the longest draft and target-confidence thresholds.
         traces: The draft's, which decide the shapes of the trees.
-        heads: As in :func:`best_policy`.
+        heads: As in :class:`PolicyChoice`.
     """
     depths = [depth for depth in _DEPTHS if depth <= space.max_draft_length]
     taken = count_paths(traces, max(depths)) if space.tree_sizes else Counter()
@@ -109,7 +138,7 @@ def best_tree(taken: Mapping[Path, int], depth: int, size: int, *, heads: bool) 
         taken: How often texts run through paths, from :func:`count_paths`.
         depth: Places.
         size: Tokens, at least ``depth``.
-        heads: As in :func:`best_policy`.
+        heads: As in :class:`PolicyChoice`.
 
     Returns:
         Its branches, as in :class:`layerskip.DraftConfig`.

@@ -13,7 +13,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
 from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder
-from search.policies import best_policy
+from search.policies import PolicyChoice
 from search.simulate import RoundCosts, SimulatedSpeedup, Simulator
 from search.space import SearchSpace
 from search.traces import Trace, acceptance, trace_lookups
@@ -31,12 +31,14 @@ class Prediction:
     Args:
         acceptance: Its one-step acceptance rate α.
         draft_cost: Cost c of one of its draft steps, in units of a plain decoding step.
-        simulated: Its speedup with its best policy.
+        speedup: With a policy that was chosen on other texts.
+        simulated: Its best policy over all texts, and what each would take with it.
         complete: Whether it was traced on all texts; a candidate that cannot win is given up earlier.
     """
 
     acceptance: float
     draft_cost: float
+    speedup: float
     simulated: SimulatedSpeedup
     complete: bool
 
@@ -95,7 +97,8 @@ class SpeedupPredictor:
             traces += next(parts)
             costs = RoundCosts.of_stack(self._costs, stack, self._engine, traces, self._space.most_drafted)
             simulator = Simulator(traces, costs, self._max_new_tokens, self._lookups)
-            simulated = best_policy(config, self._space, simulator)
+            choice = PolicyChoice(config, self._space, simulator)
+            simulated = choice.best()
             complete = len(traces) == self._tracer.num_texts
             if complete or _cannot_win(simulated.seconds, to_beat):
-                return Prediction(acceptance(traces), costs.draft_cost, simulated, complete)
+                return Prediction(acceptance(traces), costs.draft_cost, choice.expected_speedup(), simulated, complete)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,
+    HeldOutPromptMeasured,
     OnEvent,
     PhaseStarted,
     Progress,
@@ -35,22 +36,24 @@ from search.callbacks import (
     TrialFinished,
     ignore,
 )
+from search.decoding_methods import PLAIN
 from search.draft_layers import TrainedDraftLayer
 from search.machine_lock import MachineLock
 from search.measure import (
+    ExpectedSeconds,
     Measurement,
     MeasuringPlan,
     Summary,
     as_measured,
     describe_device,
     dtype_name,
-    measure_drafter,
+    measure_drafters,
     summarize,
 )
-from search.measurement_scheduler import MeasurementScheduler
 from search.objective import Objective
 from search.predict import SpeedupPredictor
 from search.prompts import EncodedPrompt, PromptSplit, SearchPrompts
+from search.pruner import MeasuringPruner, is_to_be_measured
 from search.reference import ReferenceRun
 from search.samplers import DraftCosts, NoRepeats, make_sampler
 from search.settings import SEEDS, SearchSettings
@@ -58,16 +61,18 @@ from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
     Snapshot,
+    best_trials,
     config_of,
     evaluated_trials,
-    finalists,
-    fully_measured_trials,
     measured_trials,
 )
 from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
+
+# Each finalist decodes each held-out prompt so often, at different times: a busy moment rarely hits all.
+_HELD_OUT_REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ class SearchResult:
 
     Args:
         study: The study's name.
-        trials: Candidates that were looked at.
-        measured: Candidates that were decoded for real.
+        trials: Candidates that were evaluated.
+        measured: Candidates that were measured on all prompts.
         profile: The best candidate's profile; None if none was measured.
         interrupted: Whether Ctrl-C ended the search early.
     """
@@ -202,6 +207,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=task.space.describe(),
         )
+        self._plain_seconds: dict[str, float] = {}  # the fastest so far, by prompt
         self._name = task.study or f"{_file_name(task.identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
@@ -214,15 +220,15 @@ class Search:
             LosslessnessError: A draft changed the output.
         """
         study = self.open()
-        tools, measured, interrupted = None, [], False
+        tools, interrupted = None, False
+        finalists: list[_Finalist] = []
         try:
             tools = self.prepare(study)
             self.explore(study, tools)
-            for finalist in self._measured_finalists(study, tools):
-                measured.append(finalist)
+            self._measure_finalists(study, tools, finalists)
         except KeyboardInterrupt:
             interrupted = True
-        best = max(measured or _measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
+        best = max(finalists or _measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
         return SearchResult(
             study=study.study_name,
             trials=len(evaluated_trials(study)),
@@ -263,7 +269,7 @@ class Search:
         return Tools(builder, tracer, costs, predictor)
 
     def explore(self, study: optuna.Study, tools: Tools) -> None:
-        """Look at candidates until there are enough, and measure those that look promising.
+        """Evaluate candidates until there are enough, and measure the promising ones.
 
         Args:
             study: From :meth:`open`.
@@ -273,15 +279,18 @@ class Search:
         if len(evaluated_trials(study)) >= settings.trials:
             return
         study.sampler = self._sampler(study, tools)
+        study.pruner = pruner = self._pruner(study, tools)
         objective = Objective(
             self.task.space,
             tools.predictor,
-            partial(self._measure, tools.builder, prompt_set="search"),
+            partial(self._measure, tools.builder),
             self._lock,
             self._prompts.measured,
             settings.sampler_name,
         )
-        plans = self._plans(study, tools) if self.task.worker == 0 else []
+        plans: list[Callable[[optuna.Study, FrozenTrial], None]] = []
+        if self.task.worker == 0:
+            plans = [self._warm_starts(study, tools), pruner.revisit]
         ends = self.task.ends
         if ends is None and settings.timeout is not None:
             ends = time.monotonic() + settings.timeout
@@ -293,7 +302,7 @@ class Search:
                     plan(study, trial)
                 progress = Progress.of(Snapshot(study))
                 self._on_event(TrialFinished(trial, progress))
-                if progress.seen >= settings.trials:
+                if progress.evaluated >= settings.trials and not is_to_be_measured(study):
                     break
 
     def _costs(self, study: optuna.Study) -> CostModel:
@@ -323,8 +332,8 @@ class Search:
             sampler.reseed_rng()
         return NoRepeats(sampler, self.task.space, seed=seed)
 
-    def _plans(self, study: optuna.Study, tools: Tools) -> Sequence[Callable[[optuna.Study, FrozenTrial], None]]:
-        """Called after each trial: what enqueues warm starts, the first of them at once, and measurements."""
+    def _warm_starts(self, study: optuna.Study, tools: Tools) -> WarmStartPlan:
+        """What enqueues warm starts after each trial, the first of them at once."""
         space, settings = self.task.space, self.task.settings
         alone = SingleSublayerAcceptance(self._engine.model, tools.tracer)
         starts = WarmStartPlan(
@@ -335,11 +344,14 @@ class Search:
             self._lock,
         )
         starts(study)
+        return starts
+
+    def _pruner(self, study: optuna.Study, tools: Tools) -> MeasuringPruner:
+        settings = self.task.settings
         # What a measurement would take if drafts neither helped nor hurt.
         tokens = settings.max_new_tokens * len(self._prompts.measured)
         seconds = 2 * tokens * tools.costs.at(settings.max_new_tokens).plain_step
-        earlier = [trial.number for trial in measured_trials(study)]
-        return [starts, MeasurementScheduler(settings.measuring_share, seconds, earlier)]
+        return MeasuringPruner(settings.measuring_share, seconds, [trial.number for trial in study.get_trials(False)])
 
     def _measure(
         self,
@@ -347,28 +359,44 @@ class Search:
         trial: int,
         config: DraftConfig,
         prompts: Sequence[EncodedPrompt],
-        *,
-        prompt_set: PromptSet,
+        expected: ExpectedSeconds,
     ) -> Iterator[Measurement]:
         """Measure a trial's draft prompt by prompt; each measurement is recorded first."""
         self._on_event(PromptMeasured(0, len(prompts), trial))
-        plan = MeasuringPlan(prompts, self.task.settings.max_new_tokens)
-        measurements = measure_drafter(self._engine, builder.drafter(config), plan, self._lock)
-        for done, measurement in enumerate(measurements, start=1):
-            self._storage.records.add(_record(measurement, self._name, trial, prompt_set))
+        plan = MeasuringPlan(
+            prompts, self.task.settings.max_new_tokens, expected={PLAIN: self._plain_seconds, "draft": expected}
+        )
+        measured = measure_drafters(self._engine, {"draft": builder.drafter(config)}, plan, self._lock)
+        for done, by_name in enumerate(measured, start=1):
+            measurement, prompt = by_name["draft"], by_name["draft"].prompt
+            fastest = self._plain_seconds.get(prompt, measurement.plain_seconds)
+            self._plain_seconds[prompt] = min(fastest, measurement.plain_seconds)
+            self._storage.records.add(_record(measurement, self._name, trial, "search"))
             self._on_event(PromptMeasured(done, len(prompts), trial))
             yield measurement
 
-    def _measured_finalists(self, study: optuna.Study, tools: Tools) -> Iterator[_Finalist]:
-        chosen = finalists(study, self.task.settings.finalists)
-        self._on_event(PhaseStarted("finalists", len(chosen)))
-        for number, trial in enumerate(chosen, start=1):
-            measured = self._measure(
-                tools.builder, trial.number, config_of(trial), self._prompts.held_out, prompt_set="held-out"
-            )
-            finalist = _Finalist(trial, summarize(list(measured)), "held-out")
-            yield finalist
-            self._on_event(FinalistMeasured(number, trial, finalist.summary.speedup))
+    def _measure_finalists(self, study: optuna.Study, tools: Tools, finalists: list[_Finalist]) -> None:
+        """Measure the best candidates on held-out prompts, in turn; on Ctrl-C, those measured on all of them count."""
+        best = best_trials(study, self.task.settings.finalists)
+        if not best:
+            return
+        self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
+        drafters = {str(trial.number): tools.builder.drafter(config_of(trial)) for trial in best}
+        plan = MeasuringPlan(self._prompts.held_out, self.task.settings.max_new_tokens, _HELD_OUT_REPEATS)
+        measured: dict[str, Mapping[str, Measurement]] = {}
+        try:
+            for done, by_trial in enumerate(measure_drafters(self._engine, drafters, plan, self._lock), start=1):
+                measured[next(iter(by_trial.values())).prompt] = by_trial
+                self._on_event(HeldOutPromptMeasured(done))
+        finally:
+            if len(measured) == len(self._prompts.held_out):
+                for trial in best:
+                    of_trial = [by_trial[str(trial.number)] for by_trial in measured.values()]
+                    for measurement in of_trial:
+                        self._storage.records.add(_record(measurement, self._name, trial.number, "held-out"))
+                    finalists.append(_Finalist(trial, summarize(of_trial), "held-out"))
+        for finalist in finalists:
+            self._on_event(FinalistMeasured(finalist.trial, finalist.summary.speedup))
 
     def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
         config = config_of(best.trial)
@@ -392,7 +420,7 @@ def _measured_in_search(study: optuna.Study) -> list[_Finalist]:
     names = Summary.__dataclass_fields__
     return [
         _Finalist(trial, Summary(**{name: trial.user_attrs[name] for name in names}), "search")
-        for trial in fully_measured_trials(study)
+        for trial in measured_trials(study)
     ]
 
 
@@ -409,6 +437,7 @@ def _record(measurement: Measurement, study: str, trial: int, prompt_set: Prompt
         drafted=measurement.drafted,
         accepted=measurement.accepted,
         near_tie=measurement.near_tie,
+        disturbed=measurement.disturbed,
     )
 
 

@@ -51,11 +51,11 @@ from search.callbacks import (
 )
 from search.head_costs import HeadCosts, measure_head_costs
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafter, summarize
-from search.policies import best_policy
+from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafters, summarize
+from search.policies import PolicyChoice
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
-from search.simulate import RoundCosts, SimulatedSpeedup, Simulator
+from search.simulate import RoundCosts, Simulator
 from search.space import SearchSpace
 from search.traces import trace_early_exit, trace_heads, trace_lookups
 from search.untrained_drafts import HEADS_KINDS, KINDS, Kind, early_exit, ideal_speedups, untrained_weights
@@ -292,14 +292,15 @@ class Tuning:
     def _measured(self, profile: DraftProfile, weights: DraftWeights) -> tuple[DraftProfile, float]:
         """The profile with the policy that simulation finds best, measured on held-out prompts; the prediction."""
         lock = MachineLock(self._folder, self._model.device)
-        best = self._best_policy(weights.placed_on(self._model), lock)
-        self._on_event(PolicyChosen(best.config, best.speedup))
-        profile = DraftProfile.of(best.config, weights, model=profile.model, provenance=profile.provenance)
+        choice = self._choose_policy(weights.placed_on(self._model), lock)
+        config, predicted = choice.best().config, choice.expected_speedup()
+        self._on_event(PolicyChosen(config, predicted))
+        profile = DraftProfile.of(config, weights, model=profile.model, provenance=profile.provenance)
         summary = self._measure(profile, lock)
         measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
-        return profile.model_copy(update={"measured": measured}), best.speedup
+        return profile.model_copy(update={"measured": measured}), predicted
 
-    def _best_policy(self, weights: DraftWeights, lock: MachineLock) -> SimulatedSpeedup:
+    def _choose_policy(self, weights: DraftWeights, lock: MachineLock) -> PolicyChoice:
         limit = self._settings.max_new_tokens
         with lock.shared():
             run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
@@ -309,7 +310,7 @@ class Tuning:
         with lock.exclusive():
             costs = measure_costs(self._engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
             head_costs = measure_head_costs(self._engine, weights) if weights.heads else None
-        return best_trained_policy(
+        return trained_policy_choice(
             self._engine, self._skip_set, weights, space, texts, costs, head_costs, max_new_tokens=limit
         )
 
@@ -318,8 +319,8 @@ class Tuning:
         plan = MeasuringPlan(self._measuring, self._settings.max_new_tokens)
         measurements: list[Measurement] = []
         self._on_event(PromptMeasured(0, len(plan.prompts)))
-        for measurement in measure_drafter(self._engine, drafter, plan, lock):
-            measurements.append(measurement)
+        for by_name in measure_drafters(self._engine, {"draft": drafter}, plan, lock):
+            measurements += by_name.values()
             self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)
 
@@ -336,7 +337,7 @@ def space_for(weights: DraftWeights, space: SearchSpace) -> SearchSpace:
     return replace(space, vocabulary_sizes=(0, size) if size else (0,), max_draft_length=longest)
 
 
-def best_trained_policy(
+def trained_policy_choice(
     engine: Engine,
     skip_set: SkipSet,
     weights: DraftWeights,
@@ -346,8 +347,8 @@ def best_trained_policy(
     head_costs: HeadCosts | None,
     *,
     max_new_tokens: int,
-) -> SimulatedSpeedup:
-    """The policy with which a trained draft is simulated to be fastest.
+) -> PolicyChoice:
+    """The choice of the policy with which a trained draft is simulated to be fastest.
 
     Args:
         engine: Runs the passes of the model.
@@ -370,4 +371,4 @@ def best_trained_policy(
     lookups = trace_lookups(space.prompt_lookups, texts)
     config = DraftConfig(skip_set, vocabulary_size=max(space.vocabulary_sizes))
     simulator = Simulator(traces, rounds, max_new_tokens, lookups)
-    return best_policy(config, space, simulator, heads=weights.heads is not None)
+    return PolicyChoice(config, space, simulator, heads=weights.heads is not None)

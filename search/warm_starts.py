@@ -15,7 +15,6 @@ from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from search.acceptance_tracer import AcceptanceTracer
 from search.machine_lock import MachineLock
-from search.objective import SOURCE_KEY
 from search.space import SearchSpace
 from search.starting_skip_sets import (
     different,
@@ -29,6 +28,7 @@ from search.starting_skip_sets import (
     skipping_below,
 )
 from search.traces import acceptance
+from studies.ranking import SOURCE_KEY
 from studies.study import SINGLE_SUBLAYER_KEY
 
 # A study that has this attribute got all of them.

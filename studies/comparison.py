@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from studies.statistics import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, PromptTimes, Speedup, speedup_of_prompt
+from studies.statistics import (
+    FEW_PROMPTS,
+    FEWEST_PROMPTS,
+    NOTHING_FASTER,
+    PromptTimes,
+    Speedup,
+    describe_disturbed,
+    speedup_of_prompt,
+)
 
 
 @dataclass(frozen=True)
@@ -15,11 +23,11 @@ class Entry:
 
     Args:
         name: What it is called.
-        tokens_per_second: Median over the repeats, prefill included.
+        tokens_per_second: By the fastest repeat of each prompt, prefill included.
         lowest: The slowest repeat's.
         highest: The fastest repeat's.
         speedup: Against layerskip's plain decoding; the interval is over prompts.
-        prompts: The times of each prompt, medians over its repeats.
+        prompts: The times of each prompt, those of its fastest repeats.
         acceptance_rate: α, accepted ÷ drafted; None if nothing was drafted.
         tokens_per_pass: τ, new tokens ÷ passes of the target model, the prompt's among them.
         draft_cost: c, the time to draft one token, in plain steps; None if nothing was drafted.
@@ -29,6 +37,7 @@ class Entry:
         training_seconds: How long its draft was trained, if that is known.
         near_ties: Prompts whose output diverges from plain decoding's at a near-tie of the top two tokens.
         different: Prompts whose output diverges from it anywhere else.
+        disturbed: Prompts whose times are uncertain, because the machine was busy.
     """
 
     name: str
@@ -46,6 +55,7 @@ class Entry:
     training_seconds: float | None
     near_ties: int
     different: int
+    disturbed: int = 0
 
     @property
     def pays(self) -> bool:
@@ -101,11 +111,13 @@ def advice(comparison: Comparison) -> str:
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """The conditions of a comparison, as (name, value)."""
     times = f"{comparison.repeats} times" if comparison.repeats > 1 else "once"
+    disturbed = max((entry.disturbed for entry in comparison.entries), default=0)
     return [
         ("model", comparison.model),
         ("machine", f"{comparison.device}, {comparison.dtype}, {comparison.engine} engine"),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
         ("prompts", f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens, each {times}, interleaved"),
+        *[("uncertain", describe_disturbed(disturbed, comparison.prompts))] * (disturbed > 0),
     ]
 
 

@@ -1,10 +1,14 @@
-"""Ranking a study's trials by measured or predicted speedup."""
+"""What a study's trials say: predictions, measured speedups, and the order that these put candidates in.
+
+A trial's intermediate value at :data:`PREDICTION_STEP` is its predicted speedup, those at the steps after are the
+measured speedups of single prompts. A trial is complete if it was measured on all prompts, and its value is then the
+speedup of all of them together.
+"""
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from typing import Literal, Protocol
 
 import optuna
@@ -15,13 +19,19 @@ from layerskip.drafting.config import DraftConfig
 Basis = Literal["measured", "predicted"]
 # The basis of a candidate's best speedup.
 BestBasis = Literal["held-out", "measured", "predicted"]
-BASIS_KEY = "basis"
+PREDICTION_STEP = 0
+# Attributes of trials. The one-step acceptance rate α;
 ACCEPTANCE_KEY = "acceptance"
-PREDICTED_KEY = "predicted_speedup"
-STOPPED_KEY = "stopped_early"
+# cost c of a draft step in units of a plain step;
 DRAFT_COST_KEY = "draft_cost"
-# The draft configuration with which a candidate was predicted, or measured, as JSON.
+# the draft configuration, with the policy that simulation chose, as JSON;
 CONFIG_KEY = "config"
+# the speedup of those prompts that were measured;
+SPEEDUP_KEY = "speedup"
+# the warm start that proposed it, or another reason why it was enqueued;
+SOURCE_KEY = "source"
+# the number of the trial of the same candidate that was predicted earlier, of a trial that was enqueued to be measured.
+REVISITS_KEY = "revisits"
 
 
 class HasTrials(Protocol):
@@ -47,41 +57,51 @@ class Snapshot:
 
 
 def config_of(trial: FrozenTrial) -> DraftConfig:
-    """The draft configuration with which a trial's candidate was predicted, or measured: its best policy included."""
+    """The draft configuration with which a trial's candidate was predicted and measured: its best policy included."""
     return DraftConfig.from_json(trial.user_attrs[CONFIG_KEY])
 
 
-def completed_trials(study: HasTrials) -> Sequence[FrozenTrial]:
-    """The trials with a value."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def prediction_of(trial: FrozenTrial) -> float:
+    """The predicted speedup of a trial."""
+    return trial.intermediate_values[PREDICTION_STEP]
 
 
-def basis_of(trial: FrozenTrial) -> Basis:
-    """Whether a trial's speedup was measured or predicted; measured if the trial does not say."""
-    basis: Basis = trial.user_attrs.get(BASIS_KEY, "measured")
-    return basis
+def prompt_speedups(trial: FrozenTrial) -> Mapping[int, float]:
+    """The measured speedups of single prompts, by the step at which they were reported."""
+    return {step: value for step, value in trial.intermediate_values.items() if step != PREDICTION_STEP}
+
+
+def predicted_trials(study: HasTrials) -> list[FrozenTrial]:
+    """The finished trials that have a prediction."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return [trial for trial in finished if PREDICTION_STEP in trial.intermediate_values]
 
 
 def evaluated_trials(study: HasTrials) -> list[FrozenTrial]:
-    """The trials that predicted a candidate's speedup; a later measurement of it is a trial of its own."""
-    return [trial for trial in completed_trials(study) if basis_of(trial) == "predicted"]
+    """Those that count towards the number of trials asked for: not a second trial that measures a candidate."""
+    return [trial for trial in predicted_trials(study) if REVISITS_KEY not in trial.user_attrs]
 
 
 def measured_trials(study: HasTrials) -> list[FrozenTrial]:
-    """The trials that measured a candidate's speedup."""
-    return [trial for trial in completed_trials(study) if basis_of(trial) == "measured"]
+    """The trials that were measured on all prompts."""
+    return [trial for trial in predicted_trials(study) if trial.state == TrialState.COMPLETE]
 
 
-def fully_measured_trials(study: HasTrials) -> list[FrozenTrial]:
-    """The trials that measured all prompts, for some prompts alone may be easy ones."""
-    return [trial for trial in measured_trials(study) if STOPPED_KEY not in trial.user_attrs]
+def is_stopped(trial: FrozenTrial) -> bool:
+    """Whether a trial's measurement was stopped after some prompts, because it could not win."""
+    return trial.state == TrialState.PRUNED and bool(prompt_speedups(trial))
 
 
-def correction_of(study: HasTrials) -> float:
-    """The median of measured ÷ predicted speedup so far; 1 without measurements."""
-    measured = [trial for trial in fully_measured_trials(study) if PREDICTED_KEY in trial.user_attrs]
-    ratios = [speedup_of(trial) / trial.user_attrs[PREDICTED_KEY] for trial in measured]
-    return statistics.median(ratios) if ratios else 1.0
+def basis_of(trial: FrozenTrial) -> Basis:
+    """Whether a trial's speedup was measured, if only on some prompts, or predicted."""
+    return "measured" if trial.state == TrialState.COMPLETE or is_stopped(trial) else "predicted"
+
+
+def speedup_of(trial: FrozenTrial) -> float:
+    """A finished trial's speedup, measured or else predicted."""
+    if trial.state == TrialState.COMPLETE:
+        return float(trial.values[0])
+    return float(trial.user_attrs[SPEEDUP_KEY]) if is_stopped(trial) else prediction_of(trial)
 
 
 def candidate_key(trial: FrozenTrial) -> str:
@@ -89,44 +109,23 @@ def candidate_key(trial: FrozenTrial) -> str:
     return json.dumps(trial.params, sort_keys=True)
 
 
-def speedup_of(trial: FrozenTrial) -> float:
-    """A completed trial's speedup."""
-    return float(trial.values[0])
-
-
 def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
-    """The candidates with the highest speedups, best first, one trial for each.
+    """The best candidates, best first, one trial for each.
 
-    A candidate's measurement replaces its prediction. Predictions are corrected by :func:`correction_of` for the
-    comparison with measurements. Candidates whose measurement was stopped early come last.
+    Those measured on all prompts come first, by their speedups, then those only predicted, and last those whose
+    measurement was stopped.
     """
-    correction = correction_of(study)
     best: dict[str, FrozenTrial] = {}
-    for trial in completed_trials(study):
+    for trial in predicted_trials(study):
         other = best.get(candidate_key(trial))
-        if other is None or _supersedes(trial, other):
+        if other is None or _certainty(trial) > _certainty(other):
             best[candidate_key(trial)] = trial
-
-    def worth(trial: FrozenTrial) -> tuple[bool, float]:
-        corrected = speedup_of(trial) * (correction if basis_of(trial) == "predicted" else 1.0)
-        return STOPPED_KEY not in trial.user_attrs, corrected
-
-    return sorted(best.values(), key=worth, reverse=True)[:count]
+    return sorted(best.values(), key=_rank, reverse=True)[:count]
 
 
-def finalists(study: HasTrials, count: int) -> list[FrozenTrial]:
-    """The candidates to measure on held-out prompts: the best, always including the fastest measured candidate.
-
-    The highest of many predictions are also the most overestimated; a single measurement is not.
-    """
-    best = best_trials(study, count)
-    measured = max(fully_measured_trials(study), key=speedup_of, default=None)
-    if measured is None or candidate_key(measured) in map(candidate_key, best):
-        return best
-    return [*best[: count - 1], measured]
+def _certainty(trial: FrozenTrial) -> tuple[bool, bool, float]:
+    return trial.state == TrialState.COMPLETE, is_stopped(trial), speedup_of(trial)
 
 
-def _supersedes(trial: FrozenTrial, other: FrozenTrial) -> bool:
-    if basis_of(trial) != basis_of(other):
-        return basis_of(trial) == "measured"
-    return speedup_of(trial) > speedup_of(other)
+def _rank(trial: FrozenTrial) -> tuple[bool, bool, float]:
+    return trial.state == TrialState.COMPLETE, not is_stopped(trial), speedup_of(trial)

@@ -31,10 +31,11 @@ class MeasurementRecord(Table):
         drafted: Tokens proposed.
         accepted: Proposed tokens that were accepted.
         near_tie: Whether the outputs diverge at a near-tie.
+        disturbed: Whether the times are uncertain, because the machine was busy.
         measured_at: When, in UTC.
     """
 
-    __tablename__ = "layerskip_measurements"
+    __tablename__ = "layerskip_prompt_measurements"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     study: Mapped[str] = mapped_column(String(512), index=True)
@@ -48,6 +49,7 @@ class MeasurementRecord(Table):
     drafted: Mapped[int]
     accepted: Mapped[int]
     near_tie: Mapped[bool]
+    disturbed: Mapped[bool] = mapped_column(default=False)
     measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=lambda: datetime.now(UTC))
 
 

@@ -27,14 +27,8 @@ def verdict(view: StudyView) -> str:
         "measured": "measured on the search's own prompts, which selected it: expect slightly less",
         "predicted": "predicted; nothing was measured yet",
     }
-    expected = best.best_speedup.value
-    if best.best_basis == "predicted" and view.measured:
-        expected *= view.correction
-        basis["predicted"] = "predicted; measured candidates were slower"
-        if view.correction != 1:
-            basis["predicted"] += f", {view.correction:.2f} times their predictions (median)"
     sentence = f"Best speedup: {_speedup(best.best_speedup)}, {basis[best.best_basis]}."
-    if expected <= 1:
+    if best.best_speedup.value <= 1:
         return f"{sentence} No candidate beat plain decoding."
     is_gain = best.best_basis == "predicted" or best.best_speedup.low > 1
     return sentence if is_gain else f"{sentence} {CROSSES_ONE}"

@@ -62,6 +62,12 @@ FEW_PROMPTS = f"fewer than {FEWEST_PROMPTS} prompts are not enough to show that 
 CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
 
 
+def describe_disturbed(disturbed: int, prompts: int) -> str:
+    """What to say of times that were never confirmed."""
+    which = "all prompts" if disturbed == prompts else f"{disturbed} of {prompts} prompts"
+    return f"the machine was busy, and the times of {which} are uncertain; measure again when nothing else runs"
+
+
 def speedup_of_prompt(times: PromptTimes) -> float:
     """Plain seconds ÷ the other method's seconds, each for one token."""
     return (times.plain_seconds / times.tokens) / (times.draft_seconds / times.draft_tokens)

@@ -21,9 +21,10 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
-    completed_trials,
     evaluated_trials,
     measured_trials,
+    predicted_trials,
+    prediction_of,
     speedup_of,
 )
 from studies.records import MeasurementRecord
@@ -32,8 +33,8 @@ from studies.storage import ReconnectingStorage
 
 _CONTEXT_KEY = "layerskip"
 # Attributes of a trial that a study's description includes.
-_DESCRIBED = ("predicted_speedup", "acceptance", "acceptance_rate", "skip_set", "draft", "source")
-_FORMAT = 3
+_DESCRIBED = ("acceptance", "acceptance_rate", "skip_set", "draft", "source")
+_FORMAT = 4
 # Attributes of a study: library versions that it was searched with, in order;
 VERSIONS_KEY = "versions"
 # measured costs of passes, as layerskip.costs.CostModel writes them;
@@ -244,6 +245,7 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
             "number": trial.number,
             "speedup": speedup_of(trial),
             "basis": basis_of(trial),
+            "predicted_speedup": prediction_of(trial),
             "held_out_speedup": speedup.value if speedup else None,
             **{key: trial.user_attrs.get(key) for key in _DESCRIBED},
         }
@@ -267,7 +269,7 @@ def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) ->
     Returns:
         By :func:`studies.ranking.candidate_key`.
     """
-    candidates = {trial.number: candidate_key(trial) for trial in completed_trials(study)}
+    candidates = {trial.number: candidate_key(trial) for trial in predicted_trials(study)}
     held_out: dict[str, list[MeasurementRecord]] = {}
     for record in records:
         if record.prompt_set == "held-out" and record.trial in candidates:

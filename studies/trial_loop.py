@@ -14,6 +14,7 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from studies.heartbeats import Heartbeats
+from studies.ranking import REVISITS_KEY, SOURCE_KEY
 from studies.storage_errors import StorageError, causes
 
 Objective = Callable[[optuna.Trial], float]
@@ -26,8 +27,8 @@ def run_trials(
 ) -> Iterator[FrozenTrial]:
     """Run trials one after another, until the caller takes no more or the time is up.
 
-    Trials of workers that died are queued again, once. A trial that another worker finished meanwhile, because this
-    process was suspended and its trial taken for dead, is not yielded.
+    Trials of workers that died are queued again, once, and so is a trial that Ctrl-C interrupts. A trial that another
+    worker finished meanwhile, because this process was suspended and its trial taken for dead, is not yielded.
 
     Args:
         study: The study.
@@ -46,24 +47,28 @@ def run_trials(
     while timeout is None or time.monotonic() - began < timeout:
         _requeue_stale_trials(study, heartbeats)
         trial = study.ask()
-        with heartbeats.beating(study.study_name, trial.number):
-            finished = _run(study, trial, objective)
+        finished = _run(study, trial, objective, heartbeats)
         if finished is None:
             _log.warning("trial %d was finished by another worker; continuing with the next", trial.number)
         else:
             yield finished
 
 
-def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> FrozenTrial | None:
+def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective, heartbeats: Heartbeats) -> FrozenTrial | None:
     """Run a trial and store its result; None if another worker finished it meanwhile."""
+    value: float | None
+    state: TrialState | None
     try:
-        value, state = objective(trial), None
+        with heartbeats.beating(study.study_name, trial.number):
+            value, state = objective(trial), None
     except optuna.TrialPruned:
         value, state = None, TrialState.PRUNED
     except BaseException as error:
         if isinstance(error, UpdateFinishedTrialError) and _is_finished(study, trial):
             return None
         with contextlib.suppress(StorageError, UpdateFinishedTrialError):
+            if isinstance(error, KeyboardInterrupt):
+                _requeue(study, trial)
             study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         for cause in causes(error):  # what Ctrl-C makes an objective store may fail in turn
             if isinstance(cause, KeyboardInterrupt):
@@ -73,6 +78,16 @@ def _run(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> Froz
         return None if _is_finished(study, trial) else study.tell(trial, value, state)
     except UpdateFinishedTrialError:
         return None
+
+
+def _requeue(study: optuna.Study, trial: optuna.Trial) -> None:
+    """Let a resumed study try what an interrupted trial was to try."""
+    attributes = {SOURCE_KEY: f"interrupted trial {trial.number}"}
+    attributes |= {key: trial.user_attrs[key] for key in (SOURCE_KEY, REVISITS_KEY) if key in trial.user_attrs}
+    # An enqueued trial that was interrupted while it chose has chosen in part only.
+    chosen = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params", trial.params)
+    if chosen:
+        study.enqueue_trial(chosen, user_attrs=attributes)
 
 
 def _is_finished(study: optuna.Study, trial: optuna.Trial) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,18 +14,21 @@ from optuna.trial import FrozenTrial
 from layerskip.costs import CostModel, Costs
 from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
+    ACCEPTANCE_KEY,
     DRAFT_COST_KEY,
-    PREDICTED_KEY,
-    STOPPED_KEY,
+    REVISITS_KEY,
+    SOURCE_KEY,
     Basis,
     BestBasis,
     Snapshot,
     basis_of,
     best_trials,
     candidate_key,
-    completed_trials,
     config_of,
-    correction_of,
+    is_stopped,
+    measured_trials,
+    predicted_trials,
+    prediction_of,
     speedup_of,
 )
 from studies.records import MeasurementRecord
@@ -37,7 +41,7 @@ _KINDS = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class TrialSummary:
-    """A completed trial.
+    """A finished trial with a prediction.
 
     Args:
         number: Its number.
@@ -50,6 +54,7 @@ class TrialSummary:
         config: How it drafts.
         source: The warm start or sampler that proposed it.
         stopped: Whether its measurement was stopped early, because it could not win.
+        revisits: Whether an earlier trial predicted the same candidate, and it was enqueued again to be measured.
         held_out: Its speedup on held-out prompts, if it is a finalist.
     """
 
@@ -57,12 +62,13 @@ class TrialSummary:
     candidate: str
     basis: Basis
     speedup: Speedup
-    predicted: float | None
+    predicted: float
     acceptance: float | None
     draft_cost: float | None
     config: DraftConfig
     source: str
     stopped: bool
+    revisits: bool = False
     held_out: Speedup | None = None
 
     @property
@@ -74,6 +80,11 @@ class TrialSummary:
     def best_speedup(self) -> Speedup:
         """Its most trustworthy speedup: on held-out prompts, or else measured, or else predicted."""
         return self.held_out or self.speedup
+
+    @property
+    def as_predicted(self) -> TrialSummary:
+        """The trial as it was before it was measured."""
+        return replace(self, basis="predicted", speedup=Speedup(self.predicted, self.predicted, self.predicted))
 
     @property
     def label(self) -> str:
@@ -90,9 +101,9 @@ class StudyView:
         context: Its conditions, see :class:`studies.study.StudyContext`.
         versions: Library versions that it was searched with, in order.
         num_layers: Decoder layers of the model.
-        trials: Completed trials, by number.
+        trials: Finished trials with a prediction, by number.
         ranked: The best trial of each candidate: finalists by their speedup on held-out prompts, then the others.
-        correction: Median of measured ÷ predicted speedup; 1 without measurements.
+        measured_over_predicted: Median of the measured ÷ the predicted speedups; None without measurements.
         measurements: Every measured prompt.
         single_sublayer_acceptance: Acceptance rate of drafts that skip a single sublayer, by its index in the stack.
         costs: What passes cost halfway between the lengths measured, in seconds; None if nothing was measured.
@@ -107,7 +118,7 @@ class StudyView:
     num_layers: int
     trials: Sequence[TrialSummary]
     ranked: Sequence[TrialSummary]
-    correction: float
+    measured_over_predicted: float | None
     measurements: Sequence[MeasurementRecord]
     single_sublayer_acceptance: Mapping[int, float]
     costs: Costs | None
@@ -117,16 +128,15 @@ class StudyView:
 
     @property
     def evaluated(self) -> Sequence[TrialSummary]:
-        """The first prediction of each candidate."""
+        """The first trial of each candidate."""
         first: dict[str, TrialSummary] = {}
         for trial in self.trials:
-            if trial.basis == "predicted":
-                first.setdefault(trial.candidate, trial)
+            first.setdefault(trial.candidate, trial)
         return list(first.values())
 
     @property
     def measured(self) -> Sequence[TrialSummary]:
-        """Trials that measured a candidate."""
+        """Trials that measured a candidate, if only on some prompts."""
         return [trial for trial in self.trials if trial.basis == "measured"]
 
 
@@ -145,8 +155,8 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     now = Snapshot(study)
     records = storage.records.of(name)
     num_layers = int(context["space"]["num_layers"])
-    held_out, costs = held_out_speedups(now, records), _draft_costs(now)
-    summaries = {trial.number: _summary(trial, held_out, costs) for trial in completed_trials(now)}
+    held_out = held_out_speedups(now, records)
+    summaries = {trial.number: _summary(trial, held_out) for trial in predicted_trials(now)}
     attributes = study.user_attrs
     trials = now.get_trials()
     return StudyView(
@@ -160,7 +170,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
             key=lambda trial: trial.held_out.value if trial.held_out else 0.0,
             reverse=True,  # finalists first; the sort is stable
         ),
-        correction=correction_of(now),
+        measured_over_predicted=_measured_over_predicted(now),
         measurements=records,
         single_sublayer_acceptance=_by_index(attributes.get(SINGLE_SUBLAYER_KEY, {})),
         costs=costs_from(attributes.get(COSTS_KEY)),
@@ -170,25 +180,25 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
     )
 
 
-def _draft_costs(study: Snapshot) -> dict[str, float]:
-    """By candidate: the cost is stored with its prediction, not with its measurement."""
-    trials = completed_trials(study)
-    return {candidate_key(t): t.user_attrs[DRAFT_COST_KEY] for t in trials if DRAFT_COST_KEY in t.user_attrs}
+def _measured_over_predicted(study: Snapshot) -> float | None:
+    ratios = [trial.values[0] / prediction_of(trial) for trial in measured_trials(study)]
+    return statistics.median(ratios) if ratios else None
 
 
-def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup], costs: Mapping[str, float]) -> TrialSummary:
+def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup]) -> TrialSummary:
     attributes, candidate, value = trial.user_attrs, candidate_key(trial), speedup_of(trial)
     return TrialSummary(
         number=trial.number,
         candidate=candidate,
         basis=basis_of(trial),
         speedup=Speedup(value, attributes.get("speedup_low", value), attributes.get("speedup_high", value)),
-        predicted=attributes.get(PREDICTED_KEY),
-        acceptance=attributes.get("acceptance"),
-        draft_cost=costs.get(candidate),
+        predicted=prediction_of(trial),
+        acceptance=attributes.get(ACCEPTANCE_KEY),
+        draft_cost=attributes.get(DRAFT_COST_KEY),
         config=config_of(trial),
-        source=str(attributes.get("source") or attributes.get("sampler") or "sampler"),
-        stopped=STOPPED_KEY in attributes,
+        source=str(attributes.get(SOURCE_KEY) or attributes.get("sampler") or "sampler"),
+        stopped=is_stopped(trial),
+        revisits=REVISITS_KEY in attributes,
         held_out=held_out.get(candidate),
     )
 

@@ -53,17 +53,17 @@ def skip_map(view: StudyView, count: int) -> Picture:
     best = view.ranked[:count]
     if not best:
         return Picture("skip-map", title, "No candidate was evaluated yet.", None)
-    return Picture("skip-map", title, _skip_map_caption(view, best), _draw_skip_map(best), _skip_map_table(best))
+    return Picture("skip-map", title, _skip_map_caption(best), _draw_skip_map(best), _skip_map_table(best))
 
 
-def _skip_map_caption(view: StudyView, best: Sequence[TrialSummary]) -> str:
+def _skip_map_caption(best: Sequence[TrialSummary]) -> str:
     caption = "Coloured cells are skipped while drafting. "
     if len(best) == 1:
         return f"{caption}There is one candidate so far."
-    caption += "Best first: speedups on held-out prompts, then the other measured or predicted speedups"
-    if view.correction != 1:
-        caption += f" (for this order, predictions are multiplied by {view.correction:.2f}: measured ÷ predicted)"
-    return f"{caption}. Candidates whose measurement was stopped early come last."
+    return (
+        f"{caption}Best first: speedups on held-out prompts, then the other measured ones, then the predicted ones. "
+        "Candidates whose measurement was stopped early come last."
+    )
 
 
 def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
@@ -214,27 +214,23 @@ Measured = tuple[TrialSummary, Speedup]
 def predictions(view: StudyView) -> Picture:
     """The predicted speedups of candidates and the measured ones, on the search's and on held-out prompts."""
     title = "Predicted and measured speedup"
-    searched = [(t, t.speedup) for t in view.measured if t.predicted is not None and not t.stopped]
-    held_out = [(t, t.held_out) for t in view.ranked if t.predicted is not None and t.held_out is not None]
+    searched = [(t, t.speedup) for t in view.measured if not t.stopped]
+    held_out = [(t, t.held_out) for t in view.ranked if t.held_out is not None]
     if not searched and not held_out:
         caption = "No candidate was measured yet: all speedups of this study are predicted."
         return Picture("predictions", title, caption, None)
     caption = (
         "Speedups with their 95 % intervals, which come from resampling prompts. On the line, predictions are right."
     )
-    if searched:
-        caption += (
-            f" The dashed line is the correction of predictions where they are compared with measurements: "
-            f"{view.correction:.2f}, the median of measured ÷ predicted on the search's prompts."
-        )
-    drawn = _draw_predictions(searched, held_out, view.correction if searched else None)
+    ratio = view.measured_over_predicted
+    if ratio is not None:
+        caption += f" Dashed: measured ÷ predicted on the search's prompts, median {ratio:.2f}."
+    drawn = _draw_predictions(searched, held_out, ratio)
     return Picture("predictions", title, caption, drawn, _predictions_table(searched, held_out))
 
 
-def _draw_predictions(
-    searched: Sequence[Measured], held_out: Sequence[Measured], correction: float | None
-) -> go.Figure:
-    predicted = [trial.predicted or 0.0 for trial, _ in (*searched, *held_out)]
+def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured], ratio: float | None) -> go.Figure:
+    predicted = [trial.predicted for trial, _ in (*searched, *held_out)]
     ends = [end for _, speedup in (*searched, *held_out) for end in (speedup.low, speedup.high)]
     low, high = 0.95 * min(*predicted, *ends), 1.05 * max(*predicted, *ends)
     drawn = empty_figure(
@@ -243,8 +239,8 @@ def _draw_predictions(
         yaxis={"title": {"text": "measured speedup"}, "range": [low, high], "ticksuffix": "×"},
     )
     lines = [("as predicted", 1.0, {"color": GREY, "width": 1})]
-    if correction is not None:
-        lines.append((f"corrected by {correction:.2f}", correction, {"color": VERMILION, "width": 1, "dash": "dash"}))
+    if ratio is not None:
+        lines.append((f"median {ratio:.2f}", ratio, {"color": VERMILION, "width": 1, "dash": "dash"}))
     for name, slope, line in lines:
         x, y = [low, high], [slope * low, slope * high]
         drawn.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
@@ -311,8 +307,8 @@ def history(view: StudyView) -> Picture:
         "measured, hollow diamonds stopped early, after some prompts; all other marks are predictions. The lines are "
         "the best predicted and the best measured so far."
     )
-    if view.measured and view.correction != 1:
-        caption += f" Measured speedups were {view.correction:.2f} times the predicted ones (median)."
+    if view.measured_over_predicted is not None:
+        caption += f" Measured speedups were {view.measured_over_predicted:.2f} times the predicted ones (median)."
     return Picture("history", "History", caption, _draw_history(view), _history_table(view.trials))
 
 
@@ -331,7 +327,7 @@ def _draw_history(view: StudyView) -> go.Figure:
         legend={"y": -0.16, "yanchor": "top"},
     )
     add_break_even(drawn, "y")
-    predicted = [trial for trial in view.trials if trial.basis == "predicted"]
+    predicted = [trial.as_predicted for trial in view.trials if not trial.revisits]
     families: dict[str, list[TrialSummary]] = {}
     for trial in predicted:
         families.setdefault(family_of(trial.source), []).append(trial)

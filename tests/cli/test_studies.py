@@ -20,6 +20,7 @@ from search.prompts import EncodedPrompt, PromptSplit
 from search.search import Search, SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
+from studies.ranking import prediction_of
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -61,23 +62,24 @@ def test_list_names_every_study_with_its_best_speedup(layerskip, searched):
 def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(layerskip, searched):
     study = load_study(open_storage(URL), "s")
     second = study.trials[1]
-    measured = {name: second.user_attrs[name] for name in ("skip_set", "draft", "acceptance", "predicted_speedup")}
+    predicted = prediction_of(second)
     study.add_trial(
         create_trial(
             value=0.75,
             params=second.params,
             distributions=second.distributions,
-            user_attrs=measured | {"basis": "measured"},
+            user_attrs=second.user_attrs,
+            intermediate_values={0: predicted, 1: 0.75},
         )
     )
     shown = layerskip("studies", "show", "s", "--json").object
     # The finalist alone was decoded, on the one prompt held out.
-    assert (shown["study"], shown["trials"]["complete"], shown["measurements"]) == ("s", 3, 1)
+    states = {state: count for state, count in shown["trials"].items() if state != "waiting"}
+    assert (shown["study"], states, shown["measurements"]) == ("s", {"complete": 1, "pruned": 2}, 1)
     bases = {trial["number"]: (trial["speedup"], trial["basis"]) for trial in shown["best"]}
-    assert bases == {0: (study.trials[0].value, "predicted"), study.trials[-1].number: (0.75, "measured")}
+    assert bases == {0: (prediction_of(study.trials[0]), "predicted"), study.trials[-1].number: (0.75, "measured")}
     first, last = shown["best"]
-    off = {"measured": 1.0, "predicted": 0.75 / measured["predicted_speedup"]}  # by how much predictions are too high
-    assert first["speedup"] * off[first["basis"]] >= last["speedup"] * off[last["basis"]]
+    assert (first["basis"], last["basis"]) == ("measured", "predicted")
     done = layerskip("studies", "show", "s")
     assert (done.status, done.err) == (0, "")
     assert "model     makers/tiny (float32 on " in done.out

@@ -3,8 +3,6 @@
 import random
 from contextlib import contextmanager
 
-from optuna.trial import TrialState
-
 from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
@@ -95,10 +93,6 @@ def ratio(measurements):
     plain = sum(m.plain_seconds for m in measurements) / sum(m.tokens for m in measurements)
     draft = sum(m.draft_seconds for m in measurements) / sum(m.draft_tokens for m in measurements)
     return plain / draft
-
-
-def completed(study):
-    return study.get_trials(states=(TrialState.COMPLETE,))
 
 
 def kind_of(event):

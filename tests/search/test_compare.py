@@ -70,14 +70,14 @@ def test_each_has_its_figures_in_the_order_of_the_methods(run):
     assert (theirs.acceptance_rate, theirs.tokens_per_pass, theirs.draft_bytes) == (None, 1, 0)
     assert [prompt.prompt for prompt in theirs.prompts] == ["a", "b", "c"]
     assert all(one.near_ties == one.different == 0 for one in (plain, whole, theirs))
-    assert all(one.lowest <= one.tokens_per_second <= one.highest for one in (plain, whole, theirs))
+    assert all(one.lowest <= one.highest <= one.tokens_per_second * (1 + 1e-9) for one in (plain, whole, theirs))
 
 
 def test_a_device_that_is_no_gpu_has_no_peak(run):
     assert {one.peak_bytes for one in run(repeats=1)} == {None}
 
 
-def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_prompts_medians(run, taking):
+def test_rates_are_those_of_the_repeats_and_the_speedup_that_of_the_fastest(run, taking):
     """Three prompts of nine tokens: plain decoding takes a second each; the other 0.5 s, but 4.5 s in one repeat."""
     taking(lambda name, number: 1.0 if name == "plain" else 4.5 if 3 <= number < 6 else 0.5)
     plain, whole, _ = run()
@@ -107,14 +107,9 @@ def test_every_prompt_is_counted_when_all_have_decoded_it(run):
     assert counted == [1, 2, 3, 4, 5, 6]
 
 
-def test_each_method_goes_first_equally_often(run, monkeypatch):
+def test_each_method_goes_first_equally_often(run, taking):
     names = []
-
-    def noted(model, method, *rest):
-        names.append(method.name)
-        return timed(model, method, *rest)
-
-    monkeypatch.setattr("search.measure.timed", noted)
+    taking(lambda name, number: names.append(name) or 1.0)
     run(repeats=3)
     assert sorted(names[::3]) == sorted(["plain", "whole", "theirs"] * 3)
     assert all(len(set(names[turn : turn + 3])) == 3 for turn in range(0, 27, 3))

@@ -20,7 +20,7 @@ from search.measure import (
     TimedRun,
     diverges_at_near_tie,
     mean_accepted_length,
-    measure_drafter,
+    measure_drafters,
     summarize,
     timed,
 )
@@ -46,9 +46,10 @@ def model():
 def run(model, lock):
     """Measures a drafter; gives what was measured after each prompt."""
 
-    def measure(drafter=None, prompts=PROMPTS, *, max_new_tokens=12, repeats=3):
+    def measure(drafter=None, prompts=PROMPTS, *, max_new_tokens=12, repeats=3, expected=None):
         drafter = drafter or LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
-        return list(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(prompts, max_new_tokens, repeats), lock))
+        plan = MeasuringPlan(prompts, max_new_tokens, repeats, expected or {})
+        return [m["draft"] for m in measure_drafters(EagerEngine(model), {"draft": drafter}, plan, lock)]
 
     return measure
 
@@ -67,8 +68,9 @@ def changed(monkeypatch):
 
 
 def measure_one(model, drafter, lock, *, prompt=PROMPT, max_new_tokens):
-    [measured] = measure_drafter(EagerEngine(model), drafter, MeasuringPlan([prompt], max_new_tokens), lock)
-    return measured
+    plan = MeasuringPlan([prompt], max_new_tokens)
+    [measured] = measure_drafters(EagerEngine(model), {"draft": drafter}, plan, lock)
+    return measured["draft"]
 
 
 def with_head_row(new, like, scale=1.0, **settings):
@@ -110,34 +112,85 @@ def calls(monkeypatch):
     return calls
 
 
-def test_every_prompt_is_decoded_both_ways_as_often_as_asked_and_in_turn(run, calls):
+@pytest.fixture
+def quiet(changed):
+    """A machine on which every run takes the same time."""
+    changed(lambda name, run: replace(run, seconds=1.0))
+
+
+def test_every_prompt_is_decoded_both_ways_as_often_as_asked_and_in_turn(run, changed):
+    calls = []
+    changed(lambda name, one: calls.append(name) or replace(one, seconds=1.0))
     assert [measured.prompt for measured in run(repeats=2)] == ["a", "b", "c"] * 2
-    assert [prompt for prompt, _ in calls[::2]] == [prompt for prompt, _ in calls[1::2]] == ["a", "b", "c"] * 2
-    both = {"plain decoding", "draft"}
-    assert all({one, other} == both for (_, one), (_, other) in zip(calls[::2], calls[1::2], strict=True))
-    assert all({first for prompt, first in calls[::2] if prompt == one} == both for one in "abc")
+    turns = list(zip(calls[::2], calls[1::2], strict=True))
+    assert len(turns) == 6
+    assert {frozenset(turn) for turn in turns} == {frozenset(("plain decoding", "draft"))}
+    assert {first for first, _ in turns[::3]} == {"plain decoding", "draft"}
 
 
-def test_plain_decoding_and_the_draft_take_turns_in_who_goes_first(run, calls):
-    run(repeats=1)
-    assert [method for _, method in calls[::2]] == ["plain decoding", "draft", "plain decoding"]
+def test_plain_decoding_and_the_draft_take_turns_in_who_goes_first(run, changed):
+    calls = []
+    changed(lambda name, one: calls.append(name) or replace(one, seconds=1.0))
+    run(repeats=1, expected={name: dict.fromkeys("abc", 1.0) for name in ("plain decoding", "draft")})
+    assert calls[::2] == ["plain decoding", "draft", "plain decoding"]
 
 
 def test_nothing_is_decoded_ahead_of_what_was_asked_for(model, lock, calls):
     drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (2,)), stopping=FixedLength(3)))
-    next(measure_drafter(EagerEngine(model), drafter, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
+    next(measure_drafters(EagerEngine(model), {"draft": drafter}, MeasuringPlan(PROMPTS, 4, repeats=2), lock))
     assert calls == [("a", "plain decoding"), ("a", "draft")]
 
 
-def test_a_prompt_counts_with_the_median_of_its_repeats(run, changed):
-    seconds = iter([1.0, 9.0, 2.0])
-    changed(lambda name, one: replace(one, seconds=next(seconds) if name == "draft" else 4.0))
+def runs_taking(changed, *, plain, draft):
+    """Let the runs of each method take so many seconds, one after the other."""
+    seconds = {"plain decoding": iter(plain), "draft": iter(draft)}
+    changed(lambda name, one: replace(one, seconds=next(seconds[name])))
+
+
+def test_a_prompt_counts_with_the_fastest_of_its_repeats(run, changed):
+    runs_taking(changed, plain=[4.0, 4.0, 4.0], draft=[2.0, 9.0, 2.1])
     after_each = run(prompts=PROMPTS[:1])
     assert [len(measured.plain) for measured in after_each] == [len(measured.draft) for measured in after_each]
-    assert [(m.plain_seconds, m.draft_seconds) for m in after_each] == [(4.0, 1.0), (4.0, 5.0), (4.0, 2.0)]
+    assert [(m.plain_seconds, m.draft_seconds) for m in after_each] == [(4.0, 2.0)] * 3
+    assert not after_each[-1].disturbed
     assert summarize(after_each[-1:]).speedup == 2.0
 
 
+@pytest.mark.parametrize(
+    ("plain", "draft", "expected", "runs"),
+    [
+        ([4.0, 4.1], [2.0, 2.1], {}, 2),  # two runs agree
+        ([4.0, 4.1, 4.0], [9.0, 2.0, 2.1], {}, 3),  # not before the third
+        ([4.0], [2.0], {"plain decoding": {"a": 4.1}, "draft": {"a": 1.9}}, 1),  # as expected
+        ([4.0, 4.1], [2.0, 2.1], {"plain decoding": {"a": 4.1}, "draft": {"a": 1.0}}, 2),  # slower, but certainly
+        ([9.0, 4.0, 4.0], [2.0, 2.1, 2.0], {"plain decoding": {"a": 4.0}}, 2),
+    ],
+)
+def test_a_prompt_is_decoded_until_its_times_are_confirmed(run, changed, plain, draft, expected, runs):
+    runs_taking(changed, plain=plain, draft=draft)
+    [measured] = run(prompts=PROMPTS[:1], repeats=1, expected=expected)
+    assert (len(measured.plain), len(measured.draft), measured.disturbed) == (runs, runs, False)
+
+
+def test_times_that_are_never_confirmed_are_uncertain(run, changed):
+    runs_taking(changed, plain=[1.0] * 4, draft=[1.0, 2.0, 4.0, 8.0])
+    [measured] = run(prompts=PROMPTS[:1], repeats=1)
+    assert measured.disturbed
+    assert summarize([measured]).disturbed == 1
+
+
+def test_all_drafters_are_measured_against_the_same_runs_of_plain_decoding(model, lock):
+    drafters = {
+        name: LayerSkipDrafter(model, DraftConfig(skip_set))
+        for name, skip_set in (("x", SkipSet(LAYERS, (2,))), ("y", SkipSet(LAYERS)))
+    }
+    for measured in measure_drafters(EagerEngine(model), drafters, MeasuringPlan(PROMPTS, 8), lock):
+        assert list(measured) == ["x", "y"]
+        assert measured["x"].plain == measured["y"].plain
+        assert measured["x"].draft != measured["y"].draft
+
+
+@pytest.mark.usefixtures("quiet")
 def test_accepted_tokens_are_counted_by_the_round(run, model):
     drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3)))
     measured = run(drafter, repeats=1)

@@ -14,7 +14,7 @@ from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.target_texts import batch_generate
 from layerskip.token_tree import TokenTree, widths_of
 from search.acceptance_tracer import AcceptanceTracer
-from search.policies import best_policy, best_tree, count_paths, tree_policies
+from search.policies import PolicyChoice, best_tree, count_paths, tree_policies
 from search.reference import record
 from search.simulate import RoundCosts, Simulator
 from search.space import SearchSpace
@@ -131,12 +131,32 @@ def test_the_best_policy_is_the_fastest_of_all(ranks, longest):
     """Drafts that are always right, then drafts that are never right."""
     space = SearchSpace(4, target_confidence_thresholds=(0.0, 0.9), tree_sizes=(3,))
     simulator = Simulator([stack_trace(ranks, target=[0.5] * 20)], flat_costs(1), 21)
-    best = best_policy(CONFIG, space, simulator)
+    best = PolicyChoice(CONFIG, space, simulator).best()
     tried = [*space.policies(CONFIG), *tree_policies(CONFIG, space, simulator.traces, heads=False)]
     assert best.config in tried
     assert best.speedup == max(one.speedup for one in simulator.simulate(tried))
     assert (best.config.target_confidence_threshold == 0.0) == longest
     assert (best.speedup > 1) == longest
+
+
+@given(st.lists(st.lists(st.sampled_from([0, LAST_RANK]), min_size=20, max_size=20), min_size=2, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_the_expected_speedup_of_each_text_is_that_of_the_policy_which_is_best_on_all_others(ranks):
+    space, texts = SearchSpace(4), [stack_trace(row) for row in ranks]
+    choice = PolicyChoice(CONFIG, space, Simulator(texts, flat_costs(len(texts)), 21))
+    seconds = 0.0
+    for number, text in enumerate(texts):
+        others = texts[:number] + texts[number + 1 :]
+        policy = PolicyChoice(CONFIG, space, Simulator(others, flat_costs(len(others)), 21)).best().config
+        [alone] = Simulator([text], flat_costs(1), 21).simulate([policy])
+        seconds += alone.seconds[0]
+    assert choice.expected_speedup() == pytest.approx(21 * len(texts) / seconds)
+    assert choice.expected_speedup() <= choice.best().speedup * (1 + 1e-9)
+
+
+def test_with_a_single_text_the_expected_speedup_is_that_of_the_best_policy():
+    choice = PolicyChoice(CONFIG, SearchSpace(4), Simulator([stack_trace([0] * 20)], flat_costs(1), 21))
+    assert choice.expected_speedup() == choice.best().speedup
 
 
 TOKENS = 41
@@ -154,7 +174,7 @@ def best_with(copies):
     # A tree takes a little longer than a token alone.
     trees = np.array([[1.0] + [1.1] * 24] * len(copies))
     costs = RoundCosts(np.ones(len(copies)), lambda ways: np.full(len(copies), 0.5 * len(ways)), trees, trees)
-    return best_policy(CONFIG, SPACE, Simulator([wrong] * len(copies), costs, TOKENS, lookups)).config
+    return PolicyChoice(CONFIG, SPACE, Simulator([wrong] * len(copies), costs, TOKENS, lookups)).best().config
 
 
 def copying(places, drafted, right):
@@ -190,7 +210,7 @@ def test_prompt_lookup_is_part_of_a_policy_only_where_the_space_has_it():
     copied = {lookup: [LookupTrace(np.full(21, 3), np.minimum(3, 20 - np.arange(21)))] * 2 for lookup in lookups}
     simulator = Simulator(wrong, flat_costs(2), 21, copied)
     for has_lookup in (True, False):
-        best = best_policy(CONFIG, SearchSpace(4, prompt_lookup=has_lookup), simulator)
+        best = PolicyChoice(CONFIG, SearchSpace(4, prompt_lookup=has_lookup), simulator).best()
         assert (best.config.prompt_lookup is not None) == has_lookup
 
 

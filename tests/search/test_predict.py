@@ -10,7 +10,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder
-from search.policies import best_policy
+from search.policies import PolicyChoice
 from search.predict import SpeedupPredictor
 from search.reference import record
 from search.simulate import RoundCosts, Simulator
@@ -49,7 +49,7 @@ def test_only_a_candidate_that_cannot_win_is_given_up_and_at_the_first_sign_of_i
     for part in estimator.trace(stack):
         seen += part
         costs = RoundCosts.of_stack(known_costs(), stack, EagerEngine(llama), seen, SPACE.most_drafted)
-        so_far = best_policy(candidate, SPACE, Simulator(seen, costs, LIMIT))
+        so_far = PolicyChoice(candidate, SPACE, Simulator(seen, costs, LIMIT)).best()
         slower = np.array(so_far.seconds) - to_beat[: len(seen)]
         error = max(slower.std(ddof=1) / len(seen) ** 0.5, 0.01 * np.mean(so_far.seconds))
         if slower.mean() > 2 * error or len(seen) == estimator.num_texts:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import fields, replace
+from functools import partial
 
 import optuna
 import pytest
@@ -20,6 +21,7 @@ from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessErro
 from layerskip.fingerprint import identify
 from search.callbacks import (
     FinalistMeasured,
+    HeldOutPromptMeasured,
     PhaseStarted,
     PromptMeasured,
     ReferenceReady,
@@ -27,21 +29,26 @@ from search.callbacks import (
     TrialFinished,
 )
 from search.measure import Summary
-from search.measurement_scheduler import next_to_measure
-from search.objective import MEASURES_KEY, SOURCE_KEY, Objective
+from search.objective import Objective
 from search.predict import SpeedupPredictor
+from search.pruner import MeasuringPruner, next_to_measure
 from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import warm_starts
 from studies.ranking import (
+    REVISITS_KEY,
+    SOURCE_KEY,
     basis_of,
     best_trials,
     candidate_key,
     config_of,
-    correction_of,
     evaluated_trials,
+    is_stopped,
     measured_trials,
+    predicted_trials,
+    prediction_of,
+    prompt_speedups,
     speedup_of,
 )
 from studies.storage import open_storage
@@ -52,7 +59,6 @@ from tests.search.searches import (
     MODEL_ID,
     CtrlC,
     Log,
-    completed,
     explore,
     kind_of,
     known_costs,
@@ -114,29 +120,37 @@ def test_a_search_predicts_as_many_candidates_as_it_was_asked_for(finished):
     result, _, _, _, study = finished
     assert result.trials == len(evaluated_trials(study)) == STARTS + 8
     assert result.measured == len(measured_trials(study)) >= 1
-    assert len(completed(study)) == result.trials + result.measured
     assert not result.interrupted
 
 
-def test_every_value_says_whether_it_was_predicted_or_measured(finished):
-    for trial in completed(finished[4]):
-        assert trial.user_attrs["basis"] in ("predicted", "measured")
-        if basis_of(trial) == "predicted":
-            assert trial.value == trial.user_attrs["predicted_speedup"]
-            assert MEASURES_KEY not in trial.user_attrs
+def test_optuna_alone_tells_the_best_measured_speedup_and_every_prediction(finished):
+    result, storage, _, _, study = finished
+    plain = optuna.load_study(study_name=result.study, storage=str(storage.engine.url))
+    best = plain.best_trial
+    assert best.value == max(trial.value for trial in measured_trials(study)) == plain.best_value
+    assert math.isclose(best.value, ratio(records(storage, result.study, prompt_set="search", trial=best.number)))
+    for trial in plain.trials:
+        steps = list(trial.intermediate_values)
+        assert steps[0] == 0
+        if trial.state == TrialState.COMPLETE:
+            assert sorted(steps) == [0, 1, 2, 3]  # the prediction, then a speedup for each prompt
         else:
-            assert trial.value == trial.user_attrs["speedup"]
+            assert trial.state == TrialState.PRUNED
+            assert {"acceptance", "draft_cost", "config"} <= trial.user_attrs.keys()
 
 
 def test_a_measured_value_is_the_ratio_of_the_recorded_times(finished):
     result, storage, prompts, _, study = finished
-    allowed = {prompt.id for prompt in prompts.search[:3]}
-    for trial in measured_trials(study):
+    ids = {step: prompt.id for step, prompt in enumerate(prompts.search[:3], start=1)}
+    for trial in predicted_trials(study):
         recorded = records(storage, result.study, prompt_set="search", trial=trial.number)
-        assert math.isclose(trial.value, ratio(recorded))
-        ids = [record.prompt for record in recorded]
-        assert len(set(ids)) == len(ids) == trial.user_attrs["prompts"]
-        assert set(ids) == allowed or (trial.user_attrs["stopped_early"] and set(ids) < allowed)
+        by_prompt = {record.prompt: ratio([record]) for record in recorded}
+        assert len(by_prompt) == len(recorded)
+        measured = {ids[step]: speedup for step, speedup in prompt_speedups(trial).items()}
+        assert measured == pytest.approx(by_prompt)
+        if trial.state == TrialState.COMPLETE:
+            assert math.isclose(trial.value, ratio(recorded))
+            assert by_prompt.keys() == set(ids.values())
         for record in recorded:
             assert record.tokens == record.draft_tokens == 6
             assert 0 <= record.accepted <= record.drafted
@@ -146,20 +160,23 @@ def test_a_measured_value_is_the_ratio_of_the_recorded_times(finished):
 
 def test_what_is_only_predicted_decodes_nothing(finished):
     result, storage, _, _, study = finished
-    measured = {trial.number for trial in measured_trials(study)}
+    measured = {trial.number for trial in study.trials if basis_of(trial) == "measured"}
     assert {record.trial for record in records(storage, result.study, prompt_set="search")} == measured
 
 
-def test_a_measurement_is_a_trial_of_its_own_that_names_the_one_it_measures(finished):
-    study = finished[4]
+def test_a_promising_candidate_that_was_pruned_is_measured_by_a_second_trial(llama, storage, monkeypatch):
+    monkeypatch.setattr(MeasuringPruner, "prune", lambda self, study, trial: REVISITS_KEY not in trial.user_attrs)
+    result = small_search(llama, storage, trials=STARTS, **MEASURING).run()
+    study = load_study(storage, result.study)
+    assert result.trials == STARTS
     for trial in measured_trials(study):
-        looked_at = study.trials[trial.user_attrs[MEASURES_KEY]]
-        assert basis_of(looked_at) == "predicted"
-        assert looked_at.number < trial.number
-        assert looked_at.params == trial.params
-        assert trial.user_attrs[SOURCE_KEY] == f"measurement of trial {looked_at.number}"
-        for key in ("config", "draft", "acceptance", "predicted_speedup", "skip_set"):
-            assert trial.user_attrs[key] == looked_at.user_attrs[key]
+        earlier = study.trials[trial.user_attrs[REVISITS_KEY]]
+        assert (earlier.state, earlier.params) == (TrialState.PRUNED, trial.params)
+        assert trial.user_attrs[SOURCE_KEY] == f"trial {earlier.number}, to be measured"
+        assert prediction_of(trial) == prediction_of(earlier)
+        for key in ("config", "draft", "acceptance", "draft_cost", "skip_set"):
+            assert trial.user_attrs[key] == earlier.user_attrs[key]
+    assert measured_trials(study)[0].params == max(evaluated_trials(study), key=prediction_of).params
 
 
 def test_no_candidate_is_measured_twice(finished):
@@ -167,17 +184,9 @@ def test_no_candidate_is_measured_twice(finished):
     assert len(set(measured)) == len(measured)
 
 
-def test_the_first_to_be_measured_is_the_best_of_all_starts(finished):
-    study = finished[4]
-    first = measured_trials(study)[0]
-    before = evaluated_trials(study)[: first.number]
-    assert first.number >= STARTS
-    assert first.user_attrs["predicted_speedup"] == max(map(speedup_of, before))
-
-
 def test_a_trial_records_its_candidate_and_its_result(finished):
     result, storage, _, _, study = finished
-    for trial in completed(study):
+    for trial in predicted_trials(study):
         candidate, config = SPACE.config(trial.params), config_of(trial)
         assert trial.user_attrs["skip_set"] == str(candidate.skip_set)
         assert trial.user_attrs["draft"] == config.details
@@ -218,7 +227,7 @@ def test_no_candidate_is_predicted_twice(finished):
     assert len(set(looked_at)) == len(looked_at)
 
 
-def test_finalists_are_the_best_by_what_was_measured_or_else_by_corrected_predictions(finished):
+def test_finalists_are_the_best_by_what_was_measured_or_else_predicted(finished):
     result, storage, prompts, _, study = finished
     again = records(storage, result.study, prompt_set="held-out")
     chosen = best_trials(study, 2)
@@ -284,22 +293,23 @@ def test_a_search_reports_its_progress(finished):
     assert kinds[:5] == [StudyOpened, "reference", ReferenceReady, "costs", "trials"]
     [opened] = log.of(StudyOpened)
     at_start = opened.progress
-    assert (opened.name, at_start.seen, at_start.measured, at_start.best) == (result.study, 0, 0, None)
+    assert (opened.name, at_start.evaluated, at_start.measured, at_start.best) == (result.study, 0, 0, None)
     finished_trials = log.of(TrialFinished)
-    assert [event.trial.number for event in finished_trials] == [trial.number for trial in completed(study)]
+    assert [event.trial.number for event in finished_trials] == [trial.number for trial in study.trials]
     for event in finished_trials:
         progress = event.progress
-        so_far = [trial for trial in completed(study) if trial.number <= event.trial.number]
-        assert progress.seen == sum(basis_of(trial) == "predicted" for trial in so_far)
-        assert progress.measured == len(so_far) - progress.seen
-        assert progress.best in [trial.value for trial in so_far if basis_of(trial) == progress.basis]
+        so_far = [trial for trial in study.trials if trial.number <= event.trial.number]
+        assert progress.evaluated == sum(REVISITS_KEY not in trial.user_attrs for trial in so_far)
+        assert progress.measured == sum(trial.state == TrialState.COMPLETE for trial in so_far)
+        assert progress.best in [speedup_of(trial) for trial in so_far if basis_of(trial) == progress.basis]
     assert kinds.index("finalists") > max(i for i, kind in enumerate(kinds) if kind == TrialFinished)
-    assert log.of("finalists") == [PhaseStarted("finalists", 2)]
+    assert log.of("finalists") == [PhaseStarted("finalists", 4)]  # two prompts, twice
+    assert [event.done for event in log.of(HeldOutPromptMeasured)] == [1, 2, 3, 4]
     finalists = log.of(FinalistMeasured)
-    assert [event.number for event in finalists] == [1, 2]
+    assert {event.trial.number for event in finalists} == {trial.number for trial in best_trials(study, 2)}
     assert max(event.speedup for event in finalists) == result.profile.measured.speedup
-    best = result.profile.provenance.trial
-    assert [event.done for event in log.of(PromptMeasured) if event.trial == best][-3:] == [0, 1, 2]
+    measured = [trial.number for trial in measured_trials(study)]
+    assert [event.done for event in log.of(PromptMeasured) if event.trial == measured[0]] == [0, 1, 2, 3]
 
 
 def test_a_search_that_may_not_measure_measures_finalists_alone(llama, storage):
@@ -308,7 +318,6 @@ def test_a_search_that_may_not_measure_measures_finalists_alone(llama, storage):
     assert not records(storage, result.study, prompt_set="search")
     assert result.profile.measured.prompt_set == "held-out"
     study = load_study(storage, result.study)
-    assert correction_of(study) == 1
     assert next_to_measure(study).number == best_trials(study, 1)[0].number
 
 
@@ -381,7 +390,7 @@ def test_every_sampler_can_search(llama, storage, sampler):
     assert result.trials == STARTS + 6
 
 
-def test_a_candidate_that_was_predicted_before_is_answered_from_the_record(llama, storage):
+def test_a_candidate_that_was_predicted_before_is_not_traced_again(llama, storage):
     name = small_search(llama, storage, trials=2).run().study
     study = load_study(storage, name)
     first = study.trials[1]
@@ -389,11 +398,10 @@ def test_a_candidate_that_was_predicted_before_is_answered_from_the_record(llama
         storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     study.enqueue_trial(first.params)
     assert not passes_of_trials(small_search(llama, storage, trials=3))
-    again = completed(load_study(storage, name))[-1]
+    again = predicted_trials(load_study(storage, name))[-1]
     assert again.params == first.params
-    assert (again.value, again.user_attrs["answered_from"]) == (first.value, first.number)
+    assert (prediction_of(again), again.user_attrs["predicted_by"]) == (prediction_of(first), first.number)
     assert config_of(again) == config_of(first)
-    assert best_trials(load_study(storage, name), 9)[0].number != again.number
 
 
 def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
@@ -403,32 +411,32 @@ def test_a_trial_that_would_skip_everything_is_passed_over(llama, storage):
     study.enqueue_trial(everything)
     result = small_search(llama, storage, trials=2).run()
     study = load_study(storage, result.study)
-    assert [trial.state for trial in study.trials] == [TrialState.PRUNED, TrialState.COMPLETE, TrialState.COMPLETE]
     assert study.trials[0].params == everything
-    assert result.trials == 2
+    assert not study.trials[0].intermediate_values
+    assert result.trials == len(study.trials) - 1 == 2
 
 
-def test_a_hopeless_measurement_stops_early_and_keeps_the_speedup_of_the_prompts_it_did(llama, storage, monkeypatch):
+def test_a_measurement_that_cannot_win_stops_early_and_is_pruned(llama, storage, monkeypatch):
     monkeypatch.setattr(SearchSpace, "policies", lambda self, config: [replace(config, stopping=FixedLength(8))])
+    hopeful = partial(SpeedupPredictor.predict, to_beat=())
+    monkeypatch.setattr(
+        SpeedupPredictor, "predict", lambda self, candidate, to_beat: replace(hopeful(self, candidate), speedup=1.0)
+    )
     prompts = random_prompts(search=12, held_out=1)
     settings = {"prompts": prompts, "prompts_per_trial": 12, "max_new_tokens": 12, "study": "s", "finalists": 1}
     study = new_study(storage, model=llama, **settings)
     with_no_starts(study)
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
-    for number, skip_set in enumerate([SkipSet(LAYERS), nearly_nothing]):
-        parameters = SPACE.parameters(DraftConfig(skip_set))
-        study.enqueue_trial(parameters)
-        study.enqueue_trial(parameters, user_attrs={MEASURES_KEY: 2 * number}, skip_if_exists=False)
-    small_search(llama, storage, trials=3, **settings).run()
-    study = load_study(storage, "s")
-    best, hopeless = measured_trials(study)
-    assert (best.number, hopeless.number) == (1, 3)
+    for skip_set in (SkipSet(LAYERS), nearly_nothing):
+        study.enqueue_trial(SPACE.parameters(DraftConfig(skip_set)))
+    small_search(llama, storage, trials=2, **settings, **MEASURING).run()
+    best, hopeless = load_study(storage, "s").trials
+    assert (best.state, hopeless.state) == (TrialState.COMPLETE, TrialState.PRUNED)
+    assert is_stopped(hopeless)
     assert SPACE.config(hopeless.params).skip_set == nearly_nothing
-    assert "stopped_early" not in best.user_attrs
-    assert hopeless.user_attrs["stopped_early"]
     recorded = records(storage, "s", prompt_set="search", trial=hopeless.number)
-    assert len(recorded) == hopeless.user_attrs["prompts"] < 12
-    assert math.isclose(hopeless.value, ratio(recorded))
+    assert len(recorded) == hopeless.user_attrs["prompts"] == len(prompt_speedups(hopeless)) < 12
+    assert math.isclose(speedup_of(hopeless), ratio(recorded))
 
 
 def test_the_same_search_finds_its_study_again_and_another_one_gets_its_own(llama, storage):
@@ -474,7 +482,7 @@ def test_a_resumed_search_makes_only_the_missing_trials(llama, database):
     assert after[2].params == before[2].system_attrs["fixed_params"]
     assert [event.trial.number for event in log.of(TrialFinished)] == [2, 3]
     [opened] = log.of(StudyOpened)
-    assert (opened.progress.seen, opened.progress.best) == (2, max(trial.value for trial in before[:2]))
+    assert (opened.progress.evaluated, opened.progress.best) == (2, max(prediction_of(trial) for trial in before[:2]))
 
 
 @pytest.mark.parametrize("trials", [2, 1])
@@ -576,23 +584,23 @@ def test_a_search_resumed_with_the_same_seed_does_not_propose_the_same_again(lla
     assert len(set(tried)) == len(tried) == STARTS + 5
 
 
-def test_ctrl_c_in_the_middle_of_a_measurement_keeps_the_trials_before_it_and_measures_again(llama, storage):
+def test_ctrl_c_in_the_middle_of_a_measurement_keeps_the_trials_before_it_and_tries_again(llama, storage):
     settings = {"trials": STARTS + 4, "finalists": 1, **MEASURING}
     result = small_search(llama, storage, on_event=CtrlC(PromptMeasured, 3), **settings).run()
     study = load_study(storage, result.study)
-    assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 0)
+    assert (result.interrupted, result.measured) == (True, 0)
     assert result.profile is None  # nothing was measured
     [broken] = study.get_trials(states=(TrialState.FAIL,))
-    assert MEASURES_KEY in broken.user_attrs
     assert len(records(storage, result.study, trial=broken.number)) == 2
+    before = study.trials[: broken.number]
 
     again = small_search(llama, storage, **settings).run()
-    retried = load_study(storage, result.study).trials[broken.number + 1]
+    study = load_study(storage, result.study)
+    assert study.trials[: broken.number] == before
+    [retried, *_] = [trial for trial in study.trials[broken.number + 1 :] if trial.params == broken.params]
     assert not again.interrupted
-    assert (retried.state, basis_of(retried)) == (TrialState.COMPLETE, "measured")
-    assert retried.params == broken.params
-    for key in (MEASURES_KEY, SOURCE_KEY):
-        assert retried.user_attrs[key] == broken.user_attrs[key]
+    assert retried.state == TrialState.COMPLETE
+    assert retried.user_attrs[SOURCE_KEY] == broken.user_attrs[SOURCE_KEY]
     assert again.trials == STARTS + 4
 
 
@@ -616,12 +624,12 @@ def test_a_start_that_ctrl_c_broke_off_is_tried_again_and_still_called_one(llama
         result = small_search(llama, storage, trials=5).run()
     assert (result.interrupted, result.trials, result.profile) == (True, 1, None)
     trials = load_study(storage, result.study).trials
-    assert [trial.state for trial in trials[:2]] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert [trial.state for trial in trials[:2]] == [TrialState.PRUNED, TrialState.FAIL]
 
     again = small_search(llama, storage, trials=STARTS).run()
     trials = load_study(storage, result.study).trials
     assert (again.interrupted, again.trials) == (False, STARTS)
-    [retried] = [t for t in completed(load_study(storage, result.study)) if t.params == trials[1].params]
+    [retried] = [t for t in predicted_trials(load_study(storage, result.study)) if t.params == trials[1].params]
     assert retried.user_attrs[SOURCE_KEY] == trials[1].user_attrs[SOURCE_KEY]
 
 
@@ -654,11 +662,12 @@ def test_ctrl_c_between_trials_keeps_them_all(llama, storage, event, done):
 def test_ctrl_c_after_a_measurement_gives_the_best_profile_so_far(llama, storage):
     settings = {"trials": STARTS + 6, **MEASURING}
     result = small_search(llama, storage, on_event=CtrlC(TrialFinished, STARTS + 1), **settings).run()
-    assert (result.interrupted, result.trials, result.measured) == (True, STARTS, 1)
-    [measured] = measured_trials(load_study(storage, result.study))
+    assert result.interrupted
+    measured = measured_trials(load_study(storage, result.study))
+    assert result.measured == len(measured) >= 1
     assert result.profile.measured.prompt_set == "search"
-    assert result.profile.measured.speedup == measured.value
-    assert result.profile.provenance.trial == measured.number
+    assert result.profile.measured.speedup == max(trial.value for trial in measured)
+    assert result.profile.provenance.trial in [trial.number for trial in measured]
 
 
 @pytest.mark.parametrize(
@@ -681,16 +690,20 @@ def test_ctrl_c_while_a_trial_is_stored_loses_no_trial(llama, storage, method, c
     chosen = broken.system_attrs["fixed_params"]
     assert small_search(llama, storage, trials=STARTS + 1).run().trials == STARTS + 1
     if broken.state == TrialState.FAIL:  # or it runs until its heartbeat tells that it died
-        assert chosen in [trial.params for trial in completed(load_study(storage, name))]
+        assert chosen in [trial.params for trial in predicted_trials(load_study(storage, name))]
 
 
-def test_ctrl_c_among_the_finalists_gives_the_best_of_those_measured(llama, storage):
-    result = small_search(llama, storage, on_event=CtrlC(FinalistMeasured)).run()
+@pytest.mark.parametrize(("prompts", "kept"), [(1, False), (2, True), (3, True)])
+def test_ctrl_c_among_the_finalists_keeps_figures_of_all_held_out_prompts_alone(llama, storage, prompts, kept):
+    result = small_search(llama, storage, on_event=CtrlC(HeldOutPromptMeasured, prompts)).run()
     assert result.interrupted
     recorded = records(storage, result.study, prompt_set="held-out")
-    assert {record.trial for record in recorded} == {result.profile.provenance.trial}
-    assert result.profile.measured.prompt_set == "held-out"
-    assert math.isclose(result.profile.measured.speedup, ratio(recorded))
+    assert (result.profile is not None) == kept
+    assert len(recorded) == 4 * kept
+    if kept:
+        assert result.profile.measured.prompts == 2
+        own = [record for record in recorded if record.trial == result.profile.provenance.trial]
+        assert math.isclose(result.profile.measured.speedup, ratio(own))
 
 
 def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monkeypatch):
@@ -706,7 +719,7 @@ def test_a_draft_that_changes_the_output_ends_the_search_as_a_bug(storage, monke
     with pytest.raises(LosslessnessError, match="bug"):
         search.run()
     states = [trial.state for trial in load_study(storage, "s").trials]
-    assert states == [TrialState.COMPLETE] * STARTS + [TrialState.FAIL]
+    assert states[0] == TrialState.FAIL
     assert not records(storage, "s")
 
 
@@ -780,7 +793,7 @@ def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them
 
 def test_the_first_trials_of_a_rich_search_are_rich_and_say_so_where_there_is_something_to_bridge(rich, storage):
     name = rich(trials=2).run().study
-    whole, skipping = completed(load_study(storage, name))
+    whole, skipping = predicted_trials(load_study(storage, name))
     for trial in (whole, skipping):
         assert (trial.params["bridges"], trial.params["vocabulary_size"]) == (True, VOCABULARY // 2)
     assert whole.user_attrs["skip_set"] == "nothing skipped"

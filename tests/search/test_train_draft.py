@@ -13,7 +13,7 @@ from search.head_costs import HeadCosts
 from search.reference import record
 from search.space import SearchSpace
 from search.traces import trace_early_exit
-from search.train_draft import best_trained_policy, space_for
+from search.train_draft import space_for, trained_policy_choice
 from search.untrained_drafts import early_exit, exit_of
 from tests.models import LAYERS, random_heads, random_layers
 
@@ -83,8 +83,9 @@ def best_policy(model, skip_set, weights, space, new):
     costs = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
     head_costs = HeadCosts(0.0, [[0.0]] * weights.heads.count, [1]) if weights.heads else None
     texts = [record(model, [1, 2], new)]
-    best = best_trained_policy(engine, skip_set, weights, space, texts, costs, head_costs, max_new_tokens=len(new))
-    return best.config
+    limit = len(new)
+    choice = trained_policy_choice(engine, skip_set, weights, space, texts, costs, head_costs, max_new_tokens=limit)
+    return choice.best().config
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ from optuna.trial import TrialState
 
 import search.search as search_module
 from search.callbacks import TrialFinished
-from search.objective import MEASURES_KEY, SOURCE_KEY
 from search.space import SearchSpace
 from search.workers import Workers
-from studies.ranking import candidate_key, evaluated_trials, measured_trials
+from studies.ranking import SOURCE_KEY, candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
@@ -97,7 +96,7 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert len(enqueued) == len({candidate_key(trial) for trial in enqueued}) == STARTS
     # Two workers may propose the same at the same moment; neither waits for the other.
     assert len({candidate_key(trial) for trial in looked_at}) >= len(looked_at) - 4
-    measured = [trial.user_attrs[MEASURES_KEY] for trial in measured_trials(study)]
+    measured = [candidate_key(trial) for trial in measured_trials(study)]
     assert len(set(measured)) == len(measured)
     assert "Trial" not in capfd.readouterr().err  # where the first worker's Optuna is silent, all are
 
@@ -148,7 +147,7 @@ def test_ctrl_c_ends_all_workers_and_what_they_had_in_hand_is_tried_again(search
 
     monkeypatch.setattr("search.workers._SECONDS_TO_END", 120)  # none is killed, however busy the machine is
     search, failures = search_with(partial(load_slow, str(looking)), partial(load_slow, str(looking)))
-    monkeypatch.setattr(search_module.MeasurementScheduler, "__call__", plan_for_ever)
+    monkeypatch.setattr(search_module.MeasuringPruner, "revisit", plan_for_ever)
     threading.Thread(target=press_when_all_look, daemon=True).start()
     result = search.run()
     assert (result.interrupted, result.trials, failures) == (True, 1, [])

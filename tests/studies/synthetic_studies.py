@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from layerskip import SkipSet
 from layerskip.costs import best_speedup
 from layerskip.drafting.config import DraftConfig
-from studies.ranking import best_trials
+from studies.ranking import best_trials, prediction_of, speedup_of
 from studies.records import MeasurementRecord
 from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, StudyContext, open_study
 
@@ -77,34 +77,34 @@ class StudyBuilder:
         return self
 
     def predict(self, count):
-        """Predict random candidates, the first of them warm starts."""
+        """Predict random candidates, the first of them warm starts; all are pruned."""
         for number in range(len(self.trials), len(self.trials) + count):
             share = 0.0 if number == 0 else self.random.choice((0.1, 0.2, 0.4))
             tried = [trial.params for trial in self.trials]
             while (parameters := self._parameters(share)) in tried:
                 pass
             proposer = {"source": SOURCES[number]} if number < len(SOURCES) else {"sampler": "tpe"}
-            self._add(number, parameters, self._prediction(parameters) | proposer | {"basis": "predicted"})
+            attributes, speedup = self._prediction(parameters)
+            self._add(number, parameters, attributes | proposer, speedup)
         return self
 
     def measure(self, count, *, stopped=False, off=0.9):
         """Measure the best that were not measured yet; measured speedups are ``off`` times the predicted ones."""
-        done = [trial.params for trial in self.trials if trial.user_attrs["basis"] == "measured"]
+        done = [trial.params for trial in self.trials if "revisits" in trial.user_attrs]
         predicted = [trial for trial in self.trials if trial.params not in done]
-        for trial in sorted(predicted, key=lambda trial: trial.values[0], reverse=True)[:count]:
-            number, value = len(self.trials), off * trial.values[0]
-            attributes = trial.user_attrs | {"basis": "measured", "source": f"measurement of trial {trial.number}"}
-            attributes |= {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value}
-            attributes |= {"stopped_early": True} if stopped else {}
+        for trial in sorted(predicted, key=prediction_of, reverse=True)[:count]:
+            number, value = len(self.trials), off * prediction_of(trial)
+            own = {"source": f"trial {trial.number}, to be measured", "revisits": trial.number, "speedup": value}
+            attributes = trial.user_attrs | own | {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value}
             attributes.pop("sampler", None)
-            self._add(number, trial.params, attributes, value)
+            self._add(number, trial.params, attributes, prediction_of(trial), value, stopped=stopped)
             self._record(number, "search", value, 6)
         return self
 
     def measure_finalists(self, count, *, off=0.95):
         """Measure the best on held-out prompts."""
         for trial in best_trials(self.study, count):
-            self._record(trial.number, "held-out", off * trial.values[0], 8)
+            self._record(trial.number, "held-out", off * speedup_of(trial), 8)
         return self
 
     def _parameters(self, share):
@@ -121,25 +121,27 @@ class StudyBuilder:
         speedup = best_speedup(rate, cost, lambda k: 1 + 0.04 * (k - 1), 8) * self.random.uniform(0.9, 1.0)
         size = parameters["vocabulary_size"]
         config = DraftConfig(SkipSet.from_mask(mask), parameters["bridges"], vocabulary_size=size)
-        return {
+        attributes = {
             "config": config.to_json(),
             "skip_set": str(config.skip_set),
             "draft": config.details,
             "acceptance": rate,
             "draft_cost": cost,
-            "predicted_speedup": speedup,
         }
+        return attributes, speedup
 
-    def _add(self, number, parameters, attributes, value=None):
-        speedup = attributes["predicted_speedup"] if value is None else value
+    def _add(self, number, parameters, attributes, predicted, measured=None, *, stopped=False):
         choices = {"bridges": (False, True), "vocabulary_size": VOCABULARIES}
         began = BEGAN + timedelta(seconds=number)
+        complete = measured is not None and not stopped
+        prompts = {} if measured is None else dict.fromkeys(range(1, 4 if stopped else 7), measured)
         trial = create_trial(
-            state=TrialState.COMPLETE,
-            value=speedup,
+            state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+            value=measured if complete else None,
             params=parameters,
             distributions={name: CategoricalDistribution(choices.get(name, (0, 1))) for name in parameters},
             user_attrs=attributes,
+            intermediate_values={0: predicted} | prompts,
         )
         trial.datetime_start, trial.datetime_complete = began, began + timedelta(seconds=1)
         trial.number = number

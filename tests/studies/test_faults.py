@@ -9,7 +9,6 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from layerskip.errors import InvalidInputError
-from studies.ranking import completed_trials
 from studies.storage import open_existing_storage, open_storage
 from studies.storage_errors import StorageError
 from studies.study import StudyContext, describe_study, list_studies, open_study
@@ -57,10 +56,10 @@ def test_a_full_disk_is_an_error_in_one_line_and_what_was_finished_stays(databas
     # With room again, the study goes on.
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
-    assert [trial.number for trial in completed_trials(study)] == [0, 1, 2]
+    assert [trial.number for trial in study.get_trials(states=(TrialState.COMPLETE,))] == [0, 1, 2]
     assert {0, 1, 2} <= {record.trial for record in storage.records.of("s")}
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    assert len(completed_trials(study)) == 4
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 4
 
 
 def test_a_measurement_that_does_not_fit_on_the_disk_is_an_error_in_one_line(database):
@@ -136,7 +135,7 @@ def test_a_study_with_trials_from_the_future_is_listed_and_resumed(database):
     storage.records.add(measurement("s", 0, 1.0))
     future = datetime.now() + timedelta(days=3650)
     execute(storage, "UPDATE trials SET datetime_start = :then, datetime_complete = :then", then=future)
-    execute(storage, "UPDATE layerskip_measurements SET measured_at = :then", then=future)
+    execute(storage, "UPDATE layerskip_prompt_measurements SET measured_at = :then", then=future)
 
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
@@ -144,7 +143,7 @@ def test_a_study_with_trials_from_the_future_is_listed_and_resumed(database):
     assert (summary.trials, summary.measured) == (2, 2)
     assert describe_study(storage, "s", 5)["measurements"] == 1
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    assert len(completed_trials(study)) == 3
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

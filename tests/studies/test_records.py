@@ -60,4 +60,4 @@ def test_a_record_has_its_time(storage):
 def test_the_table_lies_beside_optunas_own_and_making_it_twice_is_harmless(storage):
     Table.metadata.create_all(storage.engine)
     tables = set(inspect(storage.engine).get_table_names())
-    assert {"layerskip_measurements", "trials", "studies"} <= tables
+    assert {"layerskip_prompt_measurements", "trials", "studies"} <= tables

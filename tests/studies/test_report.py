@@ -8,6 +8,7 @@ from optuna.trial import create_trial
 
 from layerskip import DraftConfig, SkipSet
 from studies.figures import study_figures
+from studies.ranking import prediction_of
 from studies.report import render_report, verdict
 from studies.view import view_study
 from tests.studies.synthetic_studies import StudyBuilder
@@ -120,8 +121,8 @@ def test_names_that_look_like_html_stay_text(storage, reported, visit):
 
 def test_sources_that_look_like_html_stay_text(storage, reported, visit):
     builder = StudyBuilder(storage).predict(1)
-    told = {"source": HOSTILE_MODEL, "basis": "predicted", "config": CONFIG}
-    builder.study.add_trial(create_trial(value=1.0, user_attrs=told))
+    attributes = {"source": HOSTILE_MODEL, "config": CONFIG}
+    builder.study.add_trial(create_trial(value=1.0, user_attrs=attributes, intermediate_values={0: 1.0, 1: 1.0}))
     visited = visit(reported("s")[0])
     assert HOSTILE_MODEL in visited.page.locator("#history .legend").text_content()
     assert visited.page.locator("img").count() == 0
@@ -176,18 +177,9 @@ def test_a_report_says_what_its_speedup_rests_on(storage, reported):
     assert "measured on held-out prompts" in reported("s")[1]
 
 
-def test_a_leading_prediction_is_reported_with_the_correction_of_predictions(storage):
-    builder = StudyBuilder(storage).predict(3).measure(1, off=0.5)
-    builder.study.add_trial(create_trial(value=1.9, user_attrs={"basis": "predicted", "config": CONFIG}))
-    assert verdict(view_study(storage, "s")) == (
-        "Best speedup: 1.90×, predicted; measured candidates were slower, 0.50 times their predictions (median). "
-        "No candidate beat plain decoding."
-    )
-
-
 def test_a_report_says_where_the_best_speedup_shows_no_gain(storage):
     builder = StudyBuilder(storage).predict(5)
-    best = max(trial.values[0] for trial in builder.trials)
+    best = max(map(prediction_of, builder.trials))
     builder.measure(1, off=1.05 / best)  # its interval reaches a tenth below and above
     assert verdict(view_study(storage, "s")).endswith(
         ". No clear gain (the interval crosses 1×): nothing was shown to be faster."

@@ -41,10 +41,15 @@ def as_recorded(context):
     return json.loads(json.dumps({field.name: getattr(context, field.name) for field in fields(context)}))
 
 
-def add_trial(study, value, choice="a", state=TrialState.COMPLETE, **attrs):
+def add_trial(study, predicted, choice="a", *, measured=None, failed=False, **attrs):
     study.add_trial(
         create_trial(
-            state=state, value=value, params={"choice": choice}, distributions={"choice": CHOICE}, user_attrs=attrs
+            state=TrialState.FAIL if failed else TrialState.PRUNED if measured is None else TrialState.COMPLETE,
+            value=measured,
+            params={"choice": choice},
+            distributions={"choice": CHOICE},
+            intermediate_values={0: predicted} | ({} if measured is None else {1: measured}),
+            user_attrs=attrs,
         )
     )
 
@@ -148,8 +153,8 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
     assert list_studies(storage) == []
     study = open_study(storage, "b", CONTEXT)
     for value, choice in [(0.9, "a"), (1.2, "b"), (1.1, "c")]:
-        add_trial(study, value, choice, basis="predicted")
-    add_trial(study, None, state=TrialState.FAIL)
+        add_trial(study, value, choice)
+    add_trial(study, 2.0, failed=True)
     study.enqueue_trial({"choice": "d"})  # not tried yet, so not counted
     optuna.create_study(study_name="a", storage=storage)
 
@@ -160,7 +165,7 @@ def test_studies_are_listed_by_name_with_what_came_of_them(storage):
 
     empty = ("a", None, 0, 0, 0, None, None)
     assert found() == [empty, ("b", "makers/model", 4, 3, 0, 1.2, "predicted")]
-    add_trial(study, 1.15, "b", basis="measured")
+    add_trial(study, 1.2, "b", measured=1.15, revisits=1)
     assert found() == [empty, ("b", "makers/model", 5, 3, 1, 1.15, "measured")]
     told = {"study": "b", "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1, "near_tie": False}
     for trial, plain, prompts in ((0, 1.1, "held-out"), (1, 1.05, "held-out"), (2, 9.0, "search")):
@@ -180,11 +185,11 @@ def test_studies_of_other_programs_in_the_same_storage_do_not_get_in_the_way(sto
 
 def test_a_study_is_described_with_its_best_candidates_and_its_measurements(storage):
     study = open_study(storage, "s", CONTEXT)
-    add_trial(study, 0.9, "a", basis="predicted", skip_set="attn 1", draft="4 tokens", acceptance=0.5)
-    about = {"skip_set": "mlp 2", "draft": "8 tokens", "acceptance": 0.7, "predicted_speedup": 1.5}
-    add_trial(study, 1.5, "b", basis="predicted", **about)
-    add_trial(study, 1.2, "b", basis="measured", **about, acceptance_rate=0.6, source="measurement of trial 1")
-    add_trial(study, None, "c", state=TrialState.FAIL)
+    add_trial(study, 0.9, "a", skip_set="attn 1", draft="4 tokens", acceptance=0.5)
+    about = {"skip_set": "mlp 2", "draft": "8 tokens", "acceptance": 0.7}
+    add_trial(study, 1.5, "b", **about)
+    add_trial(study, 1.5, "b", measured=1.2, **about, acceptance_rate=0.6, source="trial 1, to be measured")
+    add_trial(study, 2.0, "c", failed=True)
     numbers = {"trial": 2, "tokens": 1, "draft_tokens": 1, "drafted": 1, "accepted": 1}
     times = {"draft_seconds": 1, "near_tie": False}
     for name in ("s", "s", "other"):
@@ -199,12 +204,12 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
         )
     described = describe_study(storage, "s", 1)
     assert described["study"] == "s"
-    assert described["context"] == as_recorded(CONTEXT) | {"format": 3}
-    assert described["trials"] == {"complete": 3, "fail": 1}
+    assert described["context"] == as_recorded(CONTEXT) | {"format": 4}
+    assert described["trials"] == {"complete": 1, "pruned": 2, "fail": 1}
     assert described["measurements"] == 4
     assert described["best"] == [
-        {"number": 2, "speedup": 1.2, "basis": "measured", "held_out_speedup": 1.5, **about}
-        | {"acceptance_rate": 0.6, "source": "measurement of trial 1"}
+        {"number": 2, "speedup": 1.2, "basis": "measured", "predicted_speedup": 1.5, "held_out_speedup": 1.5}
+        | {**about, "acceptance_rate": 0.6, "source": "trial 1, to be measured"}
     ]
     best = describe_study(storage, "s", 9)["best"]
     assert [(trial["number"], trial["basis"]) for trial in best] == [(2, "measured"), (0, "predicted")]

@@ -21,10 +21,10 @@ def test_a_trials_configuration_is_read_from_its_attributes(searched_storage, se
         assert str(one.config.skip_set) == trial.user_attrs["skip_set"]
         assert one.config.vocabulary_size == trial.params["vocabulary_size"]
         assert one.acceptance == trial.user_attrs["acceptance"]
-        assert one.basis == trial.user_attrs["basis"]
+        assert one.basis == ("measured" if len(trial.intermediate_values) > 1 else "predicted")
     assert len(searched.evaluated) == 25
     assert len(searched.measured) == 5
-    assert searched.states == {"complete": 30}
+    assert searched.states == {"complete": 4, "pruned": 26}
     assert (searched.began, searched.ended) == (BEGAN, BEGAN + timedelta(seconds=30))
 
 
@@ -37,21 +37,11 @@ def test_finalists_come_first_and_then_the_best_as_the_study_ranks_them(searched
     assert [one.number for one in searched.ranked[3:]] == [n for n in ranked if n not in {one.number for one in finals}]
 
 
-def test_a_measured_candidate_keeps_the_draft_cost_of_its_prediction(storage):
-    builder = StudyBuilder(storage).predict(3)
-    cost = builder.study.trials[0].user_attrs["draft_cost"]
-    attributes = {k: v for k, v in builder.study.trials[0].user_attrs.items() if k != "draft_cost"}
-    trial = builder.study.trials[0]
-    builder.study.add_trial(
-        optuna.trial.create_trial(
-            value=1.0,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs=attributes | {"basis": "measured"},
-        )
-    )
-    [measured] = view_study(storage, "s").measured
-    assert measured.draft_cost == cost
+def test_measured_over_predicted_is_the_median_of_the_trials_measured_on_all_prompts(storage):
+    builder = StudyBuilder(storage).predict(6)
+    assert view_study(storage, "s").measured_over_predicted is None
+    builder.measure(1, off=0.8).measure(1, off=0.9).measure(1, off=1.2).measure(1, off=0.1, stopped=True)
+    assert view_study(storage, "s").measured_over_predicted == pytest.approx(0.9)
 
 
 def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_was_measured(storage):

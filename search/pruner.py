@@ -1,0 +1,139 @@
+"""Which candidates of a search are measured, and how far."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Collection, Mapping
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import wilcoxon
+
+from studies.ranking import (
+    REVISITS_KEY,
+    SOURCE_KEY,
+    HasTrials,
+    Snapshot,
+    basis_of,
+    candidate_key,
+    measured_trials,
+    predicted_trials,
+    prediction_of,
+    prompt_speedups,
+)
+
+# Attributes of trials: seconds that measuring took,
+SECONDS_KEY = "measuring_seconds"
+# and whether the candidate was traced on all texts; one that cannot win is given up earlier.
+FULLY_TRACED_KEY = "fully_traced"
+
+# A prediction this close to that of the best measured candidate may beat it: predictions err by a few percent.
+_NEAR = 0.95
+# Significance level below which a draft is taken to be slower than the best one.
+_HOPELESS = 0.1
+
+
+class MeasuringPruner(BasePruner):
+    """Prunes trials after their prediction, unless they are worth measuring, and measurements that cannot win.
+
+    The candidate measured next is the one with the highest prediction of all that were not measured, as long as it
+    comes near the best measured one and time for it is left. Where that is an earlier, pruned trial, :meth:`revisit`
+    enqueues its candidate again.
+
+    Args:
+        share: Largest share of the search's time that may go into measuring, from 0 to 1.
+        seconds: Expected duration of one measurement.
+        earlier: Numbers of the trials that finished before this search began.
+    """
+
+    def __init__(self, share: float, seconds: float, earlier: Collection[int] = ()) -> None:
+        self._share = share
+        self._seconds = seconds
+        self._earlier = frozenset(earlier)
+        self._began = time.perf_counter()
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether to end a trial, by its prediction or by the prompts measured so far."""
+        now = Snapshot(study)
+        measured = prompt_speedups(trial)
+        if measured:
+            return hopeless(measured, _best_measured(now))
+        return not (self._has_time(now) and next_to_measure(now, trial) is trial)
+
+    def revisit(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+        """A callback for a study: enqueue the candidate to be measured next, if nothing else is under way."""
+        now = Snapshot(study)
+        if _busy(now) or not self._has_time(now):
+            return
+        best = next_to_measure(now)
+        if best is not None:
+            enqueue_to_measure(study, best)
+
+    def _has_time(self, study: HasTrials) -> bool:
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        spent = [
+            float(trial.user_attrs[SECONDS_KEY])
+            for trial in finished
+            if SECONDS_KEY in trial.user_attrs and trial.number not in self._earlier
+        ]
+        expected = statistics.median(spent) if spent else self._seconds
+        elapsed = time.perf_counter() - self._began
+        return sum(spent) + expected <= self._share * (elapsed + expected)
+
+
+def enqueue_to_measure(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueue a pruned trial's candidate again."""
+    attributes = {SOURCE_KEY: f"trial {trial.number}, to be measured", REVISITS_KEY: trial.number}
+    study.enqueue_trial(trial.params, user_attrs=attributes, skip_if_exists=False)
+
+
+def is_to_be_measured(study: HasTrials) -> bool:
+    """Whether a pruned candidate is enqueued to be measured."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return any(REVISITS_KEY in trial.user_attrs for trial in waiting)
+
+
+def next_to_measure(study: HasTrials, running: FrozenTrial | None = None) -> FrozenTrial | None:
+    """The candidate with the highest prediction of those that were not measured; None if it is far from the best one.
+
+    Args:
+        study: The study.
+        running: A trial that was just predicted, to take into account; of equal predictions, its counts.
+    """
+    predicted = predicted_trials(study)
+    measured = {candidate_key(trial) for trial in predicted if basis_of(trial) == "measured"}
+    candidates = [running] if running is not None and running.user_attrs.get(FULLY_TRACED_KEY) else []
+    candidates += [trial for trial in predicted if trial.user_attrs.get(FULLY_TRACED_KEY)]
+    unmeasured = [trial for trial in candidates if candidate_key(trial) not in measured]
+    best = max(unmeasured, key=prediction_of, default=None)
+    fastest = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
+    if best is None or (fastest is not None and prediction_of(best) < _NEAR * prediction_of(fastest)):
+        return None
+    return best
+
+
+def hopeless(speedups: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    """Whether a draft is slower than the best one, by Wilcoxon's signed-rank test on the prompts that both decoded.
+
+    Args:
+        speedups: The draft's, by prompt.
+        best: The best draft's.
+    """
+    differences = [speedup - best[prompt] for prompt, speedup in speedups.items() if prompt in best]
+    if not any(differences) or sum(differences) > 0:
+        return False
+    return float(wilcoxon(differences, alternative="less", zero_method="zsplit").pvalue) < _HOPELESS
+
+
+def _best_measured(study: HasTrials) -> Mapping[int, float]:
+    """The speedup of each prompt with the best candidate that was measured so far."""
+    best = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
+    return {} if best is None else prompt_speedups(best)
+
+
+def _busy(study: HasTrials) -> bool:
+    """Whether a measurement is under way, or would have to wait for other trials; by then a better one may be known."""
+    open_trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    return any(trial.state == TrialState.WAITING or REVISITS_KEY in trial.user_attrs for trial in open_trials)
