@@ -23,6 +23,7 @@ from cli.common import (
     StorageOption,
     check_writable,
     counted,
+    interrupted_by_sigterm,
     open_model,
     print_json,
     print_measured_profile,
@@ -107,7 +108,8 @@ def search(
 ) -> None:
     """Search a model for the fastest draft, and save it as a draft profile.
 
-    Ctrl-C keeps all finished trials and writes the best profile measured so far; the same command resumes the search.
+    Ctrl-C, or SIGTERM, keeps all finished trials and writes the best profile measured so far; the same command resumes
+    the search.
     """
     import optuna
 
@@ -165,7 +167,7 @@ def search(
         loads = [partial(load_for_worker, model, place, dtype, engine, compiled, sources) for place in places[1:]]
         return Workers(loads, task, storage, lambda number, error: stderr.print(f"worker {number} failed: {error}"))
 
-    with ProgressDisplay(trials, timeout) as progress:
+    with interrupted_by_sigterm(), ProgressDisplay(trials, timeout) as progress:
         result = Search(
             make_engine(layers, engine),
             task,

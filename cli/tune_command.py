@@ -19,6 +19,7 @@ from cli.common import (
     JsonOption,
     RunOptions,
     check_writable,
+    interrupted_by_sigterm,
     open_model,
     print_json,
     print_measured_profile,
@@ -131,7 +132,7 @@ def tune(
     longest = max(max_new_tokens, settings.answer_tokens if prompts else 0)
     split = split_prompts(given, tokenizer, max_new_tokens=longest, context_length=layers.context_length)
     try:
-        with ProgressDisplay() as progress:
+        with interrupted_by_sigterm(), ProgressDisplay() as progress:
             tuned = Tuning(
                 make_engine(layers, engine),
                 tokenizer,

@@ -171,7 +171,7 @@ def measure_methods(
         After each prompt the measurement of each method on it, with those repeats that are done.
     """
     with lock.exclusive():
-        _warm_up(methods, plan)
+        _warm_up(methods, plan, on_cuda=model.device.type == "cuda")
     runs: dict[str, list[list[TimedRun]]] = {prompt.id: [] for prompt in plan.prompts}
     for repeat, (number, prompt) in product(range(plan.repeats), enumerate(plan.prompts)):
         expected = [plan.expected.get(method.name, {}).get(prompt.id) for method in methods]
@@ -249,14 +249,17 @@ def timed(model: LayerSkipModel, method: DecodingMethod, prompt: EncodedPrompt, 
     return TimedRun(decoded, device_seconds(model.device) - started)
 
 
-def _warm_up(methods: Sequence[DecodingMethod], plan: MeasuringPlan) -> None:
-    """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown."""
+def _warm_up(methods: Sequence[DecodingMethod], plan: MeasuringPlan, *, on_cuda: bool) -> None:
+    """Decode until nothing is done for the first time: kernels chosen, passes captured or compiled, caches grown.
+
+    On CUDA libraries choose kernels by the shapes of a pass, at its first run.
+    """
     for method in methods:
         method.decode(plan.prompts[0].tokens, min(plan.max_new_tokens, WARM_UP_TOKENS))
     # The longest prompt goes first, so that caches grow at once.
     for prompt in sorted(plan.prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
         for method in methods:
-            if method.compiles:
+            if method.compiles or on_cuda:
                 method.decode(prompt.tokens, plan.max_new_tokens)
 
 

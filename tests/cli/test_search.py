@@ -315,14 +315,17 @@ def wait_for(process, beginning):
     raise AssertionError(f"never said '{beginning}': {lines}")
 
 
+@pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_keeps_finished_trials_and_the_same_command_resumes(layerskip, options, model_folder):
+def test_ctrl_c_and_sigterm_keep_finished_trials_and_the_same_command_resumes(
+    layerskip, options, model_folder, pressed
+):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:
         try:
             wait_for(process, "trial 0: ")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(pressed)
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()

@@ -128,10 +128,17 @@ def test_a_database_of_a_newer_optuna_is_an_error_in_one_line(database):
         assert "\n" not in str(caught.value)
 
 
+def measured(trial):
+    """An objective that predicts, and measures one prompt."""
+    trial.report(1.0, 0)
+    trial.report(0.9, 1)
+    return trial.suggest_float("x", 0, 1)
+
+
 def test_a_study_with_trials_from_the_future_is_listed_and_resumed(database):
     storage = open_storage(database)
     study = open_study(storage, "s", CONTEXT)
-    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    study.optimize(measured, n_trials=2)
     storage.records.add(measurement("s", 0, 1.0))
     future = datetime.now() + timedelta(days=3650)
     execute(storage, "UPDATE trials SET datetime_start = :then, datetime_complete = :then", then=future)
@@ -142,7 +149,7 @@ def test_a_study_with_trials_from_the_future_is_listed_and_resumed(database):
     [summary] = list_studies(storage)
     assert (summary.trials, summary.measured) == (2, 2)
     assert describe_study(storage, "s", 5)["measurements"] == 1
-    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    study.optimize(measured, n_trials=1)
     assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
 
 
