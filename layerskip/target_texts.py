@@ -112,7 +112,9 @@ class TextStore:
         with cache_write_errors(self.folder, _WHAT):
             self.folder.mkdir(parents=True, exist_ok=True)
             os.utime(self.folder)
-            for old in sorted(cache.glob(f"{kind}-*"), key=_last_used)[:-_KEPT]:
+            # Stores alone, and no other folders of that kind of name: the user may have named any folder as the cache.
+            stores = cache.glob(f"{kind}-{'[0-9a-f]' * len(key)}")
+            for old in sorted(stores, key=_last_used)[:-_KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def find(self, name: str) -> list[TargetText] | None:

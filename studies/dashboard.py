@@ -18,7 +18,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import ExperimentalWarning
 
 from layerskip.errors import InvalidInputError, MissingDependencyError
-from layerskip.profile import DraftProfile
+from layerskip.profile import PROFILE_NAME, DraftProfile
 from studies.figures import Picture, study_figures
 from studies.report import facts, verdict
 from studies.storage import ReconnectingStorage
@@ -94,13 +94,15 @@ def attach_profile(storage: ReconnectingStorage, path: Path, store: FileSystemAr
 
     Args:
         storage: Where the study lives.
-        path: The profile.
+        path: The profile, or a folder that holds a ``draft_profile.json``.
         store: Where copies are stored.
 
     Raises:
         InvalidProfileError: It is not a valid profile.
         InvalidInputError: It comes from no study of this storage, or cannot be copied.
     """
+    if path.is_dir():
+        path /= PROFILE_NAME
     profile = DraftProfile.load(path)
     if profile.provenance.study is None:
         raise InvalidInputError(

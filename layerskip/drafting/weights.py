@@ -86,7 +86,8 @@ class DraftWeights(nn.Module):
 
     def placed_on(self, model: LayerSkipModel) -> DraftWeights:
         """The same on the model's device and in its dtype: itself where it is there, else a copy."""
-        here = all(weight.device == model.device and weight.dtype == model.dtype for weight in self.parameters())
+        placed = all(tensor.device == model.device for tensor in self.state_dict().values())
+        here = placed and all(weight.dtype == model.dtype for weight in self.parameters())
         return self if here else copy.deepcopy(self).to(model.device, model.dtype)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
-import pickle
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerskip.drafting.weights import DraftWeights
-from layerskip.errors import InvalidInputError
+from layerskip.errors import InvalidInputError, first_line
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.target_texts import TargetText
@@ -23,6 +23,8 @@ from layerskip.training.data import TrainingTexts
 from layerskip.training.evaluation import LOSSES, Agreement, Loss, Scorer, frozen
 from layerskip.training.trainable_draft import TrainableDraft
 from layerskip.utils import digest, write_bytes_atomically
+
+logger = logging.getLogger(__name__)
 
 # The learning rate that suits a hidden size of this; it falls with the root of the size.
 _RATE, _RATE_SIZE = 2e-3, 576
@@ -219,16 +221,24 @@ class _Training:
         return digest([asdict(self._settings), ids, list(self._draft.weights.steps), first, texts])
 
     def _resume(self) -> None:
-        """Continue from the checkpoint, if there is one and it is whole."""
-        if self._checkpoint is None:
+        """Continue from the checkpoint, if there is one and it is whole; else begin anew."""
+        if self._checkpoint is None or not self._checkpoint.is_file():
             return
+        untrained = self._optimizer.state_dict()
         try:
             saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-            return
-        self._draft.weights.load_state_dict(saved["weights"])
-        self._optimizer.load_state_dict(saved["optimizer"])
-        self.state = _State(**saved["state"])
+            state = _State(**saved["state"])
+            self._draft.weights.load_state_dict(state.best)  # checked here, or it would fail after the training
+            self._draft.weights.load_state_dict(saved["weights"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+        except Exception as error:  # of a damaged file torch raises whatever its bytes happen to lead to
+            logger.warning(
+                "%s: not a whole checkpoint (%s); the training begins anew", self._checkpoint, first_line(error)
+            )
+            self._draft.weights.load_state_dict(self.state.best)
+            self._optimizer.load_state_dict(untrained)
+        else:
+            self.state = state
 
     def _save(self) -> None:
         if self._checkpoint is None:

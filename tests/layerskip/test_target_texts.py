@@ -116,6 +116,19 @@ def test_only_the_stores_of_a_kind_used_last_are_kept(llama, tmp_path):
     assert other.exists()
 
 
+def test_folders_that_are_no_stores_are_left_alone(llama, tmp_path):
+    others = {"kind-of-mine", "kind-0", "kind-0123456789abcdef-backup"}
+    for name in others:
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    for age, name in enumerate("abcde", start=1):
+        folder = TextStore(llama, name, tmp_path, "kind").folder
+        os.utime(folder, (age, age))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert others < left
+    assert len(left - others) == 4
+
+
 @pytest.mark.parametrize("blocked", ["", "below"])
 def test_a_folder_that_cannot_be_written_is_one_line_that_says_what_to_do(llama, tmp_path, blocked):
     (tmp_path / "file").write_text("")

@@ -189,6 +189,14 @@ def test_a_profile_is_attached_once_and_again_where_its_copy_is_lost(storage, ma
     assert len(list(folder.iterdir())) == 4
 
 
+def test_a_profile_is_attached_by_its_folder_too(storage, make_profile, tmp_path):
+    StudyBuilder(storage)
+    path = make_profile("s")
+    attach_profile(storage, path.parent, artifact_store(tmp_path / "artifacts"))
+    copies = {file.read_bytes() for file in (tmp_path / "artifacts").iterdir()}
+    assert copies == {path.read_bytes(), path.with_name(DraftProfile.load(path).tensors.file).read_bytes()}
+
+
 def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profile, tmp_path):
     StudyBuilder(storage)
     store = artifact_store(tmp_path / "artifacts")
@@ -200,6 +208,8 @@ def test_a_profile_of_no_study_here_is_an_error_in_one_line(storage, make_profil
         attach_profile(storage, make_profile(None), store)
     with pytest.raises(InvalidProfileError, match=r"missing\.json: cannot read the draft profile"):
         attach_profile(storage, tmp_path / "missing.json", store)
+    with pytest.raises(InvalidProfileError, match=r"artifacts/draft_profile\.json: cannot read the draft profile"):
+        attach_profile(storage, tmp_path / "artifacts", store)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(tmp_path):

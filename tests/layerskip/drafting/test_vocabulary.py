@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip import DraftConfig, FixedLength, SkipSet, generate
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.bridges import record_states
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.drafting.weights import DraftWeights
-from tests.models import LAYERS, VOCABULARY
+from tests.models import LAYERS, VOCABULARY, tiny_llama
 
 
 def test_frequencies_add_up_to_the_positions(tiny):
@@ -53,3 +53,12 @@ def test_a_token_outside_the_draft_vocabulary_is_never_drafted_and_still_generat
         generated += generate(tiny, [first, 3], drafter=drafter, max_new_tokens=16).tokens
     assert set(drafted) <= set(ids.tolist())
     assert any(token not in set(ids.tolist()) for token in generated)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_draft_vocabulary_is_brought_to_the_models_device(device):
+    model = LayerSkipModel(tiny_llama().to(device))
+    weights = DraftWeights(token_ids=torch.tensor([1, 2]))
+    placed = weights.placed_on(model)
+    assert (placed.token_ids.device, placed.token_ids.dtype) == (model.device, torch.long)
+    assert (placed is weights) == (device == "cpu")

@@ -161,10 +161,48 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(llama, tmp_path_
     assert resumed.agreement.loss == pytest.approx(whole.agreement.loss, rel=1e-4)
     for name, weight in whole.weights.layers[0].state_dict().items():
         torch.testing.assert_close(resumed.weights.layers[0].state_dict()[name], weight, atol=1e-4, rtol=1e-3)
-    [path] = folder.glob("training-*.pt")
-    path.write_bytes(path.read_bytes()[:-10])  # not whole: it begins anew
-    again = train(llama, a_layer(llama), shards, TrainingSettings(**{**SHORT.__dict__}), folder=folder)
-    assert again.evaluations[0].progress == 0
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def of_other_weights(path):
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"weights": {}}, path)
+
+
+def of_no_optimizer(path):
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"optimizer": {"state": {}, "param_groups": []}}, path)
+
+
+def of_no_best_weights(path):
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"state": saved["state"] | {"best": {}}}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("hello world"),
+        lambda path: torch.save([1], path),
+        of_other_weights,
+        of_no_optimizer,
+        of_no_best_weights,
+    ],
+    ids=["cut", "empty", "text", "a list", "of other weights", "of no optimizer", "of no best weights"],
+)
+def test_a_training_with_a_damaged_checkpoint_begins_anew(llama, shards, tmp_path, damage, caplog):
+    settings = TrainingSettings(epochs=1, batch_positions=128)
+    first = train(llama, a_layer(llama), shards, settings, folder=tmp_path)
+    [path] = tmp_path.glob("training-*.pt")
+    damage(path)
+    again = train(llama, a_layer(llama), shards, settings, folder=tmp_path)
+    assert [e.agreement.loss for e in again.evaluations] == pytest.approx([e.agreement.loss for e in first.evaluations])
+    assert f"{path}: not a whole checkpoint" in caplog.text
 
 
 def test_other_settings_are_another_training(llama, shards, writer, tmp_path):
