@@ -17,7 +17,7 @@ from layerskip import DraftProfile, LayerSkipModel, generate, load_checkpoint
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import identify
 from layerskip.hub import download_profile, load_profile, push_profile, save_profile
-from tests.hub import TOKEN, FakeHub
+from tests.hub import TOKEN, FakeHub, contents
 from tests.layerskip.test_profile import IDENTITY, MEASURED, a_profile, profile_for, same_weights, some_weights
 from tests.models import tiny_llama, tiny_tokenizer, transformers_greedy
 
@@ -33,10 +33,6 @@ def offline(monkeypatch):
 def published(weights=None, **parts):
     """A profile that says which model on the hub it is for."""
     return a_profile(weights, **parts).for_base_model(BASE)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # Folders.
