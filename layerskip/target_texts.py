@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from layerskip.errors import LayerSkipError
 from layerskip.model import LayerSkipModel
 from layerskip.utils import cache_write_errors, digest, library_versions, write_bytes_atomically
 
-# Stores of a kind that stay on disk; the least recently used beyond them are removed.
+# Stores of a kind that stay on disk; the least recently used beyond them are removed, unless a process may still run
+# that uses them.
 _KEPT = 4
+_SECONDS_IN_USE = 24 * 3600.0
 _WHAT = "the target model's texts"
 
 
@@ -96,7 +99,8 @@ class TextStore:
         model: The target model.
         fingerprint: Of its weights, as in :class:`layerskip.ModelIdentity`.
         cache: The folder for all stores.
-        kind: What the texts are for; the four most recently used stores of a kind are kept.
+        kind: What the texts are for; of each kind, the four most recently used stores and those used in the last day
+            are kept.
         settings: What else the texts depend on, as values that JSON has.
 
     Attributes:
@@ -113,11 +117,13 @@ class TextStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.utime(self.folder)
             for old in sorted(cache.glob(f"{kind}-*"), key=_last_used)[:-_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+                if _last_used(old) < time.time() - _SECONDS_IN_USE:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def find(self, name: str) -> list[TargetText] | None:
         """The texts written under a name, on disk until used; None if they are not there or not whole."""
         try:
+            os.utime(self.folder)
             parts = _by_number(load_file(self._path(name)))
             return [TargetText.from_tensors(parts[number]) for number in range(len(parts))]
         except (OSError, SafetensorError, KeyError, ValueError):
@@ -143,6 +149,7 @@ class TextStore:
         parts = {f"{number}.{part}": t for number, text in enumerate(texts) for part, t in text.tensors.items()}
         with cache_write_errors(self._path(name), _WHAT):
             write_bytes_atomically(self._path(name), save(parts))
+            os.utime(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
