@@ -134,7 +134,8 @@ class BaseDrafter:
         while len(draws) < min(limit, self._stop.max_length) and not self._resting:
             scored = step(tokens)
             draws.append(sampler.draft(scored, token_ids, self._widths_at(len(draws))[0]))
-            tokens = draws[-1].tokens[:1]
+            chosen = draws[-1].tokens
+            tokens = chosen if len(chosen) == 1 else chosen[:1]  # the very tensor: a captured step may have it in place
             if self._stop.reads_confidence and self._stop.stops_after(float(scored.confidence)):
                 break
         self._steps = len(draws)
