@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from layerskip.errors import LayerSkipError
+from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.utils import cache_write_errors, digest, library_versions, write_bytes_atomically
 
@@ -60,7 +61,7 @@ class TargetText:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def asked(self) -> slice:
+    def draft_positions(self) -> slice:
         """The positions at which a draft is asked."""
         return slice(self.prompt_length, len(self.tokens) - 1)
 
@@ -211,6 +212,30 @@ def batch_generate(
 def _until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
     return tokens[:end]
+
+
+def run_keeping_states(
+    model: LayerSkipModel, tokens: Tensor, cache: KVCache, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the target model over a text and keep its hidden states at every boundary between sublayers.
+
+    Args:
+        model: The model.
+        tokens: ``[n]``, token ids.
+        cache: An empty cache, which gets the text's keys and values; the caller moves it forward.
+        positions: ``[p]``, where to keep states, in main memory.
+
+    Returns:
+        ``[n, hidden_size]``, the last hidden states of all tokens, and ``[2 * num_layers + 1, p, hidden_size]``, the
+        states that were kept, on the model's first device.
+    """
+    context = model.pass_context(len(tokens), cache)
+    x = model.embed(tokens)
+    kept = [x[0, positions.to(x.device)]]
+    for _, sublayer in model.target_stack.steps:
+        x = sublayer(x, context)
+        kept.append(x[0, positions.to(x.device)].to(model.device))
+    return x[0], torch.stack(kept)
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

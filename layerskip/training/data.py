@@ -360,7 +360,7 @@ def vocabulary_of(model: LayerSkipModel, texts: TrainingTexts, size: int) -> Ten
     share = max(texts.positions // _POSITIONS, 1)
     for text in texts.learned():
         counts += text.choices.bincount(minlength=model.vocab_size)
-        states.append(text.states[1, text.asked][::share])
+        states.append(text.states[1, text.draft_positions][::share])
     some = torch.cat(states)[:_POSITIONS].to(model.device, model.dtype)
     frequencies = emission_frequencies(model, some).cpu() + counts
     return draft_vocabulary(frequencies, model.eos_token_ids, size)

@@ -71,7 +71,7 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
     cells: list[Sequence[int | None]] = []
     hover: list[list[str]] = []
     for trial in best:
-        attention, mlp = trial.config.skip_set.attention_mask, trial.config.skip_set.mlp_mask
+        attention, mlp = trial.config.skip_set.skips_attention, trial.config.skip_set.skips_mlp
         cells += [[None] * layers, [_ATTENTION * skip for skip in attention], [_MLP * skip for skip in mlp]]
         hover += [[""] * layers, _hover(trial, "attention", attention), _hover(trial, "MLP", mlp)]
     drawn = empty_figure(

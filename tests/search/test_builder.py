@@ -24,7 +24,7 @@ MIDDLE = SkipSet(LAYERS, attention=(1, 2), mlp=(1, 2))
 
 @pytest.fixture
 def makers(llama, monkeypatch):
-    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
     texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
     return DraftBuilder(llama, texts)
 
