@@ -119,9 +119,10 @@ def _devices() -> list[dict[str, Any]]:
 
 def _dtype_advice(device: str, dtype: str) -> dict[str, Any]:
     from layerskip.checkpoints import resolve_device, resolve_dtype
+    from layerskip.utils import dtype_name
 
     where = resolve_device(device)
-    chosen = str(resolve_dtype(dtype, where)).removeprefix("torch.")
+    chosen = dtype_name(resolve_dtype(dtype, where))
     return {"device": str(where), "dtype": chosen, "advice": _advice(where.type, chosen)}
 
 

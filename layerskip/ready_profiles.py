@@ -13,7 +13,7 @@ from layerskip.checkpoints import resolve_device, resolve_dtype
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.names import ALIASES
 from layerskip.profile import DraftProfile
-from layerskip.utils import device_name, write_atomically
+from layerskip.utils import device_name, dtype_name, write_atomically
 
 FOLDER = Path(__file__).parent / "profiles"
 INDEX = "index.json"
@@ -83,7 +83,7 @@ def find_profile(name: str, *, device: str = "auto", dtype: str = "auto", folder
     if not named:
         raise InvalidProfileError(_unknown(name, every))
     where = resolve_device(device)
-    precision = str(resolve_dtype(dtype, where)).removeprefix("torch.")
+    precision = dtype_name(resolve_dtype(dtype, where))
 
     def likeness(entry: ReadyProfile) -> tuple[bool, bool, bool, float]:
         alike = entry.device_type == where.type, entry.dtype == precision, entry.device == device_name(where)

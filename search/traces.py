@@ -16,6 +16,7 @@ from layerskip.drafting.prompt_lookup import NGramIndex
 from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
+from layerskip.prefix_cache import common_prefix_length
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText, likeliest
@@ -177,7 +178,7 @@ def trace_lookup(lookup: PromptLookup, text: TargetText) -> LookupTrace:
         index.extend(tokens[place : place + 1])
         copied = index.copy(lookup.length)
         drafted.append(len(copied))
-        accepted.append(_common(copied, tokens[place + 1 :]))
+        accepted.append(common_prefix_length(copied, tokens[place + 1 :]))
     return LookupTrace(np.array(drafted), np.array(accepted))
 
 
@@ -186,9 +187,3 @@ def trace_lookups(
 ) -> dict[PromptLookup, list[LookupTrace]]:
     """The traces of several settings of prompt lookup along several texts."""
     return {lookup: [trace_lookup(lookup, text) for text in texts] for lookup in lookups}
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning of two rows."""
-    same = [a == b for a, b in zip(one, other, strict=False)]
-    return same.index(False) if False in same else len(same)
