@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from layerskip.utils import duration
 from studies.statistics import FEW_PROMPTS, FEWEST_PROMPTS, NOTHING_FASTER, PromptTimes, Speedup, speedup_of_prompt
 
 
@@ -94,7 +95,9 @@ def advice(comparison: Comparison) -> str:
     """Which method to use on that machine, in one sentence."""
     best = comparison.best
     if best is not None:
-        return f"Use {best.name} here: it decodes {best.speedup} as fast as plain decoding."
+        speedup = best.speedup
+        interval = f"95 %: {speedup.low:.2f} to {speedup.high:.2f}"
+        return f"Use {best.name} here: {speedup.value:.2f}× the speed of plain decoding ({interval})."
     return f"Use plain decoding here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
 
 
@@ -146,10 +149,10 @@ COLUMNS: Mapping[str, str] = {
     "τ": "new tokens for each pass of the target model",
     "c": "time to draft a token, in plain steps",
     "drafting": "share of the time spent drafting",
-    "memory": "that the draft takes beside the model",
-    "peak": "most device memory in use beside the models",
+    "memory": "extra memory of the draft",
+    "peak": "peak device memory above the models'",
     "training": "time spent training the draft",
-    "output": "compared with plain decoding's",
+    "output": "compared with plain decoding",
 }
 
 
@@ -173,17 +176,13 @@ def _cells(entry: Entry) -> dict[str, str]:
         "drafting": f"{entry.draft_share:.0%}" if entry.draft_cost is not None else "",
         "memory": _megabytes(entry.draft_bytes) if entry.draft_bytes else "",
         "peak": "" if entry.peak_bytes is None else _megabytes(entry.peak_bytes),
-        "training": "" if entry.training_seconds is None else _duration(entry.training_seconds),
+        "training": "" if entry.training_seconds is None else duration(entry.training_seconds),
         "output": _output(entry),
     }
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _output(entry: Entry) -> str:
