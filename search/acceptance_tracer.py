@@ -63,10 +63,10 @@ class AcceptanceTracer:
         """Number of texts."""
         return sum(map(len, self._parts))
 
-    def versions(self) -> Versions:
+    def sublayer_runner(self) -> SublayerRunner:
         """The longest of the first texts, to be run through the stack in several versions."""
         longest = max(self._parts[0], key=lambda text: text.new_tokens)
-        return Versions(self._model, _Batch(self._model, [longest]))
+        return SublayerRunner(self._model, _Batch(self._model, [longest]))
 
     def _batch(self, number: int) -> _Batch:
         if number in self._resident:
@@ -78,7 +78,7 @@ class AcceptanceTracer:
         return batch
 
 
-class Versions:
+class SublayerRunner:
     """One text whose hidden states are run through parts of the stack in several versions.
 
     Args:

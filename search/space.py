@@ -167,7 +167,7 @@ class SearchSpace:
             vocabulary_size=parameters.get(_VOCABULARY_SIZE, self.vocabulary_sizes[0]),
         )
 
-    def tried(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
+    def config_or_none(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
         """The candidate that a trial with these parameters tried; None if it chose only some, or skipped everything."""
         if not self.distributions.keys() <= parameters.keys():
             return None

@@ -21,9 +21,9 @@ from studies.figures.style import (
     PURPLE,
     SKY,
     VERMILION,
+    DataTable,
     Picture,
     SpeedupRow,
-    Table,
     add_break_even,
     empty_figure,
     format_percent,
@@ -126,8 +126,8 @@ def _hover(trial: TrialSummary, kind: str, mask: Sequence[bool]) -> list[str]:
     ]
 
 
-def _skip_map_table(best: Sequence[TrialSummary]) -> Table:
-    return Table(
+def _skip_map_table(best: Sequence[TrialSummary]) -> DataTable:
+    return DataTable(
         ("trial", "speedup", "95 %", "basis", "predicted", "acceptance", "skipped", "draft", "proposed by"),
         [
             (
@@ -196,7 +196,7 @@ def _prompt_groups(view: StudyView) -> list[PromptGroup]:
     )
 
 
-def _prompts_table(groups: Sequence[PromptGroup]) -> Table:
+def _prompts_table(groups: Sequence[PromptGroup]) -> DataTable:
     rows: list[Sequence[str]] = []
     for trial, prompt_set, records in groups:
         total = speedup_of_all(records)
@@ -204,7 +204,7 @@ def _prompts_table(groups: Sequence[PromptGroup]) -> Table:
         rows += [
             (str(trial), prompt_set, record.prompt, format_speedup(speedup_of_prompt(record)), "") for record in records
         ]
-    return Table(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
+    return DataTable(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
 
 
 # Predicted and measured speedup.
@@ -280,7 +280,7 @@ def _add_measured(drawn: go.Figure, measured: Sequence[Measured], name: str, mar
     )
 
 
-def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured]) -> Table:
+def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured]) -> DataTable:
     rows = [
         (
             str(trial.number),
@@ -292,7 +292,7 @@ def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured
         for prompt_set, measured in (("search", searched), ("held-out", held_out))
         for trial, speedup in measured
     ]
-    return Table(("trial", "prompts", "predicted", "measured", "95 %"), rows)
+    return DataTable(("trial", "prompts", "predicted", "measured", "95 %"), rows)
 
 
 # History. Sources are told apart by shape, and by colour as far as there are colours; neither diamonds nor squares,
@@ -388,8 +388,8 @@ def _add_best_so_far(
     )
 
 
-def _history_table(trials: Sequence[TrialSummary]) -> Table:
-    return Table(
+def _history_table(trials: Sequence[TrialSummary]) -> DataTable:
+    return DataTable(
         ("trial", "speedup", "basis", "proposed by", "skipped", "draft"),
         [
             (

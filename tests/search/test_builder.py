@@ -59,7 +59,7 @@ def test_what_is_estimated_is_what_is_decoded_with(llama, makers):
     drafter.start(EagerEngine(llama), torch.tensor([1]), torch.zeros(1, 8))
     nothing, unsure = Draft.of([], torch.device("cpu")), Scored(torch.zeros(1, VOCABULARY), torch.zeros(1, 8))
     drafter.observe(RoundResult(nothing, Verdict([2], torch.tensor([2]), (0,)), torch.tensor([1]), unsure))
-    assert drafter._resting  # by the target-confidence threshold
+    assert drafter._paused  # by the target-confidence threshold
 
 
 def prompts_of(count, **settings):
