@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.add_profile import add_profile
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidProfileError
-from layerskip.ready_profiles import add_profile
 from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
