@@ -30,8 +30,7 @@ DTYPE := auto
 profiles: install
 	mkdir -p build
 	$(BIN)/layerskip search $(MODEL) --device $(DEVICE) --dtype $(DTYPE) --seed 0 --out build/ready.json --storage sqlite:///build/ready.db
-	$(BIN)/python -c 'import sys; from layerskip.ready_profiles import add_profile; print(add_profile(*sys.argv[1:]))' \
-		$(notdir $(MODEL)) build/ready.json $(DEVICE)
+	$(BIN)/python -m benchmarks.add_profile $(notdir $(MODEL)) build/ready.json $(DEVICE)
 
 test: install
 	$(PYTEST)

@@ -12,7 +12,7 @@ from typing import Any
 from layerskip import DraftProfile, LayerSkipModel, load_checkpoint
 from layerskip.engine import Engine, make_engine
 from layerskip.hub import load_profile
-from layerskip.utils import device_name, library_versions
+from layerskip.utils import device_name, dtype_name, library_versions
 from search.prompts import EncodedPrompt, built_in_prompts, split_prompts
 
 
@@ -52,7 +52,7 @@ def machine_of(model: LayerSkipModel) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "versions": library_versions(),
     }
 

@@ -36,18 +36,6 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 DEFAULT_STORAGE = completion.DEFAULT_STORAGE
 
-_debugging = False
-
-
-def _remember_debug(wanted: bool) -> None:
-    global _debugging
-    _debugging = wanted
-
-
-def debugging() -> bool:
-    """Whether ``--debug`` was given."""
-    return _debugging
-
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
@@ -63,9 +51,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-DebugOption = Annotated[
-    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
-]
+DEBUG = "--debug"  # looked for by cli.main, which prints the errors of all commands
+DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")
 ]

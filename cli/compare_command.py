@@ -67,7 +67,7 @@ def compare(
     from layerskip.checkpoints import cache_folder
     from layerskip.engine import make_engine
     from layerskip.tokenizer import read_prompts
-    from layerskip.utils import device_name, library_versions
+    from layerskip.utils import device_name, dtype_name, library_versions
     from search.compare import (
         compare,
         layerskip_methods,
@@ -102,7 +102,7 @@ def compare(
     comparison = Comparison(
         model=model,
         device=device_name(layers.device),
-        dtype=str(layers.dtype).removeprefix("torch."),
+        dtype=dtype_name(layers.dtype),
         engine=runner.name,
         versions=library_versions(),
         repeats=repeats,
@@ -123,7 +123,7 @@ def _page(comparison: Comparison) -> str:
     from studies.figures.comparison_figures import comparison_figures
     from studies.report import render_page
 
-    title = f"Ways to decode {comparison.model}"
+    title = f"Decoding methods for {comparison.model}"
     return render_page(title, advice(comparison), facts(comparison), comparison_figures(comparison))
 
 

@@ -24,14 +24,7 @@ from cli import (
     studies_command,
     tune_command,
 )
-from cli.common import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    WRONG_USAGE,
-    debugging,
-    escape_unencodable,
-)
+from cli.common import DEBUG, DONE, FAILED, INTERRUPTED, WRONG_USAGE, escape_unencodable
 from layerskip.errors import InvalidInputError, LayerSkipError, first_line, out_of_memory
 
 app = typer.Typer(
@@ -86,7 +79,7 @@ def run(arguments: list[str]) -> int:
             print("layerskip: interrupted", file=sys.stderr)
         return int(status)
     except Exception as error:
-        if debugging():
+        if DEBUG in arguments:
             traceback.print_exc()
         message, status = _explain(error)
         if message:
@@ -104,4 +97,4 @@ def _explain(error: Exception) -> tuple[str, int]:
     shortage = out_of_memory(error)
     if shortage is not None:
         return shortage, FAILED
-    return f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where)", FAILED
+    return f"unexpected {type(error).__name__}: {first_line(error)} ({DEBUG} shows where)", FAILED

@@ -81,7 +81,7 @@ class ProgressDisplay:
                 if event.found:
                     self._print(f"{counted(event.found, 'reference text')} reused from an earlier search")
             case PhaseStarted("costs"):
-                self._print("profiling step latency on this device")
+                self._print("measuring the costs of passes on this device")
             case PhaseStarted("trials"):
                 self._started = time.monotonic()
             case PhaseStarted("finalists"):

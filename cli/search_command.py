@@ -174,7 +174,7 @@ def search(
             database,
             draft_layers=trained,
             on_event=progress,
-            helpers=workers_on,
+            other_workers=workers_on,
         ).run()
     if result.profile is not None:
         result.profile.save(out)

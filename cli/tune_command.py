@@ -126,7 +126,8 @@ def tune(
     given = read_prompts(prompts) if prompts else built_in_prompts()
     name = profile.model.id if profile else source
     stderr.print(f"loading {name}")
-    layers, tokenizer = open_model(name, RunOptions(device, dtype, engine, compiled))
+    revision = profile.revision if profile else None
+    layers, tokenizer = open_model(name, RunOptions(device, dtype, engine, compiled), revision=revision)
     if profile is not None:
         profile.check(layers)
     longest = max(max_new_tokens, settings.answer_tokens if prompts else 0)
@@ -146,6 +147,8 @@ def tune(
     except KeyboardInterrupt:
         stderr.print("texts and training are kept, no profile was written; the same command resumes")
         raise
+    if profile is not None:
+        tuned = replace(tuned, profile=_for_the_same_base_model(tuned.profile, profile))
     tuned.profile.save(out)
     if json:
         print_json(_described(tuned, out))
@@ -164,6 +167,13 @@ def _completed(settings: TuningSettings, profile: DraftProfile) -> TuningSetting
         settings,
         exit=None if settings.drafts_with_heads else settings.exit or exit_of(profile.skip_set),
         vocabulary=own if settings.vocabulary is None else settings.vocabulary,
+    )
+
+
+def _for_the_same_base_model(tuned: DraftProfile, profile: DraftProfile) -> DraftProfile:
+    """The tuned profile, for the published model and the revision that the profile names that was tuned."""
+    return tuned.model_copy(
+        update={"base_model_name_or_path": profile.base_model_name_or_path, "revision": profile.revision}
     )
 
 
@@ -199,7 +209,7 @@ def _report(tuned: TuningResult, out: Path) -> None:
     stdout.print(f"agreement {format_agreement(agreement)} on {agreement.positions} held-out positions")
     stdout.print(f"ideal     {tuned.ideal:.2f}×, if verification cost one plain step and drafting only its weights")
     if tuned.predicted is not None:
-        stdout.print(f"predicted {tuned.predicted:.2f}×, by simulation with the step latency of this device")
+        stdout.print(f"predicted {tuned.predicted:.2f}×, simulated with the costs measured on this device")
     print_measured_profile(profile, out, "The draft was measured to be slower than plain decoding here.")
     if tuned.interrupted:
         stdout.print("Interrupted: nothing was measured; the same command resumes.")

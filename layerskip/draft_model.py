@@ -30,7 +30,7 @@ _NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "tokens", "_factor")
 
 def kept_layers(skip_set: SkipSet) -> tuple[int, ...]:
     """The layers of which a draft keeps at least one sublayer, ascending."""
-    skipped = zip(skip_set.attention_mask, skip_set.mlp_mask, strict=True)
+    skipped = zip(skip_set.skips_attention, skip_set.skips_mlp, strict=True)
     return tuple(layer for layer, both in enumerate(skipped) if not all(both))
 
 
@@ -73,7 +73,7 @@ class _Layer:
 
 def _layers_of(skip_set: SkipSet, trained: Iterable[DraftLayer]) -> list[_Layer]:
     """In the order in which they run. No trained layer lies between the sublayers of one that is kept."""
-    kept = [_Layer(2 * layer + skip_set.attention_mask[layer], layer) for layer in kept_layers(skip_set)]
+    kept = [_Layer(2 * layer + skip_set.skips_attention[layer], layer) for layer in kept_layers(skip_set)]
     own = [_Layer(layer.start, layer.like, layer) for layer in trained]
     return sorted([*kept, *own], key=lambda layer: layer.place)
 
@@ -99,7 +99,7 @@ def draft_model_of(model: LayerSkipModel, skip_set: SkipSet, trained: Iterable[D
         if layer.trained is not None:
             weights |= {f"{prefix}{number}.{name}": weight for name, weight in layer.trained.layer.state_dict().items()}
             continue
-        for module, skipped in (("self_attn", skip_set.attention_mask), ("mlp", skip_set.mlp_mask)):
+        for module, skipped in (("self_attn", skip_set.skips_attention), ("mlp", skip_set.skips_mlp)):
             if skipped[layer.like]:
                 _zero_output(weights, full, f"{prefix}{layer.like}.{module}", f"{prefix}{number}.{module}")
     with torch.device("meta"):

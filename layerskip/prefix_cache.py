@@ -43,7 +43,7 @@ class PrefixCache:
             cache = engine.new_cache(needed)
             self._text = []
         # The last token of a text is in no cache: nothing has followed it yet. An exception may have left even less.
-        cache.rollback(min(_common_prefix(self._text[:-1], prompt[:-1]), cache.length))
+        cache.rollback(min(common_prefix_length(self._text[:-1], prompt[:-1]), cache.length))
         self._cache, self._uses, self._text = cache, cache.uses, list(prompt)
         return cache
 
@@ -52,6 +52,6 @@ class PrefixCache:
         self._text += tokens
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the prefix that two texts have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

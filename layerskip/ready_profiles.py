@@ -10,10 +10,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layerskip.checkpoints import resolve_device, resolve_dtype
-from layerskip.errors import InvalidInputError, InvalidProfileError
+from layerskip.errors import InvalidProfileError
 from layerskip.names import ALIASES
-from layerskip.profile import DraftProfile
-from layerskip.utils import device_name, write_atomically
+from layerskip.utils import device_name, dtype_name
 
 FOLDER = Path(__file__).parent / "profiles"
 INDEX = "index.json"
@@ -83,71 +82,13 @@ def find_profile(name: str, *, device: str = "auto", dtype: str = "auto", folder
     if not named:
         raise InvalidProfileError(_unknown(name, every))
     where = resolve_device(device)
-    precision = str(resolve_dtype(dtype, where)).removeprefix("torch.")
+    precision = dtype_name(resolve_dtype(dtype, where))
 
     def likeness(entry: ReadyProfile) -> tuple[bool, bool, bool, float]:
         alike = entry.device_type == where.type, entry.dtype == precision, entry.device == device_name(where)
         return (*alike, entry.speedup)
 
     return (folder or FOLDER) / max(named, key=likeness).file
-
-
-def add_profile(name: str, source: Path, device_type: DeviceType, *, folder: Path | None = None) -> ReadyProfile:
-    """Put a measured profile among the ready ones, in place of one of that name from the same machine and dtype.
-
-    Args:
-        name: What to call it.
-        source: The profile.
-        device_type: What kind of device it was measured on.
-        folder: Where ready profiles lie; None takes those that ship with layerskip.
-
-    Raises:
-        InvalidProfileError: The profile is not valid, or cannot be written there.
-        InvalidInputError: It was never measured, or only on the prompts of the search.
-    """
-    folder = folder or FOLDER
-    profile = DraftProfile.load(source)
-    measured = profile.measured
-    if measured is None or measured.prompt_set != "held-out":
-        raise InvalidInputError(f"{source}: was not measured on held-out prompts; let its search run to the end")
-    # Not by the machine's name, which belongs into no file's name: by how many there are.
-    others = [entry for entry in ready_profiles(folder) if not _is_for(entry, name, measured.device, measured.dtype)]
-    entry = ReadyProfile(
-        name=name,
-        file=_free_name(f"{name}-{device_type}-{measured.dtype}", [other.file for other in others]),
-        model=profile.model.id,
-        fingerprint=profile.model.fingerprint,
-        device_type=device_type,
-        device=measured.device,
-        dtype=measured.dtype,
-        speedup=measured.speedup,
-        speedup_low=measured.speedup_low,
-        speedup_high=measured.speedup_high,
-    )
-    profile.save(folder / entry.file)
-    listed = sorted([*others, entry], key=lambda one: (one.name, one.file))
-    write_atomically(folder / INDEX, ProfileIndex(profiles=tuple(listed)).model_dump_json(indent=2) + "\n")
-    _remove_unused_tensors(folder, [folder / one.file for one in listed])
-    return entry
-
-
-def _remove_unused_tensors(folder: Path, profiles: Sequence[Path]) -> None:
-    tensors = [DraftProfile.load(path).tensors for path in profiles]
-    used = {one.file for one in tensors if one is not None}
-    for path in folder.glob("draft-*.safetensors"):
-        if path.name not in used:
-            path.unlink()
-
-
-def _is_for(entry: ReadyProfile, name: str, device: str, dtype: str) -> bool:
-    return (entry.name, entry.device, entry.dtype) == (name, device, dtype)
-
-
-def _free_name(stem: str, taken: Sequence[str]) -> str:
-    number = 1
-    while (file := f"{stem}{f'-{number}' * (number > 1)}.json") in taken:
-        number += 1
-    return file
 
 
 def _unknown(name: str, every: Sequence[ReadyProfile]) -> str:

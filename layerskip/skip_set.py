@@ -68,18 +68,44 @@ class SkipSet:
             mlp=tuple(layer for layer, skip in enumerate(skipped[1::2]) if skip),
         )
 
+    @classmethod
+    def of_sublayers(cls, indices: Iterable[int], num_layers: int) -> SkipSet:
+        """The skip set of sublayers by their indices in the stack.
+
+        Raises:
+            InvalidInputError: Every sublayer is skipped.
+        """
+        skipped = set(indices)
+        return cls.from_mask([index in skipped for index in range(2 * num_layers)])
+
+    @classmethod
+    def early_exit(cls, num_layers: int, keep: int) -> SkipSet:
+        """The skip set of a draft that runs the first layers alone.
+
+        Args:
+            num_layers: Number of decoder layers.
+            keep: How many of them the draft runs.
+
+        Raises:
+            InvalidInputError: They are none, or all.
+        """
+        if not 1 <= keep < num_layers:
+            raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {keep}")
+        skipped = tuple(range(keep, num_layers))
+        return cls(num_layers, skipped, skipped)
+
     @property
     def mask(self) -> tuple[bool, ...]:
         """One flag per sublayer, in stack order; true where the draft leaves the sublayer out."""
-        return tuple(flag for pair in zip(self.attention_mask, self.mlp_mask, strict=True) for flag in pair)
+        return tuple(flag for pair in zip(self.skips_attention, self.skips_mlp, strict=True) for flag in pair)
 
     @property
-    def attention_mask(self) -> tuple[bool, ...]:
+    def skips_attention(self) -> tuple[bool, ...]:
         """One flag per layer; true where its attention is left out."""
         return tuple(layer in self.attention for layer in range(self.num_layers))
 
     @property
-    def mlp_mask(self) -> tuple[bool, ...]:
+    def skips_mlp(self) -> tuple[bool, ...]:
         """One flag per layer; true where its MLP is left out."""
         return tuple(layer in self.mlp for layer in range(self.num_layers))
 
@@ -87,6 +113,16 @@ class SkipSet:
     def kept(self) -> tuple[int, ...]:
         """Stack indices of the sublayers that the draft runs, ascending."""
         return tuple(index for index, skip in enumerate(self.mask) if not skip)
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The maximal runs of skipped sublayers, each as (index of the first, index after the last), ascending."""
+        runs = []
+        for skipped, indices in itertools.groupby(range(len(self.mask)), key=self.mask.__getitem__):
+            run = list(indices)
+            if skipped:
+                runs.append((run[0], run[-1] + 1))
+        return tuple(runs)
 
     def __len__(self) -> int:
         """Number of sublayers left out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from layerskip.errors import LayerSkipError
+from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.utils import cache_write_errors, digest, library_versions, write_bytes_atomically
 
-# Stores of a kind that stay on disk; the least recently used beyond them are removed.
+# Stores of a kind that stay on disk; the least recently used beyond them are removed, unless a process may still run
+# that uses them.
 _KEPT = 4
+_SECONDS_IN_USE = 24 * 3600.0
 _WHAT = "the target model's texts"
 
 
@@ -57,7 +61,7 @@ class TargetText:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def asked(self) -> slice:
+    def draft_positions(self) -> slice:
         """The positions at which a draft is asked."""
         return slice(self.prompt_length, len(self.tokens) - 1)
 
@@ -96,7 +100,8 @@ class TextStore:
         model: The target model.
         fingerprint: Of its weights, as in :class:`layerskip.ModelIdentity`.
         cache: The folder for all stores.
-        kind: What the texts are for; the four most recently used stores of a kind are kept.
+        kind: What the texts are for; of each kind, the four most recently used stores and those used in the last day
+            are kept.
         settings: What else the texts depend on, as values that JSON has.
 
     Attributes:
@@ -115,11 +120,13 @@ class TextStore:
             # Stores alone, and no other folders of that kind of name: the user may have named any folder as the cache.
             stores = cache.glob(f"{kind}-{'[0-9a-f]' * len(key)}")
             for old in sorted(stores, key=_last_used)[:-_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+                if _last_used(old) < time.time() - _SECONDS_IN_USE:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def find(self, name: str) -> list[TargetText] | None:
         """The texts written under a name, on disk until used; None if they are not there or not whole."""
         try:
+            os.utime(self.folder)
             parts = _by_number(load_file(self._path(name)))
             return [TargetText.from_tensors(parts[number]) for number in range(len(parts))]
         except (OSError, SafetensorError, KeyError, ValueError):
@@ -145,6 +152,7 @@ class TextStore:
         parts = {f"{number}.{part}": t for number, text in enumerate(texts) for part, t in text.tensors.items()}
         with cache_write_errors(self._path(name), _WHAT):
             write_bytes_atomically(self._path(name), save(parts))
+            os.utime(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -206,6 +214,30 @@ def batch_generate(
 def _until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
     return tokens[:end]
+
+
+def run_keeping_states(
+    model: LayerSkipModel, tokens: Tensor, cache: KVCache, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the target model over a text and keep its hidden states at every boundary between sublayers.
+
+    Args:
+        model: The model.
+        tokens: ``[n]``, token ids.
+        cache: An empty cache, which gets the text's keys and values; the caller moves it forward.
+        positions: ``[p]``, where to keep states, in main memory.
+
+    Returns:
+        ``[n, hidden_size]``, the last hidden states of all tokens, and ``[2 * num_layers + 1, p, hidden_size]``, the
+        states that were kept, on the model's first device.
+    """
+    context = model.pass_context(len(tokens), cache)
+    x = model.embed(tokens)
+    kept = [x[0, positions.to(x.device)]]
+    for _, sublayer in model.target_stack.steps:
+        x = sublayer(x, context)
+        kept.append(x[0, positions.to(x.device)].to(model.device))
+    return x[0], torch.stack(kept)
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

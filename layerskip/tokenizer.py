@@ -144,13 +144,15 @@ class StopStrings:
 
     Args:
         tokenizer: The model's tokenizer.
-        strings: The stop strings; none of them empty.
+        strings: The stop strings, or the only one; none of them empty.
 
     Raises:
         InvalidInputError: There is no string, or one is empty.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | Sequence[str]) -> None:
+        if isinstance(strings, str):
+            strings = (strings,)
         if not strings or not all(strings):
             raise InvalidInputError("stop strings: expected at least one, none of them empty")
         self._tokenizer = tokenizer

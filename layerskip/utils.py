@@ -56,7 +56,7 @@ def cache_write_errors(path: Path, what: str) -> Iterator[None]:
 
     Args:
         path: Where the block writes.
-        what: What it writes, for people.
+        what: What it writes, human-readable.
 
     Raises:
         LayerSkipError: The block raised an ``OSError``.
@@ -124,16 +124,21 @@ class PhaseClock:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, as ``3 min 05 s``."""
+    """Human-readable seconds, as ``3 min 05 s``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a floating-point type, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 _PACKAGES = ("layerskip", "torch", "transformers")
 
 
 def device_name(device: torch.device) -> str:
-    """A device's name for people: the GPU's, or the processor's with the number of threads in use."""
+    """A device's human-readable name: the GPU's, or the processor's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

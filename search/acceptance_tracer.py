@@ -49,7 +49,7 @@ class AcceptanceTracer:
         self._room = memory
 
     def trace(self, stack: Stack) -> Iterator[list[Trace]]:
-        """A draft's traces, some texts at a time, so that a hopeless draft need not be traced along all of them."""
+        """A draft's traces, some texts at a time: one that cannot win need not be traced along all of them."""
         for number in range(len(self._parts)):
             yield self._batch(number).trace(self._model, stack)
 
@@ -63,10 +63,10 @@ class AcceptanceTracer:
         """Number of texts."""
         return sum(map(len, self._parts))
 
-    def versions(self) -> Versions:
+    def sublayer_runner(self) -> SublayerRunner:
         """The longest of the first texts, to be run through the stack in several versions."""
         longest = max(self._parts[0], key=lambda text: text.new_tokens)
-        return Versions(self._model, _Batch(self._model, [longest]))
+        return SublayerRunner(self._model, _Batch(self._model, [longest]))
 
     def _batch(self, number: int) -> _Batch:
         if number in self._resident:
@@ -78,7 +78,7 @@ class AcceptanceTracer:
         return batch
 
 
-class Versions:
+class SublayerRunner:
     """One text whose hidden states are run through parts of the stack in several versions.
 
     Args:
@@ -188,5 +188,5 @@ def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _longer(past: Tensor, length: int) -> Tensor:
-    """Keys or values of one text, ``[heads, n, dim]``, padded to ``length`` positions that nobody looks at."""
+    """Keys or values of one text, ``[heads, n, dim]``, padded to ``length`` positions; the added ones are masked."""
     return functional.pad(past, (0, 0, 0, length - past.shape[1]))

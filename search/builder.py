@@ -55,9 +55,9 @@ class DraftBuilder:
         self._built = {layer.ref: layer.weights.placed_on(model).steps for layer in draft_layers}
 
     def as_built(self, config: DraftConfig) -> DraftConfig:
-        """The configuration as its draft is built: without bridges where it skips no run that is worth one."""
-        worthy = config.bridges and self._fitter.worthy_runs(config.skipped_below)
-        return replace(config, bridges=bool(worthy))
+        """The configuration as its draft is built: without bridges where no run that it skips gets one."""
+        runs = config.bridges and self._fitter.runs_to_bridge(config.skipped_below)
+        return replace(config, bridges=bool(runs))
 
     def weights(self, config: DraftConfig) -> DraftWeights:
         """The bridges, the draft layer and the draft vocabulary of a draft; the layer as it was trained."""
@@ -96,13 +96,13 @@ class DraftBuilder:
         """
         edges = np.diff(np.pad(masks, ((0, 0), (1, 1))).astype(np.int8), axis=1)
         (drafts, starts), (_, stops) = np.nonzero(edges == 1), np.nonzero(edges == -1)
-        return np.bincount(drafts[self._worthy[starts, stops]], minlength=len(masks))
+        return np.bincount(drafts[self._bridged[starts, stops]], minlength=len(masks))
 
     @cached_property
-    def _worthy(self) -> NDArray[np.bool_]:
-        """``[boundaries, boundaries]``, whether a run of skipped sublayers from one to another is worth a bridge."""
+    def _bridged(self) -> NDArray[np.bool_]:
+        """``[boundaries, boundaries]``, whether a run of skipped sublayers from one to another gets a bridge."""
         boundaries = range(len(self._model.sublayers) + 1)
-        return np.array([[self._fitter.worth_it(start, stop) for stop in boundaries] for start in boundaries])
+        return np.array([[self._fitter.is_cheaper(start, stop) for stop in boundaries] for start in boundaries])
 
     def _bridges(self, config: DraftConfig) -> list[Bridge]:
         return self._fitter.fit(config.skipped_below) if config.bridges else []

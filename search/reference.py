@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from layerskip.model import LayerSkipModel
-from layerskip.target_texts import TargetText, TextStore, batch_generate, likeliest
+from layerskip.target_texts import TargetText, TextStore, batch_generate, likeliest, run_keeping_states
 from layerskip.utils import digest
 from search.prompts import EncodedPrompt
 
@@ -81,23 +81,17 @@ def record(
     tokens = torch.tensor([*prompt, *new], device=model.device)
     n, asked = len(tokens), slice(len(prompt), len(prompt) + len(new) - 1)
     spaced = torch.linspace(0, n - 1, min(states or n, n)).round().long()
-    positions = torch.arange(n)[asked] if states is None else spaced
     cache = model.new_cache(n)
-    context = model.pass_context(n, cache)
-    x = model.embed(tokens)  # [1, n, hidden_size]
-    boundaries = [x[0, positions]]
-    for _, sublayer in model.target_stack.steps:
-        x = sublayer(x, context)
-        boundaries.append(x[0, positions.to(x.device)].to(model.device))
+    last, kept = run_keeping_states(model, tokens, cache, torch.arange(n)[asked] if states is None else spaced)
     cache.advance(n)
-    best = [likeliest(model.logits(part[None])) for part in x[0, asked].split(CHUNK)]
+    best = [likeliest(model.logits(part[None])) for part in last[asked].split(CHUNK)]
     layers = [cache.layer(index) for index in range(model.num_layers)]
     return TargetText(
         tokens=tokens,
         prompt_length=len(prompt),
         choices=torch.cat([choices for choices, _ in best]) if best else tokens[:0],
         confidence=torch.cat([confidence for _, confidence in best]) if best else torch.zeros(0),
-        states=torch.stack(boundaries),
+        states=kept,
         keys=tuple(keys[0] for keys, _ in layers),
         values=tuple(values[0] for _, values in layers),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -153,6 +154,13 @@ class _Finalist:
     prompt_set: PromptSet
 
 
+class OtherWorkers(Protocol):
+    """Other processes that work on the same study."""
+
+    def check(self) -> None:
+        """Report those that failed, each once."""
+
+
 class Search:
     """Searches for the fastest draft of a model, and resumes where an earlier search of the same study stopped.
 
@@ -165,8 +173,8 @@ class Search:
         storage: Where the study is kept.
         draft_layers: The trained draft layers that the space names, with their tensors.
         on_event: Called with what happens.
-        helpers: Makes of the task, with the study's name in it, what is entered before the first trial and left after
-            the last, such as :class:`search.workers.Workers`.
+        other_workers: Makes of the task, with the study's name in it, the other workers, which are entered before the
+            first trial and left after the last, such as :class:`search.workers.Workers`; None searches alone.
 
     Raises:
         InvalidInputError: The space names other draft layers than are given.
@@ -180,7 +188,7 @@ class Search:
         *,
         draft_layers: Sequence[TrainedDraftLayer] = (),
         on_event: OnEvent = ignore,
-        helpers: Callable[[SearchTask], AbstractContextManager[object]] = nullcontext,
+        other_workers: Callable[[SearchTask], AbstractContextManager[OtherWorkers]] | None = None,
     ) -> None:
         named, given = task.space.draft_layers, tuple(layer.ref for layer in draft_layers)
         if named != given:
@@ -193,7 +201,7 @@ class Search:
         self._storage = storage
         self._draft_layers = draft_layers
         self._on_event = on_event
-        self._helpers = helpers
+        self._make_workers = other_workers
         self._folder = task.folder or cache_folder()
         self._lock = MachineLock(self._folder, engine.model.device, workers=task.settings.workers)
         self._prompts = SearchPrompts.of(task.prompts, task.settings)
@@ -295,15 +303,20 @@ class Search:
         if ends is None and settings.timeout is not None:
             ends = time.monotonic() + settings.timeout
         self._on_event(PhaseStarted("trials"))
-        with self._helpers(replace(self.task, study=study.study_name, ends=ends)):
+        with self._other_workers(replace(self.task, study=study.study_name, ends=ends)) as others:
             timeout = None if ends is None else ends - time.monotonic()
             for trial in run_trials(study, objective, self._storage.heartbeats, timeout=timeout):
+                if others is not None:
+                    others.check()
                 for plan in plans:
                     plan(study, trial)
                 progress = Progress.of(Snapshot(study))
                 self._on_event(TrialFinished(trial, progress))
                 if progress.evaluated >= settings.trials and not is_to_be_measured(study):
                     break
+
+    def _other_workers(self, task: SearchTask) -> AbstractContextManager[OtherWorkers | None]:
+        return nullcontext() if self._make_workers is None else self._make_workers(task)
 
     def _costs(self, study: optuna.Study) -> CostModel:
         try:

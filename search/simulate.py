@@ -31,7 +31,7 @@ class RoundCosts:
 
     Args:
         prefill: ``[n]``, until the first token.
-        drafting: Of a draft, ``[n]``, by the number of tokens at each of its places before that it goes on after.
+        drafting: Of a draft, ``[n]``, by the number of tokens at which each of its places is extended.
         chains: ``[n, longest draft + 1]``, of verifying so many drafted tokens in a chain.
         trees: ``[n, largest draft + 1]``, the same for tokens of a tree and for copied ones, verified from the bottom
             of the stack.
@@ -175,7 +175,7 @@ class _Rounds:
         self._text = np.arange(len(traces))
         self._last = np.array([trace.new_tokens - 1 for trace in traces])
         self._longest = np.array([[min(state.max_length, places)] for state in states])
-        self._rests_below = np.array([[config.target_confidence_threshold] for config in configs])
+        self._target_threshold = np.array([[config.target_confidence_threshold] for config in configs])
         self._threshold = np.repeat([[state.threshold] for state in states], len(traces), axis=1)
         rules = [config.stopping for config in configs]
         self._adaptive = [(row, rule) for row, rule in enumerate(rules) if isinstance(rule, AdaptiveThreshold)]
@@ -247,7 +247,7 @@ class _Rounds:
         room = np.maximum(self._room - at - 1, 0)
         copied = np.minimum(self._copied[self._lookup, self._text, at], room)
         copies = copied > 0
-        requested = np.where(copies | (self._target < self._rests_below), 0, np.minimum(self._longest, room))
+        requested = np.where(copies | (self._target < self._target_threshold), 0, np.minimum(self._longest, room))
         asked = np.minimum(requested, self._stops_after(at))
         accepted = np.where(
             copies,

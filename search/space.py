@@ -113,7 +113,7 @@ class SearchSpace:
 
     @cached_property
     def options(self) -> list[DraftConfig]:
-        """Every choice beside the skip set, as configurations that skip only what their draft layer replaces."""
+        """Every choice besides the skip set, as configurations that skip only what their draft layer replaces."""
         with_bridges = (False, True) if self.bridges else (False,)
         nothing = SkipSet(self.num_layers)
         choices = itertools.product(with_bridges, self.vocabulary_sizes, (None, *self.draft_layers))
@@ -167,7 +167,7 @@ class SearchSpace:
             vocabulary_size=parameters.get(_VOCABULARY_SIZE, self.vocabulary_sizes[0]),
         )
 
-    def tried(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
+    def config_or_none(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
         """The candidate that a trial with these parameters tried; None if it chose only some, or skipped everything."""
         if not self.distributions.keys() <= parameters.keys():
             return None

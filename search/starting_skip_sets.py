@@ -43,12 +43,6 @@ def counts_of(total: int, shares: Sequence[float]) -> list[int]:
     return [count for count in rounded if 0 < count < total]
 
 
-def skipping(sublayers: Iterable[int], num_layers: int) -> SkipSet:
-    """The skip set of sublayers by their indices in the stack."""
-    skipped = set(sublayers)
-    return SkipSet.from_mask([index in skipped for index in range(2 * num_layers)])
-
-
 def nothing_skipped(num_layers: int) -> Iterator[Start]:
     """The empty skip set. With a draft vocabulary alone, it may already pay."""
     yield "nothing skipped", SkipSet(num_layers)
@@ -101,7 +95,7 @@ def early_exits(num_layers: int) -> Iterator[Start]:
     """
     for count in counts_of(num_layers, _EXIT_SHARES):
         kept = num_layers - count
-        yield f"early exit: after {kept} of {num_layers} layers", skipping(range(2 * kept, 2 * num_layers), num_layers)
+        yield f"early exit: after {kept} of {num_layers} layers", SkipSet.early_exit(num_layers, kept)
 
 
 def published(num_layers: int) -> Iterator[Start]:
@@ -149,7 +143,7 @@ def least_change(states: Tensor) -> Iterator[Start]:
     ranked = sorted(range(len(influence)), key=influence.__getitem__)
     for count in counts_of(len(ranked), _CHANGE_SHARES):
         source = f"least change: {count} of {len(ranked)} sublayers, by cosine similarity"
-        yield source, skipping(ranked[:count], len(ranked) // 2)
+        yield source, SkipSet.of_sublayers(ranked[:count], len(ranked) // 2)
 
 
 _FEW = (1, 2, 4)
@@ -169,7 +163,7 @@ def least_damage(acceptance: Callable[[SkipSet], float], costs: Sequence[float])
     ranked = _ranked(len(costs), acceptance, costs)
     for count in counts_of(len(ranked), _DAMAGE_SHARES):
         source = f"least damage: {count} of {len(ranked)} sublayers, by acceptance of each alone"
-        yield source, skipping(ranked[:count], len(costs) // 2)
+        yield source, SkipSet.of_sublayers(ranked[:count], len(costs) // 2)
 
 
 def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> Iterator[Start]:
@@ -182,12 +176,15 @@ def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Seq
     """
     ranked = _ranked(stop, acceptance, costs)
     for count in (few for few in _FEW if few < stop):
-        yield f"least damage: {count} of {stop} sublayers below its exit", skipping(ranked[:count], len(costs) // 2)
+        yield (
+            f"least damage: {count} of {stop} sublayers below its exit",
+            SkipSet.of_sublayers(ranked[:count], len(costs) // 2),
+        )
 
 
 def _ranked(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> list[int]:
     """The sublayers before ``stop``, those first that do least damage for their cost."""
-    damage = [_damage(acceptance(skipping([index], len(costs) // 2))) for index in range(stop)]
+    damage = [_damage(acceptance(SkipSet.of_sublayers([index], len(costs) // 2))) for index in range(stop)]
     # Of several that do no damage at all, the most expensive first.
     return sorted(range(stop), key=lambda index: (damage[index] / costs[index], -costs[index]))
 
@@ -205,11 +202,11 @@ _RESOLUTION = 2
 
 
 @dataclass(frozen=True)
-class Path:
-    """The best path found to some boundary.
+class PartialSkipSet:
+    """What the best path found to some boundary skips.
 
     Args:
-        skipped: Indices of the sublayers skipped on it.
+        skipped: Indices of the sublayers.
         units: Their cost.
         similarity: Cosine of the hidden states with the target model's, mean over positions.
     """
@@ -242,7 +239,7 @@ def _of_all_budgets(states: Tensor, run_sublayer: RunSublayer, units: Sequence[i
         if enough:
             best = max(enough, key=lambda path: path.similarity)
             source = f"dynamic programming: {share:.1%} of the cost, by cosine similarity"
-            yield source, skipping(best.skipped, len(units) // 2)
+            yield source, SkipSet.of_sublayers(best.skipped, len(units) // 2)
 
 
 def quantized(costs: Sequence[float]) -> list[int]:
@@ -252,7 +249,7 @@ def quantized(costs: Sequence[float]) -> list[int]:
 
 
 @torch.inference_mode()
-def best_paths(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int], *, most: int) -> list[Path]:
+def best_paths(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int], *, most: int) -> list[PartialSkipSet]:
     """The best path found to the top of the stack for every skipped cost, from 0 to ``most`` units.
 
     Args:
@@ -264,7 +261,7 @@ def best_paths(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int], 
     Returns:
         Paths in ascending order of their skipped cost; costs that no skip set sums up to are absent.
     """
-    paths, x = [Path((), 0, 1.0)], states[:1]  # x: [paths, n, hidden_size]
+    paths, x = [PartialSkipSet((), 0, 1.0)], states[:1]  # x: [paths, n, hidden_size]
     for index, after in enumerate(states[1:]):
         # Every path with the sublayer, then every path without it.
         versions = torch.cat([run_sublayer(index, x).to(x.device), x])
@@ -276,6 +273,6 @@ def best_paths(states: Tensor, run_sublayer: RunSublayer, units: Sequence[int], 
             if cost <= most and (cost not in best or similarities[row] > similarities[best[cost]]):
                 best[cost] = row
         rows = [best[cost] for cost in sorted(best)]
-        paths = [Path(*longer[row], similarities[row]) for row in rows]
+        paths = [PartialSkipSet(*longer[row], similarities[row]) for row in rows]
         x = versions[rows]
     return paths

@@ -16,14 +16,15 @@ from layerskip.drafting.prompt_lookup import NGramIndex
 from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
+from layerskip.prefix_cache import common_prefix_length
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText, likeliest
 from search.reference import CHUNK
 
-# No tree of a draft reaches further down.
+# No token tree uses a rank beyond this.
 LAST_RANK = 64
-# Places of a draft of the stack, which may be as long as it likes.
+# Stack drafts have no maximum length.
 _ANY_LENGTH = 1024
 
 
@@ -32,9 +33,9 @@ class Trace:
     """What a draft would propose along one text, where the text so far is as the draft proposed it.
 
     A draft from new token ``t`` has its place ``p`` at position ``t + p``. Draft heads propose differently at each of
-    their places. A draft of the stack asks the same question at every place: all its rows are equal.
+    their places. A stack's prediction does not depend on the place: all rows are equal.
 
-    How far Hydra's drafts go on after a wrong token is not in a trace; what is accepted of a draft is.
+    How far Hydra's drafts continue after a wrong token is not in a trace; what is accepted of a draft is.
 
     Args:
         ranks: ``[places, m - 1]``, the rank of the target's choice at each position among the draft's tokens, most
@@ -177,7 +178,7 @@ def trace_lookup(lookup: PromptLookup, text: TargetText) -> LookupTrace:
         index.extend(tokens[place : place + 1])
         copied = index.copy(lookup.length)
         drafted.append(len(copied))
-        accepted.append(_common(copied, tokens[place + 1 :]))
+        accepted.append(common_prefix_length(copied, tokens[place + 1 :]))
     return LookupTrace(np.array(drafted), np.array(accepted))
 
 
@@ -186,9 +187,3 @@ def trace_lookups(
 ) -> dict[PromptLookup, list[LookupTrace]]:
     """The traces of several settings of prompt lookup along several texts."""
     return {lookup: [trace_lookup(lookup, text) for text in texts] for lookup in lookups}
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning of two rows."""
-    same = [a == b for a, b in zip(one, other, strict=False)]
-    return same.index(False) if False in same else len(same)

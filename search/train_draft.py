@@ -58,7 +58,7 @@ from search.reference import ReferenceRun
 from search.simulate import RoundCosts, Simulator
 from search.space import SearchSpace
 from search.traces import trace_early_exit, trace_heads, trace_lookups
-from search.untrained_drafts import HEADS_KINDS, KINDS, Kind, early_exit, ideal_speedups, untrained_weights
+from search.untrained_drafts import HEADS_KINDS, KINDS, Kind, ideal_speedups, untrained_weights
 
 # Share of the layers that a draft keeps by default; Kangaroo's exits are lower, in deeper models.
 _EXIT_SHARE = 1 / 8
@@ -202,7 +202,7 @@ class Tuning:
         # Heads learn from the texts that are kept for a draft layer above the usual exit.
         self._exit = settings.exit or max(round(_EXIT_SHARE * model.num_layers), 1)
         layers = model.num_layers
-        self._skip_set = SkipSet(layers) if settings.drafts_with_heads else early_exit(layers, self._exit)
+        self._skip_set = SkipSet(layers) if settings.drafts_with_heads else SkipSet.early_exit(layers, self._exit)
         learned = 2 * len(split.search) // 3 if given else 0
         self._choosing = split.search[learned:] or split.search
         self._measuring = split.held_out

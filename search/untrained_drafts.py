@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from layerskip.drafting.bridges import Bridge, fit_bridge, runs_of
+from layerskip.drafting.bridges import Bridge, fit_bridge
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.heads import HEAD_KINDS, HeadKind, untrained_heads
 from layerskip.drafting.weights import DraftWeights
@@ -60,10 +60,10 @@ def _fitted_bridge(model: LayerSkipModel, texts: TrainingTexts, start: int, stop
     above: list[Tensor] = []
     stride = max(texts.positions // _BRIDGE_POSITIONS, 1)
     for text in texts.learned():
-        below.append(text.states[0, text.asked][::stride])
-        above.append(text.states[1, text.asked][::stride])
+        below.append(text.states[0, text.draft_positions][::stride])
+        above.append(text.states[1, text.draft_positions][::stride])
     before, after = (torch.cat(states).to(model.device, torch.float32) for states in (below, above))
-    return fit_bridge(model, before, after, start, stop)
+    return fit_bridge(before, after, start, stop)
 
 
 def ideal_speedups(
@@ -86,26 +86,14 @@ def ideal_speedups(
     return lambda agreement: ideal_speedup([agreement.top] * LONGEST, costs)
 
 
-def early_exit(num_layers: int, layers: int) -> SkipSet:
-    """The skip set of a draft that keeps so many layers and skips all above them.
-
-    Raises:
-        InvalidInputError: They are none, or all.
-    """
-    if not 1 <= layers < num_layers:
-        raise InvalidInputError(f"exit: expected 1 to {num_layers - 1}, layers of the model to keep, got {layers}")
-    skipped = tuple(range(layers, num_layers))
-    return SkipSet(num_layers, skipped, skipped)
-
-
 def exit_of(skip_set: SkipSet) -> int:
     """The layers that a draft with an early exit keeps.
 
     Raises:
         InvalidInputError: The skip set is no early exit: it keeps something above what it skips.
     """
-    match runs_of(skip_set):
-        case [(start, stop)] if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
+    match skip_set.runs:
+        case ((start, stop),) if stop == 2 * skip_set.num_layers and start % 2 == 0 and start:
             return start // 2
     raise InvalidInputError(
         f"the profile skips {skip_set}, which is no early exit, and only what reaches the top can be tuned; "

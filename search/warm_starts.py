@@ -116,7 +116,7 @@ def warm_starts(
     """
     costs = _sublayer_costs(space.num_layers, cost_model)
     yield from _with_draft_layers(space, alone, costs)
-    text = tracer.versions()
+    text = tracer.sublayer_runner()
     families = (
         nothing_skipped(space.num_layers),
         evenly_spaced(space.num_layers),

@@ -47,14 +47,14 @@ class Workers(AbstractContextManager["Workers"]):
     again when the study is resumed.
 
     No trial is taken twice: what is enqueued goes to one worker alone. Two workers that propose at the same moment may
-    propose the same candidate, for neither knows the other's trial yet; both then look at it. With ``n`` workers a
+    propose the same candidate, for neither knows the other's trial yet; both then evaluate it. With ``n`` workers a
     study ends with at most ``n - 1`` candidates more than asked for, those that were under way.
 
     Args:
         loads: How each worker loads the model.
         task: The task of the first process, with the study's name in it.
         storage: URL of the storage that the study is kept in.
-        when_failed: Called with the number and the message of a worker that gave up.
+        when_failed: Called with the number and the message of a worker that gave up, by :meth:`check` and at the end.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Workers(AbstractContextManager["Workers"]):
         self._storage = storage
         self._when_failed = when_failed
         self._running: list[tuple[BaseProcess, Connection]] = []
+        self._reported: set[int] = set()  # numbers of workers that failed
 
     def __enter__(self) -> Workers:
         try:
@@ -82,12 +83,19 @@ class Workers(AbstractContextManager["Workers"]):
         finally:  # on Ctrl-C while waiting, too
             self._end()
 
-    def _wait(self) -> None:
+    def check(self) -> None:
+        """Report the workers that failed since the last call, each once, while the others continue."""
         for number, (process, messages) in enumerate(self._running, start=1):
-            process.join()
+            status = process.exitcode  # read before the message: what ended has sent it
             message = _message(messages)
-            if message or process.exitcode:
-                self._when_failed(number, message or f"ended with exit code {process.exitcode}")
+            if (message or status) and number not in self._reported:
+                self._reported.add(number)
+                self._when_failed(number, message or f"ended with exit code {status}")
+
+    def _wait(self) -> None:
+        for process, _ in self._running:
+            process.join()
+            self.check()
 
     def _start(self, number: int, load: Load) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
@@ -107,13 +115,16 @@ class Workers(AbstractContextManager["Workers"]):
 
     def _end(self) -> None:
         """Let each worker enqueue the trial that it is running again."""
-        for process, _ in self._running:
-            process.terminate()
-        for process, _ in self._running:
-            process.join(_SECONDS_TO_END)
-            process.kill()
-            process.join()
-        self._running.clear()
+        try:
+            self.check()  # before the others end in another way than by themselves
+        finally:
+            for process, _ in self._running:
+                process.terminate()
+            for process, _ in self._running:
+                process.join(_SECONDS_TO_END)
+                process.kill()
+                process.join()
+            self._running.clear()
 
 
 def _message(messages: Connection) -> str | None:

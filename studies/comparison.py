@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from layerskip.utils import duration
 from studies.statistics import (
     FEW_PROMPTS,
     FEWEST_PROMPTS,
@@ -32,7 +33,7 @@ class Entry:
         tokens_per_pass: τ, new tokens ÷ passes of the target model, the prompt's among them.
         draft_cost: c, the time to draft one token, in plain steps; None if nothing was drafted.
         draft_share: The part of its time that went into drafting, from 0 to 1.
-        draft_bytes: Memory that its draft takes beside the model.
+        draft_bytes: Extra memory of its draft.
         peak_bytes: Most device memory in use while it decoded, above what the models take; None except on CUDA.
         training_seconds: How long its draft was trained, if that is known.
         near_ties: Prompts whose output diverges from plain decoding's at a near-tie of the top two tokens.
@@ -104,7 +105,9 @@ def advice(comparison: Comparison) -> str:
     """Which method to use on that machine, in one sentence."""
     best = comparison.best
     if best is not None:
-        return f"Use {best.name} here: it decodes {best.speedup} as fast as plain decoding."
+        speedup = best.speedup
+        interval = f"95 %: {speedup.low:.2f} to {speedup.high:.2f}"
+        return f"Use {best.name} here: {speedup.value:.2f}× the speed of plain decoding ({interval})."
     return f"Use plain decoding here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
 
 
@@ -158,10 +161,10 @@ COLUMNS: Mapping[str, str] = {
     "τ": "new tokens for each pass of the target model",
     "c": "time to draft a token, in plain steps",
     "drafting": "share of the time spent drafting",
-    "memory": "that the draft takes beside the model",
-    "peak": "most device memory in use beside the models",
+    "memory": "extra memory of the draft",
+    "peak": "peak device memory above the models'",
     "training": "time spent training the draft",
-    "output": "compared with plain decoding's",
+    "output": "compared with plain decoding",
 }
 
 
@@ -185,17 +188,13 @@ def _cells(entry: Entry) -> dict[str, str]:
         "drafting": f"{entry.draft_share:.0%}" if entry.draft_cost is not None else "",
         "memory": _megabytes(entry.draft_bytes) if entry.draft_bytes else "",
         "peak": "" if entry.peak_bytes is None else _megabytes(entry.peak_bytes),
-        "training": "" if entry.training_seconds is None else _duration(entry.training_seconds),
+        "training": "" if entry.training_seconds is None else duration(entry.training_seconds),
         "output": _output(entry),
     }
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _output(entry: Entry) -> str:

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
-from studies.figures import Picture, Table, study_figures
+from studies.figures import DataTable, Picture, study_figures
 from studies.statistics import CROSSES_ONE, Speedup
 from studies.view import StudyView
 
@@ -166,7 +166,7 @@ def _section(picture: Picture) -> list[str]:
     return [*lines, "</section>"]
 
 
-def _scrolling(table: Table) -> str:
+def _scrolling(table: DataTable) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -19,6 +19,11 @@ TOKEN = "hf_of_the_owner"
 _LARGE = (".safetensors", ".gguf")
 
 
+def contents(folder):
+    """The files of a folder, as a repository has them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 class RefusalError(Exception):
     """An answer that is not 200, with the header by which the client tells errors apart."""
 

@@ -14,7 +14,7 @@ from layerskip import FixedLength, SkipSet
 from layerskip.costs import CostModel, DraftParts, speedup
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import measure_costs
-from search.acceptance_tracer import AcceptanceTracer, Versions
+from search.acceptance_tracer import AcceptanceTracer, SublayerRunner
 from search.reference import ReferenceRun
 from search.starting_skip_sets import most_similar_paths
 
@@ -22,7 +22,7 @@ _LENGTHS = range(1, 9)
 
 
 def knapspec(task: Task) -> Iterator[Incumbent]:
-    """Attention and MLP sublayers at their measured costs; the cosine similarity stands in for the acceptance rate."""
+    """Attention and MLP sublayers at their measured costs; the cosine similarity replaces the acceptance rate."""
     watch, model = Stopwatch(task), task.model
     measured = measure_costs(task.engine, most_drafted=max(_LENGTHS))
     step = measured.short.step
@@ -30,7 +30,7 @@ def knapspec(task: Task) -> Iterator[Incumbent]:
     with tempfile.TemporaryDirectory() as folder:
         run = ReferenceRun(model, Path(folder), task.fingerprint)
         texts = run.texts(task.prompts.scored[:1], max_new_tokens=task.max_new_tokens)
-        text = AcceptanceTracer(model, texts).versions()
+        text = AcceptanceTracer(model, texts).sublayer_runner()
         skip_sets = [skip_set for _, skip_set in most_similar_paths(text.states, text.run_sublayer, costs)]
         scored = [_best(measured, task, text, skip_set) for skip_set in skip_sets]
     if scored:
@@ -38,7 +38,7 @@ def knapspec(task: Task) -> Iterator[Incumbent]:
         yield Incumbent(watch.seconds, DraftConfig(skip_set, stopping=FixedLength(length)))
 
 
-def _best(measured: CostModel, task: Task, text: Versions, skip_set: SkipSet) -> tuple[float, SkipSet, int]:
+def _best(measured: CostModel, task: Task, text: SublayerRunner, skip_set: SkipSet) -> tuple[float, SkipSet, int]:
     """The expected speedup of a draft at its best length."""
     context = float(len(task.prompts.scored[0].tokens))
     costs = measured.at(context).relative()
@@ -49,7 +49,7 @@ def _best(measured: CostModel, task: Task, text: Versions, skip_set: SkipSet) ->
     return speedups[length], skip_set, length
 
 
-def _similarity(text: Versions, skip_set: SkipSet) -> float:
+def _similarity(text: SublayerRunner, skip_set: SkipSet) -> float:
     """Cosine of the draft's last hidden states with the target model's, mean over positions."""
     x: Tensor = text.states[:1]
     kept: Sequence[int] = skip_set.kept

@@ -7,7 +7,6 @@ regression from the target model's hidden states at ``a`` to their change until 
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -20,8 +19,9 @@ from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import PassContext
+from layerskip.target_texts import run_keeping_states
 
-# A bridge must have clearly fewer weights than what it stands in for: each weight is read once a step.
+# A bridge must have clearly fewer weights than what it replaces: each weight is read once a step.
 _WORTH = 1 / 3
 # From this width on a d×d product costs too much; a product of rank d / 8 costs a quarter of it.
 _LOW_RANK_FROM = 2048
@@ -109,14 +109,8 @@ def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, posi
     recorded = []
     for text in texts:
         tokens = torch.tensor(text, device=model.device)
-        context = model.pass_context(len(tokens), model.new_cache(len(tokens)))
-        x = model.embed(tokens)
-        boundaries = [x[0]]
-        for _, sublayer in model.target_stack.steps:
-            x = sublayer(x, context)
-            boundaries.append(x[0].to(model.device))
-        states = torch.stack(boundaries)
-        recorded.append(states[:, torch.linspace(0, len(tokens) - 1, min(share, len(tokens))).round().long()])
+        spaced = torch.linspace(0, len(tokens) - 1, min(share, len(tokens))).round().long()
+        recorded.append(run_keeping_states(model, tokens, model.new_cache(len(tokens)), spaced)[1])
     return without_outliers(torch.cat(recorded, dim=1))
 
 
@@ -148,17 +142,16 @@ class BridgeFitter:
         self._weights = [sublayer.num_weights for sublayer in model.sublayers]
         self._states = states
         self._ridges = _RIDGES if ridge is None else (ridge,)
-        self._held_out = torch.arange(states.shape[1], device=states.device) % 4 == 3
-        self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
+        self._spectra: dict[int, _Spectrum] = {}
         self._fitted: OrderedDict[tuple[int, int], Bridge] = OrderedDict()
 
     def fit(self, skip_set: SkipSet) -> list[Bridge]:
         """A bridge for each maximal run of skipped sublayers that is worth one, in order."""
-        return [self._bridge(start, stop) for start, stop in self.worthy_runs(skip_set)]
+        return [self._bridge(start, stop) for start, stop in self.runs_to_bridge(skip_set)]
 
-    def worthy_runs(self, skip_set: SkipSet) -> list[tuple[int, int]]:
+    def runs_to_bridge(self, skip_set: SkipSet) -> list[tuple[int, int]]:
         """The maximal runs of skipped sublayers that cost clearly more than a bridge."""
-        return [run for run in runs_of(skip_set) if self.worth_it(*run)]
+        return [run for run in skip_set.runs if self.is_cheaper(*run)]
 
     def _bridge(self, start: int, stop: int) -> Bridge:
         """Fitted once: skip sets that a search tries one after the other share most of their runs."""
@@ -169,38 +162,15 @@ class BridgeFitter:
         self._fitted.move_to_end((start, stop))
         return self._fitted[start, stop]
 
-    def worth_it(self, start: int, stop: int) -> bool:
-        """Whether a run of sublayers costs clearly more than a bridge in its place."""
+    def is_cheaper(self, start: int, stop: int) -> bool:
+        """Whether a bridge costs clearly less than the run of sublayers that it would replace."""
         return _bridge_weights(self._states.shape[-1]) <= _WORTH * sum(self._weights[start:stop])
 
-    @torch.no_grad()  # not in inference mode: tensors that were made there cannot be trained
     def _fit_run(self, start: int, stop: int) -> Bridge:
-        before, after = self._states[start].float(), self._states[stop].float()
-        change = after - before
-        fitted = ~self._held_out
-        x_mean, y_mean = before[fitted].mean(0), change[fitted].mean(0)
-        x, y = before - x_mean, change - y_mean
-        values, vectors = self._spectrum(start, x[fitted])
-        projected = vectors.T @ (x[fitted].T @ y[fitted])  # [hidden_size, hidden_size]
-        solutions = [vectors @ (projected / (values + ridge * values.mean())[:, None]) for ridge in self._ridges]
-        # y ≈ x @ solution
-        x_kept_out, y_kept_out = x[self._held_out], y[self._held_out]
-        solution = min(solutions, key=lambda w: float((y_kept_out - x_kept_out @ w).square().sum()))
-        factors: tuple[Tensor, ...] = (solution.T,)
-        if len(solution) >= _LOW_RANK_FROM:
-            factors = _low_rank(x, solution, len(solution) // _RANK_DIVISOR)
-        mapped = x_mean
-        for factor in factors:
-            mapped = functional.linear(mapped, factor)
-        weights = [each.contiguous().to(self._states) for each in (*factors, y_mean - mapped)]
-        return Bridge(start, stop, weights[:-1], weights[-1])
-
-    def _spectrum(self, boundary: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of a boundary's Gram matrix."""
-        if boundary not in self._spectra:
-            values, vectors = torch.linalg.eigh(x.T @ x)
-            self._spectra[boundary] = values.clamp(min=0), vectors
-        return self._spectra[boundary]
+        before, after = self._states[start], self._states[stop]
+        if start not in self._spectra:
+            self._spectra[start] = _spectrum(before)
+        return _fitted(start, stop, before, after, self._spectra[start], self._ridges)
 
 
 def fit_bridges(
@@ -223,29 +193,60 @@ def fit_bridges(
     return BridgeFitter(model, record_states(model, texts), ridge=ridge).fit(skip_set)
 
 
-def fit_bridge(model: LayerSkipModel, before: Tensor, after: Tensor, start: int, stop: int) -> Bridge:
+def fit_bridge(before: Tensor, after: Tensor, start: int, stop: int) -> Bridge:
     """Fit the bridge of one run to hidden states at its two ends.
 
     Args:
-        model: The model.
         before: ``[n, hidden_size]``, the target model's hidden states before sublayer ``start``.
         after: Likewise, before sublayer ``stop``.
         start: Index of the run's first sublayer.
         stop: Index after its last.
     """
-    states = without_outliers(torch.stack([before, after]))
-    fitted = BridgeFitter(model, states)._fit_run(0, 1)
-    return Bridge(start, stop, list(fitted.factor), fitted.bias)
+    before, after = without_outliers(torch.stack([before, after]))
+    return _fitted(start, stop, before, after, _spectrum(before), _RIDGES)
 
 
-def runs_of(skip_set: SkipSet) -> list[tuple[int, int]]:
-    """The maximal runs of skipped sublayers, each as (index of the first, index after the last)."""
-    runs = []
-    for skipped, indices in itertools.groupby(range(len(skip_set.mask)), key=skip_set.mask.__getitem__):
-        run = list(indices)
-        if skipped:
-            runs.append((run[0], run[-1] + 1))
-    return runs
+_Spectrum = tuple[Tensor, Tensor]
+"""Eigenvalues and eigenvectors of the Gram matrix of the states at a boundary."""
+
+
+@torch.no_grad()
+def _spectrum(before: Tensor) -> _Spectrum:
+    x = before.float()[~_held_out(before)]
+    x = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    return values.clamp(min=0), vectors
+
+
+@torch.no_grad()  # not in inference mode: tensors that were made there cannot be trained
+def _fitted(
+    start: int, stop: int, before: Tensor, after: Tensor, spectrum: _Spectrum, ridges: Sequence[float]
+) -> Bridge:
+    """The bridge of one run, by ridge regression from the states before it, ``[n, hidden_size]``, to their change.
+
+    Of several ridges it takes the one with the smallest error on the positions that are kept out of the fit.
+    """
+    held_out, (values, vectors) = _held_out(before), spectrum
+    x, y = before.float(), after.float() - before.float()
+    x_mean, y_mean = x[~held_out].mean(0), y[~held_out].mean(0)
+    x, y = x - x_mean, y - y_mean
+    projected = vectors.T @ (x[~held_out].T @ y[~held_out])  # [hidden_size, hidden_size]
+    solutions = [vectors @ (projected / (values + ridge * values.mean())[:, None]) for ridge in ridges]
+    # y ≈ x @ solution
+    solution = min(solutions, key=lambda w: float((y[held_out] - x[held_out] @ w).square().sum()))
+    factors: tuple[Tensor, ...] = (solution.T,)
+    if len(solution) >= _LOW_RANK_FROM:
+        factors = _low_rank(x, solution, len(solution) // _RANK_DIVISOR)
+    mapped = x_mean
+    for each in factors:
+        mapped = functional.linear(mapped, each)
+    *factor, bias = (each.contiguous().to(before) for each in (*factors, y_mean - mapped))
+    return Bridge(start, stop, factor, bias)
+
+
+def _held_out(states: Tensor) -> Tensor:
+    """``[n]``, true at the quarter of the positions that is kept out of the fit."""
+    return torch.arange(len(states), device=states.device) % 4 == 3
 
 
 def _bridge_weights(hidden_size: int) -> int:

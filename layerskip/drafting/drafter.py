@@ -110,7 +110,7 @@ class BaseDrafter:
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         """As :meth:`Drafter.start`."""
         self._stop = self._stopping.new_state()
-        self._resting = False
+        self._paused = False
         self._steps = 0  # of the last draft
 
     def _draws(
@@ -131,10 +131,11 @@ class BaseDrafter:
             step: Drafts one place; later steps get the token that was chosen last, ``[1]``.
         """
         draws: list[Draw] = []
-        while len(draws) < min(limit, self._stop.max_length) and not self._resting:
+        while len(draws) < min(limit, self._stop.max_length) and not self._paused:
             scored = step(tokens)
             draws.append(sampler.draft(scored, token_ids, self._widths_at(len(draws))[0]))
-            tokens = draws[-1].tokens[:1]
+            chosen = draws[-1].tokens
+            tokens = chosen if len(chosen) == 1 else chosen[:1]  # the very tensor: a captured step may have it in place
             if self._stop.reads_confidence and self._stop.stops_after(float(scored.confidence)):
                 break
         self._steps = len(draws)
@@ -150,4 +151,4 @@ class BaseDrafter:
         self._steps = 0  # the next draft may be another drafter's
         threshold = self._target_confidence_threshold
         # Reading a probability makes the host wait for the device.
-        self._resting = threshold > 0 and float(highest_probability(outcome.logits)) < threshold
+        self._paused = threshold > 0 and float(highest_probability(outcome.logits)) < threshold

@@ -119,7 +119,7 @@ class HeadDrafter(BaseDrafter):
         self._input.add(states)
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        most = 0 if self._resting else min(limit, self._heads.count, self._stop.max_length)
+        most = 0 if self._paused else min(limit, self._heads.count, self._stop.max_length)
         if not most:
             return Draft.of([], newest.device)
         score, token_ids = self._scorer(most), self._stack.token_ids

@@ -75,8 +75,8 @@ class TrainableDraft:
     def _above_exit(self, step: Step, texts: Sequence[TargetText]) -> DraftOutput:
         """The output of a draft that has one step above sublayers of the target model."""
         through = self._through(step, [text.states[0] for text in texts])  # [b, longest, hidden_size]
-        states = torch.cat([row[text.asked] for row, text in zip(through, texts, strict=True)])
-        after = torch.cat([text.states[1, text.asked] for text in texts])
+        states = torch.cat([row[text.draft_positions] for row, text in zip(through, texts, strict=True)])
+        after = torch.cat([text.states[1, text.draft_positions] for text in texts])
         choices = torch.cat([text.choices for text in texts])
         return DraftOutput(states, after.to(self._model.device), choices)
 
@@ -103,11 +103,11 @@ class TrainableDraft:
         ahead, device = place + 1, self._model.device
         sources, known, targets, choices = [], [], [], []
         for text, read in zip(texts, states, strict=True):
-            after = text.states[1, text.asked]
+            after = text.states[1, text.draft_positions]
             if len(after) < ahead:
                 continue
             sources.append(read[text.prompt_length - 1 : -ahead])
-            known.append(text.tokens[text.asked].unfold(0, ahead, 1))  # [p, ahead]
+            known.append(text.tokens[text.draft_positions].unfold(0, ahead, 1))  # [p, ahead]
             targets.append(after[place:])
             choices.append(text.choices[place:])
         if not sources:

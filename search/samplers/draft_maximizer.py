@@ -65,7 +65,7 @@ class DraftMaximizer:
                 return best
             best = flipped
 
-    def by_indifference(self, damage: Damage, config: DraftConfig) -> list[int]:
+    def nearest_to_break_even(self, damage: Damage, config: DraftConfig) -> list[int]:
         """Sublayers by how little it matters whether a candidate skips them: next to break-even first.
 
         Those that a draft layer replaces are not among them.

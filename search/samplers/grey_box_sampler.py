@@ -59,19 +59,19 @@ class GreyBoxSampler(BaseSampler):
     ) -> dict[str, Any]:
         """A candidate that is new in the study."""
         trials = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        tried = [(self._space.tried(other.params), _acceptance_of(other)) for other in trials]
+        tried = [(self._space.config_or_none(other.params), _acceptance_of(other)) for other in trials]
         seen = {config: rate for config, rate in tried if config is not None and rate is not None}
         space = self._space
         model = AcceptanceModel(seen, 2 * space.num_layers, space.vocabulary_sizes, space.draft_layers)
         damage = model.sample(np.random.default_rng([self._seed, trial.number]))
         best = self._maximizer.best(damage).config
-        bases = ((base, self._maximizer.by_indifference(damage, base)) for base in self._with_all_options(best))
+        bases = ((base, self._maximizer.nearest_to_break_even(damage, base)) for base in self._with_all_options(best))
         known = {config for config, _ in tried}
         new = (config for base, order in bases for config in nearby(base, order) if config not in known)
         return space.parameters(next(new, best))
 
     def _with_all_options(self, best: DraftConfig) -> Iterator[DraftConfig]:
-        """A candidate, then the same skip set with every other choice beside it."""
+        """A candidate, then the same skip set with every other choice."""
         yield best
         for options in self._space.options:
             if not all(best.skip_set.mask[: options.exit_at]):

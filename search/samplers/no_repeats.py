@@ -49,10 +49,10 @@ class NoRepeats(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         proposed = self._sampler.sample_relative(study, trial, search_space)
-        config = self._space.tried(proposed)
+        config = self._space.config_or_none(proposed)
         if config is None:  # some parameters are proposed one by one: which bits matter is known only then
             return {}
-        tried = {self._space.tried(other.params) for other in study.get_trials(deepcopy=False, states=_CHOSEN)}
+        tried = {self._space.config_or_none(other.params) for other in study.get_trials(deepcopy=False, states=_CHOSEN)}
         return proposed | self._space.parameters(self._new(config, tried))
 
     def sample_independent(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from studies.figures.candidate_figures import history, predictions, prompts, skip_map
-from studies.figures.style import Picture, Table
+from studies.figures.style import DataTable, Picture
 from studies.figures.sublayer_figures import acceptance, costs, sublayers
 from studies.view import StudyView
 
-__all__ = ["Picture", "Table", "study_figures"]
+__all__ = ["DataTable", "Picture", "study_figures"]
 
 _MOST_ROWS_OF_PROMPTS = 12
 

@@ -21,9 +21,9 @@ from studies.figures.style import (
     PURPLE,
     SKY,
     VERMILION,
+    DataTable,
     Picture,
     SpeedupRow,
-    Table,
     add_break_even,
     empty_figure,
     format_percent,
@@ -71,7 +71,7 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
     cells: list[Sequence[int | None]] = []
     hover: list[list[str]] = []
     for trial in best:
-        attention, mlp = trial.config.skip_set.attention_mask, trial.config.skip_set.mlp_mask
+        attention, mlp = trial.config.skip_set.skips_attention, trial.config.skip_set.skips_mlp
         cells += [[None] * layers, [_ATTENTION * skip for skip in attention], [_MLP * skip for skip in mlp]]
         hover += [[""] * layers, _hover(trial, "attention", attention), _hover(trial, "MLP", mlp)]
     drawn = empty_figure(
@@ -126,8 +126,8 @@ def _hover(trial: TrialSummary, kind: str, mask: Sequence[bool]) -> list[str]:
     ]
 
 
-def _skip_map_table(best: Sequence[TrialSummary]) -> Table:
-    return Table(
+def _skip_map_table(best: Sequence[TrialSummary]) -> DataTable:
+    return DataTable(
         ("trial", "speedup", "95 %", "basis", "predicted", "acceptance", "skipped", "draft", "proposed by"),
         [
             (
@@ -196,7 +196,7 @@ def _prompt_groups(view: StudyView) -> list[PromptGroup]:
     )
 
 
-def _prompts_table(groups: Sequence[PromptGroup]) -> Table:
+def _prompts_table(groups: Sequence[PromptGroup]) -> DataTable:
     rows: list[Sequence[str]] = []
     for trial, prompt_set, records in groups:
         total = speedup_of_all(records)
@@ -204,7 +204,7 @@ def _prompts_table(groups: Sequence[PromptGroup]) -> Table:
         rows += [
             (str(trial), prompt_set, record.prompt, format_speedup(speedup_of_prompt(record)), "") for record in records
         ]
-    return Table(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
+    return DataTable(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
 
 
 # Predicted and measured speedup.
@@ -276,7 +276,7 @@ def _add_measured(drawn: go.Figure, measured: Sequence[Measured], name: str, mar
     )
 
 
-def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured]) -> Table:
+def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured]) -> DataTable:
     rows = [
         (
             str(trial.number),
@@ -288,7 +288,7 @@ def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured
         for prompt_set, measured in (("search", searched), ("held-out", held_out))
         for trial, speedup in measured
     ]
-    return Table(("trial", "prompts", "predicted", "measured", "95 %"), rows)
+    return DataTable(("trial", "prompts", "predicted", "measured", "95 %"), rows)
 
 
 # History. Sources are told apart by shape, and by colour as far as there are colours; neither diamonds nor squares,
@@ -384,8 +384,8 @@ def _add_best_so_far(
     )
 
 
-def _history_table(trials: Sequence[TrialSummary]) -> Table:
-    return Table(
+def _history_table(trials: Sequence[TrialSummary]) -> DataTable:
+    return DataTable(
         ("trial", "speedup", "basis", "proposed by", "skipped", "draft"),
         [
             (

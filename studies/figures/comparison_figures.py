@@ -12,9 +12,9 @@ from studies.figures.style import (
     GREY,
     PALE,
     VERMILION,
+    DataTable,
     Picture,
     SpeedupRow,
-    Table,
     empty_figure,
     format_speedup,
     speedup_rows,
@@ -37,7 +37,7 @@ def _table_of_figures(comparison: Comparison) -> Picture:
     columns, rows = table(comparison)
     legend = "; ".join(f"{name}: {COLUMNS[name]}" for name in columns if name)
     missing = "".join(f" {name} did not take part: {reason}." for name, reason in comparison.left_out.items())
-    return Picture("figures", "All figures", f"{legend}.{missing}", None, Table(columns, rows))
+    return Picture("figures", "All figures", f"{legend}.{missing}", None, DataTable(columns, rows))
 
 
 def _speedups(comparison: Comparison) -> Picture:
@@ -55,7 +55,7 @@ def _speedups(comparison: Comparison) -> Picture:
         for entry in entries
         for prompt in entry.prompts
     ]
-    data = Table(("", "prompt", "speedup"), cells)
+    data = DataTable(("", "prompt", "speedup"), cells)
     return Picture("speedups", "Speedup over plain decoding", caption, speedup_rows(rows), data)
 
 
@@ -92,9 +92,9 @@ def _time_per_token(comparison: Comparison) -> Picture:
     return Picture("times", "Time per token", caption, drawn, _table_of_times(entries, drafting, target))
 
 
-def _table_of_times(entries: Sequence[Entry], drafting: Sequence[float], target: Sequence[float]) -> Table:
+def _table_of_times(entries: Sequence[Entry], drafting: Sequence[float], target: Sequence[float]) -> DataTable:
     rows = [(entry.name, f"{a:.1f} ms", f"{b:.1f} ms") for entry, a, b in zip(entries, drafting, target, strict=True)]
-    return Table(("", "drafting", "target model"), rows)
+    return DataTable(("", "drafting", "target model"), rows)
 
 
 def _wrapped(name: str) -> str:

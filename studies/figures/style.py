@@ -48,7 +48,7 @@ _TEMPLATE = go.layout.Template(
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """The data of a figure, as text.
 
     Args:
@@ -76,7 +76,7 @@ class Picture:
     title: str
     caption: str
     figure: go.Figure | None
-    table: Table | None = None
+    table: DataTable | None = None
 
 
 def empty_figure(height: int, **layout: Any) -> go.Figure:

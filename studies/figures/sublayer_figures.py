@@ -20,8 +20,8 @@ from studies.figures.style import (
     PREDICTED,
     PURPLE,
     SKY,
+    DataTable,
     Picture,
-    Table,
     add_break_even,
     empty_figure,
     format_percent,
@@ -168,8 +168,8 @@ def _description(trial: TrialSummary) -> str:
     return f"trial {trial.number}: {speedup} {trial.basis}, α = {rate}{cost}<br>{trial.config.skip_set}"
 
 
-def _acceptance_table(shown: Sequence[TrialSummary]) -> Table:
-    return Table(
+def _acceptance_table(shown: Sequence[TrialSummary]) -> DataTable:
+    return DataTable(
         ("trial", "basis", "α", "speedup", "c"),
         [
             (
@@ -271,7 +271,7 @@ def _add_evaluated(drawn: go.Figure, rates: Mapping[int, float], name: str, axis
     )
 
 
-def _sublayers_table(view: StudyView, estimated: Mapping[int, LearnedAcceptance]) -> Table:
+def _sublayers_table(view: StudyView, estimated: Mapping[int, LearnedAcceptance]) -> DataTable:
     rows: list[Sequence[str]] = []
     for i in range(2 * view.num_layers):
         estimate = estimated.get(i)
@@ -284,7 +284,7 @@ def _sublayers_table(view: StudyView, estimated: Mapping[int, LearnedAcceptance]
                 f"{estimate.low:.1%} to {estimate.high:.1%}" if estimate else "",
             )
         )
-    return Table(("layer", "sublayer", "α evaluated", "α estimated", "95 %"), rows)
+    return DataTable(("layer", "sublayer", "α evaluated", "α estimated", "95 %"), rows)
 
 
 # Cost of each part of a step.
@@ -305,7 +305,7 @@ def costs(view: StudyView) -> Picture:
     )
     amounts, verification = _amounts(relative.step, view.num_layers), _verification(relative)
     rows = [*amounts, *((f"v of {tokens} tokens", cost) for tokens, cost in verification.items())]
-    data = Table(("part", "plain steps"), [(name, f"{cost:.4f}") for name, cost in rows])
+    data = DataTable(("part", "plain steps"), [(name, f"{cost:.4f}") for name, cost in rows])
     return Picture("costs", title, caption, _draw_costs(relative, amounts, verification), data)
 
 

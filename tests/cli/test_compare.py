@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.ready_profiles import add_profile
+from benchmarks.add_profile import add_profile
 
 THEIRS = ["transformers plain", "transformers prompt lookup", "transformers early exit 2"]
 

@@ -53,11 +53,12 @@ def test_a_misspelled_folder_or_file_is_told_what_lies_beside_it(layerskip, else
 
 
 def test_a_misspelled_profile_is_told_which_there_are(layerskip, monkeypatch, tmp_path, profile):
+    from benchmarks.add_profile import add_profile
     from layerskip import ready_profiles
 
     monkeypatch.setattr(ready_profiles, "FOLDER", tmp_path)
     (tmp_path / "index.json").write_text(ready_profiles.ProfileIndex().model_dump_json())
-    ready_profiles.add_profile("smollm2", profile, "cpu")
+    add_profile("smollm2", profile, "cpu")
     done = layerskip("apply", "smolm2", "hello")
     assert done.status == 1
     assert done.error == (

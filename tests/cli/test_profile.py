@@ -110,13 +110,14 @@ def test_push_asks_for_the_model_s_name_where_the_profile_has_only_a_folder(laye
 @pytest.fixture
 def ready(monkeypatch, tmp_path, profile):
     """The profile is a ready one, by the name of tiny."""
+    from benchmarks.add_profile import add_profile
     from layerskip import ready_profiles
 
     folder = tmp_path / "ready"
     folder.mkdir()
     monkeypatch.setattr(ready_profiles, "FOLDER", folder)
     (folder / "index.json").write_text(ready_profiles.ProfileIndex().model_dump_json())
-    return ready_profiles.add_profile("tiny", Path(profile), "cpu")
+    return add_profile("tiny", Path(profile), "cpu")
 
 
 def test_list_shows_the_ready_profiles(layerskip, ready):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,18 +47,19 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert result["profile"] == "draft_profile.json"
     assert result["study"] == profile.provenance.study
     assert result["study"].startswith("tiny-")
-    assert (result["trials"], result["measured"]) == (3, 0)
+    assert result["trials"] == 3
+    assert 0 <= result["measured"] <= 3
     assert result["speedup"] == profile.measured.speedup
     assert (result["prompt_set"], result["interrupted"], result["near_ties"]) == ("held-out", False, 0)
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert f"loading {model_folder}" in done.err
     said = done.err.splitlines()
     [first] = [line for line in said if line.startswith("trial 0: ")]
-    assert first.startswith("trial 0: predicted ")
+    assert re.match("trial 0: (predicted|measured) ", first)
     assert first.endswith("  [nothing skipped]")
     # With few prompts, all do everything.
     reference = said.index("decoding 8 reference prompts")
-    assert said[reference + 1] == "profiling step latency on this device"
+    assert said[reference + 1] == "measuring the costs of passes on this device"
     assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
@@ -68,7 +70,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert done.status == 0
     profile = DraftProfile.load("found.json")
     lines = done.out.splitlines()
-    assert lines[0] == f"study     {profile.provenance.study}, 2 candidates seen, 0 measured"
+    assert re.fullmatch(f"study     {profile.provenance.study}, 2 candidates evaluated, [012] measured", lines[0])
     assert lines[1] == f"skipped   {profile.skip_set}"
     assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× on 1 held-out prompt: ")
     assert "profile   found.json" in lines
@@ -97,9 +99,9 @@ def test_the_same_command_with_more_trials_resumes(layerskip, options):
     done = layerskip("search", *options, "--trials", 2, "--json")
     assert done.object["study"] == first["study"]
     assert done.object["trials"] == 2
-    assert f"study {first['study']}: 1 of 2 candidates seen, 0 measured" in done.err
+    assert f"study {first['study']}: 1 of 2 candidates evaluated, {first['measured']} measured" in done.err
     assert "8 reference texts reused from an earlier search" in done.err.splitlines()
-    assert "profiling step latency on this device" not in done.err
+    assert "measuring the costs of passes on this device" not in done.err
     assert not any(line.startswith("trial 0: ") for line in done.err.splitlines())
 
 
@@ -274,7 +276,7 @@ def test_a_profile_without_a_draft_layer_is_refused_in_one_line(
     )
     heads = profile_with(wrapped, DraftWeights(heads=random_heads(wrapped, "hydra")), skip_set=SkipSet(4))
     heads.save(tmp_path / "heads.json")
-    assert "'layerskip compare' measures them" in refusal(tmp_path / "heads.json")[1]
+    assert "'layerskip compare' compares them" in refusal(tmp_path / "heads.json")[1]
     layer_profile(wrapped).save(tmp_path / "tuned.json")
     status, other = refusal(tmp_path / "tuned.json", other_model_folder)
     assert status == 1
@@ -317,9 +319,7 @@ def wait_for(process, beginning):
 
 @pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_and_sigterm_keep_finished_trials_and_the_same_command_resumes(
-    layerskip, options, model_folder, pressed
-):
+def test_ctrl_c_and_sigterm_keep_finished_trials_and_resume(layerskip, options, model_folder, pressed):
     arguments = [str(part) for part in ("search", *options, "--trials", 40, "--max-new-tokens", 60, "--json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([COMMAND, *arguments], env=ENVIRONMENT, **pipes) as process:

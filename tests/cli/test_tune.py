@@ -9,6 +9,7 @@ from layerskip import DraftProfile, SkipSet, generate
 from layerskip.drafting.weights import DraftWeights
 from layerskip.training import Agreement, EvalResult, Trained
 from search.callbacks import Evaluated, PhaseStarted, TrainingEnded
+from tests.hub import contents
 from tests.models import transformers_greedy
 
 QUICK = ("--positions", 300, "--epochs", 2, "--max-new-tokens", 8, "--device", "cpu")
@@ -56,6 +57,21 @@ def test_a_profile_is_tuned_where_it_exits(layerskip, model_folder, prompts):
     assert again.object["coverage"] < 1
     profile = DraftProfile.load("b.json")
     assert (profile.tensors.layers, profile.tensors.bridges, profile.tensors.vocabulary) == (0, 1, 100)
+
+
+def test_a_profile_is_tuned_for_its_revision_of_the_model(
+    layerskip, hub, model_folder, other_model_folder, make_profile, prompts
+):
+    repository = hub.add("owner/tiny", contents(other_model_folder))
+    repository.commit("v1", contents(model_folder))
+    path = make_profile(1.25, model="owner/tiny")
+    DraftProfile.load(path).for_base_model("owner/base", "v1").save(path)
+    done = layerskip("tune", path, "--kind", "medusa", "--prompts", prompts, "--out", "t.json", *QUICK)
+    assert done.status == 0, done.err
+    assert "simulated with the costs measured on this device" in done.out
+    tuned = DraftProfile.load("t.json")
+    assert (tuned.base_model_name_or_path, tuned.revision) == ("owner/base", "v1")
+    assert tuned.model == DraftProfile.load(path).model
 
 
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import layerskip
+from search.settings import SAMPLERS
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -73,6 +74,11 @@ def test_a_picture_stands_by_itself_has_a_title_and_knows_dark_pages(image):
     assert picture.find("{http://www.w3.org/2000/svg}title") is not None
     assert "prefers-color-scheme: dark" in text
     assert set(re.findall(r"https?://[^\"']+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_samplers_that_are_described_are_those_of_the_command():
+    table = (DOCS / "searching.md").read_text(encoding="utf-8").partition("## Samplers\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(SAMPLERS)
 
 
 # The tables of expectations.md, computed anew.

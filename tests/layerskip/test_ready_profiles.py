@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from benchmarks.add_profile import add_profile
 from layerskip import DraftProfile, load_profile
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError
 from layerskip.hub import save_profile
-from layerskip.ready_profiles import FOLDER, add_profile, find_profile, ready_profiles
+from layerskip.ready_profiles import FOLDER, find_profile, ready_profiles
 from layerskip.utils import device_name
 from tests.layerskip.test_profile import MEASURED, a_profile, same_weights, some_weights
 

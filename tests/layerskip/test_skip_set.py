@@ -1,5 +1,7 @@
 """Skip sets are checked when made, and say what they are."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,10 +24,37 @@ def test_the_views_of_a_skip_set_agree(mask):
     skip_set = SkipSet.from_mask(mask)
     assert len(skip_set) == sum(mask)
     assert list(skip_set.kept) == [i for i, skipped in enumerate(mask) if not skipped]
-    assert list(skip_set.attention_mask) == mask[0::2]
-    assert list(skip_set.mlp_mask) == mask[1::2]
+    assert list(skip_set.skips_attention) == mask[0::2]
+    assert list(skip_set.skips_mlp) == mask[1::2]
     assert skip_set.attention == tuple(i for i in range(5) if mask[2 * i])
     assert skip_set.mlp == tuple(i for i in range(5) if mask[2 * i + 1])
+
+
+@given(masks(5))
+def test_sublayers_may_be_named_by_their_indices_in_any_order(mask):
+    indices = [index for index, skipped in enumerate(mask) if skipped]
+    assert SkipSet.of_sublayers(reversed(indices), 5).mask == tuple(mask)
+
+
+@given(masks(5))
+def test_runs_are_the_skipped_sublayers_each_run_as_long_as_it_can_be(mask):
+    runs = SkipSet.from_mask(mask).runs
+    skipped = [index for start, stop in runs for index in range(start, stop)]
+    assert skipped == [index for index, flag in enumerate(mask) if flag]
+    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(runs))
+
+
+@given(st.integers(1, 4))
+def test_an_early_exit_skips_one_run_up_to_the_top(keep):
+    skip_set = SkipSet.early_exit(5, keep)
+    assert skip_set.runs == ((2 * keep, 10),)
+    assert skip_set.kept == tuple(range(2 * keep))
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_an_exit_keeps_some_layers_and_leaves_some_out(keep):
+    with pytest.raises(InvalidInputError, match=f"^exit: expected 1 to 4, layers of the model to keep, got {keep}$"):
+        SkipSet.early_exit(5, keep)
 
 
 @given(st.permutations([0, 2, 3]), st.permutations([1, 4]))

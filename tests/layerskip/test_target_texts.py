@@ -129,6 +129,22 @@ def test_folders_that_are_no_stores_are_left_alone(llama, tmp_path):
     assert len(left - others) == 4
 
 
+def test_a_store_that_was_written_or_read_in_the_last_day_stays(llama, tmp_path):
+    stores = [TextStore(llama, str(number), tmp_path, "kind") for number in range(6)]
+    for store in stores:
+        store.write("name", [some_text()])
+    assert all(store.folder.exists() for store in stores)
+    for store in stores:
+        os.utime(store.folder, (0, 0))
+    read, written, *unused = stores
+    read.find("name")
+    written.write("other", [some_text()])
+    for number in range(6, 10):
+        TextStore(llama, str(number), tmp_path, "kind")
+    assert {store.folder for store in (read, written)} <= set(tmp_path.glob("kind-*"))
+    assert not any(store.folder.exists() for store in unused)
+
+
 @pytest.mark.parametrize("blocked", ["", "below"])
 def test_a_folder_that_cannot_be_written_is_one_line_that_says_what_to_do(llama, tmp_path, blocked):
     (tmp_path / "file").write_text("")

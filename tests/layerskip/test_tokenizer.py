@@ -96,7 +96,12 @@ def test_the_first_token_that_completes_a_stop_string_is_found(byte_tokenizer, t
     assert stops_at(byte_tokenizer, tokens, strings) == next(ends, None)
 
 
-@pytest.mark.parametrize("strings", [[], [""], ["end", ""]])
+def test_a_single_stop_string_needs_no_list(byte_tokenizer):
+    tokens = encode_raw(byte_tokenizer, "a\nb\n\nc")
+    assert stops_at(byte_tokenizer, tokens, "\n\n") == stops_at(byte_tokenizer, tokens, ["\n\n"]) == 5
+
+
+@pytest.mark.parametrize("strings", [[], [""], ["end", ""], ""])
 def test_no_stop_string_and_empty_ones_are_refused(byte_tokenizer, strings):
     with pytest.raises(InvalidInputError, match="stop strings: expected at least one, none of them empty"):
         StopStrings(byte_tokenizer, strings)

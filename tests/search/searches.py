@@ -32,7 +32,7 @@ def random_prompts(*, search=3, held_out=2, length=5, seed=0):
 
 QUICK = {"trials": 3, "max_new_tokens": 6, "prompts_per_trial": 3, "finalists": 2, "seed": 0, "measuring_share": 0.0}
 # Parameters of the search and of its task; the others are settings.
-_SEARCH = ("draft_layers", "on_event", "helpers")
+_SEARCH = ("draft_layers", "on_event", "other_workers")
 _TASK = ("space", "study", "folder")
 
 

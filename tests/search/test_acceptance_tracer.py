@@ -152,7 +152,7 @@ def test_acceptance_is_the_share_of_all_positions(agreements):
 
 
 def test_a_text_can_be_taken_through_the_stack_in_several_versions(tiny):
-    versions = AcceptanceTracer(tiny, [record(tiny, [1, 2, 3], [4, 5, 6, 7])]).versions()
+    versions = AcceptanceTracer(tiny, [record(tiny, [1, 2, 3], [4, 5, 6, 7])]).sublayer_runner()
     assert versions.states.shape == (2 * LAYERS + 1, 3, 32)
     for index in range(2 * LAYERS):
         before = versions.states[index]

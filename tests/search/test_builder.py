@@ -24,7 +24,7 @@ MIDDLE = SkipSet(LAYERS, attention=(1, 2), mlp=(1, 2))
 
 @pytest.fixture
 def makers(llama, monkeypatch):
-    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
     texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
     return DraftBuilder(llama, texts)
 
@@ -59,7 +59,7 @@ def test_what_is_estimated_is_what_is_decoded_with(llama, makers):
     drafter.start(EagerEngine(llama), torch.tensor([1]), torch.zeros(1, 8))
     nothing, unsure = Draft.of([], torch.device("cpu")), Scored(torch.zeros(1, VOCABULARY), torch.zeros(1, 8))
     drafter.observe(RoundResult(nothing, Verdict([2], torch.tensor([2]), (0,)), torch.tensor([1]), unsure))
-    assert drafter._resting  # by the target-confidence threshold
+    assert drafter._paused  # by the target-confidence threshold
 
 
 def prompts_of(count, **settings):

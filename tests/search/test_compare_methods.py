@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from benchmarks.add_profile import add_profile
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidProfileError
-from layerskip.ready_profiles import add_profile
 from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
-from search.untrained_drafts import early_exit
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
 from tests.layerskip.test_transformers_integration import profile_for
@@ -49,7 +48,7 @@ def test_a_profile_is_combined_with_prompt_lookup_unless_it_has_its_own(model, p
 @pytest.fixture(scope="module")
 def trained(model):
     layers = random_layers(model, {TOP - 2: TOP}, like=LAYERS - 1)
-    return profile_for(model.hf_model, early_exit(LAYERS, LAYERS - 1), weights=DraftWeights(layers=layers))
+    return profile_for(model.hf_model, SkipSet.early_exit(LAYERS, LAYERS - 1), weights=DraftWeights(layers=layers))
 
 
 def test_all_of_them_decode_alike(model, profile, trained):

@@ -137,7 +137,7 @@ def given(llama):
 
 @pytest.fixture
 def makers(llama, given, monkeypatch):
-    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
     texts = [record(llama, prompt.tokens, [1, 2, 3], states=8) for prompt in random_prompts(search=4).search]
     return DraftBuilder(llama, texts, list(given.values()))
 

@@ -775,7 +775,7 @@ def test_a_study_belongs_to_an_engine(storage):
 def rich(llama, storage, monkeypatch):
     """Searches with everything a draft can have, in the sizes of a tiny model."""
     monkeypatch.setattr(space_module, "_VOCABULARY_SIZES", (VOCABULARY // 2, 10**6))
-    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
     return lambda **named: small_search(llama, storage, space=SearchSpace.of(llama), **named)
 
 

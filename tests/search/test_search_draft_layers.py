@@ -108,7 +108,7 @@ def test_a_draft_layer_as_it_was_trained_is_the_first_that_is_tried(llama, stora
 def test_a_candidate_with_a_draft_layer_has_bridges_only_where_there_are_some_below_its_exit(
     llama, storage, monkeypatch
 ):
-    monkeypatch.setattr(BridgeFitter, "worth_it", lambda self, start, stop: True)
+    monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
     tuned = layer_profile(llama, start=4)
     [trained] = trained_draft_layers({"": tuned}, llama)
     space = SearchSpace(LAYERS, bridges=True, draft_layers=(trained.ref,))

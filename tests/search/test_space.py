@@ -183,10 +183,10 @@ def test_configurations_read_as_what_they_are():
 )
 def test_a_trial_that_did_not_choose_everything_tried_nothing(space):
     parameters = space.parameters(DraftConfig(SkipSet(3, (1,), (2,))))
-    assert space.tried(parameters | {"another": 1}) == DraftConfig(SkipSet(3, (1,), (2,)))
+    assert space.config_or_none(parameters | {"another": 1}) == DraftConfig(SkipSet(3, (1,), (2,)))
     for name in parameters:
-        assert space.tried({other: value for other, value in parameters.items() if other != name}) is None
-    assert space.tried(parameters | dict.fromkeys(space.bit_names, 1)) is None
+        assert space.config_or_none({other: value for other, value in parameters.items() if other != name}) is None
+    assert space.config_or_none(parameters | dict.fromkeys(space.bit_names, 1)) is None
 
 
 @given(spaces_with_candidates())

@@ -14,7 +14,7 @@ from search.reference import record
 from search.space import SearchSpace
 from search.traces import trace_early_exit
 from search.train_draft import space_for, trained_policy_choice
-from search.untrained_drafts import early_exit, exit_of
+from search.untrained_drafts import exit_of
 from tests.models import LAYERS, random_heads, random_layers
 
 TOP = 2 * LAYERS
@@ -39,7 +39,7 @@ class Followed(LayerSkipDrafter):
 def test_a_trace_says_what_is_accepted_in_decoding(tiny, token_ids):
     layers = random_layers(tiny, {TOP - 2: TOP}, like=LAYERS - 1, seed=2)
     assets = DraftWeights(token_ids=token_ids, layers=layers)
-    drafter = Followed(tiny, DraftConfig(early_exit(LAYERS, LAYERS - 1), stopping=FixedLength(1)), assets)
+    drafter = Followed(tiny, DraftConfig(SkipSet.early_exit(LAYERS, LAYERS - 1), stopping=FixedLength(1)), assets)
     agrees = []
     for first in range(4):
         prompt = [first, 7, 5]
@@ -58,13 +58,7 @@ def test_a_trace_says_what_is_accepted_in_decoding(tiny, token_ids):
 
 def test_an_early_exit_and_its_layers_are_each_others_inverse():
     for layers in range(1, LAYERS):
-        assert exit_of(early_exit(LAYERS, layers)) == layers
-
-
-@pytest.mark.parametrize("layers", [0, LAYERS])
-def test_an_exit_keeps_some_layers_and_leaves_some_out(layers):
-    with pytest.raises(InvalidInputError, match=f"^exit: expected 1 to {LAYERS - 1}, .* got {layers}$"):
-        early_exit(LAYERS, layers)
+        assert exit_of(SkipSet.early_exit(LAYERS, layers)) == layers
 
 
 @pytest.mark.parametrize(
@@ -106,7 +100,7 @@ def test_prompt_lookup_is_part_of_a_policy_only_where_the_space_has_it(tiny, kin
     if kind == "heads":
         skip_set, weights = SkipSet(LAYERS), DraftWeights(token_ids=never, heads=random_heads(tiny, "hydra", 2))
     else:
-        skip_set = early_exit(LAYERS, LAYERS - 1)
+        skip_set = SkipSet.early_exit(LAYERS, LAYERS - 1)
         weights = DraftWeights(token_ids=never, layers=random_layers(tiny, {TOP - 2: TOP}))
     spaces = [SearchSpace(LAYERS, prompt_lookup=lookup) for lookup in (True, False)]
     found = [best_policy(tiny, skip_set, weights, space, [3] * 60) for space in spaces]

@@ -51,7 +51,7 @@ def search_with(database, tmp_path):
             return Workers(loads, task, database, lambda number, message: failures.append((number, message)))
 
         space = SearchSpace(LAYERS, draft_layers=tuple(layer.ref for layer in draft_layers))
-        own = {"space": space, "draft_layers": draft_layers, "folder": tmp_path, "helpers": workers_on}
+        own = {"space": space, "draft_layers": draft_layers, "folder": tmp_path, "other_workers": workers_on}
         return small_search(engine.model, open_storage(database), **own, **settings), failures
 
     return make
@@ -120,7 +120,7 @@ def test_workers_that_give_up_are_reported_and_the_others_continue(search_with):
     search, failures = search_with(load_nothing, load_and_die, load_other, trials=STARTS + 2)
     result = search.run()
     assert result.trials == STARTS + 2
-    (first, lost), (second, broken), (third, differs) = failures
+    (first, lost), (second, broken), (third, differs) = sorted(failures)
     assert (first, second, third) == (1, 2, 3)
     assert (lost, broken) == ("model 'lost': no such file or folder", "ended with exit code 7")
     assert differs.startswith(
@@ -170,6 +170,49 @@ def test_an_error_in_the_first_worker_ends_the_others(tmp_path):
         [(process, _)] = workers._running
         workers.__exit__(RuntimeError, RuntimeError(), None)
         assert not process.is_alive()
+
+
+@pytest.fixture
+def workers():
+    """Workers by some loaders, and what is reported of them."""
+    task = small_search(quick_engine().model, open_storage("sqlite://")).task
+
+    def make(*loads):
+        reported = []
+        return Workers(loads, task, "sqlite://", lambda *failure: reported.append(failure)), reported
+
+    return make
+
+
+def ended(process):
+    process.join(120)
+    return not process.is_alive()
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_worker_that_failed_is_reported_once_while_the_others_work(workers, tmp_path):
+    started, reported = workers(load_nothing, partial(load_slow, str(tmp_path)), load_and_die)
+    with started:
+        (lost, _), (slow, _), (dead, _) = started._running
+        assert ended(lost)
+        assert ended(dead)
+        started.check()
+        assert reported == [(1, "model 'lost': no such file or folder"), (3, "ended with exit code 7")]
+        assert slow.is_alive()
+        started.check()
+        started.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert len(reported) == 2  # that the search ended a worker is no failure of it
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_worker_that_failed_is_reported_where_the_first_process_ends_early_too(workers, error):
+    started, reported = workers(load_nothing)
+    with started:
+        [(process, _)] = started._running
+        assert ended(process)
+        started.__exit__(error, error(), None)
+    assert reported == [(1, "model 'lost': no such file or folder")]
 
 
 def test_a_search_without_other_workers_starts_no_process():

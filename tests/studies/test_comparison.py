@@ -61,7 +61,7 @@ def comparison(*entries, **others):
 
 def test_the_fastest_that_was_shown_to_be_faster_is_advised():
     said = advice(comparison(entry("slow", 0.9, 0.9), entry("fast", 0.5, 0.5), entry("middle", 0.8, 0.8)))
-    assert said == "Use fast here: it decodes 2.00× (95 %: 2.00 to 2.00) as fast as plain decoding."
+    assert said == "Use fast here: 2.00× the speed of plain decoding (95 %: 2.00 to 2.00)."
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_empty_columns_are_left_out():
     columns, rows = table(comparison(every))
     assert columns == ("", *COLUMNS)
     cells = dict(zip(columns, rows[1], strict=True))
-    assert (cells["peak"], cells["memory"], cells["training"]) == ("2.5 MB", "0.1 MB", "3.3 min")
+    assert (cells["peak"], cells["memory"], cells["training"]) == ("2.5 MB", "0.1 MB", "3 min 20 s")
     assert (cells["α"], cells["τ"], cells["c"], cells["drafting"]) == ("50%", "2.00", "0.25", "40%")
 
 
@@ -141,7 +141,7 @@ def test_the_plain_values_have_every_figure():
 def written(made, folder):
     file = folder / "comparison.html"
     file.write_text(
-        render_page("Ways to decode", advice(made), facts(made), comparison_figures(made)), encoding="utf-8"
+        render_page("Decoding methods", advice(made), facts(made), comparison_figures(made)), encoding="utf-8"
     )
     return file.as_uri()
 

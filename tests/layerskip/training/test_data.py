@@ -36,7 +36,7 @@ def test_states_are_those_of_a_pass_over_the_whole_text(writer, shards):
             context = writer.pass_context(len(tokens), cache)
             before = writer.target_stack.run(writer.embed(tokens), context, stop=2 * EXIT)
             after = writer.target_stack.run(before, context, start=2 * EXIT)
-            confidence = writer.logits(after[:, text.asked]).softmax(-1).amax(-1)
+            confidence = writer.logits(after[:, text.draft_positions]).softmax(-1).amax(-1)
         torch.testing.assert_close(text.states.float(), torch.cat([before, after]), atol=2e-2, rtol=2e-2)  # bfloat16
         torch.testing.assert_close(text.confidence, confidence, atol=1e-3, rtol=1e-3)
 
@@ -80,7 +80,7 @@ def test_the_choice_after_a_sampled_token_is_still_the_likeliest(llama, tmp_path
     shards = TrainingTextWriter(llama, random_prompts(8), settings, tmp_path, "f").collect(50)
     for text in all_texts(shards):
         logits = llama.hf_model(text.tokens[None].long()).logits[0]
-        assert text.choices.tolist() == logits.argmax(-1)[text.asked].tolist()
+        assert text.choices.tolist() == logits.argmax(-1)[text.draft_positions].tolist()
 
 
 def test_no_prompt_is_both_learned_from_and_held_out(shards):

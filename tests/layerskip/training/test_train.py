@@ -28,7 +28,7 @@ def a_layer(model, like=LAYERS - 1):
 def a_bridge(model, shards):
     states = [text.states.float() for text in shards.learned()]
     before, after = torch.cat(states, dim=1)
-    return TrainableDraft(model, DraftWeights(bridges=[fit_bridge(model, before, after, START, STOP)]))
+    return TrainableDraft(model, DraftWeights(bridges=[fit_bridge(before, after, START, STOP)]))
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce", "both"])
@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_stack_over_the_text(writer, shards):
     with torch.inference_mode():
         cache = writer.new_cache(len(text.tokens))
         x = stack.run(writer.embed(text.tokens.long()), writer.pass_context(len(text.tokens), cache))
-        chosen = writer.logits(x[:, text.asked]).argmax(-1)
+        chosen = writer.logits(x[:, text.draft_positions]).argmax(-1)
     with frozen(writer):
         agreement = Scorer(writer, writer.stack_of(SkipSet(LAYERS)), "ce").agreement(draft, [[text]])
     expected = (chosen == text.choices).float().mean()

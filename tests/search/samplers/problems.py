@@ -53,7 +53,7 @@ def run(study, space, trials, acceptance, *, fails=(), prunes=()):
     def objective(trial):
         distributions = space.distributions.items()
         parameters = {name: trial.suggest_categorical(name, d.choices) for name, d in distributions}
-        config = space.tried(parameters)
+        config = space.config_or_none(parameters)
         trial.set_user_attr("acceptance", acceptance(config) if config else 0.0)
         if trial.number in fails:
             raise RuntimeError
@@ -62,7 +62,7 @@ def run(study, space, trials, acceptance, *, fails=(), prunes=()):
         return 1.0
 
     study.optimize(objective, n_trials=trials, catch=RuntimeError)
-    return [space.tried(trial.params) for trial in study.trials]
+    return [space.config_or_none(trial.params) for trial in study.trials]
 
 
 def acceptance_by(damages, *, repaired=0.5, trained=3.0):

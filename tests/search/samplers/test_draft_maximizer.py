@@ -79,13 +79,13 @@ def test_it_is_the_best_of_all_candidates_or_next_to_it(space):
 def test_sublayers_are_ordered_by_how_little_their_bit_matters(costs, damage):
     maximizer = DraftMaximizer(ALL_SPACES[0], costs)
     best = maximizer.best(damage).config
-    assert sorted(maximizer.by_indifference(damage, best)) == list(range(SUBLAYERS))
+    assert sorted(maximizer.nearest_to_break_even(damage, best)) == list(range(SUBLAYERS))
 
 
 def test_the_last_that_pays_matters_less_than_what_is_free_or_fatal():
     damage = Damage(np.array([0.0, 0.04, 0.06, 9.0]), 0.0, 0.0, {})
     maximizer = DraftMaximizer(space_of(2), LinearCosts([0.2] * 4))
-    order = maximizer.by_indifference(damage, DraftConfig(SkipSet(2, (0,), (0,))))
+    order = maximizer.nearest_to_break_even(damage, DraftConfig(SkipSet(2, (0,), (0,))))
     assert set(order[:2]) == {1, 2}
     assert order[-1] == 3
 
@@ -124,5 +124,5 @@ def test_what_a_draft_layer_replaces_is_no_bit_to_flip():
     [layer] = space.draft_layers
     maximizer = DraftMaximizer(space, LinearCosts([0.13] * 6))
     config = DraftConfig(SkipSet(3), draft_layer=layer)
-    order = maximizer.by_indifference(Damage(np.full(6, 0.5), 0.0, 0.0, {}, {layer: 0.1}), config)
+    order = maximizer.nearest_to_break_even(Damage(np.full(6, 0.5), 0.0, 0.0, {}, {layer: 0.1}), config)
     assert sorted(order) == [0, 1]

@@ -21,7 +21,7 @@ def searched(sampler, space, trials):
 
     def objective(trial):
         distributions = space.distributions.items()
-        config = space.tried({name: trial.suggest_categorical(name, d.choices) for name, d in distributions})
+        config = space.config_or_none({name: trial.suggest_categorical(name, d.choices) for name, d in distributions})
         rate = acceptance(config) if config else 0.0
         trial.set_user_attr("acceptance", rate)
         return rate + 0.1 * sum(trial.params[bit] for bit in space.bit_names)
@@ -40,14 +40,14 @@ def test_what_a_draft_layer_replaces_is_skipped_whatever_sampler_proposes(name, 
     tried = searched(named(name, space), space, 25)
     assert {parameters["draft_layer"] for parameters in tried} >= {0, 1}
     for parameters in tried:
-        if config := space.tried(parameters):
+        if config := space.config_or_none(parameters):
             assert space.parameters(config) == parameters
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_below_a_low_exit_everything_is_tried_before_anything_is_tried_again(name):
     space = space_of(3, exits=(1,))
-    configs = [space.tried(parameters) for parameters in searched(named(name, space), space, 45)]
+    configs = [space.config_or_none(parameters) for parameters in searched(named(name, space), space, 45)]
     # Of the first five TPE draws each parameter by itself, and may repeat one.
     assert len(set(configs)) >= 41
     only = DraftConfig(SkipSet(3), draft_layer=space.draft_layers[0])

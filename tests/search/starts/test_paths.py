@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from search.starting_skip_sets import best_paths, most_similar_paths, quantized, skipping
+from layerskip import SkipSet
+from search.starting_skip_sets import best_paths, most_similar_paths, quantized
 from tests.search.starts.conftest import IDLE, LAYERS
 
 SUBLAYERS = 2 * LAYERS
@@ -18,7 +19,7 @@ def similarity_of(case, skipped):
     """What the whole draft's last hidden states have in common with the target model's, computed the long way."""
     with torch.inference_mode():
         tokens = torch.tensor(case.text)
-        x = case.model.forward(tokens, case.model.new_cache(len(tokens)), skipping(skipped, LAYERS))[0]
+        x = case.model.forward(tokens, case.model.new_cache(len(tokens)), SkipSet.of_sublayers(skipped, LAYERS))[0]
     return float(functional.cosine_similarity(x, case.states[-1], dim=-1).mean())
 
 
