@@ -78,7 +78,8 @@ def main(
         verdict += f", marked uncertain on {searched['disturbed']} prompts"
     console.print(
         f"{searched['measured']} of {searched['trials']} candidates measured · held-out speedup "
-        f"{searched['speedup']:.3f}× beside a busy process, {quiet['speedup']:.3f}× in quiet: {difference:+.1%}, {verdict}"
+        f"{searched['speedup']:.3f}× beside a busy process, {quiet['speedup']:.3f}× in quiet: "
+        f"{difference:+.1%}, {verdict}"
     )
     write_json(json, {"model": model, "busy": searched, "quiet": quiet, "difference": difference})
 

@@ -37,7 +37,7 @@ from layerskip.training import (
     train,
     vocabulary_of,
 )
-from layerskip.utils import cache_write_errors, library_versions
+from layerskip.utils import library_versions
 from search.callbacks import (
     Evaluated,
     OnEvent,
@@ -263,17 +263,15 @@ class Tuning:
     def _train(
         self, untrained: DraftWeights, texts: TrainingTexts, ids: Tensor | None, observe: Callable[[EvalResult], None]
     ) -> Trained:
-        folder = texts.store.folder
-        with cache_write_errors(folder, "the training"):
-            trained = train(
-                self._model,
-                TrainableDraft(self._model, untrained),
-                texts,
-                self._settings.training,
-                token_ids=ids,
-                folder=folder,
-                observe=observe,
-            )
+        trained = train(
+            self._model,
+            TrainableDraft(self._model, untrained),
+            texts,
+            self._settings.training,
+            token_ids=ids,
+            folder=texts.store.folder,
+            observe=observe,
+        )
         # In two bytes a number: half the file, and what a draft is off by changes no output.
         return replace(trained, weights=trained.weights.to(torch.bfloat16))
 

@@ -22,7 +22,7 @@ from layerskip.target_texts import TargetText
 from layerskip.training.data import TrainingTexts
 from layerskip.training.evaluation import LOSSES, Agreement, Loss, Scorer, frozen
 from layerskip.training.trainable_draft import TrainableDraft
-from layerskip.utils import digest, write_bytes_atomically
+from layerskip.utils import cache_write_errors, digest, write_bytes_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,8 @@ class _Training:
         content = io.BytesIO()
         saved = {"weights": self._values(), "optimizer": self._optimizer.state_dict(), "state": vars(self.state)}
         torch.save(saved, content)
-        write_bytes_atomically(self._checkpoint, content.getvalue())
+        with cache_write_errors(self._checkpoint, "the training"):
+            write_bytes_atomically(self._checkpoint, content.getvalue())
 
     def run(self) -> None:
         """Train until the end, the time limit, or no more improvement."""
