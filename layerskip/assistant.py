@@ -19,6 +19,7 @@ from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.model import LayerSkipModel
+from layerskip.shared_copies import shared_copy
 from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,7 +41,8 @@ def assistant_of(model: LayerSkipModel, config: DraftConfig, weights: DraftWeigh
             which a copy of the part would not.
     """
     original: Any = model.hf_model
-    steps = _single_steps(model.stack_of(config.skip_set, stand_ins=weights.placed_on(model).steps))
+    stack = model.stack_of(config.skip_set, stand_ins=weights.placed_on(model).steps, precision=config.precision)
+    steps = _single_steps(stack)
     kinds = [layer for layer, step in steps if isinstance(step, AttentionSublayer)]
     if not kinds:
         raise InvalidInputError(
@@ -50,6 +52,8 @@ def assistant_of(model: LayerSkipModel, config: DraftConfig, weights: DraftWeigh
     assistant, decoder = _twin(original), _twin(original.base_model)
     setattr(assistant, original.base_model_prefix, decoder)
     decoder.layers = nn.ModuleList(_Layer(steps, number) for number, steps in enumerate(_cut(steps)))
+    if stack.head is not None:
+        assistant.set_output_embeddings(stack.head)
     assistant.config = decoder.config = config_of(original.config, kinds)
     assistant.generation_config = copy.deepcopy(original.generation_config)
     state = config.stopping.new_state()
@@ -67,11 +71,7 @@ def _twin(module: Module) -> Module:
             f"as_assistant: {type(module).__name__} has a forward of its own (accelerate's hooks on several devices, "
             "or a patch), which a copy of it would not run; use layerskip.speculate(profile)"
         )
-    twin = type(module).__new__(type(module))
-    for name, value in vars(module).items():
-        vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-    vars(twin).pop("_compiled_call_impl", None)  # of module.compile(), which would call the original
-    return twin
+    return shared_copy(module)
 
 
 def _single_steps(stack: Stack) -> list[tuple[int, Step]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
+from layerskip.names import PRECISIONS, Precision
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
@@ -50,22 +51,27 @@ class DraftParts:
         mlp: MLP sublayers.
         bridges: Bridges.
         vocabulary: Size of the draft vocabulary; 0 is the whole one.
+        precision: Of the sublayers and of the head.
+        layers: Draft layers, each of which costs as much as a layer of the model's at full precision.
     """
 
     attention: int
     mlp: int
     bridges: int = 0
     vocabulary: int = 0
+    precision: Precision = "full"
+    layers: int = 0
 
     @classmethod
     def of(cls, stack: Stack) -> DraftParts:
-        """The parts of a stack; a draft layer counts as a layer of the model's."""
+        """The parts of a stack."""
         steps = [step for _, step in stack.steps]
         layers = sum(step.remembers for step in steps)
         attention = sum(isinstance(step, AttentionSublayer) for step in steps)
         mlp = sum(isinstance(step, MLPSublayer) for step in steps)
         vocabulary = 0 if stack.token_ids is None else len(stack.token_ids)
-        return cls(attention + layers, mlp + layers, len(steps) - layers - attention - mlp, vocabulary)
+        bridges = len(steps) - layers - attention - mlp
+        return cls(attention, mlp, bridges, vocabulary, stack.precision, layers)
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,17 @@ class Costs:
 
     Args:
         context: The text's length.
-        step: Of the parts of a draft step.
+        step: Of the parts of a draft step at full precision.
         passes: Of verifications.
         prefill: Of running the text itself.
+        copies: As ``step``, by lower precision, where it was measured; bridges run at full precision in any draft.
     """
 
     context: float
     step: StepCosts
     passes: PassCosts
     prefill: float
+    copies: Mapping[Precision, StepCosts] = field(default_factory=dict)
 
     @property
     def plain_step(self) -> float:
@@ -149,10 +157,12 @@ class Costs:
         return self.verification(1)
 
     def draft_step(self, parts: DraftParts) -> float:
-        """One step of a draft."""
-        step = self.step
+        """One step of a draft, whose precision was measured."""
+        full = self.step
+        step = full if parts.precision == "full" else self.copies[parts.precision]
         sublayers = parts.attention * step.attention + parts.mlp * step.mlp
-        return step.fixed + sublayers + parts.bridges * step.bridge + step.head[parts.vocabulary]
+        stand_ins = parts.bridges * full.bridge + parts.layers * (full.attention + full.mlp)
+        return step.fixed + sublayers + stand_ins + step.head[parts.vocabulary]
 
     def verification(self, tokens: int, shared: float = 0.0) -> float:
         """One pass over so many tokens, at the cheapest width that has room for them.
@@ -181,6 +191,11 @@ class CostModel:
 
     short: Costs
     long: Costs
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions whose draft steps were measured."""
+        return tuple(precision for precision in PRECISIONS if precision == "full" or precision in self.short.copies)
 
     def at(self, context: float) -> Costs:
         """After a text of any length."""
@@ -219,14 +234,22 @@ def _combined(first: Costs, second: Costs, combine: Callable[[float, float], flo
     def by_size(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
         return {size: combine(cost, b[size]) for size, cost in a.items()}
 
-    step = StepCosts(
-        fixed=combine(first.step.fixed, second.step.fixed),
-        attention=combine(first.step.attention, second.step.attention),
-        mlp=combine(first.step.mlp, second.step.mlp),
-        bridge=combine(first.step.bridge, second.step.bridge),
-        head=by_size(first.step.head, second.step.head),
-    )
+    def of_step(a: StepCosts, b: StepCosts) -> StepCosts:
+        return StepCosts(
+            fixed=combine(a.fixed, b.fixed),
+            attention=combine(a.attention, b.attention),
+            mlp=combine(a.mlp, b.mlp),
+            bridge=combine(a.bridge, b.bridge),
+            head=by_size(a.head, b.head),
+        )
+
     passes = PassCosts(
         by_size(first.passes.sublayers, second.passes.sublayers), by_size(first.passes.head, second.passes.head)
     )
-    return Costs(first.context, step, passes, combine(first.prefill, second.prefill))
+    return Costs(
+        first.context,
+        of_step(first.step, second.step),
+        passes,
+        combine(first.prefill, second.prefill),
+        {precision: of_step(costs, second.copies[precision]) for precision, costs in first.copies.items()},
+    )

@@ -200,8 +200,8 @@ def export_draft(
             all the same, so that fewer tokens will be accepted than were when the profile was measured.
 
     Raises:
-        InvalidInputError: The profile has bridges, drafts with heads or skips nothing, or its trained layers are
-            another model's.
+        InvalidInputError: The profile has bridges, drafts with heads or at lower precision or skips nothing, or its
+            trained layers are another model's.
         InvalidProfileError: The profile is for another model.
         ExportError: The folder holds something else or cannot be written, or the weights cannot be exported.
     """
@@ -247,13 +247,19 @@ def check_exportable(profile: DraftProfile, folder: Path, *, without_bridges: bo
     """Make sure of all that can be known before the model is loaded; see :func:`export_draft`.
 
     Raises:
-        InvalidInputError: The profile has bridges, drafts with heads, or skips nothing.
+        InvalidInputError: The profile has bridges, drafts with heads or at lower precision, or skips nothing.
         ExportError: The folder holds something else, or is no folder.
     """
     if profile.drafts_with_heads:
         raise InvalidInputError(
             "the profile drafts with heads on the target's hidden states, which are no model of their own, so that "
             "there is no checkpoint for other engines to write; a profile of a skip set can be exported"
+        )
+    if profile.precision != "full":
+        raise InvalidInputError(
+            f"the draft runs at {profile.precision}: a checkpoint would hold the rounded weights at full size, so that "
+            "they cost other engines as much as the model itself; quantize the model with the engine's own tool, and "
+            "draft with that"
         )
     if not len(profile.skip_set):
         raise InvalidInputError(

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from layerskip.adapters import adapted_model
 from layerskip.attention_masks import AttentionMasks, check_attention_implementation
+from layerskip.drafting.quantization import QuantizedCopies
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.families import family_of, setting
 from layerskip.kv_cache import KVCache
+from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, sublayers_of, weights_of
 from layerskip.token_tree import TokenTree, ancestors_on, numbers_on
@@ -50,14 +52,17 @@ def lm_head_rows(head: nn.Module, token_ids: Tensor, like: Tensor) -> Tensor:
 class LayerSkipModel:
     """A Hugging Face causal language model as a flat stack of ``2 * num_layers`` residual sublayers.
 
-    The wrapper calls the model's own modules and owns only the loop over them, the cache and the skipping. It holds no
-    weights and changes nothing in the model, so wrapping costs nothing and the model stays usable as it was.
+    The wrapper calls the model's own modules and owns only the loop over them, the cache and the skipping. It changes
+    nothing in the model and holds no weights but the copies that a draft at lower precision asks for, so wrapping costs
+    nothing and the model stays usable as it was. Wrap it anew after its weights were changed or moved.
 
     Args:
         model: A model for causal language modelling of one of the families in :mod:`layerskip.families`, in
             evaluation mode; also a PEFT model around one, whose active adapters then belong to it.
 
     Attributes:
+        copies: The copies of its sublayers and head at lower precision: which precisions it can draft at, and what they
+            take of memory.
         compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
 
     Raises:
@@ -83,6 +88,7 @@ class LayerSkipModel:
         self._logits_divisor = setting(model.config, self.family.logits_divisor)
         self.sublayers = sublayers_of(decoder.layers, self.family, model.config)
         self.compiled = False
+        self.copies = QuantizedCopies(self.sublayers, (self.vocab_size, self._embed.weight.shape[1]), self.dtype)
         self.target_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
         attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]
         self._windows = {sublayer.window for sublayer in attention}
@@ -133,6 +139,7 @@ class LayerSkipModel:
         *,
         stand_ins: Mapping[int, Step] | None = None,
         token_ids: Tensor | None = None,
+        precision: Precision = "full",
     ) -> Stack:
         """The stack of a draft.
 
@@ -140,19 +147,41 @@ class LayerSkipModel:
             skip_set: Sublayers to skip.
             stand_ins: Replacements of runs of skipped sublayers, by the index of the run's first sublayer.
             token_ids: ``[n]``, the tokens that the draft's head scores; None for the whole vocabulary.
+            precision: Of the sublayers that are kept, and of the head; below ``full``, copies are made now where they
+                are not there yet.
 
         Raises:
-            InvalidInputError: The skip set is for another number of layers.
+            InvalidInputError: The skip set is for another number of layers, or the model cannot draft at this precision
+                here.
         """
         if skip_set.num_layers != self.num_layers:
             raise InvalidInputError(
                 f"skip set: is for {skip_set.num_layers} layers, but the model has {self.num_layers}"
             )
-        stack = Stack.skipping(self.sublayers, skip_set, stand_ins or {})
+        copies = self.copies.sublayers(precision, skip_set.kept)
+        stack = Stack.skipping(self.sublayers, skip_set, stand_ins or {}, copies)
+        return replace(stack, precision=precision).with_head_of(self.head_of(token_ids, precision))
+
+    def head_of(self, token_ids: Tensor | None = None, precision: Precision = "full") -> Stack:
+        """The head of a draft, as a stack without steps.
+
+        Args:
+            token_ids: As in :meth:`stack_of`.
+            precision: Likewise.
+
+        Raises:
+            InvalidInputError: The model cannot draft at this precision here.
+        """
+        none = Stack((), shared=0, precision=precision)
         if token_ids is None:
-            return stack
-        rows = lm_head_rows(self._head, token_ids, self._embed.weight)
-        return replace(stack, token_ids=token_ids.to(self.device), lm_head_rows=rows)
+            return none if precision == "full" else replace(none, head=self.copies.head(precision, self._head_weight))
+        rows, token_ids = lm_head_rows(self._head, token_ids, self._embed.weight), token_ids.to(self.device)
+        if precision == "full":
+            return replace(none, token_ids=token_ids, lm_head_rows=rows)
+        return replace(none, token_ids=token_ids, head=self.copies.head_of(precision, rows))
+
+    def _head_weight(self) -> Tensor:
+        return lm_head_rows(self._head, torch.arange(self.vocab_size), self._embed.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before the first sublayer, ``[1, n, hidden_size]``, of token ids ``[n]``."""
@@ -235,19 +264,28 @@ class LayerSkipModel:
 
         Args:
             x: ``[1, n, hidden_size]``, hidden states after the last sublayer.
-            stack: The draft whose tokens to score; None scores the whole vocabulary.
+            stack: The draft whose head to score with; None scores the whole vocabulary with the model's own.
 
         Returns:
             ``[n, vocab_size]``, or a column for each of the stack's tokens; in float32.
         """
         x = self._final_norm(x.to(self._final_norm.weight.device))[0]
-        rows = None if stack is None else stack.lm_head_rows
-        scores: Tensor = self._head(x) if rows is None else functional.linear(x.to(rows.device), rows)
+        scores = self._scores(x, stack)
         if self._logits_divisor != 1:
             scores = scores / self._logits_divisor
         if self._logit_cap is not None:
             scores = torch.tanh(scores / self._logit_cap) * self._logit_cap
         return scores.float().to(self.device)
+
+    def _scores(self, x: Tensor, stack: Stack | None) -> Tensor:
+        """What the head says of hidden states after the final norm, ``[n, hidden_size]``."""
+        head = self._head
+        if stack is not None and stack.head is not None:
+            head = stack.head
+        elif stack is not None and stack.lm_head_rows is not None:
+            return functional.linear(x.to(stack.lm_head_rows.device), stack.lm_head_rows)
+        scores: Tensor = head(x)
+        return scores
 
 
 def _check_module(model: object) -> None:

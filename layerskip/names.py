@@ -1,4 +1,4 @@
-"""Names that the program accepts: model aliases, devices, dtypes and engines.
+"""Names that the program accepts: model aliases, devices, dtypes, engines and precisions.
 
 This file imports no torch, so that the command line and the shell's completion can read it at once.
 """
@@ -6,6 +6,7 @@ This file imports no torch, so that the command line and the shell's completion 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,6 @@ ALIASES = {
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("eager", "cuda-graphs")
+# At what precision a draft runs the sublayers that it keeps, and its head: as they are, or as copies with fewer bits.
+Precision = Literal["full", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("full", "int8", "int4")

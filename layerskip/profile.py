@@ -24,12 +24,13 @@ from layerskip.drafting.weights import DraftWeights, draft_layer_ref, tensors_by
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.model import LayerSkipModel
+from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.token_tree import widths_of
 from layerskip.utils import duration, write_atomically, write_bytes_atomically
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
-VERSION: Literal[2] = 2
+VERSION: Literal[3] = 3
 PromptSet = Literal["held-out", "search"]
 PROFILE_NAME = "draft_profile.json"
 
@@ -120,10 +121,17 @@ class DraftProfile(_Part):
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
-    version: Literal[1, 2] = Field(default=VERSION, description="Version of the format; 1 has no tensors and no gate.")
+    version: Literal[1, 2, 3] = Field(
+        default=VERSION, description="Version of the format; 1 has no tensors and no gate, 1 and 2 no precision."
+    )
     model: ModelIdentity = Field(description="The model that the profile is for.")
     skip_set: SkipSet = Field(
         description="The sublayers that the draft skips; none where heads draft, which run nothing of the stack."
+    )
+    precision: Precision = Field(
+        default="full",
+        description="Of the sublayers that the draft runs, and of its head: the model's own, or copies with so many "
+        "bits, which are made when the model is loaded.",
     )
     stopping: Annotated[DraftStopping, Field(discriminator="kind")] = Field(
         validation_alias="draft_exit", serialization_alias="draft_exit", description="When a draft ends."
@@ -192,6 +200,7 @@ class DraftProfile(_Part):
         profile = cls(
             model=model,
             skip_set=config.skip_set,
+            precision=config.precision,
             stopping=config.stopping,
             target_confidence_threshold=config.target_confidence_threshold,
             tree=config.tree,
@@ -357,11 +366,18 @@ class DraftProfile(_Part):
         """A drafter for :func:`layerskip.generate`: with heads where the profile has some, or else with the stack.
 
         Raises:
-            InvalidProfileError: The profile is for another model.
+            InvalidProfileError: The profile is for another model, or drafts at a precision that is not to be had here.
             InvalidInputError: The model is not wrapped, or the draft's weights do not fit it.
         """
         self.check(model)
+        self._check_precision(model)
         return make_drafter(model, self.config, self.weights(model))
+
+    def _check_precision(self, model: LayerSkipModel) -> None:
+        try:
+            model.copies.check(self.precision)
+        except InvalidInputError as error:
+            raise InvalidProfileError(f"{self._source}: {error}") from error
 
     def as_assistant(self, model: PreTrainedModel) -> PreTrainedModel:
         """The draft as a model of its own, for ``model.generate(..., assistant_model=profile.as_assistant(model))``.
@@ -370,7 +386,7 @@ class DraftProfile(_Part):
         another device or dtype. The profile's draft vocabulary is not used: ``generate`` wants scores for every token.
 
         Raises:
-            InvalidProfileError: The profile is for another model.
+            InvalidProfileError: As in :meth:`drafter`.
             InvalidInputError: The profile leaves out every attention or drafts with heads, or the model is in training
                 mode.
             UnsupportedModelError: The model cannot be taken apart into sublayers, or runs something else than its
@@ -383,6 +399,7 @@ class DraftProfile(_Part):
             )
         wrapper = LayerSkipModel(model)
         self.check(wrapper)
+        self._check_precision(wrapper)
         return assistant_of(wrapper, self.config, self.weights(wrapper))
 
     def __eq__(self, other: object) -> bool:
@@ -399,6 +416,7 @@ class DraftProfile(_Part):
             bridges=self.tensors is not None and self.tensors.bridges > (layer is not None and layer.kind == "bridge"),
             draft_layer=layer,
             vocabulary_size=0 if self.tensors is None else self.tensors.vocabulary,
+            precision=self.precision,
             stopping=self.stopping,
             target_confidence_threshold=self.target_confidence_threshold,
             tree=self.tree,
@@ -424,7 +442,8 @@ class DraftProfile(_Part):
     @property
     def draft(self) -> str:
         """Everything about the draft but its skip set, for people."""
-        return "; ".join([self.config.policy, *([] if self.tensors is None else self.tensors.parts)])
+        precision = [] if self.precision == "full" else [self.precision]
+        return "; ".join([self.config.policy, *precision, *([] if self.tensors is None else self.tensors.parts)])
 
     @property
     def pays(self) -> bool:

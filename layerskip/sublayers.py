@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from layerskip.families import Family, setting
 from layerskip.kv_cache import KVCache
+from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 
 
@@ -188,7 +189,7 @@ def sublayers_in(
 
 
 class Step(Protocol):
-    """One step up the stack: a sublayer, or a bridge or draft layer in place of several.
+    """One step up the stack: a sublayer or a copy of it, or a bridge or draft layer in place of several.
 
     Attributes:
         remembers: Whether it keeps keys and values of its own, which the target model's passes do not write, so that it
@@ -207,32 +208,48 @@ class Step(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The target model's sublayers, or a draft's: the same with some skipped.
+    """The target model's sublayers, or a draft's: the same with some skipped, the others as they are or copies of them.
 
     Args:
         steps: The steps to run, each with the index of its sublayer or of the first that it replaces, ascending.
         shared: Number of sublayers at the bottom that are the target model's; all of them in the target model itself.
         token_ids: ``[n]``, the tokens that the head scores; None for the whole vocabulary.
         lm_head_rows: ``[n, hidden_size]``, the head's weights for these tokens.
+        precision: Of the sublayers that are kept, and of the head.
+        head: Scores these tokens, or all, at lower precision; None scores with the model's own weights.
     """
 
     steps: tuple[tuple[int, Step], ...]
     shared: int
     token_ids: Tensor | None = None
     lm_head_rows: Tensor | None = field(default=None, repr=False)
+    precision: Precision = "full"
+    head: nn.Module | None = field(default=None, repr=False)
 
     @classmethod
-    def skipping(cls, sublayers: Sequence[Step], skip_set: SkipSet, stand_ins: Mapping[int, Step]) -> Stack:
+    def skipping(
+        cls,
+        sublayers: Sequence[Step],
+        skip_set: SkipSet,
+        stand_ins: Mapping[int, Step],
+        copies: Mapping[int, Step] | None = None,
+    ) -> Stack:
         """The stack of a draft.
 
         Args:
             sublayers: The target model's.
             skip_set: Sublayers to skip.
             stand_ins: Replacements of runs of skipped sublayers, by the index of the run's first.
+            copies: Copies of kept sublayers at lower precision, which run in their place.
         """
-        kept = {index: sublayers[index] for index in skip_set.kept}
-        shared = skip_set.mask.index(True) if len(skip_set) else len(sublayers)
+        kept = {index: sublayers[index] for index in skip_set.kept} | dict(copies or {})
+        others = (index for index, own in enumerate(sublayers) if kept.get(index) is not own)
+        shared = next(others, len(sublayers))
         return cls(tuple(sorted((kept | dict(stand_ins)).items(), key=lambda step: step[0])), shared)
+
+    def with_head_of(self, other: Stack) -> Stack:
+        """The same sublayers with the head of another draft of the same model and precision."""
+        return replace(self, token_ids=other.token_ids, lm_head_rows=other.lm_head_rows, head=other.head)
 
     @property
     def remembers(self) -> bool:

@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, SkipSet
+from layerskip.names import PRECISIONS
 from layerskip.token_tree import TokenTree, branches_of
 from tests.models import LAYERS, VOCABULARY
 
@@ -20,6 +21,14 @@ def skip_sets(layers=LAYERS):
     few = st.sets(st.integers(0, 2 * layers - 1), min_size=1, max_size=min(2, 2 * layers - 1))
     light = few.map(lambda skipped: [i in skipped for i in range(2 * layers)])
     return (light | masks(layers)).map(SkipSet.from_mask)
+
+
+def precisions():
+    return st.sampled_from(PRECISIONS)
+
+
+def low_precisions():
+    return st.sampled_from(PRECISIONS[1:])
 
 
 def draft_exits():

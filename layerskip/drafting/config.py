@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
+from layerskip.names import PRECISIONS, Precision
 from layerskip.skip_set import SkipSet
 from layerskip.token_tree import describe_branches, widths_of
 
@@ -67,7 +68,7 @@ class DraftLayerRef:
 class DraftConfig:
     """How to draft: what of the stack runs, and when and how much to propose.
 
-    The first four fields are the *candidate* that a search tries; the others are its *policy*, which simulation picks.
+    The first five fields are the *candidate* that a search tries; the others are its *policy*, which simulation picks.
 
     Args:
         skip_set: Sublayers that the draft skips; none where draft heads propose. With a draft layer, everything above
@@ -75,6 +76,9 @@ class DraftConfig:
         bridges: Whether runs of skipped sublayers are replaced by bridges, where that is worth one.
         draft_layer: A trained layer in place of everything above an early exit; None without one.
         vocabulary_size: Number of tokens that the draft's head scores; 0 is the whole vocabulary.
+        precision: Of the sublayers that are kept, and of the head: ``full`` runs the model's own; ``int8`` and ``int4``
+            run copies that were rounded to so many bits, at ``int4`` with a head of 8 bits. Bridges and draft layers
+            keep theirs.
         stopping: When a draft ends.
         target_confidence_threshold: Draft nothing after a round at whose end the target's highest probability was below
             this; 0 always drafts.
@@ -84,13 +88,15 @@ class DraftConfig:
         prompt_lookup: Copies from the text that are tried before the model drafts; None copies nothing.
 
     Raises:
-        InvalidInputError: The threshold or the tree is out of range, or the draft layer does not fit the skip set.
+        InvalidInputError: The threshold or the tree is out of range, there is no such precision, or the draft layer
+            does not fit the skip set.
     """
 
     skip_set: SkipSet
     bridges: bool = False
     draft_layer: DraftLayerRef | None = None
     vocabulary_size: int = 0
+    precision: Precision = "full"
     stopping: DraftStopping = field(default_factory=FixedLength)
     target_confidence_threshold: float = 0.0
     tree: tuple[int | tuple[int, ...], ...] = ()
@@ -103,6 +109,8 @@ class DraftConfig:
             raise InvalidInputError(
                 f"target_confidence_threshold: expected a number from 0 to 1, got {self.target_confidence_threshold}"
             )
+        if self.precision not in PRECISIONS:
+            raise InvalidInputError(f"precision: expected {' or '.join(PRECISIONS)}, got {self.precision}")
         widths_of(self.tree)
         if self.draft_layer is not None:
             object.__setattr__(self, "skip_set", _early_exit(self.skip_set, self.draft_layer))
@@ -131,10 +139,11 @@ class DraftConfig:
 
     @property
     def details(self) -> str:
-        """Everything but the skip set, for people, such as ``4 tokens · bridges · vocabulary 8192``."""
+        """Everything but the skip set, for people, such as ``4 tokens · int4 · bridges · vocabulary 8192``."""
         layer = [] if self.draft_layer is None else [str(self.draft_layer)]
         vocabulary = [f"vocabulary {self.vocabulary_size}"] * bool(self.vocabulary_size)
-        return " · ".join([self.policy, *layer, *["bridges"] * self.bridges, *vocabulary])
+        precision = [self.precision] * (self.precision != "full")
+        return " · ".join([self.policy, *precision, *layer, *["bridges"] * self.bridges, *vocabulary])
 
     def __str__(self) -> str:
         return f"{self.skip_set} · {self.details}"

@@ -17,7 +17,6 @@ from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Draw, Sampler
-from layerskip.skip_set import SkipSet
 from layerskip.token_tree import numbers_on
 
 
@@ -110,8 +109,7 @@ class HeadDrafter(BaseDrafter):
                 f"draft heads: the layer before them runs after {layer.start} sublayers, but the model has "
                 f"{len(model.sublayers)}; train heads for this model with 'layerskip tune'"
             )
-        # Only the head of this stack is used, which scores the draft vocabulary.
-        self._stack = model.stack_of(SkipSet(model.num_layers), token_ids=weights.token_ids)
+        self._stack = model.head_of(weights.token_ids, config.precision)
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         super().start(engine, prompt, states)

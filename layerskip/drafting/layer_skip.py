@@ -1,4 +1,4 @@
-"""Drafting with the target model's own sublayers, some of them skipped."""
+"""Drafting with the target model's own sublayers, some of them skipped, or with copies at lower precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerskip.sampling import Draft, Sampler
 
 
 class LayerSkipDrafter(BaseDrafter):
-    """Drafts with the model itself, some sublayers skipped.
+    """Drafts with the model itself, some sublayers skipped, the others as they are or at lower precision.
 
     Args:
         model: The model that will verify.
@@ -24,7 +24,8 @@ class LayerSkipDrafter(BaseDrafter):
         weights: The draft's bridges, draft layers and draft vocabulary.
 
     Raises:
-        InvalidInputError: The skip set or a draft layer is for another model, or the tree has lists.
+        InvalidInputError: The skip set or a draft layer is for another model, the tree has lists, or the model cannot
+            draft at the precision here.
     """
 
     def __init__(self, model: LayerSkipModel, config: DraftConfig, weights: DraftWeights | None = None) -> None:
@@ -34,7 +35,9 @@ class LayerSkipDrafter(BaseDrafter):
                 "tree: only draft heads propose tokens after several tokens of a place; give one number for each place"
             )
         weights = (weights or DraftWeights()).placed_on(model)
-        self._stack = model.stack_of(config.skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
+        self._stack = model.stack_of(
+            config.skip_set, stand_ins=weights.steps, token_ids=weights.token_ids, precision=config.precision
+        )
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         super().start(engine, prompt, states)

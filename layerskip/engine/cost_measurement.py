@@ -18,6 +18,7 @@ from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
 from layerskip.drafting.bridges import blank_bridge
 from layerskip.engine.base import Engine
 from layerskip.model import LayerSkipModel
+from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
 from layerskip.utils import device_name, device_seconds, digest, library_versions, write_atomically
@@ -95,7 +96,13 @@ def measure_passes(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
 
 
 @torch.inference_mode()
-def measure_costs(engine: Engine, *, vocabularies: Iterable[int] = (0,), most_drafted: int) -> CostModel:
+def measure_costs(
+    engine: Engine,
+    *,
+    vocabularies: Iterable[int] = (0,),
+    most_drafted: int,
+    precisions: Iterable[Precision] = ("full",),
+) -> CostModel:
     """Measure all that drafting with parts of the model costs: medians of interleaved repeats.
 
     Args:
@@ -103,11 +110,17 @@ def measure_costs(engine: Engine, *, vocabularies: Iterable[int] = (0,), most_dr
             verified, those are measured that it chooses.
         vocabularies: Sizes of draft vocabularies; 0 is the whole one.
         most_drafted: Most tokens in a draft.
+        precisions: At which drafts may run; ``full`` is always measured. The model makes copies of all its sublayers
+            for the others.
+
+    Raises:
+        InvalidInputError: The model cannot draft at one of them here.
     """
+    lower = [precision for precision in precisions if precision != "full"]
     needed = range(1, most_drafted + 2)
     widths = sorted({1, *(needed if engine.costs is None else map(engine.costs.cheapest_width, needed))})
     contexts = [_fitting(engine.model, context, widths) for context in _CONTEXTS]
-    short, long = (_costs_after(engine, context, widths, list(vocabularies)) for context in contexts)
+    short, long = (_costs_after(engine, context, widths, list(vocabularies), lower) for context in contexts)
     return CostModel(short, long)
 
 
@@ -116,11 +129,24 @@ def _fitting(model: LayerSkipModel, context: int, widths: Sequence[int]) -> int:
     return max(min(context, model.context_length - max(widths)), 1)
 
 
-def _costs_after(engine: Engine, context: int, widths: Sequence[int], vocabularies: Sequence[int]) -> Costs:
-    stacks = _sample_stacks(engine.model, vocabularies)
+def _costs_after(
+    engine: Engine, context: int, widths: Sequence[int], vocabularies: Sequence[int], lower: Sequence[Precision]
+) -> Costs:
+    model = engine.model
+    stacks = {
+        f"{precision} {name}": stack
+        for precision in ("full", *lower)
+        for name, stack in _sample_stacks(model, vocabularies, precision).items()
+    }
     prefill, medians = _medians_after(engine, context, widths, stacks, _MODEL_REPEATS)
-    step = _step_costs(engine.model.num_layers, vocabularies, medians)
-    return Costs(context, step, _pass_costs(widths, medians), prefill)
+    full, *copies = (_step_costs(model.num_layers, vocabularies, _of(medians, p)) for p in ("full", *lower))
+    return Costs(context, full, _pass_costs(widths, medians), prefill, dict(zip(lower, copies, strict=True)))
+
+
+def _of(medians: Mapping[str, float], precision: Precision) -> dict[str, float]:
+    """Those of the stacks of one precision, by the rest of their names."""
+    own = f"{precision} "
+    return {name.removeprefix(own): seconds for name, seconds in medians.items() if name.startswith(own)}
 
 
 def _pass_costs(widths: Sequence[int], medians: Mapping[str, float]) -> PassCosts:
@@ -128,27 +154,29 @@ def _pass_costs(widths: Sequence[int], medians: Mapping[str, float]) -> PassCost
     return PassCosts.of(whole, head)
 
 
-def _sample_stacks(model: LayerSkipModel, vocabularies: Sequence[int]) -> dict[str, Stack]:
-    """Stacks whose differences tell what the parts cost, as far from the whole model as drafts are."""
+def _sample_stacks(model: LayerSkipModel, vocabularies: Sequence[int], precision: Precision) -> dict[str, Stack]:
+    """Stacks whose differences tell what the parts cost, as far from the whole model as drafts are, and the head."""
     nothing_skipped = SkipSet(model.num_layers)
     every_second = tuple(range(0, model.num_layers, 2))
     no_mlp = SkipSet(model.num_layers, mlp=every_second)
     bridge = blank_bridge(model)
+    no_attention, bridges = SkipSet(model.num_layers, attention=every_second), {2 * n + 1: bridge for n in every_second}
     stacks = {
-        "whole": model.stack_of(nothing_skipped),
-        "half of attention": model.stack_of(SkipSet(model.num_layers, attention=every_second)),
-        "half of mlp": model.stack_of(no_mlp),
-        "bridged": model.stack_of(no_mlp, stand_ins={2 * layer + 1: bridge for layer in every_second}),
+        "whole": model.stack_of(nothing_skipped, precision=precision),
+        "half of attention": model.stack_of(no_attention, precision=precision),
+        "half of mlp": model.stack_of(no_mlp, precision=precision),
+        "bridged": model.stack_of(no_mlp, stand_ins=bridges, precision=precision),
+        "head": model.head_of(precision=precision),
     }
     for size in filter(None, vocabularies):
         token_ids = torch.linspace(0, model.vocab_size - 1, size).long()
-        stacks[f"vocabulary {size}"] = model.stack_of(nothing_skipped, token_ids=token_ids)
+        stacks[f"vocabulary {size}"] = model.stack_of(nothing_skipped, token_ids=token_ids, precision=precision)
     return stacks
 
 
 def _step_costs(num_layers: int, vocabularies: Sequence[int], medians: Mapping[str, float]) -> StepCosts:
     """From the seconds of the sample stacks, and of the head alone."""
-    whole, head = medians["whole"], medians["head 1"]
+    whole, head = medians["whole"], medians["head"]
     half = len(range(0, num_layers, 2))
     attention = (whole - medians["half of attention"]) / half
     mlp = (whole - medians["half of mlp"]) / half
@@ -167,6 +195,8 @@ def _medians_after(
 ) -> tuple[float, dict[str, float]]:
     """Median seconds of running a text, and after it of draft steps, and of verifications and heads by width.
 
+    Of a stack without steps, its head is run alone.
+
     All interleaved: a machine that is slower for a while is then slower for every part.
     """
     model = engine.model
@@ -182,11 +212,16 @@ def _medians_after(
         engine.draft_step(tokens[:1], cache, stack)
         cache.rollback(context)
 
+    def score(head: Stack) -> None:
+        model.logits(states[:, :1], head)
+
     def verify(width: int) -> None:
         engine.verify(tokens[:width], cache)
         cache.rollback(context)
 
-    runs: dict[str, Callable[[], object]] = {name: partial(step, stack) for name, stack in stacks.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(step if stack.steps else score, stack) for name, stack in stacks.items()
+    }
     runs |= {f"verify {width}": partial(verify, width) for width in widths}
     runs |= {f"head {width}": partial(model.logits, states[:, :width]) for width in widths}
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -90,6 +90,23 @@ def test_an_assistant_that_skips_nothing_is_always_right(model):
     assert widths == [len(PROMPT) + 4, 5, 5, 5]
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_assistant_runs_at_the_precision_of_the_draft(model, precision):
+    """In passes of some length, which run on dequantized weights, and in decoding."""
+    wrapper, text = LayerSkipModel(model), torch.arange(3, 23)
+    for skip_set in (SkipSet(LAYERS), SkipSet(LAYERS, (2,), (1,))):
+        profile = profile_for(model, skip_set, FixedLength(4), precision=precision)
+        with torch.inference_mode():
+            stack = wrapper.stack_of(skip_set, precision=precision)
+            context = wrapper.pass_context(len(text), wrapper.new_cache(len(text)))
+            drafted = wrapper.logits(stack.run(wrapper.embed(text), context), stack)
+            logits = profile.as_assistant(model)(text[None]).logits[0]
+        torch.testing.assert_close(logits, drafted, rtol=0, atol=0.05)
+        near_tie_or_same(
+            model, PROMPT, assisted(model, profile.as_assistant(model)), transformers_greedy(model, PROMPT, 40)
+        )
+
+
 def test_bridges_stand_in_for_what_is_skipped(model):
     wrapper = LayerSkipModel(model)
     skip_set = SkipSet(LAYERS, (1, 2), (0, 1, 2))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +14,21 @@ from layerskip.costs import CostModel, Costs, DraftParts, PassCosts, StepCosts
 from layerskip.drafting.bridges import blank_bridge
 from layerskip.drafting.weights import DraftWeights
 from tests.models import LAYERS, VOCABULARY, random_layers
-from tests.strategies import skip_sets
+from tests.strategies import low_precisions, precisions, skip_sets
 
 seconds = st.floats(1e-6, 10)
 by_width = st.lists(seconds, min_size=9, max_size=9).map(lambda drawn: dict(enumerate(drawn, start=1)))
 passes = st.builds(PassCosts, by_width, by_width)
 steps = st.builds(StepCosts, seconds, seconds, seconds, seconds, st.fixed_dictionaries({0: seconds, 32: seconds}))
 counts = st.integers(0, 40)
-parts = st.builds(DraftParts, counts, counts, counts, st.sampled_from([0, 32]))
+parts = st.builds(DraftParts, counts, counts, counts, st.sampled_from([0, 32]), precisions(), counts)
+
+
+COPIES = {"int8": steps, "int4": steps}
 
 
 def costs_after(context):
-    return st.builds(Costs, st.just(float(context)), steps, passes, seconds)
+    return st.builds(Costs, st.just(float(context)), steps, passes, seconds, st.fixed_dictionaries(COPIES))
 
 
 models = st.builds(CostModel, costs_after(64), costs_after(512))
@@ -51,29 +55,55 @@ def test_a_text_that_is_no_cost_model_is_refused(text):
 
 @given(costs_after(64), parts, parts)
 def test_parts_add_up(costs, one, other):
-    both = DraftParts(one.attention + other.attention, one.mlp + other.mlp, one.bridges + other.bridges, one.vocabulary)
-    nothing = DraftParts(0, 0, vocabulary=one.vocabulary)
-    apart = sum(
-        costs.draft_step(p) for p in (one, DraftParts(other.attention, other.mlp, other.bridges, one.vocabulary))
-    )
+    other = replace(other, vocabulary=one.vocabulary, precision=one.precision)
+    counted = ("attention", "mlp", "bridges", "layers")
+    both = replace(one, **{name: getattr(one, name) + getattr(other, name) for name in counted})
+    nothing = replace(one, **dict.fromkeys(counted, 0))
+    apart = costs.draft_step(one) + costs.draft_step(other)
     assert math.isclose(costs.draft_step(both) + costs.draft_step(nothing), apart)
-    assert math.isclose(costs.draft_step(nothing), costs.step.fixed + costs.step.head[one.vocabulary])
+    step = costs.step if one.precision == "full" else costs.copies[one.precision]
+    assert math.isclose(costs.draft_step(nothing), step.fixed + step.head[one.vocabulary])
 
 
-@given(skip_set=skip_sets(), bridged=st.booleans(), small=st.booleans())
+@given(costs_after(64), low_precisions())
+def test_what_stands_in_for_sublayers_costs_the_same_at_every_precision(costs, precision):
+    for part in ({"bridges": 1}, {"layers": 1}):
+        full, lower = (
+            costs.draft_step(DraftParts(0, 0, precision=p, **part)) - costs.draft_step(DraftParts(0, 0, precision=p))
+            for p in ("full", precision)
+        )
+        assert math.isclose(full, lower, abs_tol=1e-9)
+
+
+@given(models)
+@settings(max_examples=10)
+def test_costs_that_were_stored_before_there_were_precisions_still_load(model):
+    stored = json.loads(model.to_json())
+    for costs in stored.values():
+        del costs["copies"]
+    loaded = CostModel.from_json(json.dumps(stored))
+    assert loaded.precisions == ("full",)
+    assert model.precisions == ("full", "int8", "int4")
+    assert loaded.short.step == model.short.step
+
+
+@given(skip_set=skip_sets(), bridged=st.booleans(), small=st.booleans(), precision=precisions())
 @settings(max_examples=40)
-def test_a_stack_consists_of_what_runs(llama, skip_set, bridged, small):
-    stand_ins = {skip_set.mask.index(True): blank_bridge(llama)} if bridged else {}
+def test_a_stack_consists_of_what_runs(llama, skip_set, bridged, small, precision):
+    stand_ins = {skip_set.mask.index(True): blank_bridge(llama)} if bridged and len(skip_set) else {}
     token_ids = torch.arange(VOCABULARY // 2) if small else None
-    stack = llama.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids)
+    stack = llama.stack_of(skip_set, stand_ins=stand_ins, token_ids=token_ids, precision=precision)
     kept = (LAYERS - len(skip_set.attention), LAYERS - len(skip_set.mlp))
-    assert DraftParts.of(stack) == DraftParts(*kept, len(stand_ins), VOCABULARY // 2 if small else 0)
+    assert DraftParts.of(stack) == DraftParts(*kept, len(stand_ins), VOCABULARY // 2 if small else 0, precision)
 
 
-def test_a_layer_of_the_drafts_own_counts_as_one_of_the_models(llama):
+def test_a_layer_of_the_drafts_own_costs_as_much_as_one_of_the_models(llama):
     exited = SkipSet(LAYERS, range(1, LAYERS), range(1, LAYERS))
     stand_ins = DraftWeights(layers=random_layers(llama, {2: 2 * LAYERS})).steps
-    assert DraftParts.of(llama.stack_of(exited, stand_ins=stand_ins)) == DraftParts(2, 2)
+    parts = DraftParts.of(llama.stack_of(exited, stand_ins=stand_ins))
+    assert parts == DraftParts(1, 1, layers=1)
+    costs = Costs(20.0, StepCosts(1.0, 2.0, 3.0, 0.5, {0: 4.0}), PassCosts({1: 20.0}, {1: 4.0}), 20.0)
+    assert costs.draft_step(parts) == costs.draft_step(DraftParts(2, 2))
 
 
 @given(models, parts, st.floats(64, 512))

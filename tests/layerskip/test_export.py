@@ -277,6 +277,13 @@ def test_a_draft_that_skips_nothing_is_refused(tmp_path, llama, byte_tokenizer):
         exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS))
 
 
+def test_a_draft_at_lower_precision_is_refused(tmp_path, llama, byte_tokenizer):
+    with pytest.raises(
+        InvalidInputError, match=r"^the draft runs at int4: a checkpoint would hold the rounded weights"
+    ):
+        exported(llama, byte_tokenizer, tmp_path / "draft", SkipSet(LAYERS, (1,)), precision="int4")
+
+
 def test_another_model_is_refused(tmp_path, llama, byte_tokenizer):
     profile = profile_for(llama)
     with pytest.raises(InvalidProfileError, match="fingerprint"):

@@ -23,7 +23,7 @@ from layerskip.profile import Measured, Provenance
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
 from tests.processes import processes
-from tests.strategies import draft_exits, skip_sets
+from tests.strategies import draft_exits, precisions, skip_sets
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "draft-profile.schema.json"
 
@@ -104,23 +104,26 @@ provenances = st.builds(
 )
 
 
-@given(skip_sets(), draft_exits(), st.none() | measurements(), provenances, st.text())
+drafts = st.builds(DraftConfig, skip_sets(), precision=precisions(), stopping=draft_exits())
+
+
+@given(drafts, st.none() | measurements(), provenances, st.text())
 @settings(max_examples=100)
-def test_a_profile_survives_saving_and_loading(tmp_path_factory, skip_set, draft_exit, measured, provenance, name):
+def test_a_profile_survives_saving_and_loading(tmp_path_factory, config, measured, provenance, name):
     path = tmp_path_factory.getbasetemp() / "round_trip.json"
     profile = a_profile(
         model=replace(IDENTITY, id=name),
-        skip_set=skip_set,
-        stopping=draft_exit,
+        skip_set=config.skip_set,
+        precision=config.precision,
+        stopping=config.stopping,
         measured=measured,
         provenance=provenance,
     )
     profile.save(path)
     loaded = DraftProfile.load(path)
     assert loaded == profile
-    assert loaded.skip_set == skip_set
-    assert loaded.stopping == draft_exit
-    assert type(loaded.stopping) is type(draft_exit)
+    assert loaded.config == config
+    assert type(loaded.stopping) is type(config.stopping)
     assert (loaded.measured, loaded.provenance) == (measured, provenance)
 
 
@@ -134,7 +137,7 @@ def test_profiles_that_differ_are_unequal():
 def test_a_saved_profile_is_json_that_people_can_read(tmp_path):
     a_profile().save(tmp_path / "profile.json")
     text = (tmp_path / "profile.json").read_text()
-    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 2,\n')
+    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 3,\n')
     assert text.endswith("}\n")
     fields = json.loads(text)
     assert fields["skip_set"] == {"num_layers": LAYERS, "attention": [1], "mlp": [2]}
@@ -196,8 +199,9 @@ MISSING = "required, but missing"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("version", value=3), "version: expected 1 or 2, found 3"),
-        (put("version", value="1"), "version: expected 1 or 2, found '1'"),
+        (put("version", value=4), "version: expected 1, 2 or 3, found 4"),
+        (put("version", value="1"), "version: expected 1, 2 or 3, found '1'"),
+        (put("precision", value="int2"), "precision: expected 'full', 'int8' or 'int4', found 'int2'"),
         (put("format", value="zip"), "format: expected 'layerskip.draft-profile', found 'zip'"),
         (put("color", value=1), f"color: {UNKNOWN}"),
         (put("skip_set", "heads", value=[]), f"skip_set.heads: {UNKNOWN}"),
@@ -541,12 +545,34 @@ def test_the_file_beside_a_profile_is_in_its_folder(tmp_path):
     assert broken(tmp_path, put("tensors", value=tensors)).startswith("tensors.file: ")
 
 
-def test_a_profile_of_version_1_still_loads(tmp_path):
+@pytest.mark.parametrize(("version", "missing"), [(1, ["gate", "tensors", "precision"]), (2, ["precision"])])
+def test_a_profile_of_an_earlier_version_still_loads(tmp_path, version, missing):
     fields = json.loads(a_profile().model_dump_json())
-    fields["version"] = 1
-    del fields["gate"], fields["tensors"]
+    fields["version"] = version
+    for name in missing:
+        del fields[name]
     (tmp_path / "old.json").write_text(json.dumps(fields))
     assert DraftProfile.load(tmp_path / "old.json") == a_profile()
+
+
+def test_a_profile_drafts_at_its_precision(llama):
+    for precision in ("int8", "int4"):
+        profile = profile_for(llama, skip_set=SkipSet(LAYERS), precision=precision)
+        assert precision in profile.draft
+        ours = generate(llama, [1, 2, 3], drafter=profile.drafter(llama), max_new_tokens=24)
+        assert ours.tokens == transformers_greedy(llama.hf_model, [1, 2, 3], 24)
+        assert ours.stats.rounds < 24
+    assert "full" not in profile_for(llama).draft
+
+
+def test_a_precision_that_cannot_run_here_is_said_in_one_line(tmp_path):
+    hf_model = tiny_llama()
+    profile_for(LayerSkipModel(hf_model), precision="int4").save(tmp_path / "profile.json")
+    hf_model.model.layers[0].mlp.forward = lambda x: x
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(tmp_path / "profile.json").drafter(LayerSkipModel(hf_model))
+    assert str(error.value).startswith(f"{tmp_path / 'profile.json'}: precision int4: a LlamaMLP runs something else")
+    assert "\n" not in str(error.value)
 
 
 def test_the_working_folder_is_no_place_for_a_profile():

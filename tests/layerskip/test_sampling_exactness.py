@@ -106,6 +106,14 @@ def test_self_speculative_samples_follow_the_full_model(model, draft_exit, setti
     assert p_value(observed, distribution_of_texts(model, settings)) > DOUBT
 
 
+@pytest.mark.parametrize("skip_set", [SkipSet(2), SKIPPED], ids=str)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_samples_drafted_at_lower_precision_follow_the_full_model(model, precision, skip_set):
+    config = DraftConfig(skip_set, precision=precision, stopping=EXITS["fixed"])
+    observed = samples(model, LayerSkipDrafter(model, config), WARPED)
+    assert p_value(observed, distribution_of_texts(model, WARPED)) > DOUBT
+
+
 def test_samples_with_a_layer_of_the_drafts_own_follow_the_full_model(model):
     assets = DraftWeights(layers=random_layers(model, {1: 4}))
     drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(2, (1,), (0, 1)), stopping=EXITS["fixed"]), assets)

@@ -47,9 +47,10 @@ def llama_model():
     return tiny_llama()
 
 
-def profile_for(model, skip_set=SKIPPED, stopping=FixedLength(3), weights=None):  # noqa: B008
+def profile_for(model, skip_set=SKIPPED, stopping=FixedLength(3), weights=None, precision="full"):  # noqa: B008
     identity = identify(LayerSkipModel(model))
-    return a_profile(weights, model=identity, skip_set=skip_set, stopping=stopping, measured=None)
+    draft = {"skip_set": skip_set, "stopping": stopping, "precision": precision}
+    return a_profile(weights, model=identity, measured=None, **draft)
 
 
 def generate(model, prompt=PROMPT, **arguments):

@@ -26,16 +26,17 @@ from tests.layerskip.test_sampling_exactness import (
 )
 from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # noqa: F401
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, random_layers, transformers_greedy
-from tests.strategies import branches, draft_exits, skip_sets, tokens
+from tests.strategies import branches, draft_exits, precisions, skip_sets, tokens
 
 CPU = torch.device("cpu")
 LIGHT = SkipSet(LAYERS, (1,), (2,))
 
 
-@given(tokens(16), skip_sets(), draft_exits(), branches(), st.integers(1, 24))
+@given(tokens(16), skip_sets(), precisions(), draft_exits(), branches(), st.integers(1, 24))
 @settings(max_examples=40)
-def test_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, draft_exit, widths, length):
-    drafter = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit, tree=widths))
+def test_greedy_output_is_that_of_transformers(tiny, prompt, skip_set, precision, draft_exit, widths, length):
+    config = DraftConfig(skip_set, precision=precision, stopping=draft_exit, tree=widths)
+    drafter = LayerSkipDrafter(tiny, config)
     ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 

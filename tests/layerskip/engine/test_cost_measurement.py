@@ -15,6 +15,7 @@ from layerskip.engine import (
     measure_costs,
     measure_passes,
 )
+from layerskip.names import PRECISIONS
 from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, tiny_llama
 
@@ -97,7 +98,7 @@ SIZES = (0, VOCABULARY // 2)
 
 @pytest.fixture(scope="module")
 def measured(llama):
-    return measure_costs(EagerEngine(llama), vocabularies=SIZES, most_drafted=3)
+    return measure_costs(EagerEngine(llama), vocabularies=SIZES, most_drafted=3, precisions=("int8", "int4"))
 
 
 def test_everything_that_a_search_can_ask_for_was_measured_and_costs_something(llama, measured):
@@ -108,8 +109,9 @@ def test_everything_that_a_search_can_ask_for_was_measured_and_costs_something(l
             SkipSet(LAYERS, attention=(1,), mlp=(1, 2)),
             SkipSet(LAYERS, mlp=range(LAYERS)),
         ):
-            assert costs.draft_step(DraftParts.of(llama.stack_of(skip_set))) > 0
-        assert costs.draft_step(DraftParts(1, 1, 2, VOCABULARY // 2)) > 0
+            for precision in PRECISIONS:
+                assert costs.draft_step(DraftParts.of(llama.stack_of(skip_set, precision=precision))) > 0
+                assert costs.draft_step(DraftParts(1, 1, 2, VOCABULARY // 2, precision)) > 0
         assert costs.prefill > 0
         assert all(costs.verification(tokens, 0.5) > 0 for tokens in range(1, 5))
 
@@ -124,9 +126,11 @@ def test_lengths_are_those_that_the_model_has_room_for(measured):
 
 def test_the_widths_that_the_engine_would_choose_are_measured(llama, measured):
     assert set(measured.short.passes.sublayers) == {1, 2, 3, 4}
+    assert measured.precisions == PRECISIONS
     engine = EagerEngine(LayerSkipModel(tiny_llama()))
     choice = engine.costs = PassCosts({1: 1.0, 2: 9.0, 12: 5.0}, dict.fromkeys((1, 2, 12), 0.0))
     costs = measure_costs(engine, most_drafted=3)
     assert set(costs.short.passes.sublayers) == {1, 12}
+    assert costs.precisions == ("full",)
     assert engine.costs is choice
     assert all(costs.at(9).verification(tokens, 0.5) > 0 for tokens in range(1, 5))

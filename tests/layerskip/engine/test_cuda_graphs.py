@@ -12,7 +12,7 @@ from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
 from layerskip.errors import InvalidInputError
 from tests.capture import call_directly, like_a_graph
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
-from tests.strategies import draft_exits, skip_sets, tokens
+from tests.strategies import draft_exits, precisions, skip_sets, tokens
 
 WIDE_IS_CHEAP = PassCosts({width: 20.0 - width for width in range(1, 13)}, dict.fromkeys(range(1, 13), 1.0))
 SKIPPED = SkipSet(LAYERS, (2,), (1,))
@@ -24,14 +24,14 @@ def captured(request):
     return GraphEngine(LayerSkipModel(FAMILIES[request.param]()), like_a_graph, smallest_bucket=8)
 
 
-@given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
+@given(tokens(20), skip_sets(), precisions(), draft_exits(), st.integers(1, 24))
 @settings(max_examples=40)
-def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, draft_exit, length):
+def test_greedy_output_is_that_of_transformers(captured, prompt, skip_set, precision, draft_exit, length):
     ours = generate(
         captured.model,
         prompt,
         engine=captured,
-        drafter=LayerSkipDrafter(captured.model, DraftConfig(skip_set, stopping=draft_exit)),
+        drafter=LayerSkipDrafter(captured.model, DraftConfig(skip_set, precision=precision, stopping=draft_exit)),
         max_new_tokens=length,
         eos_token_ids=[],
     )
@@ -70,12 +70,12 @@ def test_passes_give_the_logits_of_eager_ones(captured, text, new, padded):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
 
 
-@given(tokens(12), st.integers(1, 12), skip_sets(), st.sampled_from([None, 5, 24]))
+@given(tokens(12), st.integers(1, 12), skip_sets(), precisions(), st.sampled_from([None, 5, 24]))
 @settings(max_examples=30)
-def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_set, vocabulary):
+def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_set, precision, vocabulary):
     """Across buckets, and with everything that was handed out still what it was when the chain is done."""
     ids = None if vocabulary is None else torch.arange(3, 3 + vocabulary)
-    stack = captured.model.stack_of(skip_set, token_ids=ids)
+    stack = captured.model.stack_of(skip_set, token_ids=ids, precision=precision)
     chains = []
     with torch.inference_mode():
         for engine in (EagerEngine(captured.model), captured):

@@ -9,7 +9,7 @@ from layerskip import DraftConfig, FixedLength, SkipSet, generate
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine, PassCosts, SharedPrefix
 from tests.models import near_tie_or_same, transformers_greedy
-from tests.strategies import draft_exits, skip_sets, tokens
+from tests.strategies import draft_exits, precisions, skip_sets, tokens
 
 WIDTHS = (1, 2, 3, 4, 6, 9, 12)
 # Passes cost the less the wider they are, so that every verification is padded and none resumes.
@@ -34,14 +34,16 @@ def engine_with(model, costs):
     return engine
 
 
-@given(tokens(20), skip_sets(), draft_exits(), st.integers(1, 24))
+@given(
+    tokens(20), st.builds(DraftConfig, skip_sets(), precision=precisions(), stopping=draft_exits()), st.integers(1, 24)
+)
 @settings(max_examples=25)
-def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs, prompt, skip_set, draft_exit, length):
+def test_greedy_output_is_that_of_transformers_whatever_passes_cost(tiny, costs, prompt, config, length):
     ours = generate(
         tiny,
         prompt,
         engine=engine_with(tiny, costs),
-        drafter=LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=draft_exit)),
+        drafter=LayerSkipDrafter(tiny, config),
         max_new_tokens=length,
         eos_token_ids=[],
     )

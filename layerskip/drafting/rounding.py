@@ -1,0 +1,68 @@
+"""Rounding of weights to 8 and 4 bits, without any data: fast enough for every load of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of a row that share a scale and a zero point at 4 bits: the smallest group that the kernels know.
+GROUP = 32
+# The 4-bit number that stands for the zero point.
+MIDDLE = 8
+_LARGEST_INT8 = 127
+_LARGEST_INT4 = 15
+# Of a row or group of nothing but zeros.
+_LEAST_SCALE = 1e-8
+# Weights rounded at a time: what is computed on the way stays in a processor's cache.
+_CHUNK = 2**19
+
+
+@torch.no_grad()
+def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to whole numbers from -127 to 127 times a scale.
+
+    Args:
+        weight: ``[n, k]``.
+
+    Returns:
+        The numbers, ``[n, k]`` in int8, and the scales, ``[n]`` in bfloat16.
+    """
+    parts = [_rows_in_int8(rows.float()) for rows in weight.split(_rows_at_a_time(weight))]
+    numbers, scales = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(scales)
+
+
+def _rows_in_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scales = (rows.abs().amax(1) / _LARGEST_INT8).clamp(min=_LEAST_SCALE).to(torch.bfloat16)
+    numbers = (rows / scales[:, None].float()).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
+    return numbers.to(torch.int8), scales
+
+
+@torch.no_grad()
+def rounded_to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each group of a row to whole numbers from 0 to 15: ``(number - 8) * scale + zero``.
+
+    The numbers reach from a group's least to its greatest weight.
+
+    Args:
+        weight: ``[n, k]``, where ``k`` is a multiple of the group.
+
+    Returns:
+        The numbers, ``[n, k]`` in uint8, and scales and zero points, each ``[n, k / group]`` in bfloat16.
+    """
+    parts = [_rows_in_int4(rows.float()) for rows in weight.split(_rows_at_a_time(weight))]
+    numbers, scales, zeros = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(scales), torch.cat(zeros)
+
+
+def _rows_in_int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = rows.unflatten(1, (-1, GROUP))
+    least, greatest = groups.aminmax(dim=-1, keepdim=True)
+    scales = ((greatest - least) / _LARGEST_INT4).clamp(min=_LEAST_SCALE).to(torch.bfloat16)
+    zeros = (least + MIDDLE * scales.float()).to(torch.bfloat16)
+    numbers = ((groups - zeros.float()) / scales.float()).add_(MIDDLE).round_().clamp_(0, _LARGEST_INT4)
+    return numbers.to(torch.uint8).flatten(1), scales.squeeze(-1), zeros.squeeze(-1)
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    return max(_CHUNK // weight.shape[1], 1)
