@@ -18,7 +18,7 @@ from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
-from layerskip.skip_set import SkipSet
+from layerskip.names import Precision
 from layerskip.sublayers import Stack, Step
 from layerskip.target_texts import TargetText
 from search.draft_layers import TrainedDraftLayer
@@ -50,7 +50,7 @@ class DraftBuilder:
         self._model = model
         self._fitter = BridgeFitter(model, states)
         self._frequencies = emission_frequencies(model, states[-1])
-        self._heads: dict[tuple[int, DraftLayerRef | None], Stack] = {}
+        self._heads: dict[tuple[int, DraftLayerRef | None, Precision], Stack] = {}
         self._trained = {layer.ref: layer for layer in draft_layers}
         self._built = {layer.ref: layer.weights.placed_on(model).steps for layer in draft_layers}
 
@@ -77,9 +77,8 @@ class DraftBuilder:
         steps: dict[int, Step] = {bridge.start: bridge for bridge in self._bridges(config)}
         if config.draft_layer is not None:
             steps |= self._built[config.draft_layer]
-        stack = self._model.stack_of(config.skip_set, stand_ins=steps)
-        head = self._head(config)
-        return replace(stack, token_ids=head.token_ids, lm_head_rows=head.lm_head_rows)
+        stack = self._model.stack_of(config.skip_set, stand_ins=steps, precision=config.precision)
+        return stack.with_head_of(self._head(config))
 
     def drafter(self, config: DraftConfig) -> Drafter:
         """The drafter of a configuration."""
@@ -108,16 +107,17 @@ class DraftBuilder:
         return self._fitter.fit(config.skipped_below) if config.bridges else []
 
     def _head(self, config: DraftConfig) -> Stack:
-        """The full stack with the head of a draft vocabulary; made once, because its rows are copied.
+        """The head of a draft vocabulary; made once, because its rows are copied.
 
         A draft layer's own vocabulary takes the place of the fitted one of that size.
         """
         size, layer = config.vocabulary_size, config.draft_layer
         own = layer if layer is not None and 0 < layer.vocabulary_size == size else None
-        if (size, own) not in self._heads:
+        key = size, own, config.precision
+        if key not in self._heads:
             ids = self._fitted_ids(size) if own is None else self._trained[own].weights.token_ids
-            self._heads[size, own] = self._model.stack_of(SkipSet(self._model.num_layers), token_ids=ids)
-        return self._heads[size, own]
+            self._heads[key] = self._model.head_of(ids, config.precision)
+        return self._heads[key]
 
     def _fitted_ids(self, size: int) -> Tensor | None:
         return draft_vocabulary(self._frequencies, self._model.eos_token_ids, size) if size else None

@@ -319,13 +319,18 @@ class Search:
         return nullcontext() if self._make_workers is None else self._make_workers(task)
 
     def _costs(self, study: optuna.Study) -> CostModel:
+        space = self.task.space
         try:
             return CostModel.from_json(study.user_attrs[COSTS_KEY])
         except (KeyError, ValueError):  # the study is new, or kept another form
             self._on_event(PhaseStarted("costs"))
-        sizes, most_drafted = self.task.space.vocabulary_sizes, self.task.space.most_drafted
         with self._lock.exclusive():
-            costs = measure_costs(self._engine, vocabularies=sizes, most_drafted=most_drafted)
+            costs = measure_costs(
+                self._engine,
+                vocabularies=space.vocabulary_sizes,
+                most_drafted=space.most_drafted,
+                precisions=space.precisions,
+            )
         study.set_user_attr(COSTS_KEY, costs.to_json())
         return costs
 

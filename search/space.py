@@ -1,6 +1,6 @@
 """Search space: the draft configurations that a study may try, as parameters of Optuna's trials.
 
-A trial chooses a *candidate*: skip set, bridges, draft layer and draft vocabulary. When and how much to draft, its
+A trial chooses a *candidate*: skip set, precision, bridges, draft layer and draft vocabulary. When and how much to draft, its
 *policy*, is not searched by trials: simulation finds the best policy of each candidate without running the model.
 """
 
@@ -19,11 +19,10 @@ from layerskip.drafting.config import DraftConfig, DraftLayerRef, PromptLookup
 from layerskip.drafting.stopping import AdaptiveThreshold, ConfidenceThreshold, DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
+from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 
 DRAFT_LAYER = "draft_layer"
-_BRIDGES, _VOCABULARY_SIZE = "bridges", "vocabulary_size"
-
 _VOCABULARY_SIZES = (8192, 16384, 24576)
 _TARGET_CONFIDENCES = (0.3, 0.6)
 _CONFIDENCE_LENGTHS = (2, 4, 8)
@@ -34,7 +33,7 @@ _ADAPTIVE_LENGTHS = (4, 8)
 _ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
 _SHORTEST_NGRAMS = (1, 2, 3)
 _LOOKUP_LENGTHS = (3, 7)
-_LISTS = ("vocabulary_sizes", "target_confidence_thresholds", "tree_sizes", "draft_layers")
+_LISTS = ("precisions", "vocabulary_sizes", "target_confidence_thresholds", "tree_sizes", "draft_layers")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class SearchSpace:
     Args:
         num_layers: Decoder layers of the model; a trial has one bit for each of its ``2 * num_layers`` sublayers.
         max_draft_length: Longest draft to try.
+        precisions: Precisions to try, of the sublayers that a draft keeps and of its head.
         bridges: Whether to try bridges.
         vocabulary_sizes: Sizes of the draft vocabulary to try; 0 is the whole one.
         target_confidence_thresholds: Target-confidence thresholds to try; 0 is none.
@@ -54,6 +54,7 @@ class SearchSpace:
 
     num_layers: int
     max_draft_length: int = 8
+    precisions: tuple[Precision, ...] = ("full",)
     bridges: bool = False
     vocabulary_sizes: tuple[int, ...] = (0,)
     target_confidence_thresholds: tuple[float, ...] = (0.0,)
@@ -72,6 +73,7 @@ class SearchSpace:
         cls,
         model: LayerSkipModel,
         *,
+        precisions: Sequence[Precision] | None = None,
         bridges: bool = True,
         vocabularies: bool = True,
         target_confidence: bool = True,
@@ -81,12 +83,13 @@ class SearchSpace:
     ) -> SearchSpace:
         """The space for a model, with every drafting option or without some.
 
-        With draft vocabularies, those that the draft layers were trained with are among the sizes to try.
+        Without precisions of its own, it has all that the model can draft at here. With draft vocabularies, those that the draft layers were trained with are among the sizes to try.
         """
         wanted = {*_VOCABULARY_SIZES, *(layer.vocabulary_size for layer in draft_layers)} - {0}
         sizes = (size for size in sorted(wanted) if size < model.vocab_size)
         return cls(
             model.num_layers,
+            precisions=model.copies.precisions if precisions is None else tuple(precisions),
             bridges=bridges,
             vocabulary_sizes=(0, *sizes) if vocabularies else (0,),
             target_confidence_thresholds=(0.0, *_TARGET_CONFIDENCES) if target_confidence else (0.0,),
@@ -111,13 +114,24 @@ class SearchSpace:
         choices = itertools.product(_SHORTEST_NGRAMS, _LOOKUP_LENGTHS) if self.prompt_lookup else ()
         return [PromptLookup(shortest=shortest, length=length) for shortest, length in choices]
 
+    @property
+    def choices(self) -> Mapping[str, tuple[Any, ...]]:
+        """The values to try of each field of a configuration but the skip set and the draft layer."""
+        return {
+            "bridges": (False, True) if self.bridges else (False,),
+            "vocabulary_size": self.vocabulary_sizes,
+            "precision": self.precisions,
+        }
+
     @cached_property
     def options(self) -> list[DraftConfig]:
         """Every choice besides the skip set, as configurations that skip only what their draft layer replaces."""
-        with_bridges = (False, True) if self.bridges else (False,)
-        nothing = SkipSet(self.num_layers)
-        choices = itertools.product(with_bridges, self.vocabulary_sizes, (None, *self.draft_layers))
-        return [DraftConfig(nothing, bridges, layer, size) for bridges, size, layer in choices]
+        nothing, choices = SkipSet(self.num_layers), self.choices
+        return [
+            DraftConfig(nothing, draft_layer=layer, **dict(zip(choices, values, strict=True)))
+            for values in itertools.product(*choices.values())
+            for layer in (None, *self.draft_layers)
+        ]
 
     @cached_property
     def bit_names(self) -> tuple[str, ...]:
@@ -135,10 +149,7 @@ class SearchSpace:
         if self.draft_layers:
             described[DRAFT_LAYER] = CategoricalDistribution(tuple(range(len(self.draft_layers) + 1)))
         described |= {name: CategoricalDistribution((0, 1)) for name in self.bit_names}
-        if self.bridges:
-            described[_BRIDGES] = CategoricalDistribution((False, True))
-        if len(self.vocabulary_sizes) > 1:
-            described[_VOCABULARY_SIZE] = CategoricalDistribution(self.vocabulary_sizes)
+        described |= {name: CategoricalDistribution(values) for name, values in self.choices.items() if len(values) > 1}
         return described
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> DraftConfig:
@@ -162,9 +173,8 @@ class SearchSpace:
         mask = [bool(parameters[name]) or index >= exit_at for index, name in enumerate(self.bit_names)]
         return DraftConfig(
             SkipSet.from_mask(mask),
-            bridges=parameters.get(_BRIDGES, False),
             draft_layer=layer,
-            vocabulary_size=parameters.get(_VOCABULARY_SIZE, self.vocabulary_sizes[0]),
+            **{name: parameters.get(name, values[0]) for name, values in self.choices.items()},
         )
 
     def config_or_none(self, parameters: Mapping[str, Any]) -> DraftConfig | None:
@@ -183,10 +193,7 @@ class SearchSpace:
             layer = config.draft_layer
             chosen[DRAFT_LAYER] = 0 if layer is None else self.draft_layers.index(layer) + 1
         chosen |= dict(zip(self.bit_names, map(int, config.skip_set.mask), strict=True))
-        if self.bridges:
-            chosen[_BRIDGES] = config.bridges
-        if len(self.vocabulary_sizes) > 1:
-            chosen[_VOCABULARY_SIZE] = config.vocabulary_size
+        chosen |= {name: getattr(config, name) for name, values in self.choices.items() if len(values) > 1}
         return chosen
 
     def draft_layer(self, number: int) -> DraftLayerRef | None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
+from layerskip.names import Precision
 
 Floats = NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class Damage:
         bridged_sublayer: What bridges change of that, for each skipped sublayer.
         bridges: Of having bridges at all.
         vocabularies: Of draft vocabularies, by size.
+        precisions: Of lower precisions.
         draft_layers: Of draft layers, each in place of everything above its exit.
     """
 
@@ -66,6 +68,7 @@ class Damage:
     bridged_sublayer: float
     bridges: float
     vocabularies: Mapping[int, float]
+    precisions: Mapping[Precision, float] = field(default_factory=dict)
     draft_layers: Mapping[DraftLayerRef, float] = field(default_factory=dict)
 
     def of_sublayers(self, bridges: bool) -> Floats:
@@ -75,6 +78,7 @@ class Damage:
     def of_options(self, config: DraftConfig) -> float:
         """What a draft loses whatever it skips below its exit; not below 0."""
         total = self.bridges * config.bridges + self.vocabularies.get(config.vocabulary_size, 0.0)
+        total += self.precisions.get(config.precision, 0.0)
         if config.draft_layer is not None:
             total += self.draft_layers[config.draft_layer]
         return max(total, 0.0)
@@ -89,6 +93,7 @@ class AcceptanceModel:
         acceptance: Acceptance rates, from 0 to 1, by draft; maybe none.
         num_sublayers: Sublayers of the model.
         vocabulary_sizes: Sizes of draft vocabularies to learn the damage of; 0 does none.
+        precisions: Precisions likewise; ``full`` does none.
         draft_layers: Draft layers likewise.
     """
 
@@ -97,14 +102,16 @@ class AcceptanceModel:
         acceptance: Mapping[DraftConfig, float],
         num_sublayers: int,
         vocabulary_sizes: Sequence[int] = (),
+        precisions: Sequence[Precision] = (),
         draft_layers: Sequence[DraftLayerRef] = (),
     ) -> None:
         self._num_sublayers = num_sublayers
         self._sizes = [size for size in vocabulary_sizes if size]
+        self._precisions = [precision for precision in precisions if precision != "full"]
         # A draft layer repairs most of what is skipped above its exit. How much, is as uncertain as the damage of the
         # square root of these sublayers.
         self._scales = {layer: math.sqrt(layer.stop - layer.start) for layer in draft_layers}
-        others = len(self._sizes) + len(self._scales)
+        others = len(self._sizes) + len(self._precisions) + len(self._scales)
         self._prior = np.array([1.0] * num_sublayers + [_REPAIRED, 0.0] + [1.0] * others)
         self._x = np.array([self._features(config) for config in acceptance]).reshape(-1, len(self._prior))
         self._y = damage_of(list(acceptance.values()))
@@ -119,6 +126,7 @@ class AcceptanceModel:
             config.bridges * skipped.sum(),
             config.bridges,
             *(config.vocabulary_size == size for size in self._sizes),
+            *(config.precision == precision for precision in self._precisions),
             *(scale * (config.draft_layer == layer) for layer, scale in self._scales.items()),
         ]
         return np.concatenate([skipped, options])
@@ -165,14 +173,14 @@ class AcceptanceModel:
         sublayers, (bridged_sublayer, bridges), others = np.split(
             weights, [self._num_sublayers, self._num_sublayers + 2]
         )
-        sizes = len(self._sizes)
-        of_layers = others[sizes:] * list(self._scales.values())
+        of_sizes, of_precisions, of_layers = np.split(others, np.cumsum([len(self._sizes), len(self._precisions)]))
         return Damage(
             sublayers,
             float(bridged_sublayer),
             float(bridges),
-            dict(zip(self._sizes, others[:sizes].tolist(), strict=True)),
-            dict(zip(self._scales, of_layers.tolist(), strict=True)),
+            dict(zip(self._sizes, of_sizes.tolist(), strict=True)),
+            dict(zip(self._precisions, of_precisions.tolist(), strict=True)),
+            dict(zip(self._scales, (of_layers * list(self._scales.values())).tolist(), strict=True)),
         )
 
 
@@ -199,7 +207,8 @@ def learned_acceptance(acceptance: Mapping[DraftConfig, float]) -> dict[int, Lea
     if len(known) < LEAST_CANDIDATES:
         return {}
     masks = np.array([config.skip_set.mask for config in known])
-    model = AcceptanceModel(known, masks.shape[1], sorted({config.vocabulary_size for config in known}))
+    sizes, precisions = (sorted({getattr(c, name) for c in known}) for name in ("vocabulary_size", "precision"))
+    model = AcceptanceModel(known, masks.shape[1], sizes, precisions)
     # A draft never agrees more than always.
     values, highs, lows = (acceptance_of(np.maximum(damage, 0)).tolist() for damage in model.intervals())
     tried = masks.any(axis=0) & ~masks.all(axis=0)

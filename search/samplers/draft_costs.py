@@ -34,7 +34,7 @@ class DraftCosts:
         """Costs of one step of several drafts.
 
         Args:
-            options: Their common bridges, draft layer and draft vocabulary; the skip set does not count.
+            options: Their common precision, bridges, draft layer and draft vocabulary; the skip set does not count.
             masks: ``[n, 2 * num_layers]``, the sublayers that each skips.
 
         Returns:
@@ -42,11 +42,11 @@ class DraftCosts:
         """
         below, layer = masks[:, : options.exit_at], options.draft_layer
         layers, bridge = (int(layer is not None and layer.kind == kind) for kind in ("layer", "bridge"))
-        attention = (~below[:, 0::2]).sum(axis=1) + layers
-        mlp = (~below[:, 1::2]).sum(axis=1) + layers
+        attention, mlp = (~below[:, 0::2]).sum(axis=1), (~below[:, 1::2]).sum(axis=1)
         bridges = bridge + (self.num_bridges(below) if options.bridges else np.zeros(len(below), dtype=int))
         counts = zip(attention.tolist(), mlp.tolist(), bridges.tolist(), strict=True)
-        return np.array([self.costs.draft_step(DraftParts(*parts, options.vocabulary_size)) for parts in counts])
+        rest = (options.vocabulary_size, options.precision, layers)
+        return np.array([self.costs.draft_step(DraftParts(*parts, *rest)) for parts in counts])
 
     @cached_property
     def verification(self) -> Floats:

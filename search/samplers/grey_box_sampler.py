@@ -62,7 +62,9 @@ class GreyBoxSampler(BaseSampler):
         tried = [(self._space.config_or_none(other.params), _acceptance_of(other)) for other in trials]
         seen = {config: rate for config, rate in tried if config is not None and rate is not None}
         space = self._space
-        model = AcceptanceModel(seen, 2 * space.num_layers, space.vocabulary_sizes, space.draft_layers)
+        model = AcceptanceModel(
+            seen, 2 * space.num_layers, space.vocabulary_sizes, space.precisions, space.draft_layers
+        )
         damage = model.sample(np.random.default_rng([self._seed, trial.number]))
         best = self._maximizer.best(damage).config
         bases = ((base, self._maximizer.nearest_to_break_even(damage, base)) for base in self._with_all_options(best))
