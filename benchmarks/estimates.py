@@ -44,7 +44,7 @@ class Compared:
     """One candidate, predicted and measured on the same prompts.
 
     Args:
-        candidate: What it is, for people.
+        candidate: What it is, human-readable.
         skipped: Sublayers left out.
         acceptance: Estimated one-step acceptance rate.
         predicted: Speedup.

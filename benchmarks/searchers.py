@@ -97,7 +97,7 @@ def searched(name: str, task: Task, folder: Path | None) -> list[Incumbent]:
 
 
 def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[EncodedPrompt]) -> dict[str, Summary]:
-    """Measure every different incumbent on the same prompts; by what it is, for people."""
+    """Measure every different incumbent on the same prompts; by its human-readable name."""
     run = ReferenceRun(task.model, folder, task.fingerprint)
     makers = DraftBuilder(task.model, fit_texts(run, task.prompts.fitted, max_new_tokens=task.max_new_tokens))
     drafters: dict[str, Drafter] = {}
@@ -112,7 +112,7 @@ def judge(task: Task, folder: Path, found: Sequence[Found], prompts: Sequence[En
 
 
 def label(incumbent: Incumbent) -> str:
-    """An incumbent, for people."""
+    """An incumbent, human-readable."""
     return str(incumbent.config)
 
 

@@ -210,8 +210,10 @@ def verdict(result: BreakEven) -> str:
     """Whether speculation can pay, in a sentence."""
     best = result.best
     if best is None:
-        return "Speculation cannot pay for this model here: no such draft is faster, even if every token is accepted."
+        return (
+            "Speculation cannot pay for this model here: no typical draft is faster, even if every token is accepted."
+        )
     rate = f"at least {best.break_even:.0%} of its tokens are accepted, at {counted(best.length, 'token')} a draft"
     if not result.can_pay:
-        return f"Speculation will hardly pay for this model here: a draft ({best.draft}) pays only if {rate}."
+        return f"Speculation is unlikely to pay for this model here: a draft ({best.draft}) pays only if {rate}."
     return f"Speculation can pay for this model here if {rate} (draft: {best.draft}); only a search can tell."

@@ -85,7 +85,7 @@ def show(
 def _table(trials: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table("trial", "speedup", "basis", "held-out", "agreement", "skipped", "draft", box=None)
+    table = Table("trial", "speedup", "basis", "held-out", "acceptance", "skipped", "draft", box=None)
     for trial in trials:
         table.add_row(
             str(trial["number"]),

@@ -196,7 +196,7 @@ def export_draft(
         tokenizer: Its tokenizer.
         profile: What to export.
         folder: Where to; missing, empty, or an earlier export.
-        without_bridges: Leave bridges out, which the architecture has no place for. What they stand in for is skipped
+        without_bridges: Leave bridges out, which the architecture has no place for. What they replace is skipped
             all the same, so that fewer tokens will be accepted than were when the profile was measured.
 
     Raises:

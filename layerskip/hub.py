@@ -50,11 +50,11 @@ _TransportError = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
 
 def load_profile(source: str | Path, *, device: str = "auto", dtype: str = "auto") -> DraftProfile:
-    """Load a profile by its file, by the name of a ready one, or from the hub.
+    """Load a profile by its file, by the name of a ready one, or from the Hub.
 
     Args:
         source: A file, or a folder that holds a ``draft_profile.json``; the name of a ready profile; or else
-            ``owner/name``, a repository on the hub.
+            ``owner/name``, a repository on the Hub.
         device: As in :func:`layerskip.ready_profiles.find_profile`.
         dtype: Likewise.
 
@@ -86,14 +86,14 @@ def download_profile(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> DraftProfile:
-    """Download the ``draft_profile.json`` of a repository on the hub, with its tensors.
+    """Download the ``draft_profile.json`` of a repository on the Hub, with its tensors.
 
     Args:
         repo_id: The repository, ``owner/name``.
         revision: Its branch, tag or commit; None takes its default branch. Profile and tensors come from the same
             commit.
         subfolder: Folder inside the repository.
-        cache_dir: Where downloads are kept; None takes the hub's own cache.
+        cache_dir: Where downloads are kept; None takes the Hub's own cache.
         token: Token for private and gated repositories; None takes the one of ``hf auth login``.
         force_download: Download again what the cache has.
         local_files_only: Look only into the cache.
@@ -163,7 +163,7 @@ def push_profile(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Commit ``draft_profile.json``, its tensors and a model card to a repository on the hub.
+    """Commit ``draft_profile.json``, its tensors and a model card to a repository on the Hub.
 
     Nothing else in the repository changes. It may be a model's own; the card is then left out, and so it is where
     somebody wrote or edited one. If somebody else commits in the meantime, nothing is written.
@@ -182,14 +182,14 @@ def push_profile(
         The address of the commit, or of the pull request.
 
     Raises:
-        InvalidInputError: The profile does not name its model on the hub, see :meth:`DraftProfile.for_base_model`.
-        HubError: The hub cannot be reached or refuses.
+        InvalidInputError: The profile does not name its model on the Hub, see :meth:`DraftProfile.for_base_model`.
+        HubError: The Hub cannot be reached or refuses.
     """
     profile = with_hub_name(profile)
     if profile.base_model_name_or_path is None:
         raise InvalidInputError(
             f"base model: the profile is for '{profile.model.id}', which is on this machine only; give the name of the "
-            "model on the hub (--base-model, or profile.for_base_model)"
+            "model on the Hub (--base-model, or profile.for_base_model)"
         )
     if not _NEW_REPOSITORY.fullmatch(repo_id):
         raise InvalidInputError(f"repository '{repo_id}': expected owner/name")
@@ -229,7 +229,7 @@ def is_repository(name: str) -> bool:
 
 
 def with_hub_name(profile: DraftProfile) -> DraftProfile:
-    """The profile with its model's name on the hub, as far as it is known, instead of a path on this machine."""
+    """The profile with its model's name on the Hub, as far as it is known, instead of a path on this machine."""
     base, id = profile.base_model_name_or_path, profile.model.id
     if id in ALIASES:
         return profile.for_base_model(base or ALIASES[id].hub_id, profile.revision)
@@ -245,7 +245,7 @@ def card_of(profile: DraftProfile, name: str) -> str:
 
     Args:
         profile: The profile.
-        name: What :func:`load_profile` takes: a repository on the hub, or a folder's name.
+        name: What :func:`load_profile` takes: a repository on the Hub, or a folder's name.
     """
     base = profile.base_model_name_or_path
     model = f"[{base}](https://huggingface.co/{base})" if base else profile.model.id
@@ -253,7 +253,7 @@ def card_of(profile: DraftProfile, name: str) -> str:
     sections = [
         f"---\n{card_metadata(base)}\n---",
         f"# A draft profile for {base or profile.model.id}",
-        f"{model} can draft for itself: with layerskip, {draft} propose a few tokens, and the whole model verifies "
+        f"{model} can draft for itself: with layerskip, {draft} propose a few tokens, and the target model verifies "
         "them. The output is that of the model.",
         _table(profile),
         measured_in_words(profile.measured),
@@ -344,16 +344,16 @@ def _holds_a_model(files: Collection[str]) -> bool:
 
 @contextmanager
 def _hub_errors(repo_id: str, revision: str | None, *, file: str = PROFILE_NAME) -> Iterator[None]:
-    """Turn what the hub's client raises into one line that names the repository."""
+    """Turn what the Hub's client raises into one line that names the repository."""
     try:
         yield
     except GatedRepoError as error:
         raise HubError(
-            f"{repo_id}: gated; ask for access on its page on the hub, then log in with 'hf auth login'"
+            f"{repo_id}: gated; ask for access on its page on the Hub, then log in with 'hf auth login'"
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{repo_id}: no such file or folder here, and no such repository on the hub; if it is private, log in "
+            f"{repo_id}: no such file or folder here, and no such repository on the Hub; if it is private, log in "
             "with 'hf auth login'"
         ) from error
     except RevisionNotFoundError as error:
@@ -363,7 +363,7 @@ def _hub_errors(repo_id: str, revision: str | None, *, file: str = PROFILE_NAME)
     except EntryNotFoundError as error:
         raise HubError(f"{repo_id}: the repository has no {file}") from error
     except HfHubHTTPError as error:
-        raise HubError(f"{repo_id}: the hub refuses: {_refusal(error)}") from error
+        raise HubError(f"{repo_id}: the Hub refuses: {_refusal(error)}") from error
     except _TransportError as error:
         raise HubError(f"{repo_id}: {_why_not_reached(error)}") from error
     except (ValueError, RuntimeError) as error:  # a name, an answer or an upload that is not as it should be
@@ -377,7 +377,7 @@ def _why_not_reached(error: BaseException) -> str:
         return "not in the cache, and HF_HUB_OFFLINE is set"
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
-        return f"not in the cache, and the hub refuses: {_refusal(cause)}"
+        return f"not in the cache, and the Hub refuses: {_refusal(cause)}"
     return f"{constants.ENDPOINT} cannot be reached, and the cache does not help: {first_line(cause)}"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerskip.errors import InvalidInputError
 
-# Caches have room for this many tokens beside the longest path of a tree.
+# Caches have room for this many tokens in addition to the longest path of a tree.
 MOST_LEAVES = 64
 
 # Number of tokens of a draft in its first place, in its second, and so on: one number where they all follow the first
@@ -123,7 +123,7 @@ def widths_of(branches: Branches) -> tuple[tuple[int, ...], ...]:
             )
         before = sum(place)
     if sum(map(sum, widths)) - len(widths) > MOST_LEAVES:
-        raise InvalidInputError(f"tree: expected at most {MOST_LEAVES} tokens beside the first of each place")
+        raise InvalidInputError(f"tree: expected at most {MOST_LEAVES} tokens besides the first of each place")
     return widths
 
 
@@ -139,7 +139,7 @@ def branches_of(widths: Iterable[Sequence[int]]) -> tuple[int | tuple[int, ...],
 
 
 def describe_branches(branches: Branches) -> str:
-    """Branches for people, such as ``4-2-1``, or ``4-2+1-1`` where two tokens are followed by others."""
+    """Human-readable branches, such as ``4-2-1``, or ``4-2+1-1`` where two tokens are followed by others."""
     return "-".join(_shown((place,) if isinstance(place, int) else place) for place in branches)
 
 

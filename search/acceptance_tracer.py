@@ -49,7 +49,7 @@ class AcceptanceTracer:
         self._room = memory
 
     def trace(self, stack: Stack) -> Iterator[list[Trace]]:
-        """A draft's traces, some texts at a time, so that a hopeless draft need not be traced along all of them."""
+        """A draft's traces, some texts at a time: one that cannot win need not be traced along all of them."""
         for number in range(len(self._parts)):
             yield self._batch(number).trace(self._model, stack)
 
@@ -188,5 +188,5 @@ def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _longer(past: Tensor, length: int) -> Tensor:
-    """Keys or values of one text, ``[heads, n, dim]``, padded to ``length`` positions that nobody looks at."""
+    """Keys or values of one text, ``[heads, n, dim]``, padded to ``length`` positions; the added ones are masked."""
     return functional.pad(past, (0, 0, 0, length - past.shape[1]))

@@ -22,7 +22,7 @@ class DraftBreakEven:
     """The acceptance rate that a kind of draft needs, and the speedups that it would give.
 
     Args:
-        draft: The kind of draft, for people.
+        draft: The kind of draft, human-readable.
         cost: Of one draft step, in units of a plain decoding step.
         break_even: Least acceptance rate from which it is no slower than plain decoding; None if even a draft that is
             always right is slower.

@@ -52,7 +52,7 @@ class DecodingMethod:
     Args:
         name: What it is called.
         decode: Continues a prompt by a number of tokens at most.
-        draft_bytes: Memory that its draft takes beside the model.
+        draft_bytes: Extra memory of its draft.
         training_seconds: How long its draft was trained, if that is known.
         compiles: Whether it captures or compiles passes for each length of text, which is not to be timed.
         third_party: Whether it is another library's code, which may refuse this model.

@@ -17,7 +17,7 @@ class TrainedDraftLayer:
     """A trained draft layer with its tensors.
 
     Args:
-        ref: What tells it from others.
+        ref: Identifies it.
         weights: The layer, or the bridge, and the draft vocabulary that it was trained with; nothing else.
         training_seconds: How long it was trained, if that is known.
     """
@@ -43,7 +43,7 @@ def trained_draft_layer(source: str, profile: DraftProfile, model: LayerSkipMode
     if profile.drafts_with_heads:
         raise InvalidInputError(
             f"{source}: has draft heads, which draft without the stack, so that there is nothing for a search to skip; "
-            "'layerskip compare' measures them beside other drafts"
+            "'layerskip compare' compares them with other drafts"
         )
     try:
         weights = profile.weights(model)

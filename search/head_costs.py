@@ -22,7 +22,7 @@ from layerskip.utils import device_seconds
 
 _REPEATS = 11
 _CONTEXT = 128  # a text of usual length, as for the costs of passes
-# Tokens that a place goes on after, in the drafts that are timed; between them, seconds are interpolated.
+# Tokens at which a draft is extended by a place, in the drafts that are timed; between them, seconds are interpolated.
 _WAYS = (1, 2, 4, 8, 16)
 
 
@@ -32,7 +32,8 @@ class HeadCosts:
 
     Args:
         base: Before any head runs.
-        places: For each place, by the number of tokens of the place before that it goes on after, for each of ``ways``.
+        places: For each place, by the number of tokens of the place before at which the draft is extended, for each of
+            ``ways``.
         ways: Those numbers, ascending.
     """
 
@@ -41,7 +42,7 @@ class HeadCosts:
     ways: Sequence[int]
 
     def seconds(self, ways: Sequence[int]) -> float:
-        """Of a draft whose first place goes on after so many tokens, its second, and so on."""
+        """Of a draft that is extended at so many tokens for its first place, for its second, and so on."""
         asked = zip(ways, self.places, strict=False)
         return self.base + sum(float(np.interp(count, self.ways, seconds)) for count, seconds in asked)
 

@@ -21,7 +21,7 @@ class SearchSettings:
     """How long and how thoroughly to search.
 
     Args:
-        trials: Candidates that the study shall have looked at in the end.
+        trials: Candidates that are evaluated when the search ends.
         timeout: Seconds after which no new trial starts; None for no limit. Finalists are measured afterwards.
         max_new_tokens: Tokens to generate for each prompt.
         prompts_per_trial: Prompts that a measured candidate decodes; a hopeless one stops earlier.

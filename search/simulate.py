@@ -31,7 +31,7 @@ class RoundCosts:
 
     Args:
         prefill: ``[n]``, until the first token.
-        drafting: Of a draft, ``[n]``, by the number of tokens at each of its places before that it goes on after.
+        drafting: Of a draft, ``[n]``, by the number of tokens at which each of its places is extended.
         chains: ``[n, longest draft + 1]``, of verifying so many drafted tokens in a chain.
         trees: ``[n, largest draft + 1]``, the same for tokens of a tree and for copied ones, verified from the bottom
             of the stack.

@@ -113,7 +113,7 @@ class SearchSpace:
 
     @cached_property
     def options(self) -> list[DraftConfig]:
-        """Every choice beside the skip set, as configurations that skip only what their draft layer replaces."""
+        """Every choice besides the skip set, as configurations that skip only what their draft layer replaces."""
         with_bridges = (False, True) if self.bridges else (False,)
         nothing = SkipSet(self.num_layers)
         choices = itertools.product(with_bridges, self.vocabulary_sizes, (None, *self.draft_layers))

@@ -22,9 +22,9 @@ from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText, likeliest
 from search.reference import CHUNK
 
-# No tree of a draft reaches further down.
+# No token tree uses a rank beyond this.
 LAST_RANK = 64
-# Places of a draft of the stack, which may be as long as it likes.
+# Stack drafts have no maximum length.
 _ANY_LENGTH = 1024
 
 
@@ -33,9 +33,9 @@ class Trace:
     """What a draft would propose along one text, where the text so far is as the draft proposed it.
 
     A draft from new token ``t`` has its place ``p`` at position ``t + p``. Draft heads propose differently at each of
-    their places. A draft of the stack asks the same question at every place: all its rows are equal.
+    their places. A stack's prediction does not depend on the place: all rows are equal.
 
-    How far Hydra's drafts go on after a wrong token is not in a trace; what is accepted of a draft is.
+    How far Hydra's drafts continue after a wrong token is not in a trace; what is accepted of a draft is.
 
     Args:
         ranks: ``[places, m - 1]``, the rank of the target's choice at each position among the draft's tokens, most

@@ -25,7 +25,7 @@ class Entry:
         tokens_per_pass: τ, new tokens ÷ passes of the target model, the prompt's among them.
         draft_cost: c, the time to draft one token, in plain steps; None if nothing was drafted.
         draft_share: The part of its time that went into drafting, from 0 to 1.
-        draft_bytes: Memory that its draft takes beside the model.
+        draft_bytes: Extra memory of its draft.
         peak_bytes: Most device memory in use while it decoded, above what the models take; None except on CUDA.
         training_seconds: How long its draft was trained, if that is known.
         near_ties: Prompts whose output diverges from plain decoding's at a near-tie of the top two tokens.

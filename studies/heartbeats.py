@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from studies.records import Table
 from studies.retry import RetryOnDisconnect
 
-# What a heartbeat may be late by, beside the interval: databases' clocks may show whole seconds.
+# What a heartbeat may be late by, in addition to the interval: databases' clocks may show whole seconds.
 _SLACK_SECONDS = 1.0
 
 

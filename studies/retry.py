@@ -18,7 +18,7 @@ from studies.storage_errors import StorageError, causes, redacted, storage_error
 T = TypeVar("T")
 
 RETRY_SECONDS = 120.0
-# Who pressed Ctrl-C does not want to wait for what is stored because of it, either.
+# After Ctrl-C, storing must not take long either.
 _SECONDS_AFTER_CTRL_C = 1.0
 _CTRL_C_LASTS_SECONDS = 10.0
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=3)

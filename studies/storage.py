@@ -53,8 +53,9 @@ def _retried(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[A
 class ReconnectingStorage(BaseStorage):
     """An Optuna storage that retries what a lost connection cut off; its errors are one-line :class:`StorageError`.
 
-    Doing a write again that was committed without a reply changes nothing, but for new trials: the unheard one stays
-    behind, queued (its candidate is then tried twice), or running without a heartbeat, and is then queued again.
+    Doing a write again that was committed without a reply changes nothing, but for new trials: the one whose
+    reply was lost remains, queued (its candidate is then tried twice), or running without a heartbeat, and is then
+    queued again.
 
     Attributes:
         engine: The database.
@@ -92,7 +93,7 @@ class ReconnectingStorage(BaseStorage):
     set_trial_user_attr = _retried(BaseStorage.set_trial_user_attr)
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        """As Optuna's; a study that was created when the connection was lost is not said to be another's."""
+        """As Optuna's; a study that was created when the connection was lost is not reported as another's."""
 
         def create(repeated: bool) -> int:
             try:
@@ -109,7 +110,7 @@ class ReconnectingStorage(BaseStorage):
         self._backend.delete_study(study_id)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a trial that was finished when the connection was lost is not said to be finished by another.
+        """As Optuna's; a trial that was finished when the connection was lost is not reported as finished by another.
 
         But of two workers that fail a stale trial while the connection is lost, each may believe that it was the one
         to do so, and the trial is then queued twice.

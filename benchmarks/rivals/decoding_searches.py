@@ -14,7 +14,7 @@ from layerskip import AdaptiveThreshold, SkipSet
 from layerskip.drafting.config import DraftConfig
 from layerskip.errors import InvalidInputError
 
-# Draft & Verify's adaptive draft exit, with its published numbers.
+# Draft & Verify's adaptive stopping rule, with its published numbers.
 _STOPPING = AdaptiveThreshold()
 
 

@@ -22,7 +22,7 @@ _LENGTHS = range(1, 9)
 
 
 def knapspec(task: Task) -> Iterator[Incumbent]:
-    """Attention and MLP sublayers at their measured costs; the cosine similarity stands in for the acceptance rate."""
+    """Attention and MLP sublayers at their measured costs; the cosine similarity replaces the acceptance rate."""
     watch, model = Stopwatch(task), task.model
     measured = measure_costs(task.engine, most_drafted=max(_LENGTHS))
     step = measured.short.step

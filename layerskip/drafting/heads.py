@@ -68,7 +68,7 @@ class MedusaHeads(nn.Module):
             place: Which head, from 0.
             states: ``[p, hidden_size]``, the target model's last hidden states.
             known: ``[p, place + 1, hidden_size]``, the embeddings of the tokens between each of them and the predicted
-                one. Not looked at.
+                one. Unused.
 
         Returns:
             ``[p, hidden_size]``, hidden states to be scored.

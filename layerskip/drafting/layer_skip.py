@@ -39,7 +39,7 @@ class LayerSkipDrafter(BaseDrafter):
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         super().start(engine, prompt, states)
         self._engine = engine
-        self._unseen = prompt  # the end of the text before the newest token that a stack that remembers has not seen
+        self._unseen = prompt  # the text's end, not yet run by a stack with its own cache
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         prefixes: list[Tensor] = []

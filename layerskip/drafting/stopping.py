@@ -1,7 +1,7 @@
 """When a draft stops proposing.
 
-Every policy is a largest draft length and a threshold on the draft's confidence, the highest probability that it gives
-any token where it has just proposed one: drafting goes on while the confidence is at least the threshold. The token
+Every rule is a largest draft length and a threshold on the draft's confidence, the highest probability that it gives
+any token where it has just proposed one: drafting continues while the confidence is at least the threshold. The token
 proposed there still is. Sampling stays exact because whether a token is proposed does not depend on which token it is.
 """
 
@@ -28,11 +28,11 @@ def _tokens(number: int) -> str:
 
 
 class StoppingState:
-    """One generation's state of a draft exit: the threshold in force.
+    """One generation's state of a stopping rule: the threshold in force.
 
     Args:
         max_length: Most tokens in one draft.
-        threshold: Lowest confidence with which drafting goes on; 0 never stops early.
+        threshold: Lowest confidence with which drafting continues; 0 never stops early.
     """
 
     def __init__(self, max_length: int, threshold: float) -> None:
@@ -49,7 +49,7 @@ class StoppingState:
         return confidence < self.threshold
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """Learn how a round went: of ``drafted`` proposed tokens (at least one) ``accepted`` stood."""
+        """Learn how a round went: of ``drafted`` proposed tokens (at least one) ``accepted`` were accepted."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class FixedLength:
 
     Args:
         length: Tokens in a draft, at least 1.
-        kind: Names the policy in a profile.
+        kind: Names the rule in a profile.
 
     Raises:
         InvalidInputError: The length is below 1.
@@ -84,9 +84,9 @@ class ConfidenceThreshold:
     """Stop where the draft's highest probability is below ``threshold``, or after ``max_length`` tokens.
 
     Args:
-        threshold: Lowest confidence with which drafting goes on, from 0 to 1.
+        threshold: Lowest confidence with which drafting continues, from 0 to 1.
         max_length: Most tokens in a draft, at least 1.
-        kind: Names the policy in a profile.
+        kind: Names the rule in a profile.
 
     Raises:
         InvalidInputError: A value is out of its range.
@@ -122,13 +122,13 @@ class AdaptiveThreshold:
     authors' ``decoding.py``: ``th_stop_draft=0.8``, ``max_step_draft=8``, ``auto_parameters=[1, 0.5, 0.9, 1e-2, 0.9]``.
 
     Args:
-        initial_threshold: Lowest confidence with which the first draft goes on, from 0 to 1.
+        initial_threshold: Lowest confidence with which the first draft continues, from 0 to 1.
         max_length: Most tokens in a draft, at least 1.
         target_rate: The acceptance rate to keep to, from 0 to 1.
         step: How far the threshold should move after a round, from 0 to 1.
         rate_momentum: Weight of earlier rounds in the running acceptance rate, from 0 to 1.
         threshold_momentum: Weight of the threshold before a round in the one after it, from 0 to 1.
-        kind: Names the policy in a profile.
+        kind: Names the rule in a profile.
 
     Raises:
         InvalidInputError: A value is out of its range.
@@ -157,9 +157,9 @@ class AdaptiveThreshold:
 
 
 class _AdaptiveController(StoppingState):
-    def __init__(self, policy: AdaptiveThreshold) -> None:
-        super().__init__(policy.max_length, policy.initial_threshold)
-        self._policy = policy
+    def __init__(self, rule: AdaptiveThreshold) -> None:
+        super().__init__(rule.max_length, rule.initial_threshold)
+        self._rule = rule
         self._rate = 0.0
 
     @property
@@ -167,16 +167,16 @@ class _AdaptiveController(StoppingState):
         return True
 
     def observe(self, drafted: int, accepted: int) -> None:
-        policy = self._policy
-        self._rate = policy.rate_momentum * self._rate + (1 - policy.rate_momentum) * accepted / drafted
-        if self._rate < policy.target_rate:
-            wanted = self.threshold + policy.step
-        elif drafted == policy.max_length:
+        rule = self._rule
+        self._rate = rule.rate_momentum * self._rate + (1 - rule.rate_momentum) * accepted / drafted
+        if self._rate < rule.target_rate:
+            wanted = self.threshold + rule.step
+        elif drafted == rule.max_length:
             wanted = self.threshold
         else:
-            wanted = self.threshold - policy.step
-        self.threshold = policy.threshold_momentum * self.threshold + (1 - policy.threshold_momentum) * wanted
+            wanted = self.threshold - rule.step
+        self.threshold = rule.threshold_momentum * self.threshold + (1 - rule.threshold_momentum) * wanted
 
 
 DraftStopping = FixedLength | ConfidenceThreshold | AdaptiveThreshold
-"""When a draft ends: one of the three policies."""
+"""When a draft ends: one of the three rules."""

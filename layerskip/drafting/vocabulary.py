@@ -1,8 +1,8 @@
-"""The draft vocabulary: the tokens that a draft scores. The full head verifies.
+"""The draft vocabulary: the tokens that a draft scores. The target model's whole head verifies.
 
-FR-Spec (arXiv 2502.14856) ranks tokens by their frequency in a corpus. Here it is the frequency with which the full
-model itself would emit them after every position of some texts: its probabilities, summed, which tell much more than
-the few tokens that it did emit.
+FR-Spec (arXiv 2502.14856) ranks tokens by their frequency in a corpus. Here it is the frequency with which the target
+model would emit them after every position of some texts: its probabilities, summed, which tell much more than the few
+tokens that it did emit.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from layerskip.utils import digest
 
 _LONGEST_PROMPT = 64
 _SHORTEST_PROMPT = 4
-# Stands for the user's words in a rendered chat template.
+# Placeholder for the user's words in a rendered chat template.
 _WORDS = "the-words-of-the-user"
 
 
@@ -251,7 +251,7 @@ class TrainingTextWriter:
             found += count
             observe(found)
         if not found:
-            raise InvalidInputError("prompts: the model had nothing to say to any of them; give others")
+            raise InvalidInputError("prompts: the model's answers are all empty; give other prompts")
         return TrainingTexts(self._store, shards, found)
 
     def _shard(self, number: int) -> list[TargetText]:

@@ -71,7 +71,7 @@ class GreyBoxSampler(BaseSampler):
         return space.parameters(next(new, best))
 
     def _with_all_options(self, best: DraftConfig) -> Iterator[DraftConfig]:
-        """A candidate, then the same skip set with every other choice beside it."""
+        """A candidate, then the same skip set with every other choice."""
         yield best
         for options in self._space.options:
             if not all(best.skip_set.mask[: options.exit_at]):

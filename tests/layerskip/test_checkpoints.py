@@ -227,7 +227,7 @@ def test_a_device_that_is_not_there_is_refused(folder):
     assert error_of(folder, device="cuda").startswith("device 'cuda' is not available: ")
 
 
-# The cache folder, the alias and the hub.
+# The cache folder, the alias and the Hub.
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch):

@@ -1,6 +1,6 @@
-"""Profiles travel through folders and the hub with their tensors and a card, and a model's own files stay as they are.
+"""Profiles travel through folders and the Hub with their tensors and a card, and a model's own files stay as they are.
 
-The hub is a fake on the loopback address; the client is huggingface_hub's own.
+The Hub is a fake on the loopback address; the client is huggingface_hub's own.
 """
 
 import json
@@ -31,7 +31,7 @@ def offline(monkeypatch):
 
 
 def published(weights=None, **parts):
-    """A profile that says which model on the hub it is for."""
+    """A profile that says which model on the Hub it is for."""
     return a_profile(weights, **parts).for_base_model(BASE)
 
 
@@ -227,7 +227,7 @@ def test_the_code_on_the_card_runs(tmp_path, llama, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-# The hub.
+# The Hub.
 
 
 def test_a_profile_survives_the_way_to_the_hub_and_back(hub):
@@ -304,7 +304,7 @@ def test_profile_and_tensors_are_of_one_commit(hub, monkeypatch):
 def test_a_commit_of_somebody_else_in_the_meantime_is_not_written_over(hub):
     repository = hub.add("me/drafts", {"notes.txt": b"1"})
     hub.before_commit = lambda: repository.commit("main", {"README.md": b"Theirs."})
-    with pytest.raises(HubError, match=r"^me/drafts: the hub refuses: 412 Precondition Failed: A commit has happened"):
+    with pytest.raises(HubError, match=r"^me/drafts: the Hub refuses: 412 Precondition Failed: A commit has happened"):
         push_profile(published(), "me/drafts")
     assert repository.files() == {"notes.txt": b"1", "README.md": b"Theirs."}
 
@@ -365,14 +365,14 @@ def refused(name="me/drafts", **options):
 
 def test_a_missing_repository_is_named(hub):
     assert refused() == (
-        "me/drafts: no such file or folder here, and no such repository on the hub; if it is private, log in with "
+        "me/drafts: no such file or folder here, and no such repository on the Hub; if it is private, log in with "
         "'hf auth login'"
     )
 
 
 def test_a_gated_repository_says_so(hub):
     hub.add("me/drafts", {"draft_profile.json": b"{}"}, gated=True)
-    assert refused() == "me/drafts: gated; ask for access on its page on the hub, then log in with 'hf auth login'"
+    assert refused() == "me/drafts: gated; ask for access on its page on the Hub, then log in with 'hf auth login'"
 
 
 def test_a_missing_revision_is_named(hub):
@@ -422,7 +422,7 @@ def test_a_hub_that_is_away_takes_nothing(gone):
 def test_a_repository_that_one_may_not_write_says_so(hub):
     hub.add("them/drafts", {}, locked=True)
     with pytest.raises(
-        HubError, match=r"^them/drafts: the hub refuses: 403 Forbidden: You don't have the rights to wri"
+        HubError, match=r"^them/drafts: the Hub refuses: 403 Forbidden: You don't have the rights to wri"
     ):
         push_profile(published(), "them/drafts")
 
@@ -448,7 +448,7 @@ def test_tensors_that_are_not_the_profile_s_are_refused(hub):
         download_profile("me/drafts")
 
 
-# As in a user's own program, which knows of the hub by the environment alone.
+# As in a user's own program, which knows of the Hub by the environment alone.
 
 PROGRAM = """
 import sys

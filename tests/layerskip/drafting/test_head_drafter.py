@@ -253,7 +253,7 @@ def test_generate_of_transformers_decodes_with_heads():
             r"place 1 of the tree: expected at least 1, or a list that may hold 0 after its first number, got 0",
         ),
         ({"tree": (2, (1, 1, 1))}, "place 2 of the tree: has 3 numbers, but follows 2 tokens"),
-        ({"tree": (40, (1,) * 40)}, "tree: expected at most 64 tokens beside the first of each place"),
+        ({"tree": (40, (1,) * 40)}, "tree: expected at most 64 tokens besides the first of each place"),
     ],
 )
 def test_options_out_of_range_are_refused(llama, options, message):

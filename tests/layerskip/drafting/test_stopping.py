@@ -130,7 +130,7 @@ def test_a_value_out_of_range_is_refused_by_name(make, message):
     assert str(error.value) == message
 
 
-# The drafter obeys the policy.
+# The drafter obeys the rule.
 
 
 def drafted(model, draft_exit, limit=20):

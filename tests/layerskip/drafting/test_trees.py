@@ -185,7 +185,7 @@ def test_processed_text_is_that_of_plain_decoding(tiny, prompt, skip_set, widths
     ("widths", "message"),
     [
         ((2, 0), "place 2 of the tree: expected at least 1, or a list that may hold 0 after its first number, got 0"),
-        ((MOST_LEAVES, 3), f"tree: expected at most {MOST_LEAVES} tokens beside the first of each place"),
+        ((MOST_LEAVES, 3), f"tree: expected at most {MOST_LEAVES} tokens besides the first of each place"),
         (
             (2, (1, 1)),
             "tree: only draft heads propose tokens after several tokens of a place; give one number for each place",
