@@ -1,7 +1,7 @@
 """Search space: the draft configurations that a study may try, as parameters of Optuna's trials.
 
-A trial chooses a *candidate*: skip set, precision, bridges, draft layer and draft vocabulary. When and how much to draft, its
-*policy*, is not searched by trials: simulation finds the best policy of each candidate without running the model.
+A trial chooses a *candidate*: skip set, precision, bridges, draft layer and draft vocabulary. When and how much it
+drafts, its *policy*, is not searched by trials: simulation finds the best policy without running the model.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class SearchSpace:
     ) -> SearchSpace:
         """The space for a model, with every drafting option or without some.
 
-        Without precisions of its own, it has all that the model can draft at here. With draft vocabularies, those that the draft layers were trained with are among the sizes to try.
+        Without precisions of its own, it has all that the model can draft at here. With draft vocabularies, those that
+        the draft layers were trained with are among the sizes to try.
         """
         wanted = {*_VOCABULARY_SIZES, *(layer.vocabulary_size for layer in draft_layers)} - {0}
         sizes = (size for size in sorted(wanted) if size < model.vocab_size)

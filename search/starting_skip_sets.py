@@ -166,18 +166,18 @@ def least_damage(acceptance: Callable[[SkipSet], float], costs: Sequence[float])
         yield source, SkipSet.of_sublayers(ranked[:count], len(costs) // 2)
 
 
-def skipping_below(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> Iterator[Start]:
+def skipping_few(stop: int, acceptance: Callable[[SkipSet], float], costs: Sequence[float]) -> Iterator[Start]:
     """Skip sets of a few sublayers below an exit, those with the smallest (−log α) ÷ cost.
 
     Args:
-        stop: Index of the first sublayer above the exit.
+        stop: Index of the first sublayer above the exit; the number of all sublayers without one.
         acceptance: As for :func:`least_damage`; called once for each sublayer below the exit.
         costs: Likewise.
     """
     ranked = _ranked(stop, acceptance, costs)
     for count in (few for few in _FEW if few < stop):
         yield (
-            f"least damage: {count} of {stop} sublayers below its exit",
+            f"least damage: {count} of {stop} sublayers",
             SkipSet.of_sublayers(ranked[:count], len(costs) // 2),
         )
 

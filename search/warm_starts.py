@@ -25,7 +25,7 @@ from search.starting_skip_sets import (
     most_similar_paths,
     nothing_skipped,
     published,
-    skipping_below,
+    skipping_few,
 )
 from search.traces import acceptance
 from studies.ranking import SOURCE_KEY
@@ -106,7 +106,8 @@ def _waiting(study: optuna.Study) -> int:
 def warm_starts(
     space: SearchSpace, alone: Callable[[SkipSet], float], tracer: AcceptanceTracer, cost_model: CostModel
 ) -> Iterator[tuple[str, DraftConfig]]:
-    """Candidates with their sources: those with draft layers, then all others, the fastest to compute first.
+    """Candidates with their sources: those with draft layers, those at lower precision, then all others, the fastest to
+    compute first.
 
     Args:
         space: The search space.
@@ -116,6 +117,7 @@ def warm_starts(
     """
     costs = _sublayer_costs(space.num_layers, cost_model)
     yield from _with_draft_layers(space, alone, costs)
+    yield from _at_lower_precision(space, alone, costs)
     text = tracer.sublayer_runner()
     families = (
         nothing_skipped(space.num_layers),
@@ -128,7 +130,25 @@ def warm_starts(
     )
     size = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     for source, skip_set in different(chain.from_iterable(families)):
-        yield source, DraftConfig(skip_set, bridges=space.bridges, vocabulary_size=size)
+        yield source, DraftConfig(skip_set, space.bridges, vocabulary_size=size, precision=space.precisions[0])
+
+
+def _at_lower_precision(
+    space: SearchSpace, alone: Callable[[SkipSet], float], costs: Sequence[float]
+) -> Iterator[tuple[str, DraftConfig]]:
+    """The whole model at each lower precision, with the whole vocabulary and with a shorter one; then some skipped."""
+    lower = [precision for precision in reversed(space.precisions) if precision != "full"]
+    sizes = space.vocabulary_sizes
+    whole = [
+        DraftConfig(SkipSet(space.num_layers), vocabulary_size=size, precision=precision)
+        for size in dict.fromkeys((sizes[0], sizes[len(sizes) // 2]))
+        for precision in lower
+    ]
+    for config in whole:
+        yield f"nothing skipped: {config.precision}", config
+    for config in whole:
+        for source, skip_set in skipping_few(2 * space.num_layers, alone, costs):
+            yield f"{source}, {config.precision}", replace(config, skip_set=skip_set)
 
 
 def _with_draft_layers(
@@ -146,7 +166,7 @@ def _with_draft_layers(
     }
     yield from trained.items()
     for name, config in trained.items():
-        for source, skip_set in skipping_below(config.exit_at, alone, costs):
+        for source, skip_set in skipping_few(config.exit_at, alone, costs):
             yield f"{name}, {source}", replace(config, skip_set=skip_set)
 
 

@@ -98,7 +98,7 @@ def test_a_draft_layer_as_it_was_trained_is_the_first_that_is_tried(llama, stora
     assert sources[:3] == [
         "trained draft layer 1 of 2",
         "trained draft layer 2 of 2",
-        "trained draft layer 1 of 2, least damage: 1 of 2 sublayers below its exit",
+        "trained draft layer 1 of 2, least damage: 1 of 2 sublayers",
     ]
     assert sources[-1] == "nothing skipped"
     draft = evaluated_trials(study)[1].user_attrs["draft"]

@@ -239,5 +239,5 @@ def test_heads_are_no_model_of_their_own(llama, byte_tokenizer, tmp_path):
 
 def test_the_card_of_a_profile_says_that_heads_draft(llama):
     card = card_of(profile_for(llama, DraftWeights(heads=random_heads(llama, "medusa"))), "me/heads")
-    assert "small heads on its hidden states propose a few tokens, and the whole model verifies them" in card
+    assert "small heads on its hidden states propose a few tokens, and the target model verifies them" in card
     assert "sublayers named below" not in card

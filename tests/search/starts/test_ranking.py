@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.starting_skip_sets import least_damage, skipping_below
+from search.starting_skip_sets import least_damage, skipping_few
 
 
 def alone(acceptance):
@@ -52,7 +52,7 @@ def test_below_an_exit_a_few_are_left_out_and_nothing_above_is_asked_about(drawn
     acceptance, costs = zip(*drawn, strict=True)
     exit_at = data.draw(st.integers(1, len(drawn) - 1))
     known = [*acceptance[:exit_at], *[None] * (len(drawn) - exit_at)]
-    starts = list(skipping_below(exit_at, alone(known), costs))
+    starts = list(skipping_few(exit_at, alone(known), costs))
     assert [len(skip_set) for _, skip_set in starts] == [count for count in (1, 2, 4) if count < exit_at]
     for _, skip_set in starts:
         assert not any(skip_set.mask[exit_at:])
