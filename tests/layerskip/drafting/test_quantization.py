@@ -224,6 +224,19 @@ def test_a_model_with_a_patched_module_says_so():
         LayerSkipModel(hf_model).copies.check("int8")
 
 
+def test_copies_of_a_model_on_several_devices_run_without_what_moves_its_inputs():
+    hooks = pytest.importorskip("accelerate.hooks")
+    hf_model = tiny_llama()
+    expected = _draft_logits(LayerSkipModel(hf_model), "int4")
+    for module in hf_model.model.layers.modules():
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    model = LayerSkipModel(hf_model)
+    torch.testing.assert_close(_draft_logits(model, "int4"), expected)
+    copied = model.stack_of(NOTHING, precision="int4").steps[0][1].attention
+    assert "forward" not in vars(copied)
+    assert "_hf_hook" in vars(model.sublayers[0].attention)
+
+
 def test_a_device_without_kernels_has_no_lower_precision():
     assert LayerSkipModel(tiny_llama()).copies.precisions == ("full", "int8", "int4")
     with torch.device("meta"):
