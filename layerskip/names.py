@@ -32,4 +32,5 @@ ALIASES = {
 }
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
-ENGINES = ("eager", "cuda-graphs")
+AUTO = "auto"
+ENGINES = (AUTO, "eager", "packed", "cuda-graphs")
