@@ -79,7 +79,7 @@ def apply(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     compiled: CompileOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -105,7 +105,7 @@ def apply(
         drafter = None
         stderr.print("the profile was measured to be slower than plain decoding: not drafting; --force drafts")
     needs_costs = drafter is not None or engine != EagerEngine.name
-    runner: Engine = make_engine(layers, engine) if needs_costs else EagerEngine(layers)
+    runner: Engine = make_engine(layers, engine, in_place=True) if needs_costs else EagerEngine(layers)
     if ignored := _ignored(sampling):
         stderr.print(f"{ignored}: no effect without --temperature, as decoding is greedy")
     stopping = StopStrings(tokenizer, stop) if stop else None

@@ -51,7 +51,7 @@ def bench(
     model: ModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     compiled: CompileOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -72,7 +72,7 @@ def bench(
     length = max_new_tokens or (loaded.measured.max_new_tokens if loaded.measured else _DEFAULT_LENGTH)
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
     drafter = loaded.drafter(layers)
-    runner = make_engine(layers, engine)
+    runner = make_engine(layers, engine, in_place=True)
     encoded = prompts_to_measure(own, tokenizer, max_new_tokens=length, context_length=layers.context_length)
     plan = MeasuringPlan(encoded, length, repeats)
     measured: dict[str, Measurement] = {}

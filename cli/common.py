@@ -76,7 +76,8 @@ DtypeOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="How forward passes run: eager, or cuda-graphs on one CUDA device (experimental).",
+        help="How passes run: eager; packed, on a CPU with weights packed once for its kernels; cuda-graphs, on one "
+        "CUDA device (experimental); or auto: packed where a quick measurement says that it is faster.",
         autocompletion=completion.one_of(*ENGINES),
     ),
 ]

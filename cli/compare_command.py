@@ -56,7 +56,7 @@ def compare(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     compiled: CompileOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -87,7 +87,7 @@ def compare(
     own = read_prompts(prompts) if prompts else None
     profiles = named_profiles(profile or [], lambda name: load_profile(name, device=device, dtype=dtype))
     layers, tokenizer = open_model(model, RunOptions(device, dtype, engine, compiled))
-    runner = make_engine(layers, engine)
+    runner = make_engine(layers, engine, in_place=not transformers)  # transformers decodes with plain weights
     profiles |= ready_profiles_for(layers, profiles.values(), device=device, dtype=dtype)
     methods = layerskip_methods(runner, profiles, combine=combine)
     left_out: dict[str, str] = {}

@@ -53,7 +53,7 @@ def doctor(
     storage: StorageOption = DEFAULT_STORAGE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -173,7 +173,7 @@ def _measured(model: str, options: RunOptions) -> BreakEven:
     quiet_libraries()
     layers, _ = open_model(model, options)
     stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
-    runner = make_engine(layers, options.engine)
+    runner = make_engine(layers, options.engine, in_place=True)
     with MachineLock(cache_folder(), layers.device).exclusive():
         return measure_break_even(runner)
 

@@ -80,7 +80,7 @@ def search(
     out: Annotated[Path, typer.Option(help="File to write the draft profile to.")] = Path("draft_profile.json"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     compiled: CompileOption = False,
     seed: Annotated[
         int | None, typer.Option(help="Seed for reproducible proposals.", show_default="a new one each time")
@@ -160,16 +160,17 @@ def search(
         prompt_lookup=prompt_lookup,
         draft_layers=[layer.ref for layer in trained],
     )
+    runner = make_engine(layers, engine, in_place=True)
     task = SearchTask(identity, split, settings, space, study)
 
     def workers_on(task: SearchTask) -> Workers:
         sources = tuple(draft_layer or ())
-        loads = [partial(load_for_worker, model, place, dtype, engine, compiled, sources) for place in places[1:]]
+        loads = [partial(load_for_worker, model, place, dtype, runner.name, compiled, sources) for place in places[1:]]
         return Workers(loads, task, storage, lambda number, error: stderr.print(f"worker {number} failed: {error}"))
 
     with interrupted_by_sigterm(), ProgressDisplay(trials, timeout) as progress:
         result = Search(
-            make_engine(layers, engine),
+            runner,
             task,
             database,
             draft_layers=trained,

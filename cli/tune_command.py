@@ -87,7 +87,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="File to write the draft profile to.")] = Path("tuned_profile.json"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine: EngineOption = "eager",
+    engine: EngineOption = "auto",
     compiled: CompileOption = False,
     seed: Annotated[int, typer.Option(help="Seed for reproducible texts and training.")] = 0,
     json: JsonOption = False,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip.model import LayerSkipModel
+from layerskip.packed_linear import packed_weights
 from layerskip.utils import digest
 
 # Settings that change what a model computes. Listed by name, because a newer transformers adds settings with harmless
@@ -133,6 +134,7 @@ def fingerprint(model: LayerSkipModel) -> str:
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, each once, and the buffers that a model saves, such as the scales that bitsandbytes keeps."""
     yield from model.named_parameters()
+    yield from packed_weights(model)
     tied_too = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in tied_too:

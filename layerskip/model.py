@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -128,6 +129,35 @@ class LayerSkipModel:
         """Floating-point type of the hidden states."""
         dtype: torch.dtype = self._embed.weight.dtype
         return dtype
+
+    @property
+    def head(self) -> nn.Module:
+        """Scores the vocabulary; can be replaced by a module that computes the same."""
+        head: nn.Module = self._head
+        return head
+
+    @head.setter
+    def head(self, head: nn.Module) -> None:
+        self._head = head
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the head."""
+        norm: nn.Module = self._final_norm
+        return norm
+
+    def through(self, steps: Sequence[Step], head: nn.Module, final_norm: nn.Module) -> LayerSkipModel:
+        """The same model, whose passes run through other modules that compute the same.
+
+        Args:
+            steps: In place of the sublayers, one for each.
+            head: In place of the head.
+            final_norm: In place of the norm before it.
+        """
+        other = copy.copy(self)
+        other.target_stack = Stack(tuple(enumerate(steps)), shared=len(steps))
+        other._head, other._final_norm = head, final_norm
+        return other
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for this model with room for ``capacity`` positions."""

@@ -33,7 +33,8 @@ ALIASES = {
 }
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
-ENGINES = ("eager", "cuda-graphs")
+AUTO = "auto"
+ENGINES = (AUTO, "eager", "packed", "cuda-graphs")
 # At what precision a draft runs the sublayers that it keeps, and its head: as they are, or as copies with fewer bits.
 Precision = Literal["full", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("full", "int8", "int4")

@@ -95,6 +95,15 @@ class AttentionSublayer:
         """Where its weights are."""
         return self._weight.device
 
+    @property
+    def module(self) -> nn.Module:
+        """The attention module, which can be replaced by one that computes the same."""
+        return self.attention
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.attention, self._weight = module, next(weights_of(module))
+
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         x, here = x.to(self.device), context.on(self.device)
         rotary, mask = here.rotary[self.rotary], here.masks[self.window]
@@ -119,6 +128,15 @@ class MLPSublayer:
     def device(self) -> torch.device:
         """Where its weights are."""
         return self._weight.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The MLP module, which can be replaced by one that computes the same."""
+        return self.mlp
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.mlp, self._weight = module, next(weights_of(module))
 
     def __call__(self, x: Tensor, context: PassContext) -> Tensor:
         return self.function(self.before, self.mlp, self.after, x.to(self.device))

@@ -28,7 +28,9 @@ def load_for_worker(
     model = LayerSkipModel(load_checkpoint(source, device=device, dtype=dtype).model)
     if compiled:
         compile_sublayers(model)
-    return make_engine(model, engine), trained_draft_layers(load_profiles(profiles, device, dtype), model)
+    return make_engine(model, engine, in_place=True), trained_draft_layers(
+        load_profiles(profiles, device, dtype), model
+    )
 
 
 def load_profiles(sources: Sequence[str], device: str, dtype: str) -> dict[str, DraftProfile]:

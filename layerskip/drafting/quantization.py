@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from layerskip.drafting.quantized_linear import COMPUTE_DTYPE, Int4Linear, Int8Linear, QuantizedLinear
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
+from layerskip.packed_linear import PackedLinear
 from layerskip.shared_copies import is_patched, shared_copy
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Sublayer
 
@@ -125,7 +126,7 @@ class QuantizedCopies:
         self.check(precision)
         kept = range(len(self._originals)) if indices is None else indices
         plain = chain.from_iterable(_plain_linears(_module_of(self._originals[index])) for index in kept)
-        sublayers = sum(_SUBLAYERS[precision].bytes_of(*linear.weight.shape) for linear in plain)
+        sublayers = sum(_SUBLAYERS[precision].bytes_of(linear.out_features, linear.in_features) for linear in plain)
         return sublayers + _HEADS[precision].bytes_of(*self._head_shape)
 
     def _problem(self, precision: Precision) -> str | None:
@@ -253,6 +254,8 @@ def _plain_linear(module: nn.Module) -> nn.Linear | None:
     """The plain linear layer that a module is, or is with its adapters merged; None if it is no such thing."""
     if not _is_plain(_without_adapters(module)):
         return None
+    if isinstance(module, PackedLinear):
+        return module.plain()
     if not hasattr(module, "get_base_layer"):
         return cast(nn.Linear, module)
     adapted: Any = copy.deepcopy(module)
@@ -264,6 +267,9 @@ def _plain_linear(module: nn.Module) -> nn.Linear | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with plain weights, packed or not."""
+    if isinstance(module, PackedLinear):
+        return True
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or is_patched(module):
         return False
     return module.weight.dtype in _PLAIN and not module.weight.is_meta

@@ -6,6 +6,7 @@ from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.cost_measurement import load_costs, measure_costs, measure_passes
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
+from layerskip.engine.packed import PackedEngine
 from layerskip.engine.selection import check_engine, make_engine
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EagerEngine",
     "Engine",
     "GraphEngine",
+    "PackedEngine",
     "PassCosts",
     "Scored",
     "SharedPrefix",

@@ -21,15 +21,18 @@ class DraftStep:
     Args:
         logits: ``[n]``, scores in float32, one for each token of the draft's vocabulary.
         likeliest: ``[1]``, the id of the token with the highest score.
-        confidence: ``[]``, that token's probability, before temperature, top-k and top-p.
         prefix: ``[1, 1, hidden_size]``, the hidden states at the top of what draft and target model share; None if they
             share nothing.
     """
 
     logits: Tensor
     likeliest: Tensor
-    confidence: Tensor
     prefix: Tensor | None
+
+    @property
+    def confidence(self) -> Tensor:
+        """``[]``, that token's probability, before temperature, top-k and top-p; computed where a rule reads it."""
+        return highest_probability(self.logits)
 
     @classmethod
     def of(cls, logits: Tensor, token_ids: Tensor | None, prefix: Tensor | None) -> DraftStep:
@@ -42,7 +45,7 @@ class DraftStep:
         """
         column = logits.argmax(-1, keepdim=True)
         likeliest = column if token_ids is None else token_ids[column]
-        return cls(logits, likeliest, highest_probability(logits), prefix)
+        return cls(logits, likeliest, prefix)
 
 
 def highest_probability(logits: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ class Engine(Protocol):
     Attributes:
         name: Its name, by which it is chosen.
         model: The model whose passes it runs.
+        passes: What they run through: the model, or the same model over modules of the engine's own.
         captures: Whether the first decoding takes longer than later ones, because it captures or compiles passes.
         resumes: Whether verification can resume from the hidden states that drafting computed.
         costs: What passes cost on this machine, by which verification chooses its width; None takes the width that it
@@ -92,6 +96,7 @@ class Engine(Protocol):
 
     name: str
     model: LayerSkipModel
+    passes: LayerSkipModel
     resumes: bool
     costs: PassCosts | None
 

@@ -223,7 +223,7 @@ def _medians_after(
         name: partial(step if stack.steps else score, stack) for name, stack in stacks.items()
     }
     runs |= {f"verify {width}": partial(verify, width) for width in widths}
-    runs |= {f"head {width}": partial(model.logits, states[:, :width]) for width in widths}
+    runs |= {f"head {width}": partial(engine.passes.logits, states[:, :width]) for width in widths}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with _exact_widths(engine):
         for repeat in range(repeats + 1):

@@ -223,7 +223,7 @@ class GraphEngine:
         if (capture is None and {device.type for device in devices} != {"cuda"}) or len(devices) > 1:
             raise InvalidInputError(f"engine '{self.name}': {self.needs}; use the eager engine")
         self.costs: PassCosts | None = None
-        self.model = model
+        self.model = self.passes = model
         self._smallest_bucket = smallest_bucket
         self._eager = EagerEngine(model)
         self._capture = capture or CudaGraphCapture(model.device)

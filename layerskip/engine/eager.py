@@ -26,6 +26,7 @@ class EagerEngine:
 
     def __init__(self, model: LayerSkipModel) -> None:
         self.model = model
+        self.passes = model
         self.costs: PassCosts | None = None
 
     @property
@@ -40,17 +41,17 @@ class EagerEngine:
         return True  # its caches grow
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
-        x = self.model.forward(tokens, cache)
-        return Scored(self.model.logits(x[:, -1:]), x[0])
+        x = self.passes.forward(tokens, cache)
+        return Scored(self.passes.logits(x[:, -1:]), x[0])
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         with cache.recompute_last(len(tokens) - 1):
-            context = self.model.pass_context(len(tokens), cache)
-            shared = stack.run(self.model.embed(tokens), context, stop=stack.shared)
+            context = self.passes.pass_context(len(tokens), cache)
+            shared = stack.run(self.passes.embed(tokens), context, stop=stack.shared)
             x = stack.run(shared, context, start=stack.shared)[:, -1:]
         cache.advance(1)
         prefix = shared[:, -1:] if stack.shared else None
-        return DraftStep.of(self.model.logits(x, stack)[0], stack.token_ids, prefix)
+        return DraftStep.of(self.passes.logits(x, stack)[0], stack.token_ids, prefix)
 
     def verify(
         self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
@@ -61,9 +62,10 @@ class EagerEngine:
         if shared is not None and tree.is_chain and self._resuming_pays(width, shared):
             x, start = self._resume(tokens, cache, shared), shared.depth
         else:
-            x, start = self.model.embed(tokens), 0
-        x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
-        x = self.model.target_stack.run(x, self._context(tree, width, cache), start=start)
+            x, start = self.passes.embed(tokens), 0
+        if width > needed:
+            x = functional.pad(x, (0, 0, 0, width - needed))  # [1, width, hidden_size]
+        x = self.passes.target_stack.run(x, self._context(tree, width, cache), start=start)
         cache.advance(needed)
         scored = self._scored(x)
         return Scored(scored.logits[:needed], scored.states[:needed])
@@ -71,11 +73,11 @@ class EagerEngine:
     def _context(self, tree: TokenTree, width: int, cache: KVCache) -> PassContext:
         # A chain's context is simpler, and faster where no mask is needed.
         if tree.is_chain:
-            return self.model.pass_context(width, cache)
-        return self.model.tree_context(tree.padded(width), cache)
+            return self.passes.pass_context(width, cache)
+        return self.passes.tree_context(tree.padded(width), cache)
 
     def _scored(self, x: Tensor) -> Scored:
-        return Scored(self.model.logits(x), x[0])
+        return Scored(self.passes.logits(x), x[0])
 
     def _resuming_pays(self, width: int, shared: SharedPrefix) -> bool:
         share = shared.depth / len(self.model.sublayers)
@@ -85,7 +87,7 @@ class EagerEngine:
         """Hidden states of all tokens before sublayer ``shared.depth``: only the last one has to be computed."""
         past = cache.length
         cache.advance(len(tokens) - 1)
-        context = self.model.pass_context(1, cache)
-        last = self.model.target_stack.run(self.model.embed(tokens[-1:]), context, stop=shared.depth)
+        context = self.passes.pass_context(1, cache)
+        last = self.passes.target_stack.run(self.passes.embed(tokens[-1:]), context, stop=shared.depth)
         cache.rollback(past)
         return torch.cat([shared.states, last], dim=1)

@@ -1,4 +1,4 @@
-"""Make an engine by its name."""
+"""Make an engine by its name, or the one that suits the machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from layerskip.engine.base import Engine
 from layerskip.engine.cost_measurement import load_costs
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
+from layerskip.engine.kernel_measurement import packing_pays
+from layerskip.engine.packed import PackedEngine, why_not_packed
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
-from layerskip.names import ENGINES
+from layerskip.names import AUTO, ENGINES
 
 
 def check_engine(name: str, device: torch.device) -> None:
@@ -28,22 +30,36 @@ def check_engine(name: str, device: torch.device) -> None:
     if name not in ENGINES:
         similar = difflib.get_close_matches(name, ENGINES, n=1)
         guess = f"; did you mean '{similar[0]}'?" if similar else ""
-        raise InvalidInputError(f"engine '{name}' is unknown; expected {' or '.join(ENGINES)}{guess}")
+        raise InvalidInputError(
+            f"engine '{name}' is unknown; expected {', '.join(ENGINES[:-1])} or {ENGINES[-1]}{guess}"
+        )
     if name == GraphEngine.name and device.type != "cuda":
         raise InvalidInputError(f"engine '{name}': {GraphEngine.needs}; use the {EagerEngine.name} engine")
+    if name == PackedEngine.name and device.type != "cpu":
+        raise InvalidInputError(f"engine '{name}': {PackedEngine.needs}; use the {EagerEngine.name} engine")
 
 
-def make_engine(model: LayerSkipModel, name: str = EagerEngine.name) -> Engine:
+def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place: bool = False) -> Engine:
     """An engine for a model, with what its passes cost on this machine: measured now, or read from the cache.
 
     Args:
         model: The model.
-        name: ``eager`` or ``cuda-graphs``.
+        name: ``eager``, ``packed`` or ``cuda-graphs``; ``auto`` is ``packed`` where a quick measurement says that this
+            CPU runs packed weights faster, and ``eager`` elsewhere.
+        in_place: Whether packed weights may take the place of the model's plain ones, so that there is no second copy;
+            as in :class:`PackedEngine`.
 
     Raises:
-        InvalidInputError: There is no such engine, or the model is not on one CUDA device.
+        InvalidInputError: There is no such engine, or it cannot run this model.
     """
     check_engine(name, model.device)
-    engine: Engine = GraphEngine(model) if name == GraphEngine.name else EagerEngine(model)
+    engine = _engine(model, name, in_place=in_place)
     engine.costs = load_costs(engine)
     return engine
+
+
+def _engine(model: LayerSkipModel, name: str, *, in_place: bool) -> Engine:
+    if name == GraphEngine.name:
+        return GraphEngine(model)
+    wanted = why_not_packed(model) is None and packing_pays(model) if name == AUTO else name == PackedEngine.name
+    return PackedEngine(model, in_place=in_place) if wanted else EagerEngine(model)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.heads import DraftHeads
 from layerskip.model import LayerSkipModel
-from layerskip.sublayers import Stack
+from layerskip.sublayers import Stack, weights_of
 from layerskip.target_texts import TargetText
 from layerskip.training.trainable_draft import DraftOutput, TrainableDraft
 
@@ -231,4 +231,4 @@ def _full_weights(model: LayerSkipModel) -> int:
 
 def _head_weights(model: LayerSkipModel) -> int:
     head: nn.Module = model.hf_model.get_output_embeddings()
-    return sum(weight.numel() for weight in head.parameters())
+    return sum(weight.numel() for weight in weights_of(head))

@@ -9,7 +9,7 @@ import pytest
 
 from cli import completion
 from layerskip.checkpoints import resolve_device, resolve_dtype
-from layerskip.engine import EagerEngine, GraphEngine
+from layerskip.engine import EagerEngine, GraphEngine, PackedEngine
 from layerskip.names import ALIASES
 from layerskip.ready_profiles import ready_profiles
 from search.settings import SearchSettings
@@ -89,7 +89,7 @@ def test_values_of_options_are_completed():
     assert completed("layerskip search --sampler g").split() == ["greybox"]
     assert completed("layerskip apply p.json --dtype b").split() == ["bfloat16"]
     assert completed("layerskip export p.json --dtype f").split() == ["float32", "float16"]
-    assert completed("layerskip bench p.json --engine ").split() == ["eager", "cuda-graphs"]
+    assert completed("layerskip bench p.json --engine ").split() == ["auto", "eager", "packed", "cuda-graphs"]
 
 
 def test_every_value_that_is_offered_is_accepted():
@@ -99,7 +99,8 @@ def test_every_value_that_is_offered_is_accepted():
     for dtype in completed("layerskip apply p.json --dtype ").split():
         resolve_dtype(dtype, cpu)
     assert completed("layerskip apply p.json --device c").split() == ["cpu", "cuda"]
-    assert completed("layerskip bench p.json --engine ").split() == [EagerEngine.name, GraphEngine.name]
+    engines = [EagerEngine.name, PackedEngine.name, GraphEngine.name]
+    assert completed("layerskip bench p.json --engine ").split() == ["auto", *engines]
 
 
 def test_nothing_heavy_is_imported_to_complete():

@@ -114,8 +114,8 @@ def test_a_gpu_without_a_driver_is_told_apart_from_a_build_without_cuda(layerski
 @pytest.mark.parametrize(
     ("engine", "line"),
     [
-        ("eagre", "engine 'eagre' is unknown; expected eager or cuda-graphs; did you mean 'eager'?"),
-        ("steam", "engine 'steam' is unknown; expected eager or cuda-graphs"),
+        ("eagre", "engine 'eagre' is unknown; expected auto, eager, packed or cuda-graphs; did you mean 'eager'?"),
+        ("steam", "engine 'steam' is unknown; expected auto, eager, packed or cuda-graphs"),
         (
             "cuda-graphs",
             "engine 'cuda-graphs': CUDA graphs need the whole model on one CUDA device; use the eager engine",

@@ -208,7 +208,9 @@ def test_an_engine_is_chosen_by_name(tmp_path, monkeypatch):
     assert isinstance(engine, EagerEngine)
     assert engine.model is model
     assert engine.costs is not None
-    with pytest.raises(InvalidInputError, match=r"^engine 'steam' is unknown; expected eager or cuda-graphs$"):
+    with pytest.raises(
+        InvalidInputError, match=r"^engine 'steam' is unknown; expected auto, eager, packed or cuda-graphs$"
+    ):
         make_engine(model, "steam")
     with pytest.raises(InvalidInputError, match="one CUDA device"):
         make_engine(model, "cuda-graphs")

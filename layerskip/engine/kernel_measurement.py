@@ -1,0 +1,101 @@
+"""Measure, in a fraction of a second, whether this CPU runs packed weights faster than plain ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layerskip.checkpoints import cache_folder
+from layerskip.model import LayerSkipModel
+from layerskip.packed_linear import PackedWeights, can_be_packed
+from layerskip.utils import device_name, digest, library_versions, write_atomically
+
+logger = logging.getLogger(__name__)
+
+# A plain step, and a verification.
+_WIDTHS = (1, 4)
+_REPEATS = 5
+# Bytes of weights to measure: many times what a core's own cache holds, and copied in a moment.
+_BYTES = 200_000_000
+
+_SECONDS = TypeAdapter(dict[str, float])
+
+
+def packing_pays(model: LayerSkipModel, folder: Path | None = None) -> bool:
+    """Whether a plain step and a verification together take less time with packed weights.
+
+    Measured once for weights of such shapes and kept, so that all processes of a search run the same engine.
+
+    Args:
+        model: The model, on the CPU; it stays as it is.
+        folder: Where the measurement is kept; None is :func:`layerskip.checkpoints.cache_folder`.
+    """
+    linears = list(_sample(model))
+    if not linears:
+        return False
+    folder = folder or cache_folder()
+    shapes = [list(linear.weight.shape) for linear in linears]
+    where = [str(model.dtype), device_name(model.device), library_versions()]
+    file = folder / f"kernels-{digest([shapes, _WIDTHS, *where])}.json"
+    try:
+        seconds = _SECONDS.validate_json(file.read_bytes())
+        return seconds["packed"] < seconds["plain"]
+    except (OSError, ValueError, KeyError):  # not there, or not ours
+        seconds = measure_kernels(linears)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, _SECONDS.dump_json(seconds, indent=2).decode() + "\n")
+    except OSError as error:
+        logger.warning("%s: cannot keep what kernels cost: %s; the next start measures again", file, error.strerror)
+    return seconds["packed"] < seconds["plain"]
+
+
+@torch.inference_mode()
+def measure_kernels(linears: list[nn.Linear]) -> dict[str, float]:
+    """Seconds of a plain step and a verification through some layers, ``plain`` and ``packed``; best of some repeats.
+
+    Args:
+        linears: The layers, plain ones.
+    """
+    packed = [PackedWeights([linear]) for linear in linears]
+    kernels: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        "plain": [_plain(linear) for linear in linears],
+        "packed": list(packed),
+    }
+    best: dict[str, float] = {}
+    for width in _WIDTHS:
+        inputs = [linear.weight.new_zeros(width, linear.in_features) for linear in linears]
+        seconds: dict[str, list[float]] = {name: [] for name in kernels}
+        for _ in range(_REPEATS):  # interleaved: a busy moment hits both
+            for name, layers in kernels.items():
+                started = time.perf_counter()
+                for layer, x in zip(layers, inputs, strict=True):
+                    layer(x)
+                seconds[name].append(time.perf_counter() - started)
+        for name, taken in seconds.items():
+            best[name] = best.get(name, 0.0) + min(taken)
+    return best
+
+
+def _plain(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    weight, bias = linear.weight, linear.bias
+    return lambda x: functional.linear(x, weight, bias)
+
+
+def _sample(model: LayerSkipModel) -> Iterator[nn.Linear]:
+    """Linear layers of the first sublayers, up to some bytes."""
+    left = _BYTES
+    for sublayer in model.sublayers:
+        for child in sublayer.module.children():
+            if left > 0 and can_be_packed(child):
+                linear: Any = child
+                left -= linear.weight.nbytes
+                yield linear

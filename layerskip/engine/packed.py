@@ -1,0 +1,110 @@
+"""The packed engine: passes on a CPU, whose linears run on weights that are packed once for oneDNN."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from layerskip.engine.base import DraftStep
+from layerskip.engine.eager import EagerEngine
+from layerskip.engine.fused_sublayers import Probe, RotaryTable, equal_to_rounding, fused_candidate, fused_norm
+from layerskip.errors import InvalidInputError
+from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
+from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
+from layerskip.sublayers import Stack, Step
+
+
+class PackedEngine(EagerEngine):
+    """Runs passes over packed linears, with fewer operators between them.
+
+    The model stays as it was: its linears are copied, which takes as much memory again. With ``in_place`` the packed
+    weights take the place of the plain ones in the model, which works on as it did, only slower where it needs a plain
+    weight; of a head that shares its weight with the embedding there is a packed copy all the same.
+
+    Args:
+        model: The model, on the CPU, in float32 or bfloat16.
+        in_place: Whether the model may be changed.
+
+    Raises:
+        InvalidInputError: The model cannot be packed here.
+    """
+
+    name = "packed"
+    needs = "packed weights need the whole model on the CPU"
+
+    def __init__(self, model: LayerSkipModel, *, in_place: bool = False) -> None:
+        super().__init__(model)
+        if reason := why_not_packed(model):
+            raise InvalidInputError(f"engine '{self.name}': {reason}; use the {EagerEngine.name} engine")
+        steps = dict(_packed_steps(model, in_place=in_place))
+        head = _packed_head(model, in_place=in_place)
+        self._steps = {id(sublayer): steps[index] for index, sublayer in enumerate(model.sublayers)}
+        self._stacks: WeakKeyDictionary[Stack, Stack] = WeakKeyDictionary()
+        self.passes = model.through([steps[index] for index in sorted(steps)], head, fused_norm(model.final_norm))
+
+    def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
+        return super().draft_step(tokens, cache, self._packed(stack))
+
+    def _packed(self, stack: Stack) -> Stack:
+        """The stack with the model's sublayers packed."""
+        packed = self._stacks.get(stack)
+        if packed is None:
+            steps = tuple((index, self._steps.get(id(step), step)) for index, step in stack.steps)
+            packed = self._stacks[stack] = copy.copy(stack)
+            object.__setattr__(packed, "steps", steps)
+        return packed
+
+
+def why_not_packed(model: LayerSkipModel) -> str | None:
+    """Why the packed engine cannot run a model; None if it can."""
+    if not packing_available():
+        return "needs a build of PyTorch with oneDNN"
+    if any(sublayer.device.type != "cpu" for sublayer in model.sublayers):
+        return PackedEngine.needs
+    if model.dtype not in DTYPES:
+        return f"has no kernels for {str(model.dtype).removeprefix('torch.')}"
+    if model.compiled:
+        return "does not run compiled sublayers"
+    return None
+
+
+def _packed_steps(model: LayerSkipModel, *, in_place: bool) -> Iterator[tuple[int, Step]]:
+    """For each sublayer's index, what runs in its place."""
+    probe = Probe(model)
+    tables: dict[str | None, RotaryTable] = {}
+    for index, sublayer in enumerate(model.sublayers):
+        expected = probe(sublayer)
+        table = tables.setdefault(getattr(sublayer, "rotary", None), RotaryTable())
+        if in_place:
+            pack_children(sublayer.module)
+            sublayer.module = sublayer.module  # lets go of the plain weights
+        packed = copy.copy(sublayer)
+        if not in_place:
+            packed.module = _shallow_copy(sublayer.module)
+            pack_children(packed.module)
+        packed.before, packed.after = fused_norm(sublayer.before), fused_norm(sublayer.after)
+        fused = fused_candidate(packed, table)
+        yield index, fused if fused is not None and equal_to_rounding(probe(fused), expected) else packed
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module over the same parts, whose parts can be replaced without a change to the original."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _packed_head(model: LayerSkipModel, *, in_place: bool) -> nn.Module:
+    head: Any = model.head
+    if not can_be_packed(head):
+        return head  # type: ignore[no-any-return]
+    packed = packed_alone(head)
+    if in_place and head.weight is not model.hf_model.get_input_embeddings().weight:
+        model.hf_model.set_output_embeddings(packed)
+        model.head = packed
+    return packed
