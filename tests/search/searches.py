@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 
 from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
 from layerskip.engine import EagerEngine
@@ -72,11 +73,22 @@ def known_costs(space=None):
     return known_costs_of(None, vocabularies=space.vocabulary_sizes if space else (), most_drafted=0)
 
 
-def known_costs_of(engine, *, vocabularies, most_drafted):
+def known_costs_of(engine, *, vocabularies, most_drafted, precisions=("full",)):
     """The same in the place of :func:`layerskip.engine.measure_costs`."""
     vocabularies = (0, *vocabularies)
     near, far = (costs_after(c, scale=1e-3 * (1 + c / 1000), vocabularies=vocabularies) for c in (8, 48))
-    return CostModel(near, far)
+    lower = [precision for precision in precisions if precision != "full"]
+
+    def with_copies(costs):
+        return replace(costs, copies={precision: half_of(costs.step) for precision in lower})
+
+    return CostModel(with_copies(near), with_copies(far))
+
+
+def half_of(step):
+    """What parts cost where all take half the time."""
+    head = {size: cost / 2 for size, cost in step.head.items()}
+    return StepCosts(step.fixed / 2, step.attention / 2, step.mlp / 2, step.bridge / 2, head)
 
 
 def records(storage, study, *, prompt_set=None, trial=None):

@@ -27,6 +27,7 @@ def spaces(draw):
     return SearchSpace(
         num_layers,
         max_draft_length=draw(st.integers(1, 12)),
+        precisions=draw(st.sampled_from([("full",), ("full", "int8", "int4"), ("int4",)])),
         bridges=draw(st.booleans()),
         vocabulary_sizes=draw(st.sampled_from([(0,), (0, 8192), (0, 8192, 16384), (8192,)])),
         target_confidence_thresholds=draw(st.sampled_from([(0.0,), (0.0, 0.3)])),
@@ -62,7 +63,8 @@ def candidates(draw, space, drawn_skip_sets):
     layer = draw(st.sampled_from([None, *space.draft_layers]))
     if layer is not None and all(skip_set.mask[: layer.start]):
         layer = None
-    return DraftConfig(skip_set, bridges, layer, draw(st.sampled_from(space.vocabulary_sizes)))
+    size, precision = draw(st.sampled_from(space.vocabulary_sizes)), draw(st.sampled_from(space.precisions))
+    return DraftConfig(skip_set, bridges, layer, size, precision)
 
 
 @given(spaces_with_candidates())
@@ -146,7 +148,7 @@ def test_policies_are_different_and_as_long_as_allowed(space):
 @given(draft_exits(), fractions, branches(), st.sampled_from([None, PromptLookup(1, 2, 3)]))
 def test_a_policy_survives_the_way_through_the_database(draft_exit, gate, widths, ngrams):
     layer = DraftLayerRef(4, 8, "layer", 64, "a")
-    config = DraftConfig(SkipSet(4), True, layer, 64, draft_exit, gate, widths, ngrams)
+    config = DraftConfig(SkipSet(4), True, layer, 64, "int8", draft_exit, gate, widths, ngrams)
     assert DraftConfig.from_json(config.to_json()) == config
 
 

@@ -38,7 +38,7 @@ def test_no_damage_is_full_acceptance_and_no_rate_is_infinite_damage():
 
 @given(st.dictionaries(configs(), st.floats(0, 1), max_size=20))
 def test_whatever_was_tried_damages_can_be_drawn(seen):
-    model = AcceptanceModel(seen, SUBLAYERS, SIZES, REFS)
+    model = AcceptanceModel(seen, SUBLAYERS, SIZES, draft_layers=REFS)
     damage = model.sample(np.random.default_rng(0))
     for bridges in (False, True):
         each = damage.of_sublayers(bridges)
@@ -85,7 +85,7 @@ def test_what_a_draft_layer_does_is_learned_apart_from_the_sublayers_that_it_rep
         config = DraftConfig(SkipSet.from_mask(mask.tolist()), draft_layer=layer)
         total = np.array(config.skipped_below.mask) @ true + trained.get(layer, 0.0)
         seen[config] = float(acceptance_of(total))
-    damage = AcceptanceModel(seen, SUBLAYERS, (), (first, second)).sample(np.random.default_rng(1))
+    damage = AcceptanceModel(seen, SUBLAYERS, draft_layers=(first, second)).sample(np.random.default_rng(1))
     assert damage.of_sublayers(False) == pytest.approx(true, abs=0.05)
     learned = [damage.of_options(DraftConfig(SkipSet(LAYERS), draft_layer=layer)) for layer in (None, first, second)]
     assert learned == pytest.approx([0, 0.9, 0.3], abs=0.05)

@@ -28,6 +28,7 @@ def damages(draw, space):
         -draw(st.floats(0, 0.1)),
         draw(st.floats(0, 0.1)),
         {8: draw(st.floats(0, 0.3)), 16: 0.1},
+        {},
         {layer: trained / number for number, layer in enumerate(space.draft_layers, start=1)},
     )
 
@@ -70,7 +71,7 @@ def test_it_is_the_best_of_all_candidates_or_next_to_it(space):
         costs = LinearCosts([rng.uniform(0.05, 0.2) for _ in range(SUBLAYERS)])
         sublayers = np.array([rng.expovariate(5) for _ in range(SUBLAYERS)])
         layers = dict(zip(space.draft_layers, (0.3, 0.2), strict=False))
-        damage = Damage(sublayers, -0.05, 0.02, {8: 0.1, 16: 0.05}, layers)
+        damage = Damage(sublayers, -0.05, 0.02, {8: 0.1, 16: 0.05}, draft_layers=layers)
         best = max(speedup_of(config, costs, damage) for config in every_candidate(space))
         assert DraftMaximizer(space, costs).best(damage).speedup >= 0.97 * best
 
@@ -113,7 +114,7 @@ def test_a_draft_layer_is_taken_where_it_pays_and_nowhere_else():
     [layer] = space.draft_layers
 
     def with_damage(trained):
-        return maximizer.best(Damage(np.full(6, 0.5), 0.0, 0.0, {}, {layer: trained})).config
+        return maximizer.best(Damage(np.full(6, 0.5), 0.0, 0.0, {}, draft_layers={layer: trained})).config
 
     assert with_damage(0.1).draft_layer == layer
     assert with_damage(5.0).draft_layer is None
@@ -124,5 +125,5 @@ def test_what_a_draft_layer_replaces_is_no_bit_to_flip():
     [layer] = space.draft_layers
     maximizer = DraftMaximizer(space, LinearCosts([0.13] * 6))
     config = DraftConfig(SkipSet(3), draft_layer=layer)
-    order = maximizer.nearest_to_break_even(Damage(np.full(6, 0.5), 0.0, 0.0, {}, {layer: 0.1}), config)
+    order = maximizer.nearest_to_break_even(Damage(np.full(6, 0.5), 0.0, 0.0, {}, draft_layers={layer: 0.1}), config)
     assert sorted(order) == [0, 1]
