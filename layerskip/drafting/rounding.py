@@ -14,7 +14,7 @@ _LARGEST_INT4 = 15
 # Of a row or group of nothing but zeros.
 _LEAST_SCALE = 1e-8
 # Weights rounded at a time: what is computed on the way stays in a processor's cache.
-_CHUNK = 2**19
+_CHUNK = 2**17
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def rounded_to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight: ``[n, k]``, where ``k`` is a multiple of the group.
 
     Returns:
-        The numbers, ``[n, k]`` in uint8, and scales and zero points, each ``[n, k / group]`` in bfloat16.
+        The numbers, ``[n, k]`` in int32, and scales and zero points, each ``[n, k / group]`` in bfloat16.
     """
     parts = [_rows_in_int4(rows.float()) for rows in weight.split(_rows_at_a_time(weight))]
     numbers, scales, zeros = zip(*parts, strict=True)
@@ -57,11 +57,12 @@ def rounded_to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rows_in_int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = rows.unflatten(1, (-1, GROUP))
-    least, greatest = groups.aminmax(dim=-1, keepdim=True)
+    least, greatest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # faster than both by one operator
     scales = ((greatest - least) / _LARGEST_INT4).clamp(min=_LEAST_SCALE).to(torch.bfloat16)
     zeros = (least + MIDDLE * scales.float()).to(torch.bfloat16)
-    numbers = ((groups - zeros.float()) / scales.float()).add_(MIDDLE).round_().clamp_(0, _LARGEST_INT4)
-    return numbers.to(torch.uint8).flatten(1), scales.squeeze(-1), zeros.squeeze(-1)
+    shift = MIDDLE - zeros.float() / scales.float()
+    numbers = torch.addcmul(shift, groups, 1 / scales.float()).round_().clamp_(0, _LARGEST_INT4)
+    return numbers.to(torch.int32).flatten(1), scales.squeeze(-1), zeros.squeeze(-1)
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
