@@ -177,7 +177,7 @@ def _unpacked(packed: Tensor) -> Tensor:
     block = len(low_first)
     by_column = packed.view(rows // block, -1, block // 2)  # [blocks, k, bytes]
     both = torch.cat([by_column & 15, by_column >> 4], dim=-1)
-    if not torch.equal(low_first, torch.arange(block)):
+    if not torch.equal(low_first, torch.arange(block, device="cpu")):
         both = both[..., low_first.argsort()]
     return both.transpose(1, 2).reshape(rows, -1)
 
@@ -191,7 +191,7 @@ def _rows_by_place() -> Tensor:
     Raises:
         RuntimeError: Columns do not lie one after the other.
     """
-    rows = torch.arange(_CPU_BLOCK, dtype=torch.int32)[:, None].expand(-1, 2).contiguous()
+    rows = torch.arange(_CPU_BLOCK, dtype=torch.int32, device="cpu")[:, None].expand(-1, 2).contiguous()
     digits = [_packed_for_cpu(rows >> 4 * digit & 15).flatten().long() for digit in range(2)]
     lower, upper = ((digits[0] >> half & 15) + ((digits[1] >> half & 15) << 4) for half in (0, 4))
     for half in (_CPU_BLOCK // 2, _CPU_BLOCK // 4):
