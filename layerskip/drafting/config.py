@@ -68,7 +68,8 @@ class DraftLayerRef:
 class DraftConfig:
     """How to draft: what of the stack runs, and when and how much to propose.
 
-    The first five fields are the *candidate* that a search tries; the others are its *policy*, which simulation picks.
+    The first four fields and the precision are the *candidate* that a search tries; the others are its *policy*, which
+    simulation picks.
 
     Args:
         skip_set: Sublayers that the draft skips; none where draft heads propose. With a draft layer, everything above
@@ -76,9 +77,6 @@ class DraftConfig:
         bridges: Whether runs of skipped sublayers are replaced by bridges, where that is worth one.
         draft_layer: A trained layer in place of everything above an early exit; None without one.
         vocabulary_size: Number of tokens that the draft's head scores; 0 is the whole vocabulary.
-        precision: Of the sublayers that are kept, and of the head: ``full`` runs the model's own; ``int8`` and ``int4``
-            run copies that were rounded to so many bits, at ``int4`` with a head of 8 bits. Bridges and draft layers
-            keep theirs.
         stopping: When a draft ends.
         target_confidence_threshold: Draft nothing after a round at whose end the target's highest probability was below
             this; 0 always drafts.
@@ -86,6 +84,9 @@ class DraftConfig:
             places. A number counts those after the first token of the place before; a list, for draft heads alone,
             those after each of its tokens.
         prompt_lookup: Copies from the text that are tried before the model drafts; None copies nothing.
+        precision: Of the sublayers that are kept, and of the head: ``full`` runs the model's own; ``int8`` and ``int4``
+            run copies that were rounded to so many bits, at ``int4`` with a head of 8 bits. Bridges and draft layers
+            keep theirs.
 
     Raises:
         InvalidInputError: The threshold or the tree is out of range, there is no such precision, or the draft layer
@@ -96,11 +97,11 @@ class DraftConfig:
     bridges: bool = False
     draft_layer: DraftLayerRef | None = None
     vocabulary_size: int = 0
-    precision: Precision = "full"
     stopping: DraftStopping = field(default_factory=FixedLength)
     target_confidence_threshold: float = 0.0
     tree: tuple[int | tuple[int, ...], ...] = ()
     prompt_lookup: PromptLookup | None = None
+    precision: Precision = "full"
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -27,7 +27,7 @@ from layerskip.sublayers import AttentionSublayer, MLPSublayer, Sublayer
 
 _SUBLAYERS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 # With 4 bits, the head loses most of the acceptance, and it is a small part of what is read: on SmolLM2, acceptance was
-# 0.90 with a head of 4 bits and 0.98 with one of 8, on a step that is 2 % longer.
+# 0.90 with a head of 4 bits and 0.98 with one of 8, on a step that is a few percent longer.
 _HEADS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int8Linear}
 # Linear layers that get the same input: run as one.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

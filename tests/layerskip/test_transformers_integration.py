@@ -64,6 +64,22 @@ def greedy(model, **arguments):
 # The same tokens
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_draft_at_lower_precision_gives_the_same_tokens(model, precision):
+    for skip_set in (SkipSet(LAYERS), SKIPPED):
+        decode = speculate(profile_for(model, skip_set, precision=precision))
+        output = generate(model, custom_generate=decode, return_dict_in_generate=True)
+        assert output.sequences[0, PROMPT.shape[1] :].tolist() == greedy(model)
+        assert output.stats.drafted
+
+
+def test_drafts_of_one_precision_share_their_copies(llama_model):
+    for skip_set in (SkipSet(LAYERS), SkipSet(LAYERS, (1,))):
+        engine = speculate(profile_for(llama_model, skip_set, precision="int8")).prepare(llama_model)
+        copies = engine.model.copies
+        assert copies.nbytes == copies.bytes_needed("int8")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

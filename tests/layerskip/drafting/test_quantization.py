@@ -38,15 +38,41 @@ def test_8_bits_are_off_by_half_a_step_of_their_row(rows, columns, seed):
     assert ((numbers * scales[:, None].float() - weight).abs() <= 1.01 * steps).all()
 
 
-@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 99))
-def test_4_bits_are_off_by_half_a_step_of_their_group(rows, groups, seed):
+@given(st.integers(0, 99))
+@settings(max_examples=10)
+def test_4_bits_are_nearer_than_those_from_the_least_to_the_greatest_weight_of_a_group(seed):
+    weight = weights(64, 8 * GROUP, seed)
+    numbers, scales, zeros = rounded_to_int4(weight)
+    assert numbers.min() >= 0
+    assert numbers.max() <= 15
+    by_group = weight.unflatten(1, (-1, GROUP))
+    least, greatest = by_group.amin(-1, keepdim=True), by_group.amax(-1, keepdim=True)
+    step = (greatest - least) / 15
+    simple = ((by_group - least) / step).round() * step + least
+    found = (numbers.float().unflatten(1, (-1, GROUP)) - 8) * scales[..., None].float() + zeros[..., None].float()
+    error, simple_error = ((rounded - by_group).square().sum() for rounded in (found, simple))
+    assert error < 0.95 * simple_error
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+def test_4_bits_are_off_by_a_step_of_their_group_at_most(rows, groups, seed):
     weight = weights(rows, GROUP * groups, seed)
     numbers, scales, zeros = rounded_to_int4(weight)
-    assert numbers.max() <= 15
     found = (numbers.float().unflatten(1, (-1, GROUP)) - 8) * scales[..., None].float() + zeros[..., None].float()
     by_group = weight.unflatten(1, (-1, GROUP))
     steps = (by_group.amax(-1, keepdim=True) - by_group.amin(-1, keepdim=True)) / 15
-    assert ((found - by_group).abs() <= 0.6 * steps).all()
+    assert ((found - by_group).abs() <= 1.1 * steps).all()
+
+
+def test_weights_that_have_4_bits_already_are_kept():
+    """Such as those of a GGUF file, in groups of the same size."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 16, (64, 4, GROUP), generator=generator).float()
+    numbers[..., :2] = torch.tensor([0.0, 15.0])  # the whole range is in use
+    weight = (numbers * torch.rand(64, 4, 1, generator=generator) - 0.5).flatten(1)
+    found, scales, zeros = rounded_to_int4(weight)
+    rounded = (found.float().unflatten(1, (-1, GROUP)) - 8) * scales[..., None].float() + zeros[..., None].float()
+    assert (rounded.flatten(1) - weight).norm() < 0.005 * weight.norm()
 
 
 def test_rows_of_one_number_are_kept():
@@ -59,7 +85,7 @@ def test_rows_of_one_number_are_kept():
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@given(st.integers(1, 200), st.integers(1, 80), st.sampled_from([1, 3, 15, 16, 40]), st.booleans())
+@given(st.integers(1, 200), st.integers(1, 80), st.sampled_from([1, 3, 16, 17, 128, 129]), st.booleans())
 @settings(max_examples=25)
 def test_a_product_is_that_of_the_rounded_weight_for_any_size_and_width(kind, outputs, inputs, rows, biased):
     """Narrow passes run on the kernels, wide ones on dequantized weights."""
