@@ -5,6 +5,7 @@ python -m benchmarks.decoding --profile draft_profile.json --json decoding.json 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.setting import load_setting, machine_of, write_json
-from layerskip import DraftProfile, LayerSkipModel
+from layerskip import DraftProfile
 from layerskip.checkpoints import cache_folder
-from layerskip.engine import EagerEngine
+from layerskip.engine import Engine
 from search.compare import (
     compare,
     draft_bytes,
@@ -35,9 +36,10 @@ from studies.report import render_page
 console = Console(highlight=False, width=170)
 
 
-def exact_methods(model: LayerSkipModel, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
+def exact_methods(engine: Engine, profiles: dict[str, DraftProfile]) -> list[DecodingMethod]:
     """Each profile, verified without padding to a cheaper width."""
-    exact = EagerEngine(model)  # without costs it pads nothing
+    model, exact = engine.model, copy.copy(engine)
+    exact.costs = None  # without costs it pads nothing
     return [
         layerskip_method(
             f"{name}, exact width",
@@ -54,6 +56,7 @@ def main(
     profile: Annotated[list[Path] | None, typer.Option(help="A draft profile; may be repeated.")] = None,
     device: str = "auto",
     dtype: str = "auto",
+    engine: str = "auto",
     prompts: int = 6,
     max_new_tokens: int = 48,
     repeats: int = 3,
@@ -62,11 +65,13 @@ def main(
 ) -> None:
     """Compare the decoding methods."""
     transformers_logging.set_verbosity_error()
-    setting = load_setting(model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens)
+    setting = load_setting(
+        model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens, engine=engine
+    )
     profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)
     theirs, left_out = transformers_methods(setting.model, profiles)
     ours = layerskip_methods(setting.engine, profiles, combine=False)
-    usable, failed = usable_methods([*ours, *exact_methods(setting.model, profiles), *theirs], setting.prompts[0])
+    usable, failed = usable_methods([*ours, *exact_methods(setting.engine, profiles), *theirs], setting.prompts[0])
     entries = compare(
         setting.model,
         usable,

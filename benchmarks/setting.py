@@ -30,14 +30,16 @@ class Setting:
         return self.engine.model
 
 
-def load_setting(model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int) -> Setting:
+def load_setting(
+    model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int, engine: str = "eager"
+) -> Setting:
     """Load a model, measure the costs of its passes, and take some of the built-in held-out prompts."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)
     wrapped = LayerSkipModel(checkpoint.model)
     split = split_prompts(
         built_in_prompts(), checkpoint.tokenizer, max_new_tokens=max_new_tokens, context_length=wrapped.context_length
     )
-    return Setting(make_engine(wrapped), split.held_out[:prompts], split.search)
+    return Setting(make_engine(wrapped, engine), split.held_out[:prompts], split.search)
 
 
 def loaded_profiles(paths: Sequence[Path], model: str, *, device: str, dtype: str) -> dict[str, DraftProfile]:

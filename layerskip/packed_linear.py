@@ -19,8 +19,8 @@ from torch.nn import functional
 DTYPES = (torch.float32, torch.bfloat16)
 # Linears of one module that take the same input, by their names in transformers' modules: packed as one.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# The number of rows that the layout is chosen for; as fast as any for 1 to 16 rows.
-_ROWS = 8
+# The number of rows that the layout is chosen for: as fast as any for 1 to 16 rows, and faster for more.
+_ROWS = 32
 
 
 def packing_available() -> bool:

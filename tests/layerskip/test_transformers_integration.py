@@ -28,6 +28,7 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import load_costs
 from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
 from layerskip.fingerprint import identify
+from layerskip.packed_linear import packing_available
 from tests.layerskip.test_profile import a_profile
 from tests.models import CONTEXT, FAMILIES, LAYERS, VOCABULARY, tiny_llama, tiny_tokenizer
 from tests.strategies import draft_exits, skip_sets, tokens
@@ -500,6 +501,17 @@ def test_a_profile_is_checked_once_for_a_model(tmp_path, checks):
     assert len(checks) == 1
     generate(model, custom_generate=speculate(profile_for(model, SkipSet(LAYERS, (), (2,)))))
     assert len(checks) == 2
+
+
+@pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+def test_packed_weights_are_opt_in_and_leave_the_model_as_it_was(model):
+    before = [(name, id(weight)) for name, weight in model.named_parameters()]
+    decode = speculate(profile_for(model), engine="packed")
+    assert decode.prepare(model).name == "packed"
+    assert decode.prepare(model) is decode.prepare(model)
+    assert speculate(profile_for(model)).prepare(model).name == "eager"
+    assert greedy(model, custom_generate=decode) == greedy(model)
+    assert [(name, id(weight)) for name, weight in model.named_parameters()] == before
 
 
 def test_a_changed_model_is_checked_and_wrapped_anew(checks):
