@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,9 +34,11 @@ from cli.common import (
     stdout,
 )
 from layerskip.errors import InvalidInputError
+from layerskip.names import PRECISIONS, Precision
 from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
+    from layerskip.model import LayerSkipModel
     from layerskip.profile import DraftProfile
     from search.search import SearchResult
     from search.workers import Workers
@@ -84,6 +88,14 @@ def search(
     compiled: CompileOption = False,
     seed: Annotated[
         int | None, typer.Option(help="Seed for reproducible proposals.", show_default="a new one each time")
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Precision of drafts: full, int8 or int4; repeatable. Lower ones need memory for copies.",
+            show_default="all that run here",
+            autocompletion=completion.one_of(*PRECISIONS),
+        ),
     ] = None,
     bridges: Annotated[bool, typer.Option(help="Try bridges in place of runs of skipped sublayers.")] = True,
     draft_vocabulary: Annotated[bool, typer.Option(help="Try drafts that score only the most frequent tokens.")] = True,
@@ -153,6 +165,7 @@ def search(
     trained = trained_draft_layers(tuned, layers)
     space = SearchSpace.of(
         layers,
+        precisions=_precisions(precision, layers),
         bridges=bridges,
         vocabularies=draft_vocabulary,
         target_confidence=target_confidence,
@@ -184,6 +197,17 @@ def search(
         raise typer.Exit(INTERRUPTED)
 
 
+def _precisions(wanted: Sequence[str] | None, model: LayerSkipModel) -> list[Precision] | None:
+    """The precisions to try, in order; None for all that run here."""
+    for precision in wanted or ():
+        if precision not in PRECISIONS:
+            raise InvalidInputError(f"precision '{precision}' is unknown; expected {', '.join(PRECISIONS)}")
+    chosen = [precision for precision in PRECISIONS if precision in (wanted or ())]
+    for precision in chosen:
+        model.copies.check(precision)
+    return chosen or None
+
+
 def _places(workers: int, devices: str | None, device: str) -> list[str]:
     """The device of each worker."""
     if workers < 1:
@@ -209,6 +233,7 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
                 "trials": result.trials,
                 "measured": result.measured,
                 **{figure: getattr(profile and profile.measured, figure, None) for figure in figures},
+                "without_copies": None if result.without_copies is None else asdict(result.without_copies),
                 "interrupted": result.interrupted,
             }
         )
@@ -229,5 +254,8 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
     print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")
+    without = result.without_copies
+    if without is not None and profile.precision != "full":
+        stdout.print(f"without copies: {without.speedup:.2f}× with {without.draft} (trial {without.trial})")
     if result.interrupted:
         stdout.print("Interrupted: the same command resumes the search.")

@@ -110,6 +110,21 @@ class SearchTask:
 
 
 @dataclass(frozen=True)
+class WithoutCopies:
+    """The best candidate that needs no copies of the model at lower precision.
+
+    Args:
+        trial: Its trial's number.
+        speedup: On held-out prompts.
+        draft: How it drafts, human-readable.
+    """
+
+    trial: int
+    speedup: float
+    draft: str
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search found.
 
@@ -118,6 +133,8 @@ class SearchResult:
         trials: Candidates that were evaluated.
         measured: Candidates that were measured on all prompts.
         profile: The best candidate's profile; None if none was measured.
+        without_copies: The best candidate at full precision, where the search tried others too and it was measured on
+            held-out prompts.
         interrupted: Whether Ctrl-C ended the search early.
     """
 
@@ -125,6 +142,7 @@ class SearchResult:
     trials: int
     measured: int
     profile: DraftProfile | None
+    without_copies: WithoutCopies | None
     interrupted: bool
 
 
@@ -242,6 +260,7 @@ class Search:
             trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             profile=self._profile(best, tools.builder) if best and tools else None,
+            without_copies=self._without_copies(finalists),
             interrupted=interrupted,
         )
 
@@ -393,9 +412,25 @@ class Search:
             self._on_event(PromptMeasured(done, len(prompts), trial))
             yield measurement
 
+    def _finalists(self, study: optuna.Study) -> list[FrozenTrial]:
+        """The best trials; where precisions are searched, also the best one that needs no copies."""
+        ranked = best_trials(study, len(study.get_trials(deepcopy=False)))
+        best = ranked[: self.task.settings.finalists]
+        if len(self.task.space.precisions) == 1:
+            return best
+        without_copies = next((trial for trial in ranked if config_of(trial).precision == "full"), None)
+        return [*best, *([without_copies] if without_copies is not None and without_copies not in best else [])]
+
+    def _without_copies(self, finalists: Sequence[_Finalist]) -> WithoutCopies | None:
+        full = [finalist for finalist in finalists if config_of(finalist.trial).precision == "full"]
+        if len(self.task.space.precisions) == 1 or not full:
+            return None
+        best = max(full, key=lambda finalist: finalist.summary.speedup)
+        return WithoutCopies(best.trial.number, best.summary.speedup, str(config_of(best.trial)))
+
     def _measure_finalists(self, study: optuna.Study, tools: Tools, finalists: list[_Finalist]) -> None:
         """Measure the best candidates on held-out prompts, in turn; on Ctrl-C, those measured on all of them count."""
-        best = best_trials(study, self.task.settings.finalists)
+        best = self._finalists(study)
         if not best:
             return
         self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))

@@ -776,7 +776,8 @@ def rich(llama, storage, monkeypatch):
     """Searches with everything a draft can have, in the sizes of a tiny model."""
     monkeypatch.setattr(space_module, "_VOCABULARY_SIZES", (VOCABULARY // 2, 10**6))
     monkeypatch.setattr(BridgeFitter, "is_cheaper", lambda self, start, stop: True)
-    return lambda **named: small_search(llama, storage, space=SearchSpace.of(llama), **named)
+    space = SearchSpace.of(llama, precisions=["full"])
+    return lambda **named: small_search(llama, storage, space=space, **named)
 
 
 def test_a_search_saves_bridges_and_vocabulary_and_the_profile_decodes_with_them(llama, rich, storage, tmp_path):
@@ -807,3 +808,28 @@ def test_a_rich_study_can_be_resumed_and_is_not_a_plain_one(llama, rich, storage
     second = rich(trials=2).run()
     assert (second.study, second.trials) == (first.study, 2)
     assert small_search(llama, storage, trials=1).run().study != first.study
+
+
+def test_a_search_finds_drafts_at_lower_precision_and_the_best_without_copies(llama, storage, tmp_path):
+    space = SearchSpace(LAYERS, precisions=("full", "int8", "int4"))
+    result = small_search(llama, storage, space=space, trials=STARTS + 4, finalists=1).run()
+    study = load_study(storage, result.study)
+    first, second = (config_of(trial) for trial in predicted_trials(study)[:2])
+    assert [config.precision for config in (first, second)] == ["int4", "int8"]
+    assert not len(first.skip_set)
+    assert not len(second.skip_set)
+    best, without = result.profile, result.without_copies
+    assert best.precision != "full"  # copies cost half here, and agree
+    assert without is not None
+    assert config_of(study.trials[without.trial]).precision == "full"
+    recorded = records(storage, result.study, prompt_set="held-out", trial=without.trial)
+    assert math.isclose(without.speedup, ratio(recorded))
+    best.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert loaded.precision == best.precision
+    generation = generate(llama, [1, 2, 3], drafter=loaded.drafter(llama), max_new_tokens=12)
+    near_tie_or_same(llama.hf_model, [1, 2, 3], generation.tokens, transformers_greedy(llama.hf_model, [1, 2, 3], 12))
+
+
+def test_a_search_at_one_precision_has_nothing_to_say_of_others(finished):
+    assert finished[0].without_copies is None

@@ -29,7 +29,7 @@ LOOKUP = PromptLookup(1, 2, 3)
 
 def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
     """A configuration with this policy."""
-    return DraftConfig(SkipSet(LAYERS), False, None, 0, "full", stopping, threshold, tree, prompt_lookup)
+    return DraftConfig(SkipSet(LAYERS), False, None, 0, stopping, threshold, tree, prompt_lookup)
 
 
 policies = st.builds(

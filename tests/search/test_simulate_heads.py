@@ -39,7 +39,7 @@ ROUNDS = costs_of([0.0] * HEADS, [1.0] * 64)
 
 def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
     """A configuration with this policy."""
-    return DraftConfig(SkipSet(LAYERS), False, None, 0, "full", stopping, threshold, tree, prompt_lookup)
+    return DraftConfig(SkipSet(LAYERS), False, None, 0, stopping, threshold, tree, prompt_lookup)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def candidates(draw, space, drawn_skip_sets):
     if layer is not None and all(skip_set.mask[: layer.start]):
         layer = None
     size, precision = draw(st.sampled_from(space.vocabulary_sizes)), draw(st.sampled_from(space.precisions))
-    return DraftConfig(skip_set, bridges, layer, size, precision)
+    return DraftConfig(skip_set, bridges, layer, size, precision=precision)
 
 
 @given(spaces_with_candidates())
@@ -148,7 +148,7 @@ def test_policies_are_different_and_as_long_as_allowed(space):
 @given(draft_exits(), fractions, branches(), st.sampled_from([None, PromptLookup(1, 2, 3)]))
 def test_a_policy_survives_the_way_through_the_database(draft_exit, gate, widths, ngrams):
     layer = DraftLayerRef(4, 8, "layer", 64, "a")
-    config = DraftConfig(SkipSet(4), True, layer, 64, "int8", draft_exit, gate, widths, ngrams)
+    config = DraftConfig(SkipSet(4), True, layer, 64, draft_exit, gate, widths, ngrams, "int8")
     assert DraftConfig.from_json(config.to_json()) == config
 
 
@@ -164,9 +164,9 @@ def test_a_space_has_what_it_is_asked_for(llama, monkeypatch):
     assert (everything.bridges, everything.vocabulary_sizes) == (True, (0, VOCABULARY // 2))
     assert everything.target_confidence_thresholds[0] == 0
     assert len(everything.target_confidence_thresholds) > 1
-    assert SearchSpace.of(
-        llama, bridges=False, vocabularies=False, target_confidence=False, trees=False, prompt_lookup=False
-    ) == SearchSpace(TINY)
+    assert everything.precisions == ("full", "int8", "int4")
+    nothing = ("bridges", "vocabularies", "target_confidence", "trees", "prompt_lookup")
+    assert SearchSpace.of(llama, precisions=["full"], **dict.fromkeys(nothing, False)) == SearchSpace(TINY)
 
 
 def test_configurations_read_as_what_they_are():
@@ -214,5 +214,6 @@ def test_two_candidates_are_one_exactly_if_they_differ_in_nothing_that_runs(draw
 def test_options_are_all_different_and_skip_what_their_draft_layer_replaces(space):
     options = space.options
     layers = len(space.draft_layers) + 1
-    assert len(set(options)) == len(options) == (1 + space.bridges) * len(space.vocabulary_sizes) * layers
+    others = (1 + space.bridges) * len(space.vocabulary_sizes) * len(space.precisions)
+    assert len(set(options)) == len(options) == others * layers
     assert not any(len(config.skipped_below) for config in options)
