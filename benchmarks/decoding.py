@@ -20,7 +20,6 @@ from layerskip.checkpoints import cache_folder
 from layerskip.engine import Engine
 from search.compare import (
     compare,
-    draft_bytes,
     layerskip_methods,
     named_profiles,
     transformers_methods,
@@ -28,7 +27,7 @@ from search.compare import (
 )
 from search.decoding_methods import DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
-from search.measure import MeasuringPlan
+from search.measure import MeasuringPlan, draft_bytes
 from studies.comparison import Comparison, advice, described, facts, table
 from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page
@@ -45,7 +44,7 @@ def exact_methods(engine: Engine, profiles: dict[str, DraftProfile]) -> list[Dec
             f"{name}, exact width",
             exact,
             profile.drafter(model),
-            draft_bytes=draft_bytes(model, profile.weights(model)),
+            draft_bytes=draft_bytes(model, profile.config, profile.weights(model)),
         )
         for name, profile in profiles.items()
     ]

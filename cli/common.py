@@ -200,6 +200,11 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
 
 
+def describe_memory(draft_bytes: int) -> str:
+    """What a draft takes of memory."""
+    return f"{draft_bytes / 2**20:,.0f} MiB for the draft, in addition to the model"
+
+
 def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> None:
     """Print the speedup of a new profile, its file, and what follows from the speedup.
 
@@ -217,6 +222,8 @@ def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> 
             f"{counted(measured.prompts, f'{measured.prompt_set} prompt')}: "
             f"{measured.plain_tokens_per_second:.1f} → {measured.speculative_tokens_per_second:.1f} tokens/s"
         )
+        if measured.draft_bytes:
+            stdout.print(f"memory    {describe_memory(measured.draft_bytes)}")
         if measured.near_ties:
             stdout.print(f"near-ties {describe_near_ties(measured.near_ties)}")
         if measured.disturbed:

@@ -14,6 +14,7 @@ from cli.common import (
     JsonOption,
     ProfileArgument,
     counted,
+    describe_memory,
     describe_speedup,
     print_json,
     print_untruncated,
@@ -61,6 +62,8 @@ def _show_measured(measured: Measured) -> None:
         f"speed     {measured.plain_tokens_per_second:.1f} tokens/s plain, "
         f"{measured.speculative_tokens_per_second:.1f} tokens/s self-speculative"
     )
+    if measured.draft_bytes:
+        stdout.print(f"memory    {describe_memory(measured.draft_bytes)}")
     stdout.print(f"on        {measured.device}, {measured.dtype}; {versions}")
 
 

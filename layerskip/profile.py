@@ -59,6 +59,7 @@ class Measured(_Part):
     disturbed: int = Field(
         default=0, ge=0, description="Prompts whose times are uncertain, because the machine was busy."
     )
+    draft_bytes: int = Field(default=0, ge=0, description="Memory that the draft takes in addition to the model's.")
     device: str = Field(description="What it was measured on.")
     dtype: str = Field(description="Floating-point type of the model.")
     versions: dict[str, str] = Field(description="Versions of what it was measured with.")

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
-from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError
 from layerskip.fingerprint import identify
@@ -18,7 +17,7 @@ from layerskip.profile import DraftProfile
 from layerskip.ready_profiles import find_profile, ready_profiles
 from search.decoding_methods import PLAIN, DecodingMethod, layerskip_method, transformers_method
 from search.machine_lock import MachineLock
-from search.measure import WARM_UP_TOKENS, Measurement, MeasuringPlan, measure_methods
+from search.measure import WARM_UP_TOKENS, Measurement, MeasuringPlan, draft_bytes, measure_methods
 from search.prompts import EncodedPrompt
 from studies.comparison import Entry
 from studies.statistics import speedup_of_all
@@ -45,7 +44,8 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
         drafters = {name: profile.drafter(model)}
         if combine and profile.prompt_lookup is None:
             drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
-        size, training_seconds = draft_bytes(model, profile.weights(model)), profile.provenance.training_seconds
+        size = draft_bytes(model, profile.config, profile.weights(model))
+        training_seconds = profile.provenance.training_seconds
         methods += [
             layerskip_method(title, engine, drafter, draft_bytes=size, training_seconds=training_seconds)
             for title, drafter in drafters.items()
@@ -83,22 +83,9 @@ def transformers_methods(
         else:
             weights = profile.weights(model)
             weights.token_ids = None  # generate scores every token
-            size = draft_bytes(model, weights)
+            size = draft_bytes(model, profile.config, weights)
             methods.append(transformers_method(name, model, draft_bytes=size, assistant_model=assistant))
     return methods, left_out
-
-
-def draft_bytes(model: LayerSkipModel, weights: DraftWeights) -> int:
-    """Memory that a draft takes beside the model: its weights, and the head's rows for its draft vocabulary.
-
-    Args:
-        model: The model, whose dtype the weights are converted to.
-        weights: The draft's weights.
-    """
-    numbers, ids = sum(weight.numel() for weight in weights.parameters()), weights.token_ids
-    if ids is not None:
-        numbers += len(ids) * model.config.hidden_size
-    return numbers * model.dtype.itemsize + (0 if ids is None else ids.nbytes)
 
 
 def named_profiles(sources: Sequence[str], load: Callable[[str], DraftProfile]) -> dict[str, DraftProfile]:

@@ -8,7 +8,9 @@ from itertools import product
 
 import torch
 
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import Drafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import LosslessnessError
 from layerskip.model import LayerSkipModel
@@ -328,7 +330,9 @@ def summarize(measurements: Sequence[Measurement]) -> Summary:
     )
 
 
-def as_measured(summary: Summary, prompt_set: PromptSet, max_new_tokens: int, engine: Engine) -> Measured:
+def as_measured(
+    summary: Summary, prompt_set: PromptSet, max_new_tokens: int, engine: Engine, *, draft_bytes: int
+) -> Measured:
     """The figures of a summary as a draft profile has them.
 
     Args:
@@ -336,17 +340,36 @@ def as_measured(summary: Summary, prompt_set: PromptSet, max_new_tokens: int, en
         prompt_set: The prompts that were measured.
         max_new_tokens: Most tokens generated for each prompt.
         engine: Ran the passes.
+        draft_bytes: From :func:`draft_bytes`.
     """
     figures = asdict(summary)
     figures["speculative_tokens_per_second"] = figures.pop("draft_tokens_per_second")
     return Measured(
         **figures,
+        draft_bytes=draft_bytes,
         prompt_set=prompt_set,
         max_new_tokens=max_new_tokens,
         device=describe_device(engine),
         dtype=dtype_name(engine.model),
         versions=library_versions(),
     )
+
+
+def draft_bytes(model: LayerSkipModel, config: DraftConfig, weights: DraftWeights) -> int:
+    """Memory that a draft takes in addition to the model's.
+
+    Its weights count, the head's rows for its draft vocabulary, and copies at lower precision.
+
+    Args:
+        model: The model, whose dtype the weights are converted to.
+        config: How it drafts.
+        weights: The draft's weights.
+    """
+    numbers, ids = sum(weight.numel() for weight in weights.parameters()), weights.token_ids
+    if ids is not None:
+        numbers += len(ids) * model.config.hidden_size
+    copies = model.copies.bytes_needed(config.precision, config.skip_set.kept)
+    return numbers * model.dtype.itemsize + (0 if ids is None else ids.nbytes) + copies
 
 
 def describe_device(engine: Engine) -> str:

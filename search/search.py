@@ -47,6 +47,7 @@ from search.measure import (
     Summary,
     as_measured,
     describe_device,
+    draft_bytes,
     dtype_name,
     measure_drafters,
     summarize,
@@ -453,11 +454,14 @@ class Search:
 
     def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
         config = config_of(best.trial)
+        weights = builder.weights(config)
+        size = draft_bytes(self._engine.model, config, weights)
+        length = self.task.settings.max_new_tokens
         return DraftProfile.of(
             config,
-            builder.weights(config),
+            weights,
             model=self.task.identity,
-            measured=as_measured(best.summary, best.prompt_set, self.task.settings.max_new_tokens, self._engine),
+            measured=as_measured(best.summary, best.prompt_set, length, self._engine, draft_bytes=size),
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,

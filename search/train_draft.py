@@ -51,7 +51,7 @@ from search.callbacks import (
 )
 from search.head_costs import HeadCosts, measure_head_costs
 from search.machine_lock import MachineLock
-from search.measure import Measurement, MeasuringPlan, Summary, as_measured, measure_drafters, summarize
+from search.measure import Measurement, MeasuringPlan, Summary, as_measured, draft_bytes, measure_drafters, summarize
 from search.policies import PolicyChoice
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
@@ -295,7 +295,8 @@ class Tuning:
         self._on_event(PolicyChosen(config, predicted))
         profile = DraftProfile.of(config, weights, model=profile.model, provenance=profile.provenance)
         summary = self._measure(profile, lock)
-        measured = as_measured(summary, "held-out", self._settings.max_new_tokens, self._engine)
+        length, size = self._settings.max_new_tokens, draft_bytes(self._model, config, weights)
+        measured = as_measured(summary, "held-out", length, self._engine, draft_bytes=size)
         return profile.model_copy(update={"measured": measured}), predicted
 
     def _choose_policy(self, weights: DraftWeights, lock: MachineLock) -> PolicyChoice:

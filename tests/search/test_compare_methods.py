@@ -5,17 +5,20 @@ import torch
 
 from benchmarks.add_profile import add_profile
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.prompt_lookup import PromptLookup
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine
 from layerskip.errors import InvalidProfileError
-from search.compare import draft_bytes, layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
+from search.compare import layerskip_methods, named_profiles, ready_profiles_for, transformers_methods
+from search.measure import draft_bytes
 from tests.layerskip.test_profile import MEASURED
 from tests.layerskip.test_ready_profiles import folder as folder
 from tests.layerskip.test_transformers_integration import profile_for
 from tests.models import LAYERS, random_layers, tiny_llama
 
 TOP = 2 * LAYERS
+PLAIN_CONFIG = DraftConfig(SkipSet(LAYERS))
 EVERY_ATTENTION = SkipSet(LAYERS, attention=range(LAYERS))
 
 
@@ -88,13 +91,15 @@ def test_how_long_a_draft_was_trained_comes_from_its_profile(model, profile):
 
 
 def test_the_memory_of_a_draft_is_that_of_its_tensors_and_of_its_rows_of_the_head(model):
-    assert draft_bytes(model, DraftWeights()) == 0
+    assert draft_bytes(model, PLAIN_CONFIG, DraftWeights()) == 0
     hidden = model.config.hidden_size
-    ids = draft_bytes(model, DraftWeights(token_ids=torch.arange(10)))
+    ids = draft_bytes(model, PLAIN_CONFIG, DraftWeights(token_ids=torch.arange(10)))
     assert 4 * 10 * (hidden + 1) <= ids <= 4 * 10 * (hidden + 1) + 500  # float32 rows, 32-bit ids, a header
     layers = random_layers(model, {TOP - 2: TOP}, like=LAYERS - 1)
     weights = sum(weight.numel() for weight in layers[0].parameters())
-    assert draft_bytes(model, DraftWeights(layers=layers)) >= 4 * weights
+    assert draft_bytes(model, PLAIN_CONFIG, DraftWeights(layers=layers)) >= 4 * weights
+    copies = draft_bytes(model, DraftConfig(EVERY_ATTENTION, precision="int8"), DraftWeights())
+    assert copies == model.copies.bytes_needed("int8", EVERY_ATTENTION.kept) > 0
 
 
 @pytest.mark.parametrize(

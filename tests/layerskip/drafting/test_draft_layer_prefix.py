@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from layerskip import DraftProfile, FixedLength, LayerSkipModel, export_draft, generate
+from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, export_draft, generate
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.weights import DraftWeights
@@ -15,7 +15,8 @@ from layerskip.fingerprint import identify
 from layerskip.hub import card_of
 from layerskip.profile import Provenance
 from layerskip.training.trainable_draft import _NoCache
-from search.compare import draft_bytes, transformers_methods
+from search.compare import transformers_methods
+from search.measure import draft_bytes
 from tests.models import (
     LAYERS,
     head_config,
@@ -99,7 +100,9 @@ def test_a_profile_brings_the_layer_along_and_drafts_with_it(llama, tmp_path):
 
 
 def test_its_memory_counts(llama):
-    with_layer, without = (draft_bytes(llama, assets_of(llama, **own)) for own in ({}, {"layers": []}))
+    with_layer, without = (
+        draft_bytes(llama, DraftConfig(SkipSet(LAYERS)), assets_of(llama, **own)) for own in ({}, {"layers": []})
+    )
     weights = sum(weight.numel() for weight in random_prefix(llama).parameters())
     assert with_layer - without >= 4 * weights
 
