@@ -31,6 +31,8 @@ _SUBLAYERS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "in
 _HEADS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int8Linear}
 # Linear layers that get the same input: run as one.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Rows and columns of a weight to try the kernels on, and how far off a product of it may be.
+_PROBE, _PROBE_ERROR = 64, 0.1
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -312,11 +314,11 @@ def _quantized_in(sublayer: Sublayer) -> Iterator[QuantizedLinear]:
 @torch.inference_mode()
 def _runs_on(device: torch.device, kind: type[QuantizedLinear]) -> bool:
     """Whether a device multiplies by quantized weights, for narrow and for wide passes, and rightly."""
-    weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
-    identity = torch.eye(64, device=device)
+    weight = torch.linspace(-1, 1, _PROBE * _PROBE, device=device).view(_PROBE, _PROBE)
+    narrow = torch.eye(_PROBE, device=device)[: min(kind.most_rows, _PROBE)]
+    wide = torch.eye(kind.most_rows + 1, _PROBE, device=device)
     try:
         linear = kind(weight, None, weight.dtype)
-        found = torch.cat([linear(identity[:2]), linear(identity)[2:]])
+        return all(torch.allclose(linear(rows), rows @ weight.T, atol=_PROBE_ERROR) for rows in (narrow, wide))
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
-    return bool(torch.allclose(found, weight.T, atol=0.1))

@@ -69,7 +69,7 @@ def test_weights_that_have_4_bits_already_are_kept():
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(0, 16, (64, 4, GROUP), generator=generator).float()
     numbers[..., :2] = torch.tensor([0.0, 15.0])  # the whole range is in use
-    weight = (numbers * torch.rand(64, 4, 1, generator=generator) - 0.5).flatten(1)
+    weight = ((numbers - 8) * torch.rand(64, 4, 1, generator=generator)).flatten(1)
     found, scales, zeros = rounded_to_int4(weight)
     rounded = (found.float().unflatten(1, (-1, GROUP)) - 8) * scales[..., None].float() + zeros[..., None].float()
     assert (rounded.flatten(1) - weight).norm() < 0.005 * weight.norm()
