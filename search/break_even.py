@@ -80,7 +80,12 @@ def measure_break_even(engine: Engine) -> BreakEven:
         engine: Runs the passes of the model where it would decode, and knows what they cost.
     """
     space = SearchSpace.of(engine.model)
-    measured = measure_costs(engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted).at(_CONTEXT)
+    measured = measure_costs(
+        engine,
+        vocabularies=space.vocabulary_sizes,
+        most_drafted=space.most_drafted,
+        precisions=space.precisions,
+    ).at(_CONTEXT)
     costs = measured.relative()
     verification = {width: costs.verification(width) for width in range(1, space.max_draft_length + 2)}
     drafts = [
@@ -94,7 +99,13 @@ def typical_drafts(space: SearchSpace) -> dict[str, DraftParts]:
     layers = space.num_layers
     vocabulary = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2]
     head = f", vocabulary of {vocabulary}" if vocabulary else ""
-    drafts = {f"nothing skipped{head}": DraftParts(layers, layers, vocabulary=vocabulary)} if vocabulary else {}
+    drafts = {
+        f"nothing skipped, {precision}": DraftParts(layers, layers, precision=precision)
+        for precision in reversed(space.precisions)
+        if precision != "full"
+    }
+    if vocabulary:
+        drafts[f"nothing skipped{head}"] = DraftParts(layers, layers, vocabulary=vocabulary)
     for share, words in ((4, "a quarter"), (2, "half")):
         kept = layers - layers // share
         drafts[f"{words} of the sublayers skipped"] = DraftParts(kept, kept)

@@ -156,7 +156,7 @@ def test_with_a_model_it_says_whether_speculation_can_pay(layerskip, model_folde
     result = layerskip("doctor", model_folder, "--json").object["model"]
     assert result["verdict"].startswith("Speculation ")
     assert isinstance(result["can_pay"], bool)
-    assert len(result["drafts"]) == 3
+    assert len(result["drafts"]) == 5
     assert result["verification"]["1"] == pytest.approx(1)
 
 

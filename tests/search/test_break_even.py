@@ -90,6 +90,8 @@ def test_what_a_model_costs_is_measured_in_its_own_steps():
     assert found.verification[1] == pytest.approx(1)
     assert sorted(found.verification) == list(range(1, 10))
     assert [draft.draft for draft in found.drafts] == [
+        "nothing skipped, int4",
+        "nothing skipped, int8",
         "a quarter of the sublayers skipped",
         "half of the sublayers skipped",
         "half of the sublayers skipped, bridged",
