@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -84,15 +83,15 @@ def _module_kinds(model: nn.Module) -> list[tuple[str, ...]]:
 
 @torch.inference_mode()
 def measure_passes(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
-    """Measure an engine's verifications after a text of usual length: medians of interleaved repeats.
+    """Measure an engine's verifications after a text of usual length: the fastest of interleaved repeats.
 
     Args:
         engine: The engine; it must not be in the middle of a generation.
         widths: Numbers of tokens to measure; 1 is among them.
     """
     context = _fitting(engine.model, _CONTEXT, widths)
-    _, medians = _medians_after(engine, context, widths, {}, _REPEATS)
-    return _pass_costs(widths, medians)
+    _, seconds = _seconds_after(engine, context, widths, {}, _REPEATS)
+    return _pass_costs(widths, seconds)
 
 
 @torch.inference_mode()
@@ -103,7 +102,7 @@ def measure_costs(
     most_drafted: int,
     precisions: Iterable[Precision] = ("full",),
 ) -> CostModel:
-    """Measure all that drafting with parts of the model costs: medians of interleaved repeats.
+    """Measure all that drafting with parts of the model costs: the fastest of interleaved repeats.
 
     Args:
         engine: The engine; it must not be in the middle of a generation. Of the widths at which drafts could be
@@ -138,19 +137,19 @@ def _costs_after(
         for precision in ("full", *lower)
         for name, stack in _sample_stacks(model, vocabularies, precision).items()
     }
-    prefill, medians = _medians_after(engine, context, widths, stacks, _MODEL_REPEATS)
-    full, *copies = (_step_costs(model.num_layers, vocabularies, _of(medians, p)) for p in ("full", *lower))
-    return Costs(context, full, _pass_costs(widths, medians), prefill, dict(zip(lower, copies, strict=True)))
+    prefill, seconds = _seconds_after(engine, context, widths, stacks, _MODEL_REPEATS)
+    full, *copies = (_step_costs(model.num_layers, vocabularies, _of(seconds, p)) for p in ("full", *lower))
+    return Costs(context, full, _pass_costs(widths, seconds), prefill, dict(zip(lower, copies, strict=True)))
 
 
-def _of(medians: Mapping[str, float], precision: Precision) -> dict[str, float]:
+def _of(seconds: Mapping[str, float], precision: Precision) -> dict[str, float]:
     """Those of the stacks of one precision, by the rest of their names."""
     own = f"{precision} "
-    return {name.removeprefix(own): seconds for name, seconds in medians.items() if name.startswith(own)}
+    return {name.removeprefix(own): seconds for name, seconds in seconds.items() if name.startswith(own)}
 
 
-def _pass_costs(widths: Sequence[int], medians: Mapping[str, float]) -> PassCosts:
-    whole, head = ({width: medians[f"{part} {width}"] for width in widths} for part in ("verify", "head"))
+def _pass_costs(widths: Sequence[int], seconds: Mapping[str, float]) -> PassCosts:
+    whole, head = ({width: seconds[f"{part} {width}"] for width in widths} for part in ("verify", "head"))
     return PassCosts.of(whole, head)
 
 
@@ -174,30 +173,31 @@ def _sample_stacks(model: LayerSkipModel, vocabularies: Sequence[int], precision
     return stacks
 
 
-def _step_costs(num_layers: int, vocabularies: Sequence[int], medians: Mapping[str, float]) -> StepCosts:
+def _step_costs(num_layers: int, vocabularies: Sequence[int], seconds: Mapping[str, float]) -> StepCosts:
     """From the seconds of the sample stacks, and of the head alone."""
-    whole, head = medians["whole"], medians["head"]
+    whole, head = seconds["whole"], seconds["head"]
     half = len(range(0, num_layers, 2))
-    attention = (whole - medians["half of attention"]) / half
-    mlp = (whole - medians["half of mlp"]) / half
-    shorter = {size: max(head + medians[f"vocabulary {size}"] - whole, 0.0) for size in vocabularies if size}
+    attention = (whole - seconds["half of attention"]) / half
+    mlp = (whole - seconds["half of mlp"]) / half
+    shorter = {size: max(head + seconds[f"vocabulary {size}"] - whole, 0.0) for size in vocabularies if size}
     return StepCosts(
         fixed=max(whole - num_layers * (attention + mlp) - head, 0.0),
         attention=max(attention, 0.0),
         mlp=max(mlp, 0.0),
-        bridge=max((medians["bridged"] - medians["half of mlp"]) / half, 0.0),
+        bridge=max((seconds["bridged"] - seconds["half of mlp"]) / half, 0.0),
         head=shorter | {0: head},
     )
 
 
-def _medians_after(
+def _seconds_after(
     engine: Engine, context: int, widths: Sequence[int], stacks: Mapping[str, Stack], repeats: int
 ) -> tuple[float, dict[str, float]]:
-    """Median seconds of running a text, and after it of draft steps, and of verifications and heads by width.
+    """Least seconds of running a text, and after it of draft steps, and of verifications and heads by width.
 
     Of a stack without steps, its head is run alone.
 
-    All interleaved: a machine that is slower for a while is then slower for every part.
+    All interleaved: a machine that is slower for a while is then slower for every part. The fastest repeat counts, for
+    other processes can make a pass slower, never faster.
     """
     model = engine.model
     cache = engine.new_cache(context + max(widths))
@@ -231,7 +231,7 @@ def _medians_after(
                 taken = _seconds(model, run)
                 if repeat:  # the first run of a pass is slow: buffers are made, or a graph is captured
                     seconds[name].append(taken)
-    return statistics.median(prefill), {name: statistics.median(taken) for name, taken in seconds.items()}
+    return min(prefill), {name: min(taken) for name, taken in seconds.items()}
 
 
 @contextmanager
