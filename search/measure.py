@@ -47,12 +47,15 @@ class MeasuringPlan:
         max_new_tokens: Most tokens generated for each prompt.
         repeats: How often each method decodes each prompt, at least.
         expected: Seconds that methods are expected to take, by their names.
+        known_plain: Earlier runs of plain decoding by the prompt's id, which count as this measurement's, but for those
+            of the first prompt: if plain decoding of that is slower now, none counts.
     """
 
     prompts: Sequence[EncodedPrompt]
     max_new_tokens: int
     repeats: int = 1
     expected: Mapping[str, ExpectedSeconds] = field(default_factory=dict)
+    known_plain: Mapping[str, Sequence[TimedRun]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ def measure_methods(
     """Decode every prompt by every method, prompt by prompt; the methods take turns in who goes first.
 
     A run is trusted if another run of the same method and prompt, or what was expected, confirms it; after the last
-    repeat, a prompt is decoded again by all methods until all runs are trusted, a few times at most. Nothing is decoded
-    ahead of what was asked for, so that a caller can stop early.
+    repeat, a prompt is decoded again by those methods whose runs are not, a few times at most. Nothing is decoded ahead
+    of what was asked for, so that a caller can stop early.
 
     Args:
         model: The target model, which tells near-ties.
@@ -174,37 +177,36 @@ def measure_methods(
     """
     with lock.exclusive():
         _warm_up(methods, plan, on_cuda=model.device.type == "cuda")
-    runs: dict[str, list[list[TimedRun]]] = {prompt.id: [] for prompt in plan.prompts}
+    known = dict(plan.known_plain)
+    runs: dict[str, list[list[TimedRun]]] = {prompt.id: [[] for _ in methods] for prompt in plan.prompts}
     for repeat, (number, prompt) in product(range(plan.repeats), enumerate(plan.prompts)):
+        by_method = runs[prompt.id]
         expected = [plan.expected.get(method.name, {}).get(prompt.id) for method in methods]
+        # Without plain decoding, where that is known.
+        waiting = list(range(int(number > 0 and prompt.id in known), len(methods)))
         again = _MOST_AGAIN if repeat == plan.repeats - 1 else 0
-        done = runs[prompt.id]
         for attempt in range(1 + again):
+            first = (repeat + number + attempt) % len(waiting)
             with lock.exclusive():
-                done.append(_in_turn(model, methods, prompt, plan.max_new_tokens, first=repeat + number + attempt))
-            if _all_trusted(done, expected):
+                for at in (*waiting[first:], *waiting[:first]):
+                    by_method[at].append(timed(model, methods[at], prompt, plan.max_new_tokens))
+            waiting = [at for at in waiting if not _is_trusted(by_method[at], expected[at])]
+            if not waiting:
                 break
-        disturbed = again > 0 and not _all_trusted(done, expected)
-        by_method = list(zip(*done, strict=True))
-        measured = [_measurement(model, prompt, by_method[0], method_runs) for method_runs in by_method]
-        yield [replace(measurement, disturbed=disturbed) for measurement in measured]
+        if number == 0 and prompt.id in known and _fastest(by_method[0]) > _AGREEMENT * _fastest(known[prompt.id]):
+            known.clear()  # the machine is slower than it was
+        plain = (*known.get(prompt.id, ()), *by_method[0])
+        measured = [_measurement(model, prompt, plain, tuple(own)) for own in (plain, *by_method[1:])]
+        yield [replace(measurement, disturbed=bool(waiting) and again > 0) for measurement in measured]
 
 
-def _all_trusted(turns: Sequence[Sequence[TimedRun]], expected: Sequence[float | None]) -> bool:
-    """Whether the fastest run of each method is confirmed.
-
-    Args:
-        turns: Runs of all methods, turn by turn.
-        expected: Seconds that each method is expected to take; None where that is not known.
-    """
-    return all(
-        _is_trusted([run.seconds for run in runs], seconds)
-        for runs, seconds in zip(zip(*turns, strict=True), expected, strict=True)
-    )
+def _fastest(runs: Sequence[TimedRun]) -> float:
+    return min(run.seconds for run in runs)
 
 
-def _is_trusted(seconds: Sequence[float], expected: float | None) -> bool:
-    fastest, *others = sorted(seconds)
+def _is_trusted(runs: Sequence[TimedRun], expected: float | None) -> bool:
+    """Whether the fastest of some runs is confirmed by what was expected, in seconds, or by another run."""
+    fastest, *others = sorted(run.seconds for run in runs)
     as_expected = expected is not None and fastest <= _AGREEMENT * expected
     return as_expected or (bool(others) and others[0] <= _AGREEMENT * fastest)
 
@@ -233,15 +235,6 @@ def measure_drafters(
             if measurement.error is not None:
                 raise measurement.error
         yield dict(zip(drafters, measurements, strict=True))
-
-
-def _in_turn(
-    model: LayerSkipModel, methods: Sequence[DecodingMethod], prompt: EncodedPrompt, max_new_tokens: int, *, first: int
-) -> list[TimedRun]:
-    """Decode a prompt by each method, beginning with the ``first``-th; the runs are in the methods' own order."""
-    order = [(first + turn) % len(methods) for turn in range(len(methods))]
-    runs = {at: timed(model, methods[at], prompt, max_new_tokens) for at in order}
-    return [runs[at] for at in range(len(methods))]
 
 
 def timed(model: LayerSkipModel, method: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:

@@ -45,6 +45,7 @@ from search.measure import (
     Measurement,
     MeasuringPlan,
     Summary,
+    TimedRun,
     as_measured,
     describe_device,
     draft_bytes,
@@ -234,7 +235,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=task.space.describe(),
         )
-        self._plain_seconds: dict[str, float] = {}  # the fastest so far, by prompt
+        self._plain_runs: dict[str, TimedRun] = {}  # the fastest so far, by prompt
         self._name = task.study or f"{_file_name(task.identity.id)}-{self._context.digest}"
 
     def run(self) -> SearchResult:
@@ -401,14 +402,20 @@ class Search:
     ) -> Iterator[Measurement]:
         """Measure a trial's draft prompt by prompt; each measurement is recorded first."""
         self._on_event(PromptMeasured(0, len(prompts), trial))
+        known = {prompt: [run] for prompt, run in self._plain_runs.items()}
+        plain_seconds = {prompt: run.seconds for prompt, run in self._plain_runs.items()}
         plan = MeasuringPlan(
-            prompts, self.task.settings.max_new_tokens, expected={PLAIN: self._plain_seconds, "draft": expected}
+            prompts,
+            self.task.settings.max_new_tokens,
+            expected={PLAIN: plain_seconds, "draft": expected},
+            known_plain=known,
         )
         measured = measure_drafters(self._engine, {"draft": builder.drafter(config)}, plan, self._lock)
         for done, by_name in enumerate(measured, start=1):
             measurement, prompt = by_name["draft"], by_name["draft"].prompt
-            fastest = self._plain_seconds.get(prompt, measurement.plain_seconds)
-            self._plain_seconds[prompt] = min(fastest, measurement.plain_seconds)
+            if not measurement.disturbed:
+                runs = [*measurement.plain, *known.get(prompt, ())]
+                self._plain_runs[prompt] = min(runs, key=lambda run: run.seconds)
             self._storage.records.add(_record(measurement, self._name, trial, "search"))
             self._on_event(PromptMeasured(done, len(prompts), trial))
             yield measurement

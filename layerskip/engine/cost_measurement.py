@@ -145,7 +145,7 @@ def _costs_after(
 def _of(seconds: Mapping[str, float], precision: Precision) -> dict[str, float]:
     """Those of the stacks of one precision, by the rest of their names."""
     own = f"{precision} "
-    return {name.removeprefix(own): seconds for name, seconds in seconds.items() if name.startswith(own)}
+    return {name.removeprefix(own): taken for name, taken in seconds.items() if name.startswith(own)}
 
 
 def _pass_costs(widths: Sequence[int], seconds: Mapping[str, float]) -> PassCosts:

@@ -1,10 +1,11 @@
-"""Measure, in a fraction of a second, whether this CPU runs packed weights faster than plain ones."""
+"""Measure, in a fraction of a second, how fast this CPU runs packed weights and plain ones."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,38 @@ _REPEATS = 5
 # Bytes of weights to measure: many times what a core's own cache holds, and copied in a moment.
 _BYTES = 200_000_000
 
-_SECONDS = TypeAdapter(dict[str, float])
+# A kernel is clearly faster than another by this factor.
+_CLEARLY = 1.05
 
 
-def packing_pays(model: LayerSkipModel, folder: Path | None = None) -> bool:
-    """Whether a plain step and a verification together take less time with packed weights.
+@dataclass(frozen=True)
+class KernelSeconds:
+    """Seconds of some linear layers, by the number of rows of their input.
+
+    Args:
+        plain: With plain weights.
+        packed: With packed weights.
+    """
+
+    plain: Mapping[int, float]
+    packed: Mapping[int, float]
+
+    @property
+    def packing_pays(self) -> bool:
+        """Whether a plain step and a verification together take less time with packed weights."""
+        return sum(self.packed.values()) < sum(self.plain.values())
+
+    @property
+    def one_row_is_faster_plain(self) -> bool:
+        """Whether a single row, as in plain decoding, is clearly faster with plain weights."""
+        return self.packed[1] > _CLEARLY * self.plain[1]
+
+
+_SECONDS = TypeAdapter(KernelSeconds)
+
+
+def load_kernel_seconds(model: LayerSkipModel, folder: Path | None = None) -> KernelSeconds | None:
+    """What this CPU's kernels take for linear layers of a model; None if it has none that can be packed.
 
     Measured once for weights of such shapes and kept, so that all processes of a search run the same engine.
 
@@ -40,27 +68,26 @@ def packing_pays(model: LayerSkipModel, folder: Path | None = None) -> bool:
     """
     linears = list(_sample(model))
     if not linears:
-        return False
+        return None
     folder = folder or cache_folder()
     shapes = [list(linear.weight.shape) for linear in linears]
     where = [str(model.dtype), device_name(model.device), library_versions()]
     file = folder / f"kernels-{digest([shapes, _WIDTHS, *where])}.json"
     try:
-        seconds = _SECONDS.validate_json(file.read_bytes())
-        return seconds["packed"] < seconds["plain"]
-    except (OSError, ValueError, KeyError):  # not there, or not ours
+        return _SECONDS.validate_json(file.read_bytes())
+    except (OSError, ValueError):  # not there, or not ours
         seconds = measure_kernels(linears)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, _SECONDS.dump_json(seconds, indent=2).decode() + "\n")
     except OSError as error:
         logger.warning("%s: cannot keep what kernels cost: %s; the next start measures again", file, error.strerror)
-    return seconds["packed"] < seconds["plain"]
+    return seconds
 
 
 @torch.inference_mode()
-def measure_kernels(linears: list[nn.Linear]) -> dict[str, float]:
-    """Seconds of a plain step and a verification through some layers, ``plain`` and ``packed``; best of some repeats.
+def measure_kernels(linears: list[nn.Linear]) -> KernelSeconds:
+    """Seconds of a plain step and a verification through some layers; best of some repeats.
 
     Args:
         linears: The layers, plain ones.
@@ -70,7 +97,7 @@ def measure_kernels(linears: list[nn.Linear]) -> dict[str, float]:
         "plain": [_plain(linear) for linear in linears],
         "packed": list(packed),
     }
-    best: dict[str, float] = {}
+    best: dict[str, dict[int, float]] = {name: {} for name in kernels}
     for width in _WIDTHS:
         inputs = [linear.weight.new_zeros(width, linear.in_features) for linear in linears]
         seconds: dict[str, list[float]] = {name: [] for name in kernels}
@@ -81,8 +108,8 @@ def measure_kernels(linears: list[nn.Linear]) -> dict[str, float]:
                     layer(x)
                 seconds[name].append(time.perf_counter() - started)
         for name, taken in seconds.items():
-            best[name] = best.get(name, 0.0) + min(taken)
-    return best
+            best[name][width] = min(taken)
+    return KernelSeconds(**best)
 
 
 def _plain(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

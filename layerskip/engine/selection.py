@@ -10,7 +10,7 @@ from layerskip.engine.base import Engine
 from layerskip.engine.cost_measurement import load_costs
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.kernel_measurement import packing_pays
+from layerskip.engine.kernel_measurement import load_kernel_seconds
 from layerskip.engine.packed import PackedEngine, why_not_packed
 from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
@@ -47,7 +47,8 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place
         name: ``eager``, ``packed`` or ``cuda-graphs``; ``auto`` is ``packed`` where a quick measurement says that this
             CPU runs packed weights faster, and ``eager`` elsewhere.
         in_place: Whether packed weights may take the place of the model's plain ones, so that there is no second copy;
-            as in :class:`PackedEngine`.
+            as in :class:`PackedEngine`. Where this CPU is clearly faster with plain weights for a single row, as in
+            plain decoding, both are kept.
 
     Raises:
         InvalidInputError: There is no such engine, or it cannot run this model.
@@ -61,5 +62,11 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place
 def _engine(model: LayerSkipModel, name: str, *, in_place: bool) -> Engine:
     if name == GraphEngine.name:
         return GraphEngine(model)
-    wanted = why_not_packed(model) is None and packing_pays(model) if name == AUTO else name == PackedEngine.name
-    return PackedEngine(model, in_place=in_place) if wanted else EagerEngine(model)
+    kernels = None
+    if name in (AUTO, PackedEngine.name) and why_not_packed(model) is None:
+        kernels = load_kernel_seconds(model)
+    if (name == AUTO and not (kernels is not None and kernels.packing_pays)) or name == EagerEngine.name:
+        return EagerEngine(model)
+    if kernels is not None and kernels.one_row_is_faster_plain:
+        return PackedEngine(model, plain_one_row=True)
+    return PackedEngine(model, in_place=in_place)

@@ -6,7 +6,7 @@ import pytest
 
 from layerskip import LayerSkipModel
 from layerskip.engine import EagerEngine, PackedEngine, compile_sublayers, make_engine
-from layerskip.engine.kernel_measurement import packing_pays
+from layerskip.engine.kernel_measurement import load_kernel_seconds
 from layerskip.packed_linear import PackedLinear, packing_available
 from tests.models import tiny_llama
 
@@ -19,44 +19,50 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def decide(folder, model, *, packed):
-    """Write down a measurement in which packed weights take so many seconds, and plain ones take one."""
-    packing_pays(model)
+def decide(folder, model, *, one_row, four_rows):
+    """Write down a measurement in which packed weights take so many seconds, and plain ones one second each."""
+    load_kernel_seconds(model)
     [file] = folder.glob("kernels-*.json")
-    file.write_text(json.dumps({"plain": 1.0, "packed": packed}))
+    file.write_text(json.dumps({"plain": {1: 1.0, 4: 1.0}, "packed": {1: one_row, 4: four_rows}}))
 
 
 @needs_packing
-@pytest.mark.parametrize(("packed", "expected"), [(0.5, PackedEngine), (2.0, EagerEngine)])
-def test_auto_is_packed_where_that_was_measured_to_be_faster(own_cache, packed, expected):
+@pytest.mark.parametrize(
+    ("one_row", "four_rows", "expected", "replaced"),
+    [(0.5, 0.5, PackedEngine, True), (1.2, 0.5, PackedEngine, False), (1.2, 1.0, EagerEngine, False)],
+)
+def test_auto_is_packed_where_that_was_measured_to_be_faster(own_cache, one_row, four_rows, expected, replaced):
+    """The plain weights stay where they are faster for one row."""
     model = LayerSkipModel(tiny_llama())
-    decide(own_cache, model, packed=packed)
+    decide(own_cache, model, one_row=one_row, four_rows=four_rows)
     engine = make_engine(model, "auto", in_place=True)
     assert type(engine) is expected
     assert engine.costs is not None
-    replaced = any(isinstance(module, PackedLinear) for module in model.hf_model.modules())
-    assert replaced == (expected is PackedEngine)
+    assert any(isinstance(module, PackedLinear) for module in model.hf_model.modules()) == replaced
 
 
 @needs_packing
 def test_a_measurement_is_of_both_and_is_made_once(own_cache):
     model = LayerSkipModel(tiny_llama())
-    packing_pays(model)
+    load_kernel_seconds(model)
     [file] = own_cache.iterdir()
     seconds = json.loads(file.read_text())
     assert set(seconds) == {"plain", "packed"}
-    assert min(seconds.values()) > 0
-    decide(own_cache, model, packed=0.5)
-    assert packing_pays(LayerSkipModel(tiny_llama(seed=1)))
+    assert all(min(by_rows.values()) > 0 for by_rows in seconds.values())
+    decide(own_cache, model, one_row=0.5, four_rows=0.25)
+    kept = load_kernel_seconds(LayerSkipModel(tiny_llama(seed=1)))
+    assert kept.packed == {1: 0.5, 4: 0.25}
+    assert kept.packing_pays
+    assert not kept.one_row_is_faster_plain
 
 
 @needs_packing
 def test_a_damaged_measurement_is_made_anew(own_cache):
     model = LayerSkipModel(tiny_llama())
-    packing_pays(model)
+    load_kernel_seconds(model)
     [file] = own_cache.iterdir()
     file.write_text("{}")
-    packing_pays(model)
+    load_kernel_seconds(model)
     assert set(json.loads(file.read_text())) == {"plain", "packed"}
 
 
