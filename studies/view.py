@@ -214,9 +214,9 @@ def costs_from(kept: str | None) -> Costs | None:
     """
     try:
         model = CostModel.from_json(kept or "")
-    except ValueError:
+        return model.at((model.short.context + model.long.context) / 2)
+    except (ValueError, KeyError, ZeroDivisionError):
         return None
-    return model.at((model.short.context + model.long.context) / 2)
 
 
 def _by_index(recorded: Mapping[str, float]) -> dict[int, float]:
