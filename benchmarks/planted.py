@@ -43,12 +43,11 @@ from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
 from search.prompts import PromptSplit
-from search.pruner import FULLY_TRACED_KEY
 from search.search import Search, SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY
-from studies.ranking import evaluated_trials, prediction_of
+from studies.ranking import FULLY_TRACED_KEY, evaluated_trials, prediction_of
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY
 

@@ -17,12 +17,13 @@ from search.machine_lock import MachineLock
 from search.measure import ExpectedSeconds, Measurement, summarize
 from search.predict import Prediction, SpeedupPredictor
 from search.prompts import EncodedPrompt
-from search.pruner import FULLY_TRACED_KEY, SECONDS_KEY
+from search.pruner import SECONDS_KEY
 from search.space import SearchSpace
 from studies.ranking import (
     ACCEPTANCE_KEY,
     CONFIG_KEY,
     DRAFT_COST_KEY,
+    FULLY_TRACED_KEY,
     PREDICTION_STEP,
     SOURCE_KEY,
     HasTrials,

@@ -83,6 +83,14 @@ class SpeedupPredictor:
         self._max_new_tokens = max_new_tokens
         self._lookups = trace_lookups(space.prompt_lookups, tracer.texts)
 
+    def plain_seconds(self) -> list[float]:
+        """What plain decoding is predicted to take for each text, in their order."""
+        return [
+            self._costs.at(text.prompt_length).prefill
+            + (text.new_tokens - 1) * self._costs.at(text.prompt_length + text.new_tokens / 2).plain_step
+            for text in self._tracer.texts
+        ]
+
     def predict(self, candidate: DraftConfig, to_beat: Sequence[float] = ()) -> Prediction:
         """Trace a candidate on some texts at a time, until all were traced or it cannot win, and simulate it.
 

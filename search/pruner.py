@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import wilcoxon
 
 from studies.ranking import (
+    FULLY_TRACED_KEY,
     REVISITS_KEY,
     SOURCE_KEY,
     HasTrials,
@@ -24,13 +25,11 @@ from studies.ranking import (
     prompt_speedups,
 )
 
-# Attributes of trials: seconds that measuring took,
+# Attribute of trials: seconds that measuring took.
 SECONDS_KEY = "measuring_seconds"
-# and whether the candidate was traced on all texts; one that cannot win is given up earlier.
-FULLY_TRACED_KEY = "fully_traced"
 
-# A prediction this close to that of the best measured candidate may beat it: predictions err by a few percent.
-_NEAR = 0.95
+# A prediction this close to that of the best measured candidate may beat it: a dozen texts tell no more.
+_NEAR = 0.85
 # Significance level below which a draft is taken to be slower than the best one.
 _HOPELESS = 0.1
 

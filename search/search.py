@@ -235,6 +235,7 @@ class Search:
             prompts_per_trial=len(self._prompts.measured),
             space=task.space.describe(),
         )
+        self._plain_seconds: dict[str, float] = {}  # expected, by prompt
         self._plain_runs: dict[str, TimedRun] = {}  # the fastest so far, by prompt
         self._name = task.study or f"{_file_name(task.identity.id)}-{self._context.digest}"
 
@@ -295,6 +296,7 @@ class Search:
             self._on_event(ReferenceReady(reference.found))
         costs = self._costs(study)
         predictor = SpeedupPredictor(self._engine, space, builder, tracer, costs, max_new_tokens=length)
+        self._plain_seconds = dict(zip((prompt.id for prompt in scored), predictor.plain_seconds(), strict=True))
         return Tools(builder, tracer, costs, predictor)
 
     def explore(self, study: optuna.Study, tools: Tools) -> None:
@@ -403,7 +405,7 @@ class Search:
         """Measure a trial's draft prompt by prompt; each measurement is recorded first."""
         self._on_event(PromptMeasured(0, len(prompts), trial))
         known = {prompt: [run] for prompt, run in self._plain_runs.items()}
-        plain_seconds = {prompt: run.seconds for prompt, run in self._plain_runs.items()}
+        plain_seconds = self._plain_seconds | {prompt: run.seconds for prompt, run in self._plain_runs.items()}
         plan = MeasuringPlan(
             prompts,
             self.task.settings.max_new_tokens,

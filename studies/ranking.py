@@ -28,6 +28,8 @@ DRAFT_COST_KEY = "draft_cost"
 CONFIG_KEY = "config"
 # the speedup of those prompts that were measured;
 SPEEDUP_KEY = "speedup"
+# whether it was traced on all texts, for one that cannot win is given up earlier;
+FULLY_TRACED_KEY = "fully_traced"
 # the warm start that proposed it, or another reason why it was enqueued;
 SOURCE_KEY = "source"
 # the number of the trial of the same candidate that was predicted earlier, of a trial that was enqueued to be measured.
@@ -112,8 +114,8 @@ def candidate_key(trial: FrozenTrial) -> str:
 def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
     """The best candidates, best first, one trial for each.
 
-    Those measured on all prompts come first, by their speedups, then those only predicted, and last those whose
-    measurement was stopped.
+    Those measured on all prompts come first, by their speedups, then those only predicted. Those that were given up,
+    after some texts or some prompts, come last: what they did on these says little.
     """
     best: dict[str, FrozenTrial] = {}
     for trial in predicted_trials(study):
@@ -128,4 +130,5 @@ def _certainty(trial: FrozenTrial) -> tuple[bool, bool, float]:
 
 
 def _rank(trial: FrozenTrial) -> tuple[bool, bool, float]:
-    return trial.state == TrialState.COMPLETE, not is_stopped(trial), speedup_of(trial)
+    given_up = is_stopped(trial) or not trial.user_attrs.get(FULLY_TRACED_KEY, True)
+    return trial.state == TrialState.COMPLETE, not given_up, speedup_of(trial)

@@ -8,14 +8,13 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from search.pruner import (
-    FULLY_TRACED_KEY,
     SECONDS_KEY,
     MeasuringPruner,
     enqueue_to_measure,
     hopeless,
     next_to_measure,
 )
-from studies.ranking import REVISITS_KEY, SOURCE_KEY, basis_of, predicted_trials, prediction_of
+from studies.ranking import FULLY_TRACED_KEY, REVISITS_KEY, SOURCE_KEY, basis_of, predicted_trials, prediction_of
 
 NUMBER = IntDistribution(0, 1000)
 
@@ -60,8 +59,8 @@ ALWAYS = MeasuringPruner(share=1.0, seconds=1.0, earlier=range(99))
         ((), 0.5, MEASURES),  # there is nothing better
         ((0.9,), 0.8, PRUNES),  # the other is to be measured first
         ((0.9,), 0.95, MEASURES),
-        (((1.1, 1.0),), 1.06, MEASURES),  # near the best measured one, though below it
-        (((1.1, 1.0),), 1.0, PRUNES),  # too far below
+        (((1.1, 1.0),), 1.0, MEASURES),  # near the best measured one, though below it
+        (((1.1, 1.0),), 0.9, PRUNES),  # too far below
         (((1.1, 1.0), 1.2), 1.15, PRUNES),
     ],
 )

@@ -7,6 +7,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from studies.ranking import (
+    FULLY_TRACED_KEY,
     REVISITS_KEY,
     basis_of,
     best_trials,
@@ -73,6 +74,14 @@ def test_measured_candidates_are_best_then_predicted_ones_and_last_those_that_we
     found = [expected[trial.params["choice"]] for trial in best]
     assert found == sorted(expected.values())[:count]
     assert [-speedup for _, speedup in found] == [speedup_of(trial) for trial in best]
+
+
+def test_what_was_predicted_from_some_texts_alone_comes_last():
+    study = study_of([("a", 0.9, "predicted")])
+    easy = trial_of("b", 2.0, "predicted")
+    easy.user_attrs[FULLY_TRACED_KEY] = False
+    study.add_trial(easy)
+    assert [trial.params["choice"] for trial in best_trials(study, 2)] == ["a", "b"]
 
 
 @given(drawn_trials)
