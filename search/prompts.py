@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +17,7 @@ from search.settings import SearchSettings
 
 # One prompt of this many is held out.
 HOLD_OUT_EVERY = 4
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def split_prompts(
     """Encode prompts and hold out a quarter of them, at least one.
 
     Every fourth prompt is held out, so that a file ordered by kind keeps all kinds in both parts. The order of each
-    part is shuffled with a fixed seed, so that its first prompts are a fair sample.
+    part is such that its first prompts, however many, are spread over the file: a fair sample of all kinds.
 
     Args:
         prompts: At least two different prompts; repeated ones count once.
@@ -141,6 +142,10 @@ def split_prompts(
     every = min(HOLD_OUT_EVERY, len(different))
     held_out = different[every - 1 :: every]
     search = [prompt for number, prompt in enumerate(different, start=1) if number % every]
-    for part in (search, held_out):
-        random.Random(0).shuffle(part)
-    return PromptSplit(tuple(search), tuple(held_out))
+    return PromptSplit(_spread(search), _spread(held_out))
+
+
+def _spread(prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
+    """Prompts in an order in which the first ones, however many, are spread evenly (multiples of the golden ratio)."""
+    order = sorted(range(len(prompts)), key=lambda number: (number + 1) * _GOLDEN_RATIO % 1)
+    return tuple(prompts[number] for number in order)

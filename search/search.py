@@ -135,17 +135,17 @@ class SearchResult:
         trials: Candidates that were evaluated.
         measured: Candidates that were measured on all prompts.
         profile: The best candidate's profile; None if none was measured.
+        interrupted: Whether Ctrl-C ended the search early.
         without_copies: The best candidate at full precision, where the search tried others too and it was measured on
             held-out prompts.
-        interrupted: Whether Ctrl-C ended the search early.
     """
 
     study: str
     trials: int
     measured: int
     profile: DraftProfile | None
-    without_copies: WithoutCopies | None
     interrupted: bool
+    without_copies: WithoutCopies | None = None
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,8 @@ class Search:
                     plan(study, trial)
                 progress = Progress.of(Snapshot(study))
                 self._on_event(TrialFinished(trial, progress))
-                if progress.evaluated >= settings.trials and not is_to_be_measured(study):
+                is_planned = self.task.worker == 0 and is_to_be_measured(study)
+                if progress.evaluated >= settings.trials and not is_planned:
                     break
 
     def _other_workers(self, task: SearchTask) -> AbstractContextManager[OtherWorkers | None]:

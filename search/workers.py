@@ -48,7 +48,8 @@ class Workers(AbstractContextManager["Workers"]):
 
     No trial is taken twice: what is enqueued goes to one worker alone. Two workers that propose at the same moment may
     propose the same candidate, for neither knows the other's trial yet; both then evaluate it. With ``n`` workers a
-    study ends with at most ``n - 1`` candidates more than asked for, those that were under way.
+    study ends with at most ``n`` candidates more than asked for: those that were under way, and that of the first
+    process where another one took the last measurement.
 
     Args:
         loads: How each worker loads the model.

@@ -22,6 +22,7 @@ HERE = {
     "drafted": 100,
     "mean_accepted": 1.0,
     "near_ties": 0,
+    "disturbed": 0,
     "profile_measured": None,
 }
 

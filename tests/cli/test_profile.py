@@ -65,7 +65,7 @@ def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_f
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda entry: entry | {"version": 3}, "version: expected 1 or 2, found 3"),
+        (lambda entry: entry | {"version": 4}, "version: expected 1, 2 or 3, found 4"),
         (lambda entry: entry | {"colour": "red"}, "colour: unknown field"),
         (lambda entry: entry | {"skip_set": {"num_layers": 4, "attention": [9]}}, "layer 9 is out of range"),
         (lambda entry: [entry], "expected"),

@@ -56,7 +56,7 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     said = done.err.splitlines()
     [first] = [line for line in said if line.startswith("trial 0: ")]
     assert re.match("trial 0: (predicted|measured) ", first)
-    assert first.endswith("  [nothing skipped]")
+    assert first.endswith("  [nothing skipped: int4]")
     # With few prompts, all do everything.
     reference = said.index("decoding 8 reference prompts")
     assert said[reference + 1] == "measuring the costs of passes on this device"
