@@ -19,6 +19,7 @@ from layerskip.utils import device_name, device_seconds, library_versions
 from search.decoding_methods import PLAIN, Decoded, DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.prompts import EncodedPrompt
+from studies.records import MeasurementRecord
 from studies.statistics import speedup_of_all, speedup_of_prompt
 
 # Enough that every kernel and buffer has been used once.
@@ -345,6 +346,24 @@ def as_measured(
         device=describe_device(engine),
         dtype=dtype_name(engine.model),
         versions=library_versions(),
+    )
+
+
+def as_record(measurement: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
+    """A measurement of a trial's draft, as a row of the study's database."""
+    return MeasurementRecord(
+        study=study,
+        trial=trial,
+        prompt=measurement.prompt,
+        prompt_set=prompt_set,
+        plain_seconds=measurement.plain_seconds,
+        draft_seconds=measurement.draft_seconds,
+        tokens=measurement.tokens,
+        draft_tokens=measurement.draft_tokens,
+        drafted=measurement.drafted,
+        accepted=measurement.accepted,
+        near_tie=measurement.near_tie,
+        disturbed=measurement.disturbed,
     )
 
 

@@ -21,7 +21,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
-from layerskip.profile import DraftProfile, PromptSet, Provenance
+from layerskip.profile import DraftProfile, Provenance
 from layerskip.utils import library_versions
 from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
@@ -39,14 +39,15 @@ from search.callbacks import (
 )
 from search.decoding_methods import PLAIN
 from search.draft_layers import TrainedDraftLayer
+from search.finalists import Finalist, WithoutCopies, best_without_copies, choose_finalists, measured_in_search
 from search.machine_lock import MachineLock
 from search.measure import (
     ExpectedSeconds,
     Measurement,
     MeasuringPlan,
-    Summary,
     TimedRun,
     as_measured,
+    as_record,
     describe_device,
     draft_bytes,
     dtype_name,
@@ -64,12 +65,10 @@ from search.space import SearchSpace
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
     Snapshot,
-    best_trials,
     config_of,
     evaluated_trials,
     measured_trials,
 )
-from studies.records import MeasurementRecord
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
@@ -112,21 +111,6 @@ class SearchTask:
 
 
 @dataclass(frozen=True)
-class WithoutCopies:
-    """The best candidate that needs no copies of the model at lower precision.
-
-    Args:
-        trial: Its trial's number.
-        speedup: On held-out prompts.
-        draft: How it drafts, human-readable.
-    """
-
-    trial: int
-    speedup: float
-    draft: str
-
-
-@dataclass(frozen=True)
 class SearchResult:
     """What a search found.
 
@@ -163,15 +147,6 @@ class Tools:
     tracer: AcceptanceTracer
     costs: CostModel
     predictor: SpeedupPredictor
-
-
-@dataclass(frozen=True)
-class _Finalist:
-    """A trial whose candidate was measured, and on which prompts."""
-
-    trial: FrozenTrial
-    summary: Summary
-    prompt_set: PromptSet
 
 
 class OtherWorkers(Protocol):
@@ -250,20 +225,20 @@ class Search:
         """
         study = self.open()
         tools, interrupted = None, False
-        finalists: list[_Finalist] = []
+        finalists: list[Finalist] = []
         try:
             tools = self.prepare(study)
             self.explore(study, tools)
             self._measure_finalists(study, tools, finalists)
         except KeyboardInterrupt:
             interrupted = True
-        best = max(finalists or _measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
+        best = max(finalists or measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
         return SearchResult(
             study=study.study_name,
             trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             profile=self._profile(best, tools.builder) if best and tools else None,
-            without_copies=self._without_copies(finalists),
+            without_copies=best_without_copies(finalists, self.task.space),
             interrupted=interrupted,
         )
 
@@ -419,29 +394,13 @@ class Search:
             if not measurement.disturbed:
                 runs = [*measurement.plain, *known.get(prompt, ())]
                 self._plain_runs[prompt] = min(runs, key=lambda run: run.seconds)
-            self._storage.records.add(_record(measurement, self._name, trial, "search"))
+            self._storage.records.add(as_record(measurement, self._name, trial, "search"))
             self._on_event(PromptMeasured(done, len(prompts), trial))
             yield measurement
 
-    def _finalists(self, study: optuna.Study) -> list[FrozenTrial]:
-        """The best trials; where precisions are searched, also the best one that needs no copies."""
-        ranked = best_trials(study, len(study.get_trials(deepcopy=False)))
-        best = ranked[: self.task.settings.finalists]
-        if len(self.task.space.precisions) == 1:
-            return best
-        without_copies = next((trial for trial in ranked if config_of(trial).precision == "full"), None)
-        return [*best, *([without_copies] if without_copies is not None and without_copies not in best else [])]
-
-    def _without_copies(self, finalists: Sequence[_Finalist]) -> WithoutCopies | None:
-        full = [finalist for finalist in finalists if config_of(finalist.trial).precision == "full"]
-        if len(self.task.space.precisions) == 1 or not full:
-            return None
-        best = max(full, key=lambda finalist: finalist.summary.speedup)
-        return WithoutCopies(best.trial.number, best.summary.speedup, str(config_of(best.trial)))
-
-    def _measure_finalists(self, study: optuna.Study, tools: Tools, finalists: list[_Finalist]) -> None:
+    def _measure_finalists(self, study: optuna.Study, tools: Tools, finalists: list[Finalist]) -> None:
         """Measure the best candidates on held-out prompts, in turn; on Ctrl-C, those measured on all of them count."""
-        best = self._finalists(study)
+        best = choose_finalists(study, self.task.settings.finalists, self.task.space)
         if not best:
             return
         self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
@@ -457,12 +416,12 @@ class Search:
                 for trial in best:
                     of_trial = [by_trial[str(trial.number)] for by_trial in measured.values()]
                     for measurement in of_trial:
-                        self._storage.records.add(_record(measurement, self._name, trial.number, "held-out"))
-                    finalists.append(_Finalist(trial, summarize(of_trial), "held-out"))
+                        self._storage.records.add(as_record(measurement, self._name, trial.number, "held-out"))
+                    finalists.append(Finalist(trial, summarize(of_trial), "held-out"))
         for finalist in finalists:
             self._on_event(FinalistMeasured(finalist.trial, finalist.summary.speedup))
 
-    def _profile(self, best: _Finalist, builder: DraftBuilder) -> DraftProfile:
+    def _profile(self, best: Finalist, builder: DraftBuilder) -> DraftProfile:
         config = config_of(best.trial)
         weights = builder.weights(config)
         size = draft_bytes(self._engine.model, config, weights)
@@ -480,32 +439,6 @@ class Search:
                 training_seconds=builder.training_seconds(config),
             ),
         )
-
-
-def _measured_in_search(study: optuna.Study) -> list[_Finalist]:
-    """The candidates that the search itself measured on all of its prompts."""
-    names = Summary.__dataclass_fields__
-    return [
-        _Finalist(trial, Summary(**{name: trial.user_attrs[name] for name in names}), "search")
-        for trial in measured_trials(study)
-    ]
-
-
-def _record(measurement: Measurement, study: str, trial: int, prompt_set: PromptSet) -> MeasurementRecord:
-    return MeasurementRecord(
-        study=study,
-        trial=trial,
-        prompt=measurement.prompt,
-        prompt_set=prompt_set,
-        plain_seconds=measurement.plain_seconds,
-        draft_seconds=measurement.draft_seconds,
-        tokens=measurement.tokens,
-        draft_tokens=measurement.draft_tokens,
-        drafted=measurement.drafted,
-        accepted=measurement.accepted,
-        near_tie=measurement.near_tie,
-        disturbed=measurement.disturbed,
-    )
 
 
 def _file_name(id: str) -> str:
