@@ -110,7 +110,7 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
         drawn.add_annotation(
             x=-0.5,
             y=_LINES * i,
-            text=f"trial {trial.number} · {trial.label} · {len(trial.config.skip_set)} of {2 * layers} skipped",
+            text=_skip_map_label(trial),
             showarrow=False,
             xanchor="left",
             yshift=-2,
@@ -124,6 +124,13 @@ def _hover(trial: TrialSummary, kind: str, mask: Sequence[bool]) -> list[str]:
         f"trial {trial.number}: {kind} of layer {layer} {'skipped' if skip else 'kept'}"
         for layer, skip in enumerate(mask)
     ]
+
+
+def _skip_map_label(trial: TrialSummary) -> str:
+    skip_set = trial.config.skip_set
+    skipped = f"{len(skip_set)} of {2 * skip_set.num_layers} skipped"
+    kept = [] if trial.config.precision == "full" else [f"the others at {trial.config.precision}"]
+    return " · ".join([f"trial {trial.number}", trial.label, skipped, *kept])
 
 
 def _skip_map_table(best: Sequence[TrialSummary]) -> DataTable:
