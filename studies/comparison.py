@@ -153,7 +153,7 @@ def _described(entry: Entry) -> dict[str, Any]:
 
 # The columns of the table, and what they mean.
 COLUMNS: Mapping[str, str] = {
-    "tokens/s": "median over the repeats, prefill included",
+    "tokens/s": "by the fastest repeat of each prompt, prefill included",
     "range": "slowest and fastest repeat",
     "speedup": "against layerskip's plain decoding",
     "95 %": "the speedup's interval, from resampling prompts",
