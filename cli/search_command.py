@@ -38,7 +38,6 @@ from layerskip.names import PRECISIONS, Precision
 from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
-    from layerskip.model import LayerSkipModel
     from layerskip.profile import DraftProfile
     from search.search import SearchResult
     from search.workers import Workers
@@ -145,6 +144,7 @@ def search(
     places = _places(workers, devices, device)
     for place in set(places):
         check_engine(engine, resolve_device(place))
+    chosen = _precisions(precision or ())
     settings = SearchSettings(
         trials=trials,
         timeout=timeout,
@@ -160,12 +160,14 @@ def search(
     database = open_storage(storage)
     stderr.print(f"loading {model}")
     layers, tokenizer = open_model(model, RunOptions(places[0], dtype, engine, compiled))
+    for each in chosen:
+        layers.copies.check(each)
     identity = identify(layers, model)
     split = split_prompts(given, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
     trained = trained_draft_layers(tuned, layers)
     space = SearchSpace.of(
         layers,
-        precisions=_precisions(precision, layers),
+        precisions=chosen or None,
         bridges=bridges,
         vocabularies=draft_vocabulary,
         target_confidence=target_confidence,
@@ -197,15 +199,12 @@ def search(
         raise typer.Exit(INTERRUPTED)
 
 
-def _precisions(wanted: Sequence[str] | None, model: LayerSkipModel) -> list[Precision] | None:
-    """The precisions to try, in order; None for all that run here."""
-    for precision in wanted or ():
+def _precisions(wanted: Sequence[str]) -> list[Precision]:
+    """The precisions that were named, in order; none for all that run here."""
+    for precision in wanted:
         if precision not in PRECISIONS:
             raise InvalidInputError(f"precision '{precision}' is unknown; expected {', '.join(PRECISIONS)}")
-    chosen = [precision for precision in PRECISIONS if precision in (wanted or ())]
-    for precision in chosen:
-        model.copies.check(precision)
-    return chosen or None
+    return [precision for precision in PRECISIONS if precision in wanted]
 
 
 def _places(workers: int, devices: str | None, device: str) -> list[str]:

@@ -206,6 +206,20 @@ def test_a_model_of_another_family_fails_with_those_that_are_supported(layerskip
     assert last_line(done).startswith("layerskip: model type 'seed_oss' is not supported; supported: gemma, gemma2, ")
 
 
+def test_an_unknown_precision_is_refused_before_the_model_is_loaded(layerskip, options):
+    done = layerskip("search", *options, "--precision", "int5")
+    assert (done.status, done.error) == (2, "precision 'int5' is unknown; expected full, int8, int4")
+    assert "loading" not in done.err
+
+
+def test_precisions_can_be_named(layerskip, options):
+    name = layerskip("search", *options, "--trials", 1, "--precision", "int4", "--precision", "full", "--json").object[
+        "study"
+    ]
+    space = load_study(open_storage(STORAGE), name).user_attrs["layerskip"]["space"]
+    assert space["precisions"] == ["full", "int4"]
+
+
 def test_a_bad_storage_fails_in_one_line(layerskip, options):
     done = layerskip("search", *options, "--storage", "sqlite:////no/such/folder/s.db")
     assert (done.status, done.error) == (1, "storage 'sqlite:////no/such/folder/s.db': unable to open database file")
