@@ -96,12 +96,12 @@ def bench(
 
 
 def _described(engine: Engine, measurements: list[Measurement]) -> dict[str, Any]:
-    from layerskip.utils import device_name, library_versions
+    from layerskip.utils import device_name, dtype_name, library_versions
     from search.measure import mean_accepted_length, summarize
 
     return {
         "device": device_name(engine.model.device),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(engine.model.dtype),
         "engine": engine.name,
         "versions": library_versions(),
         **asdict(summarize(measurements)),

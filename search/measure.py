@@ -15,7 +15,7 @@ from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import LosslessnessError
 from layerskip.model import LayerSkipModel
 from layerskip.profile import Measured, PromptSet
-from layerskip.utils import device_name, device_seconds, library_versions
+from layerskip.utils import device_name, device_seconds, dtype_name, library_versions
 from search.decoding_methods import PLAIN, Decoded, DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.prompts import EncodedPrompt
@@ -344,7 +344,7 @@ def as_measured(
         prompt_set=prompt_set,
         max_new_tokens=max_new_tokens,
         device=describe_device(engine),
-        dtype=dtype_name(engine.model),
+        dtype=dtype_name(engine.model.dtype),
         versions=library_versions(),
     )
 
@@ -390,11 +390,6 @@ def describe_device(engine: Engine) -> str:
     parts += [engine.name] * (engine.name != EagerEngine.name)
     parts += ["compiled"] * engine.model.compiled
     return ", ".join(parts)
-
-
-def dtype_name(model: LayerSkipModel) -> str:
-    """The name of a model's floating-point type, such as ``float32``."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def mean_accepted_length(measurements: Sequence[Measurement]) -> float | None:

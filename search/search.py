@@ -22,7 +22,7 @@ from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
 from layerskip.profile import DraftProfile, Provenance
-from layerskip.utils import library_versions
+from layerskip.utils import dtype_name, library_versions
 from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
@@ -50,7 +50,6 @@ from search.measure import (
     as_record,
     describe_device,
     draft_bytes,
-    dtype_name,
     measure_drafters,
     summarize,
 )
@@ -203,7 +202,7 @@ class Search:
         self._context = StudyContext(
             model=task.identity.id,
             fingerprint=task.identity.fingerprint,
-            dtype=dtype_name(engine.model),
+            dtype=dtype_name(engine.model.dtype),
             device=describe_device(engine),
             prompts=task.prompts.fingerprint,
             max_new_tokens=task.settings.max_new_tokens,
@@ -308,9 +307,10 @@ class Search:
                     others.check()
                 for plan in plans:
                     plan(study, trial)
-                progress = Progress.of(Snapshot(study))
+                now = Snapshot(study)
+                progress = Progress.of(now)
                 self._on_event(TrialFinished(trial, progress))
-                is_planned = self.task.worker == 0 and is_to_be_measured(study)
+                is_planned = self.task.worker == 0 and is_to_be_measured(now)
                 if progress.evaluated >= settings.trials and not is_planned:
                     break
 
@@ -320,9 +320,12 @@ class Search:
     def _costs(self, study: optuna.Study) -> CostModel:
         space = self.task.space
         try:
-            return CostModel.from_json(study.user_attrs[COSTS_KEY])
+            kept = CostModel.from_json(study.user_attrs[COSTS_KEY])
+            if set(space.precisions) <= set(kept.precisions):
+                return kept
         except (KeyError, ValueError):  # the study is new, or kept another form
-            self._on_event(PhaseStarted("costs"))
+            pass
+        self._on_event(PhaseStarted("costs"))
         with self._lock.exclusive():
             costs = measure_costs(
                 self._engine,

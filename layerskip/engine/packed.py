@@ -18,6 +18,7 @@ from layerskip.model import LayerSkipModel
 from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
 from layerskip.sublayers import Stack, Step
 from layerskip.token_tree import TokenTree
+from layerskip.utils import dtype_name
 
 
 class PackedEngine(EagerEngine):
@@ -80,7 +81,7 @@ def why_not_packed(model: LayerSkipModel) -> str | None:
     if any(sublayer.device.type != "cpu" for sublayer in model.sublayers):
         return PackedEngine.needs
     if model.dtype not in DTYPES:
-        return f"has no kernels for {str(model.dtype).removeprefix('torch.')}"
+        return f"has no kernels for {dtype_name(model.dtype)}"
     if model.compiled:
         return "does not run compiled sublayers"
     return None
