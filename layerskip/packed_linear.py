@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Linears of one module that take the same input, by their names in transformers' modules: packed as one.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Linears of one module that take the same input, by their names in transformers' modules: run as one.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The number of rows that the layout is chosen for: as fast as any for 1 to 16 rows, and faster for more.
 _ROWS = 32
 
@@ -59,7 +59,7 @@ class PackedWeights:
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
         with torch.inference_mode(False):
             self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), _ROWS)
-        self.bias = _joined_bias(linears)
+        self.bias = joined_bias(linears)
         self.sizes = [linear.out_features for linear in linears]
         self._latest: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
@@ -88,7 +88,8 @@ class PackedWeights:
         return weight.clone()
 
 
-def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+def joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases of several layers as one, ``[sum of out_features]``; None if no layer has one."""
     if all(linear.bias is None for linear in linears):
         return None
     none = linears[0].weight
@@ -178,7 +179,7 @@ def packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _groups(module: nn.Module) -> list[tuple[str, ...]]:
     """Names of the children to pack, siblings together."""
     linears: dict[str, Any] = {name: child for name, child in module.named_children() if can_be_packed(child)}
-    joint = [names for names in _SIBLINGS if _are_siblings([linears.get(name) for name in names])]
+    joint = [names for names in SIBLINGS if _are_siblings([linears.get(name) for name in names])]
     taken = set(chain.from_iterable(joint))
     return [*joint, *((name,) for name in linears if name not in taken)]
 

@@ -367,7 +367,7 @@ class DraftProfile(_Part):
         """A drafter for :func:`layerskip.generate`: with heads where the profile has some, or else with the stack.
 
         Raises:
-            InvalidProfileError: The profile is for another model, or drafts at a precision that is not to be had here.
+            InvalidProfileError: The profile is for another model, or drafts at a precision that cannot run here.
             InvalidInputError: The model is not wrapped, or the draft's weights do not fit it.
         """
         self.check(model)

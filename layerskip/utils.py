@@ -1,23 +1,32 @@
-"""Atomic files, checksums, clocks, and the names of this machine's devices and libraries."""
+"""Atomic files, kept measurements, checksums, clocks, and the names of this machine's devices and libraries."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from layerskip.errors import LayerSkipError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def digest(value: object) -> str:
@@ -48,6 +57,27 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def measured_once(file: Path, adapter: TypeAdapter[T], measure: Callable[[], T], what: str) -> T:
+    """What was measured earlier and kept in a file, or what is measured and kept now.
+
+    Args:
+        file: In the cache folder; named after everything that the measurement depends on.
+        adapter: Reads and writes it as JSON. A file that is not this is measured anew.
+        measure: Measures.
+        what: What is measured, for the warning where it cannot be kept.
+    """
+    try:
+        return adapter.validate_json(file.read_bytes())
+    except (OSError, ValueError):  # not there, or not ours
+        measured = measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, adapter.dump_json(measured, indent=2).decode() + "\n")
+    except OSError as error:
+        logger.warning("%s: cannot keep what %s: %s; the next start measures again", file, what, error.strerror)
+    return measured
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from layerskip.drafting.quantized_linear import COMPUTE_DTYPE, Int4Linear, Int8Linear, QuantizedLinear
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
-from layerskip.packed_linear import PackedLinear
+from layerskip.packed_linear import SIBLINGS, PackedLinear, joined_bias
 from layerskip.shared_copies import is_patched, shared_copy
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Sublayer
 
@@ -29,8 +29,6 @@ _SUBLAYERS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "in
 # With 4 bits, the head loses most of the acceptance, and it is a small part of what is read: on SmolLM2, acceptance was
 # 0.90 with a head of 4 bits and 0.98 with one of 8, on a step that is a few percent longer.
 _HEADS: Mapping[Precision, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int8Linear}
-# Linear layers that get the same input: run as one.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Rows and columns of a weight to try the kernels on, and how far off a product of it may be.
 _PROBE, _PROBE_ERROR = 64, 0.1
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,7 +190,7 @@ def _with_linears(module: nn.Module, make: MakeLinear) -> nn.Module:
         return module
     replaced: dict[str, nn.Module] = {}
     children = dict(module.named_children())
-    for names in _TOGETHER:
+    for names in SIBLINGS:
         together = [_plain_linear(children[name]) if name in children else None for name in names]
         if all(together):
             replaced |= zip(names, _as_one(cast("list[nn.Linear]", together), make), strict=True)
@@ -206,16 +204,9 @@ def _with_linears(module: nn.Module, make: MakeLinear) -> nn.Module:
 
 def _as_one(linears: Sequence[nn.Linear], make: MakeLinear) -> list[nn.Module]:
     """Linear layers that get the same input, in a module for each that gives its part of the output."""
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None
-    if any(linear.bias is not None for linear in linears):
-        bias = torch.cat([_zeros_for(linear) if linear.bias is None else linear.bias for linear in linears])
-    together = _Together(make(weight, bias), [linear.out_features for linear in linears])
+    joined = make(torch.cat([linear.weight for linear in linears]), joined_bias(linears))
+    together = _Together(joined, [linear.out_features for linear in linears])
     return [_Part(together, index) for index in range(len(linears))]
-
-
-def _zeros_for(linear: nn.Linear) -> Tensor:
-    return linear.weight.new_zeros(linear.out_features)
 
 
 class _Together(nn.Module):
@@ -294,7 +285,7 @@ def _plain_linears(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 def _what_is_not_plain(module: nn.Module) -> Iterator[str]:
-    """What of a module cannot be copied at lower precision, for people."""
+    """What of a module cannot be copied at lower precision, human-readable."""
     base = _without_adapters(module)
     if _is_plain(base):
         return
@@ -320,5 +311,5 @@ def _runs_on(device: torch.device, kind: type[QuantizedLinear]) -> bool:
     try:
         linear = kind(weight, None, weight.dtype)
         return all(torch.allclose(linear(rows), rows @ weight.T, atol=_PROBE_ERROR) for rows in (narrow, wide))
-    except (RuntimeError, NotImplementedError, AttributeError):
+    except (RuntimeError, AttributeError):  # no kernel on this device, or none in this version
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,9 +19,7 @@ from layerskip.model import LayerSkipModel
 from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
-from layerskip.utils import device_name, device_seconds, digest, library_versions, write_atomically
-
-logger = logging.getLogger(__name__)
+from layerskip.utils import device_name, device_seconds, digest, library_versions, measured_once
 
 # Wide enough for the largest tree that a search tries, and for the dips that CPUs have.
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24)
@@ -49,18 +46,8 @@ def load_costs(engine: Engine, folder: Path | None = None) -> PassCosts:
         The costs, in seconds by the number of tokens in a pass. Assign them to the engine's ``costs``, and verification
         runs at the cheapest width.
     """
-    folder = folder or cache_folder()
-    file = folder / f"costs-{_key(engine)}.json"
-    try:
-        return _PASS_COSTS.validate_json(file.read_bytes())
-    except (OSError, ValueError):  # not there, or not ours
-        costs = measure_passes(engine)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, _PASS_COSTS.dump_json(costs, indent=2).decode() + "\n")
-    except OSError as error:
-        logger.warning("%s: cannot keep what passes cost: %s; the next start measures again", file, error.strerror)
-    return costs
+    file = (folder or cache_folder()) / f"costs-{_key(engine)}.json"
+    return measured_once(file, _PASS_COSTS, lambda: measure_passes(engine), "passes cost")
 
 
 def _key(engine: Engine) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from torch.nn import functional
 from layerskip.checkpoints import cache_folder
 from layerskip.model import LayerSkipModel
 from layerskip.packed_linear import PackedWeights, can_be_packed
-from layerskip.utils import device_name, digest, library_versions, write_atomically
-
-logger = logging.getLogger(__name__)
+from layerskip.utils import device_name, digest, library_versions, measured_once
 
 # A plain step, and a verification.
 _WIDTHS = (1, 4)
@@ -69,20 +66,10 @@ def load_kernel_seconds(model: LayerSkipModel, folder: Path | None = None) -> Ke
     linears = list(_sample(model))
     if not linears:
         return None
-    folder = folder or cache_folder()
     shapes = [list(linear.weight.shape) for linear in linears]
     where = [str(model.dtype), device_name(model.device), library_versions()]
-    file = folder / f"kernels-{digest([shapes, _WIDTHS, *where])}.json"
-    try:
-        return _SECONDS.validate_json(file.read_bytes())
-    except (OSError, ValueError):  # not there, or not ours
-        seconds = measure_kernels(linears)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, _SECONDS.dump_json(seconds, indent=2).decode() + "\n")
-    except OSError as error:
-        logger.warning("%s: cannot keep what kernels cost: %s; the next start measures again", file, error.strerror)
-    return seconds
+    file = (folder or cache_folder()) / f"kernels-{digest([shapes, _WIDTHS, *where])}.json"
+    return measured_once(file, _SECONDS, lambda: measure_kernels(linears), "kernels cost")
 
 
 @torch.inference_mode()
