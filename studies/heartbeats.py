@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Any, cast
 
 import optuna
 from optuna.trial import TrialState
-from sqlalchemy import DateTime, Engine, String, func, select
+from sqlalchemy import CursorResult, DateTime, Engine, String, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -86,6 +87,25 @@ class Heartbeats:
             return []
         time.sleep(self.seconds + _SLACK_SECONDS)
         return sorted(suspected & self.silent_trials(study))
+
+    def claim(self, study: str, trial: int) -> bool:
+        """Whether this process is to fail a stale trial: of several that try at the same moment, one is.
+
+        SQLite lets two processes read that a trial is running before either has failed it, so that its own state does
+        not tell them apart. A row can be deleted once. If the process that deleted it dies before the trial has failed,
+        the trial is given a heartbeat again, and is stale once more.
+
+        Raises:
+            StorageError: The database refused, or was away for too long.
+        """
+        chosen = (Heartbeat.study == study) & (Heartbeat.trial == trial)
+
+        def delete_row(_: bool) -> bool:
+            with Session(self._engine) as session, session.begin():
+                deleted = cast("CursorResult[Any]", session.execute(delete(Heartbeat).where(chosen)))
+                return deleted.rowcount == 1
+
+        return self._retry(delete_row)
 
     def silent_trials(self, study: optuna.Study) -> set[int]:
         """Numbers of the running trials whose last heartbeat is long past.

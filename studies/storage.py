@@ -110,11 +110,7 @@ class ReconnectingStorage(BaseStorage):
         self._backend.delete_study(study_id)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a trial that was finished when the connection was lost is not reported as finished by another.
-
-        But of two workers that fail a stale trial while the connection is lost, each may believe that it was the one
-        to do so, and the trial is then queued twice.
-        """
+        """As Optuna's; a trial finished when the connection was lost is not reported as finished by another."""
 
         def store(repeated: bool) -> bool:
             try:

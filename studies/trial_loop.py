@@ -96,6 +96,8 @@ def _is_finished(study: optuna.Study, trial: optuna.Trial) -> bool:
 
 def _requeue_stale_trials(study: optuna.Study, heartbeats: Heartbeats) -> None:
     for number in heartbeats.stale_trials(study):
+        if not heartbeats.claim(study.study_name, number):  # another worker does it
+            continue
         try:
             dead = study.tell(number, state=TrialState.FAIL)
         except (ValueError, UpdateFinishedTrialError):  # it is finished by now

@@ -4,8 +4,10 @@ from itertools import islice
 
 import optuna
 import pytest
+from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
+from studies.heartbeats import Heartbeats
 from studies.storage_errors import StorageError
 from studies.trial_loop import run_trials
 
@@ -132,3 +134,33 @@ def test_ctrl_c_is_raised_though_storing_something_because_of_it_fails(storage):
     with pytest.raises(KeyboardInterrupt):
         run(study, storage, objective, 1)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+def test_of_workers_that_find_a_trial_dead_at_the_same_moment_one_queues_it_again(storage, monkeypatch):
+    """Both may read that it is running before either has failed it, so that the database takes both for the first."""
+    study = optuna.create_study(storage=storage)
+    study.ask()
+    storage.heartbeats.record(study.study_name, 0)
+    tell = optuna.Study.tell
+
+    def tell_unchecked(self, trial, values=None, state=None, **named):
+        if state == TrialState.FAIL:
+            return self.get_trials(deepcopy=False)[trial]
+        return tell(self, trial, values, state, **named)
+
+    monkeypatch.setattr(optuna.Study, "tell", tell_unchecked)
+    monkeypatch.setattr(Heartbeats, "stale_trials", lambda self, study: [0])
+    for _ in range(2):
+        run(study, storage, lambda trial: 1.0, 1)
+    retried = [RetryHeartbeatStaleTrialCallback.retried_trial_number(trial) for trial in study.trials]
+    assert retried.count(0) == 1
+
+
+def test_a_dead_trial_whose_claimant_died_too_is_found_again(storage):
+    study = optuna.create_study(storage=storage)
+    study.ask()
+    storage.heartbeats.record(study.study_name, 0)
+    assert storage.heartbeats.claim(study.study_name, 0)
+    assert not storage.heartbeats.claim(study.study_name, 0)
+    storage.heartbeats.silent_trials(study)  # gives it a heartbeat
+    assert storage.heartbeats.claim(study.study_name, 0)
