@@ -1,4 +1,4 @@
-"""Decoding methods compared as by ``layerskip compare``, and each profile at the exact verification width too.
+"""Decoding methods compared as by ``layerskip compare``, with llama.cpp and each profile at the exact width too.
 
 python -m benchmarks.decoding --profile draft_profile.json --json decoding.json --html decoding.html
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -14,14 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.rivals.llama_cpp import llama_cpp_method
 from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile
-from layerskip.checkpoints import cache_folder
+from layerskip.checkpoints import cache_folder, locate
 from layerskip.engine import Engine
+from search.bandwidth import measure_memory_limit
 from search.compare import (
     compare,
     layerskip_methods,
     named_profiles,
+    ready_profiles_for,
     transformers_methods,
     usable_methods,
 )
@@ -68,16 +72,22 @@ def main(
         model, device=device, dtype=dtype, prompts=prompts, max_new_tokens=max_new_tokens, engine=engine
     )
     profiles = named_profiles([str(path) for path in profile or []], DraftProfile.load)
+    profiles |= ready_profiles_for(setting.model, profiles.values(), device=device, dtype=dtype)
     theirs, left_out = transformers_methods(setting.model, profiles)
     ours = layerskip_methods(setting.engine, profiles, combine=False)
-    usable, failed = usable_methods([*ours, *exact_methods(setting.engine, profiles), *theirs], setting.prompts[0])
-    entries = compare(
-        setting.model,
-        usable,
-        MeasuringPlan(setting.prompts, max_new_tokens, repeats),
-        MachineLock(cache_folder(), setting.model.device),
-        lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
-    )
+    lock = MachineLock(cache_folder(), setting.model.device)
+    with TemporaryDirectory() as folder:
+        longest = max(len(prompt.tokens) for prompt in setting.prompts) + max_new_tokens
+        others, not_there = llama_cpp_method(setting.model, Path(locate(model)), Path(folder), longest)
+        methods = [*ours, *exact_methods(setting.engine, profiles), *theirs, *others]
+        usable, failed = usable_methods(methods, setting.prompts[0])
+        entries = compare(
+            setting.model,
+            usable,
+            MeasuringPlan(setting.prompts, max_new_tokens, repeats),
+            lock,
+            lambda done: console.print(f"{done} of {repeats * len(setting.prompts)} done"),
+        )
     machine = machine_of(setting.model)
     comparison = Comparison(
         model=model,
@@ -88,13 +98,16 @@ def main(
         repeats=repeats,
         max_new_tokens=max_new_tokens,
         entries=entries,
-        left_out=left_out | failed,
+        left_out=left_out | not_there | failed,
+        memory=measure_memory_limit(setting.model, lock),
     )
     columns, rows = table(comparison)
     shown = Table(*columns)
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
+    for name, value in facts(comparison):
+        console.print(f"{name:<9} {value}")
     console.print(advice(comparison))
     write_json(json, machine | described(comparison))
     if html is not None:

@@ -20,10 +20,10 @@ from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.engine import EagerEngine, Engine, GraphEngine
 from layerskip.sublayers import Stack
+from search.bandwidth import bytes_read, measure_read_bandwidth
 
 console = Console(highlight=False)
 _REPEATS = 20
-_COPIED_BYTES = 1 << 30
 
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-3-8b": lambda: LlamaConfig(
@@ -67,20 +67,6 @@ def seconds_of(run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that a copy reads and writes."""
-    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * _COPIED_BYTES / seconds_of(lambda: target.copy_(source))
-
-
-def bytes_read(model: LayerSkipModel, stack: Stack) -> int:
-    """Bytes of the weights that a pass of a stack reads, its head included."""
-    size = torch.finfo(model.dtype).bits // 8
-    kept = sum(model.sublayers[index].num_weights for index, _ in stack.steps)
-    return size * (kept + model.vocab_size * int(model.config.hidden_size))
 
 
 def draft_stack(model: LayerSkipModel, share: float) -> Stack:
@@ -152,9 +138,9 @@ def main(
         console.print("needs a CUDA device")
         raise typer.Exit(1)
     with torch.inference_mode():
-        bandwidth = copy_bandwidth()
+        bandwidth = measure_read_bandwidth(torch.device("cuda"))
         model = random_model(shape)
-        console.print(f"{shape}: copies move {bandwidth / 1e9:.0f} GB/s")
+        console.print(f"{shape}: the card reads {bandwidth / 1e9:.0f} GB/s")
         result: dict[str, Any] = {"machine": machine_of(model), "shape": shape, "bandwidth": bandwidth, "engines": {}}
         engines: tuple[Engine, ...] = (EagerEngine(model), GraphEngine(model))
         for engine in engines:

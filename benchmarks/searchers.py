@@ -130,7 +130,7 @@ def main(
     model: str = "smollm2",
     device: str = "auto",
     dtype: str = "auto",
-    engine: str = "eager",
+    engine: str = "auto",
     seconds: float = 300,
     max_new_tokens: int = 48,
     prompts: int = 8,

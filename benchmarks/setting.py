@@ -31,7 +31,7 @@ class Setting:
 
 
 def load_setting(
-    model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int, engine: str = "eager"
+    model: str, *, device: str, dtype: str, prompts: int, max_new_tokens: int, engine: str = "auto"
 ) -> Setting:
     """Load a model, measure the costs of its passes, and take some of the built-in held-out prompts."""
     checkpoint = load_checkpoint(model, device=device, dtype=dtype)

@@ -200,6 +200,28 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
 
 
+# A gain of bfloat16 below this is not worth its near-ties.
+_WORTH_SAYING = 1.1
+
+
+def describe_bfloat16(tokens_per_second: float, saved: float | None) -> str | None:
+    """What a model in float32 would gain by bfloat16 and what that costs; None where it would not be clearly faster.
+
+    Args:
+        tokens_per_second: Of plain decoding.
+        saved: Seconds of a plain step that bfloat16 would save; None where that is not known.
+    """
+    if saved is None or saved * tokens_per_second >= 1:
+        return None
+    expected = 1 / (1 / tokens_per_second - saved)
+    if expected < _WORTH_SAYING * tokens_per_second:
+        return None
+    return (
+        f"with --dtype bfloat16 plain decoding would run at about {expected:.0f} tokens/s here instead of "
+        f"{tokens_per_second:.0f}; but near-ties may then be resolved differently, with or without a draft"
+    )
+
+
 def describe_memory(draft_bytes: int) -> str:
     """What a draft takes of memory."""
     return f"{draft_bytes / 2**20:,.0f} MiB for the draft, in addition to the model"

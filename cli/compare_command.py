@@ -68,6 +68,7 @@ def compare(
     from layerskip.engine import make_engine
     from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, dtype_name, library_versions
+    from search.bandwidth import measure_memory_limit
     from search.compare import (
         compare,
         layerskip_methods,
@@ -97,8 +98,9 @@ def compare(
     encoded = prompts_to_measure(own, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
     usable, failed = usable_methods(methods, encoded[0])
     plan = MeasuringPlan(encoded, max_new_tokens, repeats)
+    lock = MachineLock(cache_folder(), layers.device)
     with step_bar("decoding", len(encoded) * repeats) as show_done:
-        entries = compare(layers, usable, plan, MachineLock(cache_folder(), layers.device), show_done)
+        entries = compare(layers, usable, plan, lock, show_done)
     comparison = Comparison(
         model=model,
         device=device_name(layers.device),
@@ -109,6 +111,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         entries=entries,
         left_out=left_out | failed,
+        memory=measure_memory_limit(layers, lock),
     )
     if out is not None:
         write_page(out, _page(comparison))

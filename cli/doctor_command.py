@@ -25,6 +25,7 @@ from cli.common import (
     RunOptions,
     StorageOption,
     counted,
+    describe_bfloat16,
     open_model,
     print_json,
     quiet_libraries,
@@ -79,11 +80,16 @@ def doctor(
     if not json:
         _report(result)
     if model is not None and not missing:
-        break_even = _measured(model, RunOptions(device, dtype, engine))
-        shown = {"model": model, **asdict(break_even), "can_pay": break_even.can_pay, "verdict": verdict(break_even)}
-        result["model"] = shown
+        break_even, saved = _measured(model, RunOptions(device, dtype, engine))
+        result["model"] = {
+            "model": model,
+            **asdict(break_even),
+            "can_pay": break_even.can_pay,
+            "verdict": verdict(break_even),
+            "bfloat16_step_seconds": None if saved is None else break_even.step_seconds - saved,
+        }
         if not json:
-            _report_break_even(break_even)
+            _report_break_even(break_even, saved)
     elif not json and not missing:
         stdout.print("model       'layerskip doctor MODEL' measures whether speculation can pay for it here")
     if json:
@@ -130,11 +136,8 @@ def _advice(device_type: str, dtype: str) -> str:
     if dtype == "float32" and device_type == "cuda":
         return "output is identical to plain decoding; bfloat16 is about twice as fast"
     if dtype == "float32":
-        return "output is identical to plain decoding"
-    ties = "near-ties may be resolved differently, with or without a draft"
-    if device_type == "cpu":
-        return f"{ties}; on many processors verifying k tokens takes k times as long, so nothing is gained: try float32"
-    return ties
+        return "output is identical to plain decoding; 'layerskip doctor MODEL' measures what bfloat16 would gain"
+    return "near-ties may be resolved differently, with or without a draft"
 
 
 def _cache() -> dict[str, Any]:
@@ -164,18 +167,19 @@ def _storage(url: str) -> dict[str, Any]:
         return found | {"reachable": False, "studies": None, "state": str(error)}
 
 
-def _measured(model: str, options: RunOptions) -> BreakEven:
+def _measured(model: str, options: RunOptions) -> tuple[BreakEven, float | None]:
+    """Whether speculation can pay, and the seconds that a plain step would save in bfloat16."""
     from layerskip.checkpoints import cache_folder
-    from layerskip.engine import make_engine
+    from layerskip.engine import make_engine, seconds_saved_by_bfloat16
     from search.break_even import measure_break_even
     from search.machine_lock import MachineLock
 
     quiet_libraries()
     layers, _ = open_model(model, options)
     stderr.print(f"measuring what passes of {model} cost here; this takes about a minute", style="dim")
-    runner = make_engine(layers, options.engine, in_place=True)
     with MachineLock(cache_folder(), layers.device).exclusive():
-        return measure_break_even(runner)
+        saved = seconds_saved_by_bfloat16(layers)  # of plain weights, which are packed now
+        return measure_break_even(make_engine(layers, options.engine, in_place=True)), saved
 
 
 def _report(result: dict[str, Any]) -> None:
@@ -193,9 +197,11 @@ def _report(result: dict[str, Any]) -> None:
         stdout.print("studies     {url}: {state}".format(**database))
 
 
-def _report_break_even(result: BreakEven) -> None:
+def _report_break_even(result: BreakEven, saved: float | None) -> None:
     costs = " · ".join(f"{tokens}: {cost:.2f}" for tokens, cost in result.verification.items())
     stdout.print(f"step        {result.step_seconds * 1000:.1f} ms, {1 / result.step_seconds:.1f} tokens/s")
+    if advice := describe_bfloat16(1 / result.step_seconds, saved):
+        stdout.print(f"bfloat16    {advice}")
     stdout.print(f"v(k)        cost of verifying k tokens, in plain steps: {costs}")
     for draft in result.drafts:
         point = "never breaks even"

@@ -29,6 +29,7 @@ from search.callbacks import (
     PhaseStarted,
     PolicyChosen,
     PromptMeasured,
+    ReferenceDecoded,
     ReferenceReady,
     StudyOpened,
     TextsWritten,
@@ -77,13 +78,16 @@ class ProgressDisplay:
                 self._open(event.name, event.progress)
             case PhaseStarted("reference"):
                 self._print(f"decoding {counted(event.total, 'reference prompt')}")
+                self._start("reference prompts", event.total)
+            case ReferenceDecoded():
+                self._advance(event.done)
             case ReferenceReady():
                 if event.found:
                     self._print(f"{counted(event.found, 'reference text')} reused from an earlier search")
             case PhaseStarted("costs"):
                 self._print("measuring the costs of passes on this device")
             case PhaseStarted("trials"):
-                self._started = time.monotonic()
+                self._start("candidates", self._trials, self._search.evaluated if self._search else 0)
             case PhaseStarted("finalists"):
                 self._timeout = None
                 self._start("held-out prompts", event.total)
@@ -125,7 +129,6 @@ class ProgressDisplay:
         candidates = counted(self._trials, "candidate")
         self._print(f"study {study}: {progress.evaluated} of {candidates} evaluated, {progress.measured} measured")
         self._search, self._highest_prediction = progress, progress.best or 0.0
-        self._start("candidates", self._trials, progress.evaluated)
 
     def _trial_finished(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)

@@ -25,6 +25,7 @@ from cli.common import (
     StorageOption,
     check_writable,
     counted,
+    describe_bfloat16,
     interrupted_by_sigterm,
     open_model,
     print_json,
@@ -126,7 +127,7 @@ def search(
 
     from cli.progress import ProgressDisplay
     from layerskip.checkpoints import resolve_device
-    from layerskip.engine import check_engine, make_engine
+    from layerskip.engine import check_engine, make_engine, seconds_saved_by_bfloat16
     from layerskip.fingerprint import identify
     from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
@@ -175,6 +176,7 @@ def search(
         prompt_lookup=prompt_lookup,
         draft_layers=[layer.ref for layer in trained],
     )
+    saved = seconds_saved_by_bfloat16(layers)  # of plain weights, which are packed now
     runner = make_engine(layers, engine, in_place=True)
     task = SearchTask(identity, split, settings, space, study)
 
@@ -194,7 +196,7 @@ def search(
         ).run()
     if result.profile is not None:
         result.profile.save(out)
-    _report(result, out, json)
+    _report(result, out, saved, json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -221,8 +223,11 @@ def _places(workers: int, devices: str | None, device: str) -> list[str]:
     return places
 
 
-def _report(result: SearchResult, out: Path, json: bool) -> None:
+def _report(result: SearchResult, out: Path, saved: float | None, json: bool) -> None:
     profile = result.profile
+    bfloat16 = None
+    if profile is not None and profile.measured is not None:
+        bfloat16 = describe_bfloat16(profile.measured.plain_tokens_per_second, saved)
     if json:
         figures = ("speedup", "speedup_low", "speedup_high", "prompt_set", "near_ties", "disturbed")
         print_json(
@@ -233,6 +238,7 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
                 "measured": result.measured,
                 **{figure: getattr(profile and profile.measured, figure, None) for figure in figures},
                 "without_copies": None if result.without_copies is None else asdict(result.without_copies),
+                "bfloat16": bfloat16,
                 "interrupted": result.interrupted,
             }
         )
@@ -241,6 +247,8 @@ def _report(result: SearchResult, out: Path, json: bool) -> None:
         stdout.print(f"study {result.study}: no profile, because {why}; the same command resumes the search")
     else:
         _report_profile(profile, result, out)
+        if bfloat16:
+            stdout.print(f"bfloat16  {bfloat16}")
 
 
 def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> None:

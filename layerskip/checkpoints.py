@@ -60,7 +60,7 @@ def load_checkpoint(
     """
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
-    location = _locate(source)
+    location = locate(source)
     if location.endswith(".gguf"):
         location = str(_converted(Path(location), torch_dtype))
     revision = revision or "main"
@@ -110,7 +110,7 @@ def stored_dtype(source: str, *, revision: str | None = None) -> str:
     Raises:
         CheckpointError: The model cannot be found.
     """
-    location = _locate(source)
+    location = locate(source)
     if location.endswith(".gguf"):
         return "float32"
     try:
@@ -177,7 +177,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip"
 
 
-def _locate(source: str) -> str:
+def locate(source: str) -> str:
     """The folder, GGUF file or Hub id of a model."""
     alias = ALIASES.get(source)
     if alias is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from layerskip.errors import LayerSkipError
 from layerskip.kv_cache import KVCache
@@ -174,9 +174,29 @@ def _last_used(folder: Path) -> float:
         return 0.0
 
 
+class _StepCallback(StoppingCriteria):  # the hook of generate that is called after every step
+    """Calls a function with the number of tokens that each text has got so far, and stops none."""
+
+    def __init__(self, longest_prompt: int, on_step: Callable[[int], object]) -> None:
+        self._longest_prompt, self._on_step = longest_prompt, on_step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        self._on_step(input_ids.shape[1] - self._longest_prompt)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _nothing(done: int) -> None:
+    pass
+
+
 @torch.inference_mode()
 def batch_generate(
-    model: LayerSkipModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0
+    model: LayerSkipModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    on_step: Callable[[int], object] = _nothing,
 ) -> list[list[int]]:
     """The target model's continuations of several prompts, decoded in one batch by transformers.
 
@@ -185,6 +205,7 @@ def batch_generate(
         prompts: Token ids.
         max_new_tokens: Most new tokens for each.
         temperature: 0 is greedy; above, tokens are sampled with torch's own random state.
+        on_step: Called after each step with the number of new tokens so far.
 
     Returns:
         The new tokens of each; an end-of-sequence token is the last of them.
@@ -207,6 +228,7 @@ def batch_generate(
         torch.tensor(rows, device=model.device),
         attention_mask=torch.tensor(seen, device=model.device),
         generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([_StepCallback(longest, on_step)]),
     )
     return [_until_end(row[longest:], model.eos_token_ids) for row in out.tolist()]
 

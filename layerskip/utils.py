@@ -59,7 +59,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def measured_once(file: Path, adapter: TypeAdapter[T], measure: Callable[[], T], what: str) -> T:
+def measured_once(
+    file: Path,
+    adapter: TypeAdapter[T],
+    measure: Callable[[], T],
+    what: str,
+    *,
+    keep: Callable[[T], bool] = lambda measured: True,
+) -> T:
     """What was measured earlier and kept in a file, or what is measured and kept now.
 
     Args:
@@ -67,11 +74,14 @@ def measured_once(file: Path, adapter: TypeAdapter[T], measure: Callable[[], T],
         adapter: Reads and writes it as JSON. A file that is not this is measured anew.
         measure: Measures.
         what: What is measured, for the warning where it cannot be kept.
+        keep: Whether it is to be kept, or measured again by the next process.
     """
     try:
         return adapter.validate_json(file.read_bytes())
     except (OSError, ValueError):  # not there, or not ours
         measured = measure()
+    if not keep(measured):
+        return measured
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, adapter.dump_json(measured, indent=2).decode() + "\n")

@@ -67,6 +67,13 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True)
+class ReferenceDecoded:
+    """So many reference texts are there; one that is being decoded counts by the share of its tokens."""
+
+    done: float
+
+
+@dataclass(frozen=True)
 class ReferenceReady:
     """All reference texts are there; so many were found in the cache."""
 
@@ -152,6 +159,7 @@ class FinalistMeasured:
 Event = (
     StudyOpened
     | PhaseStarted
+    | ReferenceDecoded
     | ReferenceReady
     | TextsWritten
     | TrainingStarted

@@ -19,7 +19,7 @@ from search.decoding_methods import PLAIN, DecodingMethod, layerskip_method, tra
 from search.machine_lock import MachineLock
 from search.measure import WARM_UP_TOKENS, Measurement, MeasuringPlan, draft_bytes, measure_methods
 from search.prompts import EncodedPrompt
-from studies.comparison import Entry
+from studies.comparison import TRANSFORMERS_PLAIN, Entry
 from studies.statistics import speedup_of_all
 
 LOOKUP = "prompt lookup"
@@ -67,7 +67,7 @@ def transformers_methods(
     """
     exit_layer = max(model.num_layers // 2, 1)
     methods = [
-        transformers_method("transformers plain", model),
+        transformers_method(TRANSFORMERS_PLAIN, model),
         transformers_method("transformers prompt lookup", model, prompt_lookup_num_tokens=_LOOKUP_TOKENS),
         transformers_method(f"transformers early exit {exit_layer}", model, assistant_early_exit=exit_layer),
     ]

@@ -5,7 +5,8 @@ Decoded once and kept on disk: every trial, every worker and a resumed search re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ class ReferenceRun:
         model: The model.
         folder: Where texts of all models are kept.
         fingerprint: Of the model's weights, as in :class:`layerskip.ModelIdentity`.
+        on_progress: Called with how many of the texts asked for so far are there; a text that is being decoded counts
+            by the share of its tokens.
 
     Attributes:
         found: Texts asked for so far that had been decoded earlier.
@@ -36,9 +39,17 @@ class ReferenceRun:
         LayerSkipError: The folder cannot be written.
     """
 
-    def __init__(self, model: LayerSkipModel, folder: Path, fingerprint: str) -> None:
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        folder: Path,
+        fingerprint: str,
+        on_progress: Callable[[float], object] = lambda done: None,
+    ) -> None:
         self._model = model
         self._store = TextStore(model, fingerprint, folder, "reference")
+        self._on_progress = on_progress
+        self._done = 0
         self.found = 0
 
     def texts(
@@ -57,12 +68,24 @@ class ReferenceRun:
         names = [digest([prompt.tokens, max_new_tokens, states]) for prompt in prompts]
         missing = [pair for pair in zip(prompts, names, strict=True) if self._store.find(pair[1]) is None]
         self.found += len(prompts) - len(missing)
+        self._done += len(prompts) - len(missing)
         for start in range(0, len(missing), _BATCH):
             batch = missing[start : start + _BATCH]
-            continuations = batch_generate(self._model, [prompt.tokens for prompt, _ in batch], max_new_tokens)
+            share = len(batch) / max_new_tokens
+            continuations = batch_generate(
+                self._model,
+                [prompt.tokens for prompt, _ in batch],
+                max_new_tokens,
+                on_step=partial(self._on_step, share),
+            )
             for (prompt, name), new in zip(batch, continuations, strict=True):
                 self._store.write(name, [record(self._model, prompt.tokens, new, states=states)])
+            self._done += len(batch)
+        self._on_progress(self._done)
         return [text for name in names for text in self._store.read(name)]
+
+    def _on_step(self, share: float, new_tokens: int) -> None:
+        self._on_progress(self._done + share * new_tokens)
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from search.callbacks import (
     PhaseStarted,
     Progress,
     PromptMeasured,
+    ReferenceDecoded,
     ReferenceReady,
     StudyOpened,
     TrialFinished,
@@ -263,8 +264,13 @@ class Search:
         model, space, length = self._engine.model, self.task.space, self.task.settings.max_new_tokens
         scored, fitted = self._prompts.scored, self._prompts.fitted
         with self._lock.shared():  # another worker may be measuring
-            reference = ReferenceRun(model, self._folder, self.task.identity.fingerprint)
             self._on_event(PhaseStarted("reference", len(scored) + len(fitted)))
+            reference = ReferenceRun(
+                model,
+                self._folder,
+                self.task.identity.fingerprint,
+                lambda done: self._on_event(ReferenceDecoded(done)),
+            )
             builder = DraftBuilder(model, fit_texts(reference, fitted, max_new_tokens=length), self._draft_layers)
             tracer = AcceptanceTracer(model, reference.texts(scored, max_new_tokens=length))
             self._on_event(ReferenceReady(reference.found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from layerskip.utils import duration
@@ -16,6 +16,8 @@ from studies.statistics import (
     describe_disturbed,
     speedup_of_prompt,
 )
+
+TRANSFORMERS_PLAIN = "transformers plain"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,24 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class MemoryLimit:
+    """The speed of plain decoding if nothing took time but reading the weights.
+
+    Args:
+        step_bytes: Weights that a plain step reads.
+        bandwidth: Bytes a second that the device reads from its memory.
+    """
+
+    step_bytes: int
+    bandwidth: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The most that plain decoding can reach."""
+        return self.bandwidth / self.step_bytes
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Decoding methods measured on the same prompts with one model, in one run.
 
@@ -78,6 +98,7 @@ class Comparison:
         max_new_tokens: Most tokens for each prompt.
         entries: The figures of all methods; layerskip's plain decoding is the first.
         left_out: Why other methods could not take part, by name.
+        memory: What reading the weights limits plain decoding to, if that was measured.
     """
 
     model: str
@@ -89,6 +110,7 @@ class Comparison:
     max_new_tokens: int
     entries: Sequence[Entry]
     left_out: Mapping[str, str]
+    memory: MemoryLimit | None = None
 
     @property
     def best(self) -> Entry | None:
@@ -99,6 +121,16 @@ class Comparison:
     def prompts(self) -> int:
         """How many prompts were decoded."""
         return len(self.entries[0].prompts)
+
+    def over_transformers(self, entry: Entry) -> float | None:
+        """A method's tokens/s ÷ those of transformers' plain decoding; None if that did not take part."""
+        theirs = next((other for other in self.entries if other.name == TRANSFORMERS_PLAIN), None)
+        return None if theirs is None else entry.tokens_per_second / theirs.tokens_per_second
+
+    def share_of_bandwidth(self, entry: Entry) -> float | None:
+        """The share of what the device can read that a plain decoding reads of weights; None for other methods."""
+        is_plain = entry.acceptance_rate is None and not entry.draft_share
+        return entry.tokens_per_second / self.memory.tokens_per_second if self.memory and is_plain else None
 
 
 def advice(comparison: Comparison) -> str:
@@ -115,13 +147,22 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """The conditions of a comparison, as (name, value)."""
     times = f"{comparison.repeats} times" if comparison.repeats > 1 else "once"
     disturbed = max((entry.disturbed for entry in comparison.entries), default=0)
+    memory = comparison.memory
     return [
         ("model", comparison.model),
         ("machine", f"{comparison.device}, {comparison.dtype}, {comparison.engine} engine"),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
         ("prompts", f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens, each {times}, interleaved"),
+        *[("bandwidth", _describe(limit)) for limit in [memory] if limit is not None],
         *[("uncertain", describe_disturbed(disturbed, comparison.prompts))] * (disturbed > 0),
     ]
+
+
+def _describe(memory: MemoryLimit) -> str:
+    return (
+        f"the device reads {memory.bandwidth / 1e9:.1f} GB/s, a plain step {memory.step_bytes / 1e6:,.0f} MB of "
+        f"weights: at most {memory.tokens_per_second:.1f} tokens/s"
+    )
 
 
 def described(comparison: Comparison) -> dict[str, Any]:
@@ -131,7 +172,15 @@ def described(comparison: Comparison) -> dict[str, Any]:
     return {
         **{name: getattr(comparison, name) for name in names},
         "versions": dict(comparison.versions),
-        "entries": [_described(entry) for entry in comparison.entries],
+        "memory": None if comparison.memory is None else asdict(comparison.memory),
+        "entries": [
+            _described(entry)
+            | {
+                "over_transformers": comparison.over_transformers(entry),
+                "share_of_bandwidth": comparison.share_of_bandwidth(entry),
+            }
+            for entry in comparison.entries
+        ],
         "left_out": dict(comparison.left_out),
         "best": None if best is None else best.name,
         "advice": advice(comparison),
@@ -157,6 +206,8 @@ COLUMNS: Mapping[str, str] = {
     "range": "slowest and fastest repeat",
     "speedup": "against layerskip's plain decoding",
     "95 %": "the speedup's interval, from resampling prompts",
+    "÷ transformers": "tokens/s against those of transformers' plain decoding",
+    "bandwidth": "weights that plain decoding reads, as a share of what the device can read meanwhile",
     "α": "accepted ÷ drafted tokens",
     "τ": "new tokens for each pass of the target model",
     "c": "time to draft a token, in plain steps",
@@ -170,7 +221,7 @@ COLUMNS: Mapping[str, str] = {
 
 def table(comparison: Comparison) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     """All figures, as text: the names of the columns, and a row of cells for each entry; empty columns are left out."""
-    rows = [{"": entry.name} | _cells(entry) for entry in comparison.entries]
+    rows = [{"": entry.name} | _cells(entry) | _shared_cells(comparison, entry) for entry in comparison.entries]
     columns = ("", *(column for column in COLUMNS if any(row[column] for row in rows)))
     return columns, [[row[column] for column in columns] for row in rows]
 
@@ -190,6 +241,15 @@ def _cells(entry: Entry) -> dict[str, str]:
         "peak": "" if entry.peak_bytes is None else _megabytes(entry.peak_bytes),
         "training": "" if entry.training_seconds is None else duration(entry.training_seconds),
         "output": _output(entry),
+    }
+
+
+def _shared_cells(comparison: Comparison, entry: Entry) -> dict[str, str]:
+    """Cells that depend on more than the entry."""
+    ratio, share = comparison.over_transformers(entry), comparison.share_of_bandwidth(entry)
+    return {
+        "÷ transformers": "" if ratio is None else f"{ratio:.2f}×",
+        "bandwidth": "" if share is None else f"{share:.0%}",
     }
 
 

@@ -6,6 +6,7 @@ from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.cost_measurement import load_costs, measure_costs, measure_passes
 from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
+from layerskip.engine.kernel_measurement import seconds_saved_by_bfloat16
 from layerskip.engine.packed import PackedEngine
 from layerskip.engine.selection import check_engine, make_engine
 
@@ -25,4 +26,5 @@ __all__ = [
     "make_engine",
     "measure_costs",
     "measure_passes",
+    "seconds_saved_by_bfloat16",
 ]

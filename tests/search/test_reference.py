@@ -70,6 +70,19 @@ def test_what_was_decoded_once_is_read_from_disk_ever_after(llama, tmp_path):
     assert [text.prompt_length for text in again] == [len(prompt.tokens) for prompt in PROMPTS]
 
 
+def test_progress_counts_texts_that_are_there_and_shares_of_those_being_decoded(llama, tmp_path):
+    done: list[float] = []
+    run = ReferenceRun(llama, tmp_path, "f", done.append)
+    first = run.texts(PROMPTS[:1], max_new_tokens=5)
+    assert len(first[0].tokens) == len(PROMPTS[0].tokens) + 5
+    assert done == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    done.clear()
+    run.texts(PROMPTS, max_new_tokens=5)  # of these, the first is there
+    assert done[0] == pytest.approx(2 + 2 / 5)
+    assert done[-1] == 1 + 3
+    assert done == sorted(done)
+
+
 @pytest.mark.parametrize("damage", [b"", b"not a safetensors file", slice(0, -7), slice(0, 40)])
 def test_a_damaged_file_is_made_anew(llama, tmp_path, damage):
     run = ReferenceRun(llama, tmp_path, "f")

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studies.comparison import COLUMNS, Comparison, Entry, advice, described, facts, table
+from studies.comparison import (
+    COLUMNS,
+    TRANSFORMERS_PLAIN,
+    Comparison,
+    Entry,
+    MemoryLimit,
+    advice,
+    described,
+    facts,
+    table,
+)
 from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page
 from studies.statistics import Speedup, speedup_of_all
@@ -109,13 +119,32 @@ def test_advice_is_one_sentence_and_names_no_method_that_is_not_faster_or_has_an
 
 def test_empty_columns_are_left_out():
     columns, rows = table(comparison(entry("fast", 0.5, 0.6, 0.5)))
-    assert {"peak", "memory", "training"}.isdisjoint(columns)
+    assert {"peak", "memory", "training", "÷ transformers", "bandwidth"}.isdisjoint(columns)
     every = entry("all", 0.5, 0.6, 0.5, peak_bytes=2_500_000, draft_bytes=100_000, training_seconds=200.0)
-    columns, rows = table(comparison(every))
+    theirs = entry(TRANSFORMERS_PLAIN, acceptance_rate=None)
+    columns, rows = table(comparison(every, theirs, memory=MemoryLimit(1, 100.0)))
     assert columns == ("", *COLUMNS)
     cells = dict(zip(columns, rows[1], strict=True))
     assert (cells["peak"], cells["memory"], cells["training"]) == ("2.5 MB", "0.1 MB", "3 min 20 s")
     assert (cells["α"], cells["τ"], cells["c"], cells["drafting"]) == ("50%", "2.00", "0.25", "40%")
+
+
+def test_speeds_are_compared_with_transformers_plain_decoding_and_with_what_the_memory_allows():
+    """Only plain decoding reads all weights for each token: a share of the bandwidth is then one of the limit."""
+    theirs = entry(TRANSFORMERS_PLAIN, 1.25, 1.25, acceptance_rate=None, draft_cost=None, draft_share=0.0)
+    made = comparison(entry("fast", 0.5, 0.5), theirs, memory=MemoryLimit(step_bytes=500_000_000, bandwidth=2e10))
+    columns, rows = table(made)
+    at = columns.index("÷ transformers"), columns.index("bandwidth")
+    # Plain decoding: 10 tokens/s, of 40 that the memory allows.
+    assert [[row[column] for column in at] for row in rows] == [["1.25×", "25%"], ["2.50×", ""], ["1.00×", "20%"]]
+    assert (
+        dict(facts(made))["bandwidth"]
+        == "the device reads 20.0 GB/s, a plain step 500 MB of weights: at most 40.0 tokens/s"
+    )
+    values = described(made)
+    assert values["memory"] == {"step_bytes": 500_000_000, "bandwidth": 2e10}
+    assert [one["over_transformers"] for one in values["entries"]] == [1.25, 2.5, 1.0]
+    assert [one["share_of_bandwidth"] for one in values["entries"]] == [0.25, None, 0.2]
 
 
 @pytest.mark.parametrize(

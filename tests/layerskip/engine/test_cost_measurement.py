@@ -15,6 +15,7 @@ from layerskip.engine import (
     measure_costs,
     measure_passes,
 )
+from layerskip.engine.cost_measurement import _step_costs, comparable_seconds
 from layerskip.names import PRECISIONS
 from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, tiny_llama
@@ -89,6 +90,27 @@ def test_an_engine_that_is_made_has_costs_and_one_of_its_own_has_none(llama, tmp
 def test_a_model_with_a_short_context_can_be_measured():
     model = LayerSkipModel(tiny_llama(max_position_embeddings=4))
     assert measure_passes(EagerEngine(model)).cost(1) > 0
+
+
+def test_ratios_of_runs_do_not_depend_on_when_the_machine_was_slow():
+    """Two runs of 1 and 2 seconds and 4 seconds; slow rounds take three times as long, and one run was interrupted."""
+    fast, slow = [1.0, 2.0, 4.0], [3.0, 6.0, 12.0]
+    assert comparable_seconds([slow, fast, slow, fast, slow]) == pytest.approx(fast)
+    assert comparable_seconds([fast, fast, [1.0, 90.0, 4.0], fast, fast]) == pytest.approx(fast)
+    # The fastest of each would say that the first two take as long as each other.
+    uneven = [slow, [3.0, 2.0, 12.0], slow, slow, [3.0, 6.0, 4.0], slow]
+    one, two, four = comparable_seconds(uneven)
+    assert (two / one, four / one) == pytest.approx((2.0, 4.0))
+
+
+def test_the_parts_of_a_step_add_up_to_the_whole_that_was_measured():
+    """Where skipping half of the sublayers saved more than half, each part would be taken for too much."""
+    seconds = {"whole": 10.0, "head": 1.0, "half of attention": 7.0, "half of mlp": 6.0, "bridged": 6.5}
+    step = _step_costs(2, [0], seconds)
+    assert 2 * (step.attention + step.mlp) + step.fixed + step.head[0] == pytest.approx(10.0)
+    assert step.mlp / step.attention == pytest.approx(4 / 3)
+    step = _step_costs(2, [0], seconds | {"half of attention": 9.0, "half of mlp": 8.0})
+    assert (step.attention, step.mlp, step.fixed) == (1.0, 2.0, 3.0)
 
 
 # The parts of draft steps.

@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import torch
 
 from layerskip import LayerSkipModel
-from layerskip.engine import EagerEngine, PackedEngine, compile_sublayers, make_engine
-from layerskip.engine.kernel_measurement import load_kernel_seconds
+from layerskip.engine import EagerEngine, PackedEngine, compile_sublayers, kernel_measurement, make_engine
+from layerskip.engine.kernel_measurement import KernelSeconds, load_kernel_seconds
 from layerskip.packed_linear import PackedLinear, packing_available
 from tests.models import tiny_llama
 
 needs_packing = pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+
+
+def linears_of(model):
+    return [m for layer in model.hf_model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
 @pytest.fixture(autouse=True)
@@ -19,22 +24,27 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def decide(folder, model, *, one_row, four_rows):
+def decide(folder, model, *, one_row, several):
     """Write down a measurement in which packed weights take so many seconds, and plain ones one second each."""
     load_kernel_seconds(model)
     [file] = folder.glob("kernels-*.json")
-    file.write_text(json.dumps({"plain": {1: 1.0, 4: 1.0}, "packed": {1: one_row, 4: four_rows}}))
+    file.write_text(json.dumps({"plain": {1: 1.0, 5: 1.0}, "packed": {1: one_row, 5: several}, "weights": 9}))
 
 
 @needs_packing
 @pytest.mark.parametrize(
-    ("one_row", "four_rows", "expected", "replaced"),
-    [(0.5, 0.5, PackedEngine, True), (1.2, 0.5, PackedEngine, False), (1.2, 1.0, EagerEngine, False)],
+    ("one_row", "several", "expected", "replaced"),
+    [
+        (0.5, 0.5, PackedEngine, True),
+        (1.2, 0.5, PackedEngine, False),
+        (1.6, 0.8, PackedEngine, False),  # slower if it ran all passes
+        (1.6, 0.95, EagerEngine, False),  # not worth the memory of both
+    ],
 )
-def test_auto_is_packed_where_that_was_measured_to_be_faster(own_cache, one_row, four_rows, expected, replaced):
+def test_auto_is_packed_where_that_was_measured_to_be_faster(own_cache, one_row, several, expected, replaced):
     """The plain weights stay where they are faster for one row."""
     model = LayerSkipModel(tiny_llama())
-    decide(own_cache, model, one_row=one_row, four_rows=four_rows)
+    decide(own_cache, model, one_row=one_row, several=several)
     engine = make_engine(model, "auto", in_place=True)
     assert type(engine) is expected
     assert engine.costs is not None
@@ -47,11 +57,12 @@ def test_a_measurement_is_of_both_and_is_made_once(own_cache):
     load_kernel_seconds(model)
     [file] = own_cache.iterdir()
     seconds = json.loads(file.read_text())
-    assert set(seconds) == {"plain", "packed"}
-    assert all(min(by_rows.values()) > 0 for by_rows in seconds.values())
-    decide(own_cache, model, one_row=0.5, four_rows=0.25)
+    assert set(seconds) == {"plain", "packed", "weights"}
+    assert all(min(seconds[kind].values()) > 0 for kind in ("plain", "packed"))
+    assert seconds["weights"] == sum(linear.weight.numel() for linear in linears_of(model))
+    decide(own_cache, model, one_row=0.5, several=0.4)
     kept = load_kernel_seconds(LayerSkipModel(tiny_llama(seed=1)))
-    assert kept.packed == {1: 0.5, 4: 0.25}
+    assert kept.packed == {1: 0.5, 5: 0.4}
     assert kept.packing_pays
     assert not kept.one_row_is_faster_plain
 
@@ -63,7 +74,39 @@ def test_a_damaged_measurement_is_made_anew(own_cache):
     [file] = own_cache.iterdir()
     file.write_text("{}")
     load_kernel_seconds(model)
-    assert set(json.loads(file.read_text())) == {"plain", "packed"}
+    assert set(json.loads(file.read_text())) == {"plain", "packed", "weights"}
+
+
+@needs_packing
+def test_a_measurement_on_a_busy_machine_is_repeated_and_never_kept(own_cache, monkeypatch):
+    """One row of a kernel cannot take several times as long as five."""
+    busy = KernelSeconds(plain={1: 1.0, 5: 1.0}, packed={1: 7.0, 5: 1.0}, weights=9)
+    quiet = KernelSeconds(plain={1: 1.0, 5: 1.5}, packed={1: 1.0, 5: 1.0}, weights=9)
+    answers = [busy, busy, quiet, *[busy] * 9]
+    monkeypatch.setattr(kernel_measurement, "measure_kernels", lambda linears: answers.pop(0))
+    model = LayerSkipModel(tiny_llama())
+    assert load_kernel_seconds(model) == quiet
+    [file] = own_cache.iterdir()
+    assert load_kernel_seconds(model) == quiet
+    file.unlink()
+    assert load_kernel_seconds(model) == busy
+    assert not list(own_cache.iterdir())
+
+
+@needs_packing
+def test_what_bfloat16_would_save_is_that_of_all_weights(own_cache, monkeypatch):
+    model = LayerSkipModel(tiny_llama())
+    taken = {torch.float32: 4e-6, torch.bfloat16: 1e-6}
+
+    def measured(linears):
+        seconds = taken[linears[0].weight.dtype]
+        return KernelSeconds(plain={1: 2 * seconds, 5: 1.0}, packed={1: seconds, 5: 1.0}, weights=2)
+
+    monkeypatch.setattr(kernel_measurement, "measure_kernels", measured)
+    whole = sum(linear.weight.numel() for linear in linears_of(model)) + model.hf_model.lm_head.weight.numel()
+    assert kernel_measurement.seconds_saved_by_bfloat16(model) == pytest.approx(1.5e-6 * whole)
+    assert all(linear.weight.dtype == torch.float32 for linear in linears_of(model))  # copies were measured
+    assert kernel_measurement.seconds_saved_by_bfloat16(LayerSkipModel(tiny_llama().bfloat16())) is None
 
 
 def test_auto_is_eager_where_a_model_cannot_be_packed():

@@ -1,0 +1,93 @@
+"""llama.cpp's plain decoding of the same weights in the same type, where its Python package is installed.
+
+It is no dependency: ``pip install llama-cpp-python`` compiles it, which takes some minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf.quants import dequantize, quantize
+
+from layerskip import LayerSkipModel
+from layerskip.utils import dtype_name
+from search.decoding_methods import Decoded, DecodingMethod
+
+NAME = "llama.cpp plain"
+_TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
+_FILE_TYPES = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
+# Written by GGUFWriter itself, or by us.
+_OWN = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE)
+
+
+def llama_cpp_method(
+    model: LayerSkipModel, source: Path, folder: Path, longest: int
+) -> tuple[list[DecodingMethod], dict[str, str]]:
+    """llama.cpp's method, or why it cannot take part.
+
+    Args:
+        model: The model, which gives the type of the weights and the number of threads.
+        source: Where it comes from.
+        folder: For a file of its weights in that type.
+        longest: Most tokens of a prompt and its continuation.
+    """
+    if source.suffix != ".gguf" or model.dtype not in _TYPES:
+        return [], {NAME: "takes models from a .gguf file, in float32 or bfloat16"}
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return [], {NAME: "the package llama-cpp-python is not installed"}
+    file = folder / f"{source.stem}-{dtype_name(model.dtype)}.gguf"
+    write_dequantized(source, file, model.dtype)
+    threads = torch.get_num_threads()
+    llm = Llama(
+        str(file),
+        n_ctx=longest,
+        n_threads=threads,
+        n_threads_batch=threads,
+        type_k=int(gguf.GGMLQuantizationType.F32),
+        type_v=int(gguf.GGMLQuantizationType.F32),
+        verbose=False,
+    )
+    return [DecodingMethod(NAME, _decode_with(llm, model.eos_token_ids), third_party=True)], {}
+
+
+def _decode_with(llm: Any, eos: frozenset[int]) -> Any:
+    def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
+        llm.reset()  # or it would reuse what it computed for the same prompt before
+        new: list[int] = []
+        for token in islice(llm.generate(list(prompt), top_k=1, temp=0.0, repeat_penalty=1.0), max_new_tokens):
+            new.append(int(token))
+            if new[-1] in eos:
+                break
+        return Decoded(tuple(new), len(new), 0, 0, 0.0, None)
+
+    return decode
+
+
+def write_dequantized(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write a GGUF file with the same metadata and its matrices in another type; vectors are in float32, as usual."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for field in reader.fields.values():
+        if field.name not in _OWN and not field.name.startswith("GGUF."):
+            kind = field.types[0]
+            part = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=part)
+    writer.add_file_type(_FILE_TYPES[dtype])
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type).astype("float32")
+        if values.ndim > 1 and dtype != torch.float32:
+            writer.add_tensor(tensor.name, quantize(values, _TYPES[dtype]), raw_dtype=_TYPES[dtype])
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
