@@ -105,16 +105,18 @@ def prepared(
 
 
 def random_candidates(space: SearchSpace, count: int, seed: int) -> list[DraftConfig]:
-    """Skip sets of mixed size; every second one bridged and with a draft vocabulary, where the space has them."""
+    """Skip sets of mixed size, at each precision; every second one bridged and with a vocabulary, where there are."""
     source = random.Random(seed)
     made = []
     for number in range(count):
         size = max(round(_SHARES[number % len(_SHARES)] * 2 * space.num_layers), 1)
         skipped = set(source.sample(range(2 * space.num_layers), size))
         skip_set = SkipSet.from_mask([index in skipped for index in range(2 * space.num_layers)])
-        rich = number // len(_SHARES) % 2 == 1
+        group = number // len(_SHARES)
+        rich, precision = group % 2 == 1, space.precisions[group % len(space.precisions)]
         vocabulary = space.vocabulary_sizes[len(space.vocabulary_sizes) // 2] if rich else 0
-        made.append(DraftConfig(skip_set, bridges=rich and space.bridges, vocabulary_size=vocabulary))
+        bridges = rich and space.bridges
+        made.append(DraftConfig(skip_set, bridges=bridges, vocabulary_size=vocabulary, precision=precision))
     return made
 
 

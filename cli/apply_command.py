@@ -144,17 +144,17 @@ def _refuse_together(option: str, others: dict[str, bool]) -> None:
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
     """The prompts of the argument, the file or stdin, of which only one may be given."""
-    from layerskip.tokenizer import Prompt, read_prompts
+    from layerskip.tokenizer import Prompt, read_prompts, text_of
 
     if prompt is not None and file is not None:
         raise InvalidInputError("give a prompt or --prompts, not both")
     if file is not None:
         return read_prompts(file)
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise InvalidInputError("no prompt; give it as an argument, with --prompts FILE or on stdin")
         try:
-            prompt = sys.stdin.read()
+            prompt = text_of(sys.stdin.read())
         except UnicodeDecodeError as error:
             raise InvalidInputError(f"stdin: not {error.encoding} text") from error
     if not prompt.strip():

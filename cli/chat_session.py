@@ -16,7 +16,7 @@ from cli.common import counted, describe_generation, generation_line, print_json
 from layerskip import Chat, StopStrings
 from layerskip.chat import Answer
 from layerskip.errors import InvalidInputError
-from layerskip.tokenizer import TextSegment
+from layerskip.tokenizer import TextSegment, text_of
 
 _PROMPT = "> "
 _COMMANDS = "/reset clears the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -37,11 +37,13 @@ def converse(
         show_drafted: Whether to colour text that was drafted and accepted, where the terminal can.
         json: Whether to print one object at the end instead of answers as they are generated.
     """
+    if sys.stdin is None:
+        raise InvalidInputError("stdin: is closed; a conversation reads its messages there")
     session = _Session(chat, stop, speculative, _writer(show_drafted, json))
     if sys.stdin.isatty():
         stderr.print(_COMMANDS, style="dim")
     for line in _messages(first):
-        if not session.take(line.strip()):
+        if not session.take(text_of(line)):
             break
     if json:
         print_json({"turns": session.turns})
@@ -61,14 +63,15 @@ class _Session:
 
     def take(self, line: str) -> bool:
         """Answer a message or run a command; return whether the conversation continues."""
-        if line in ("/quit", "/exit"):
+        command = line.strip()
+        if command in ("/quit", "/exit"):
             return False
-        if line == "/reset":
+        if command == "/reset":
             self._chat.reset()
             stderr.print("conversation cleared", style="dim")
-        elif _COMMAND.fullmatch(line):
-            stderr.print(_COMMANDS if line == "/help" else f"{line}: unknown command; {_COMMANDS}", style="dim")
-        elif line:
+        elif _COMMAND.fullmatch(command):
+            stderr.print(_COMMANDS if command == "/help" else f"{command}: unknown command; {_COMMANDS}", style="dim")
+        elif command:
             self._answer(line)
         return True
 

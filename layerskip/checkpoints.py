@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import os
-import shutil
-import struct
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +16,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from layerskip.errors import CheckpointError, InvalidInputError, MissingDependencyError, first_line
+from layerskip.errors import CheckpointError, InvalidInputError, first_line
+from layerskip.gguf_conversion import converted
 from layerskip.names import ALIASES, DTYPES
 
 logger = logging.getLogger(__name__)
+
+_GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def load_checkpoint(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     location = locate(source)
-    if location.endswith(".gguf"):
-        location = str(_converted(Path(location), torch_dtype))
+    if is_gguf(location):
+        location = str(converted(Path(location), torch_dtype, cache_folder()))
     revision = revision or "main"
     _check_hub(source, location, revision)
     try:
@@ -111,7 +110,7 @@ def stored_dtype(source: str, *, revision: str | None = None) -> str:
         CheckpointError: The model cannot be found.
     """
     location = locate(source)
-    if location.endswith(".gguf"):
+    if is_gguf(location):
         return "float32"
     try:
         config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=False)
@@ -177,6 +176,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip"
 
 
+def is_gguf(location: str) -> bool:
+    """Whether a model's location, as :func:`locate` gives it, is a GGUF file."""
+    return Path(location).suffix.lower() == _GGUF and Path(location).is_file()
+
+
 def locate(source: str) -> str:
     """The folder, GGUF file or Hub id of a model."""
     alias = ALIASES.get(source)
@@ -186,7 +190,7 @@ def locate(source: str) -> str:
         shipped = Path(folders[0]) / alias.file if folders else None
         return str(shipped) if shipped is not None and shipped.is_file() else alias.hub_id
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == _GGUF and not path.is_dir():
         if not path.is_file():
             raise CheckpointError(f"model '{source}': no such file{_suggestion(source)}")
         return str(path)
@@ -241,61 +245,11 @@ def _suggestion(source: str) -> str:
     """A question about the alias, or the model in the same folder, whose name is most similar; empty without one."""
     folder = Path(source).expanduser().parent
     try:
-        nearby = [str(path) for path in folder.iterdir() if path.suffix == ".gguf" or (path / "config.json").is_file()]
+        nearby = [
+            str(path) for path in folder.iterdir() if path.suffix.lower() == _GGUF or (path / "config.json").is_file()
+        ]
     except OSError:
         nearby = []
     known = [*ALIASES, *(alias.hub_id for alias in ALIASES.values()), *nearby]
     similar = difflib.get_close_matches(source, known, n=1)
     return f"; did you mean '{similar[0]}'?" if similar else ""
-
-
-def _converted(gguf: Path, dtype: torch.dtype) -> Path:
-    """The folder with a GGUF file's model in Hugging Face format, written at the first call.
-
-    Reading a GGUF file takes transformers tens of seconds; the copy loads in one.
-    """
-    status = gguf.stat()
-    key = f"{gguf.resolve()}:{status.st_size}:{status.st_mtime_ns}:{dtype}"
-    folder = cache_folder() / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        return folder
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise MissingDependencyError(
-                f"model '{gguf.name}': GGUF files need the package '{package}'; pip install 'layerskip[gguf]'"
-            )
-    logger.warning("converting %s once; later runs load the copy in %s", gguf.name, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"cache folder {folder.parent}: {error.strerror}; set LAYERSKIP_CACHE to a writable folder"
-        ) from error
-    try:
-        _convert(gguf, dtype, scratch)
-        try:
-            scratch.replace(folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        # The weights are dequantized, but the config still says quantized, which forbids saving.
-        del model.config.quantization_config
-        model.hf_quantizer = None  # type: ignore[assignment]
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise CheckpointError(f"model '{gguf}': cannot be converted: {first_line(error)}") from error
-    except (ValueError, KeyError, IndexError, struct.error, NotImplementedError) as error:
-        raise CheckpointError(
-            f"model '{gguf}': not a GGUF file that transformers can read: {first_line(error)}"
-        ) from error

@@ -38,6 +38,10 @@ class ExportError(LayerSkipError):
     """A draft cannot be exported, or not to that folder."""
 
 
+class NotANumberError(LayerSkipError):
+    """The model's scores are not numbers, so that no token can be chosen."""
+
+
 class MissingDependencyError(LayerSkipError):
     """An optional package is not installed."""
 

@@ -11,44 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip.model import LayerSkipModel
+from layerskip.model_state import adapter_state, computing_settings
 from layerskip.packed_linear import packed_weights
 from layerskip.utils import digest
-
-# Settings that change what a model computes. Listed by name, because a newer transformers adds settings with harmless
-# defaults to every configuration; a test holds the list against the settings of every family.
-_COMPUTING_SETTINGS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "rms_norm_eps",
-    "rope_parameters",
-    "max_position_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "tie_word_embeddings",
-    "sliding_window",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-)
-
-# Settings of families that were added later: left out where a configuration lacks them, so that the fingerprints of
-# other families stay the same.
-_SETTINGS_OF_SOME = (
-    "attention_multiplier",
-    "embedding_multiplier",
-    "logits_scaling",
-    "no_rope_layers",
-    "residual_multiplier",
-)
 
 # Elements hashed at a time: keeps the scratch memory small and in the processor's cache.
 _CHUNK = 1 << 22
@@ -120,9 +85,8 @@ def fingerprint(model: LayerSkipModel) -> str:
         16 hexadecimal digits.
     """
     config, hf_model = model.config, model.hf_model
-    settings = {name: getattr(config, name, None) for name in _COMPUTING_SETTINGS}
-    settings |= {name: getattr(config, name) for name in _SETTINGS_OF_SOME if hasattr(config, name)}
-    settings |= {name: state for name, module in hf_model.named_modules() if (state := _adapter_state(module))}
+    settings = computing_settings(config)
+    settings |= {name: state for name, module in hf_model.named_modules() if (state := adapter_state(module))}
     weights = {
         part_name: [list(part.shape), *_checksums(part)]
         for name, weight in _weights(hf_model)
@@ -139,15 +103,6 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in tied_too:
             yield name, tensor
-
-
-def _adapter_state(module: nn.Module) -> dict[str, object]:
-    """What a PEFT module computes with besides its weights: the active adapters and their scaling."""
-    active = getattr(module, "active_adapters", None)
-    if active is None or isinstance(module, PreTrainedModel):  # transformers' models have methods of these names
-        return {}
-    state = {name: getattr(module, name) for name in ("disable_adapters", "merged_adapters") if hasattr(module, name)}
-    return state | {"active": active, "scaling": getattr(module, "scaling", None)}
 
 
 def _plain_parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, Unpack
+from operator import index
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.logits_processing import ProcessorSampling
 from layerskip.model import LayerSkipModel
 from layerskip.prefix_cache import PrefixCache
-from layerskip.sampling import Sampling
+from layerskip.sampling import Sampling, check_numbers
 from layerskip.utils import PhaseClock
 
 FinishReason = Literal["eos", "stop", "length", "context"]
@@ -179,10 +180,15 @@ def _rounds(
     prompt_cache: PrefixCache | None = None,
 ) -> Iterator[Round]:
     """Prefill, then rounds of drafting and verification; the generation is filled in as they go."""
+    if not isinstance(model, LayerSkipModel):
+        raise InvalidInputError(
+            f"model: expected a LayerSkipModel, got {type(model).__name__}; wrap it: LayerSkipModel(model)"
+        )
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter, engine = _checked(drafter), _engine_of(model, engine)
+    engine.check_current()
     prompt_cache = prompt_cache or PrefixCache()
     cache = prompt_cache.reuse(engine, ids.tolist(), ending.limit)
     clock = PhaseClock(model.device)
@@ -193,7 +199,9 @@ def _rounds(
         scored = engine.prefill(ids[cache.length :], cache)
         newest = sampler.draw(scored.logits[0]).tokens  # [1]
         drafter.start(engine, ids, scored.states)
-        new, reason = ending.cut(tokens, newest.tolist())
+        first = newest.tolist()
+        check_numbers(first)
+        new, reason = ending.cut(tokens, first)
     tokens += new
     prompt_cache.append(new)
     yield Round(new, accepted=0)
@@ -285,14 +293,20 @@ def _ending(
 ) -> _Ending:
     if max_new_tokens < 1:
         raise InvalidInputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if eos_token_ids is None:
-        eos_token_ids = model.eos_token_ids
-    elif isinstance(eos_token_ids, int):
-        eos_token_ids = (eos_token_ids,)
     # The last new token needs no position of its own: nothing follows it.
     room = model.context_length - prompt_length + 1
     at_limit: FinishReason = "context" if room < max_new_tokens else "length"
-    return _Ending(frozenset(eos_token_ids), stop, min(max_new_tokens, room), at_limit)
+    eos = model.eos_token_ids if eos_token_ids is None else _whole_numbers(eos_token_ids)
+    return _Ending(eos, stop, min(max_new_tokens, room), at_limit)
+
+
+def _whole_numbers(ids: Any) -> frozenset[int]:
+    """Token ids that were given as a number or several, of Python's, numpy's or torch's types."""
+    try:
+        values = ids.reshape(-1).tolist() if hasattr(ids, "reshape") else ids
+        return frozenset(map(index, values if isinstance(values, Iterable) else [values]))
+    except TypeError as error:
+        raise InvalidInputError(f"eos_token_ids: expected token ids, got {ids!r}") from error
 
 
 def _prompt_ids(model: LayerSkipModel, prompt: Tensor | Sequence[int]) -> Tensor:

@@ -43,7 +43,18 @@ from transformers import (
 
 from layerskip.engine import DraftStep
 from layerskip.errors import InvalidInputError
-from layerskip.sampling import Draft, Draw, GreedySampler, RandomSampler, Sampler, Verdict, sample, speculative_choice
+from layerskip.sampling import (
+    Draft,
+    Draw,
+    GreedySampler,
+    RandomSampler,
+    Sampler,
+    Verdict,
+    check_numbers,
+    highest,
+    sample,
+    speculative_choice,
+)
 
 # They look at each row of scores alone, whatever the text and whichever tokens the columns belong to.
 _WARPERS = frozenset(
@@ -176,8 +187,8 @@ class ProcessorSampler:
             before = self._drafted if path is None else [path.to(self._history.device)]
             text = torch.cat([self._history.ids, *(tokens[None] for tokens in before)], dim=-1)
             scores = self._draft_processors(text, logits[None].to(text.device))  # type: ignore[arg-type]
-            # Processors may leave no token of the draft's vocabulary. The distribution is then not a number, and what
-            # is drawn from it is always rejected: the target model's own choice takes its place.
+            # Processors may leave no token of the draft's vocabulary. The distribution is then not a number, which
+            # speculative sampling knows.
             draw = self._draft_by(scores[0], min(count, len(step.logits)))
             self._drafted.append(draw.tokens[:1])
         return Draw(draw.tokens.to(step.logits.device), draw.distribution)
@@ -221,7 +232,9 @@ class ProcessorSampler:
     def _choose(self, drafted: Draw | None, scores: Tensor) -> Tensor:
         """A token, ``[1]``, by the target model's scores; a drafted one if it is accepted."""
         if self._generator is None:
-            return scores.argmax(-1, keepdim=True)
+            best = highest(scores[None])
+            check_numbers(best.tolist())
+            return best
         distribution = scores.softmax(-1)
         if distribution.isnan().any():
             raise InvalidInputError(

@@ -19,6 +19,7 @@ from layerskip.drafting.quantization import QuantizedCopies
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.families import family_of, setting
 from layerskip.kv_cache import KVCache
+from layerskip.model_state import ModelState, ModelStateReader, check_honoured, check_in_memory, computing_settings
 from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, sublayers_of, weights_of
@@ -68,7 +69,8 @@ class LayerSkipModel:
 
     Raises:
         UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
-            is neither ``eager`` nor ``sdpa``, or has an adapter that does more than to replace modules.
+            is neither ``eager`` nor ``sdpa``, is offloaded, or has an adapter, a hook or the like that acts elsewhere
+            than in the modules that are called.
         InvalidInputError: It is not a model, such as a name or another wrapper; or it is in training mode.
     """
 
@@ -77,6 +79,7 @@ class LayerSkipModel:
         if model.training:
             raise InvalidInputError("the model is in training mode; call model.eval() first")
         model = adapted_model(model)
+        check_in_memory(model)
         self.hf_model = model
         self.config = model.config
         self.family = family_of(model.config)
@@ -94,6 +97,9 @@ class LayerSkipModel:
         attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]
         self._windows = {sublayer.window for sublayer in attention}
         self._rotary_kinds = {sublayer.rotary for sublayer in attention}
+        self._state_reader: ModelStateReader | None = None
+        self._outline = self._read_outline()
+        check_honoured(model)
 
     @property
     def num_layers(self) -> int:
@@ -145,6 +151,53 @@ class LayerSkipModel:
         """The norm before the head."""
         norm: nn.Module = self._final_norm
         return norm
+
+    def check_current(self) -> None:
+        """Make sure that the model is as it was when it was wrapped, but for the values of its weights.
+
+        Raises:
+            InvalidInputError: Its settings or its modules were changed.
+            UnsupportedModelError: A hook or the like was attached that would not run.
+        """
+        check_honoured(self.hf_model)
+        settings, modules = self._read_outline()
+        for what, now, before in zip(("settings", "modules"), (settings, modules), self._outline, strict=True):
+            if now != before:
+                raise InvalidInputError(
+                    f"the model's {what} were changed after it was wrapped; wrap it anew: LayerSkipModel(model)"
+                )
+
+    def _read_outline(self) -> tuple[str, list[int]]:
+        """The settings of the model, and ids of the modules that a pass calls."""
+        decoder: Any = self.hf_model.base_model
+        called = [decoder.embed_tokens, decoder.rotary_emb, decoder.norm, *decoder.layers]
+        called += [part for layer in decoder.layers for part in layer.children()]
+        settings = repr(computing_settings(self.config)) + str(self.config._attn_implementation)
+        return settings, [*map(id, called), id(self.hf_model.get_output_embeddings())]
+
+    def read_state(self) -> ModelState:
+        """What the model computes with now: equal to an earlier state if nothing was changed since."""
+        if self._state_reader is None:
+            self._state_reader = ModelStateReader(self.hf_model)
+        return self._state_reader.read()
+
+    def check_unchanged(self, since: ModelState, what: str) -> None:
+        """Make sure that the model computes with what it did at an earlier state.
+
+        Args:
+            since: The state.
+            what: What was worked out from it then, human-readable.
+
+        Raises:
+            InvalidInputError: It was changed.
+        """
+        changed = since.differs_in(self.read_state())
+        if changed is not None:
+            raise InvalidInputError(f"{what}: the model's {changed} were changed after it was made; make a new one")
+
+    def note_packed(self) -> None:
+        """Take the modules as they are now for those that were wrapped: others compute the same in their place."""
+        self._state_reader, self._outline = None, self._read_outline()
 
     def through(self, steps: Sequence[Step], head: nn.Module, final_norm: nn.Module) -> LayerSkipModel:
         """The same model, whose passes run through other modules that compute the same.

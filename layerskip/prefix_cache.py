@@ -7,13 +7,15 @@ from itertools import takewhile
 
 from layerskip.engine import Engine
 from layerskip.kv_cache import KVCache
+from layerskip.model_state import ModelState
 
 
 class PrefixCache:
     """The text of the last generation, with its keys and values.
 
     Pass the same object to successive generations, and each runs only the part of its prompt that the text before does
-    not begin with, even after a generation that was abandoned or that an exception ended. Use it with one engine.
+    not begin with, even after a generation that was abandoned or that an exception ended. After a change of the model,
+    such as of its weights or of its active adapter, it begins anew. Use it with one engine.
     """
 
     def __init__(self) -> None:
@@ -22,6 +24,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget the text; the next generation runs its whole prompt."""
         self._cache: KVCache | None = None
+        self._state: ModelState | None = None
         self._uses = 0
         self._text: list[int] = []
 
@@ -38,12 +41,13 @@ class PrefixCache:
             which the first new token is chosen.
         """
         needed = len(prompt) + limit
-        cache = self._cache
-        if cache is None or cache.uses != self._uses or not engine.has_room(cache, needed):
+        cache, state = self._cache, engine.model.read_state()
+        if cache is None or state != self._state or cache.uses != self._uses or not engine.has_room(cache, needed):
             cache = engine.new_cache(needed)
             self._text = []
         # The last token of a text is in no cache: nothing has followed it yet. An exception may have left even less.
         cache.rollback(min(common_prefix_length(self._text[:-1], prompt[:-1]), cache.length))
+        self._state = state
         self._cache, self._uses, self._text = cache, cache.uses, list(prompt)
         return cache
 

@@ -278,6 +278,9 @@ class DraftProfile(_Part):
             profile = cls.model_validate_json(text, by_alias=True, by_name=False)
         except ValidationError as error:
             raise InvalidProfileError(f"{source}: {_in_one_line(error)}") from error
+        for name in ("format", "version"):
+            if name not in profile.model_fields_set:
+                raise InvalidProfileError(f"{source}: {name}: is missing; a draft profile says what it is")
         profile._source = source
         return profile
 

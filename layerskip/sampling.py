@@ -11,8 +11,31 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from layerskip.engine import DraftStep, SharedPrefix
-from layerskip.errors import InvalidInputError
+from layerskip.errors import InvalidInputError, NotANumberError
 from layerskip.token_tree import TokenTree, siblings_on
+
+# Below this temperature scores divided by it overflow, and nothing but the likeliest token has a chance.
+_COLDEST = 1e-30
+# Stands for a token that was chosen by scores that are not numbers, until the host looks at it.
+NOT_A_NUMBER = -1
+
+
+def highest(scores: Tensor) -> Tensor:
+    """The column of the highest score in each row, ``[n]``, of ``[n, m]``; ``NOT_A_NUMBER`` where one is none."""
+    best = scores.max(-1)  # as argmax, in a third of its time on a CPU; what is not a number counts as the highest
+    return torch.where(best.values.isnan(), NOT_A_NUMBER, best.indices)
+
+
+def check_numbers(tokens: Sequence[int]) -> None:
+    """Make sure that new tokens were chosen by numbers.
+
+    Raises:
+        NotANumberError: One was not.
+    """
+    if NOT_A_NUMBER in tokens:
+        raise NotANumberError(
+            "logits: the model's scores for the next token are not numbers (nan); check its weights and dtype"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,11 +65,16 @@ class Verdict:
             tree: The shape of the draft, of ``k`` tokens.
             drafted: ``[k]``, their ids.
             choices: ``[k + 1]``, the ids chosen to follow each row.
+
+        Raises:
+            NotANumberError: A row of the text was followed by what is not a number's.
         """
         ids = torch.cat([drafted, choices]).tolist()
         proposed, following = ids[: len(drafted)], ids[len(drafted) :]
         rows = tree.follow(proposed, following)
-        return cls([following[row] for row in rows], choices[rows[-1] : rows[-1] + 1], rows)
+        tokens = [following[row] for row in rows]
+        check_numbers(tokens)
+        return cls(tokens, choices[rows[-1] : rows[-1] + 1], rows)
 
 
 def greedy_match(tree: TokenTree, drafted: Tensor, logits: Tensor) -> Verdict:
@@ -57,7 +85,7 @@ def greedy_match(tree: TokenTree, drafted: Tensor, logits: Tensor) -> Verdict:
         drafted: ``[k]``, proposed token ids.
         logits: ``[k + 1, vocab_size]``, the target model's, after each row.
     """
-    return Verdict.of(tree, drafted, logits.max(-1).indices)  # as argmax, in a third of its time on a CPU
+    return Verdict.of(tree, drafted, highest(logits))
 
 
 def sample(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
@@ -79,7 +107,8 @@ def speculative_sampling(
     After each row the drafted siblings are tried in turn. One that was drawn from the draft distribution ``q`` is
     accepted with probability ``min(1, p(x) / q(x))`` under the target distribution ``p``. If it is rejected, ``p``
     becomes ``max(p - q, 0)`` and ``q`` loses that token, both normalized, and the next sibling is tried; if none is
-    accepted, a draw from what is left of ``p`` follows.
+    accepted, a draw from what is left of ``p`` follows. Where ``q`` is not a number, nothing was drawn: the token
+    counts as one that was certain.
 
     Sources: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318); for siblings
     drawn without replacement, Jeon et al. 2024 (arXiv 2402.14160), Chen et al. 2024 (Sequoia, arXiv 2402.12374).
@@ -99,7 +128,7 @@ def speculative_sampling(
         chosen, target = chosen.index_copy(0, inner, accepted), target.index_copy(0, inner, left)
     # One draw of the clocks for all rows: at most one row's own token becomes part of the text.
     clocks = torch.empty_like(target[0]).exponential_(1, generator=generator)
-    return Verdict.of(tree, drafted, torch.where(chosen < 0, (target / clocks).argmax(-1), chosen))
+    return Verdict.of(tree, drafted, torch.where(chosen < 0, highest(target / clocks), chosen))
 
 
 def speculative_choice(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,8 +163,10 @@ def _accept(
         The accepted token after each row, ``[n]``, -1 where none is; and what is left of ``target`` there.
     """
     chosen = torch.full_like(siblings[:, 0], -1)
+    broken = draft.gather(1, siblings[:, :1]).isnan()  # [n, 1]; after a softmax, all of a row or nothing
     for number in range(siblings.shape[1]):
         token = siblings[:, number : number + 1]  # [n, 1]
+        draft = torch.where(broken, torch.zeros_like(draft).scatter(1, token, 1.0), draft)
         p, q = target.gather(1, token)[:, 0], draft.gather(1, token)[:, 0]
         u = torch.rand(len(token), generator=generator, device=token.device)
         tried = exists[:, number] & (chosen < 0)
@@ -186,7 +217,7 @@ class Sampling:
 
     def sampler(self, device: torch.device) -> Sampler:
         """A fresh sampler for one generation."""
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return GreedySampler()
         generator = torch.Generator(device)
         if self.seed is None:
@@ -306,7 +337,7 @@ class GreedySampler:
     """Always the likeliest token."""
 
     def draw(self, logits: Tensor) -> Draw:
-        return Draw(logits.max(-1, keepdim=True).indices, None)
+        return Draw(highest(logits[None]), None)
 
     def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         if count == 1:
@@ -337,7 +368,9 @@ class RandomSampler:
         return scores.softmax(-1)
 
     def draw(self, logits: Tensor) -> Draw:
-        return self._draw(logits, 1)
+        draw = self._draw(logits, 1)
+        assert draw.distribution is not None
+        return Draw(torch.where(draw.distribution[draw.tokens].isnan(), NOT_A_NUMBER, draw.tokens), draw.distribution)
 
     def draft(self, step: DraftStep, token_ids: Tensor | None, count: int = 1, *, path: Tensor | None = None) -> Draw:
         draw = self._draw(step.logits, min(count, len(step.logits)))

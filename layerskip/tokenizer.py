@@ -46,6 +46,14 @@ class Prompt:
         return encode_chat(tokenizer, [{"role": role, "content": content} for role, content in self.content])
 
 
+def text_of(raw: str) -> str:
+    """A text from a file or from stdin, as it would be as an argument or a string.
+
+    Without a byte order mark; line ends are ``\\n``, and those at the end are left out, as a shell does in ``$(...)``.
+    """
+    return raw.removeprefix("\ufeff").replace("\r\n", "\n").rstrip("\r\n")
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts from a file: one a line, or with the suffix ``.jsonl`` one JSON object a line.
 
@@ -57,15 +65,16 @@ def read_prompts(path: Path) -> list[Prompt]:
             and the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{path}: not a text file; expected one prompt per line") from error
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot read the prompts: {error.strerror}") from error
     # Not splitlines(): it also splits at characters that a prompt may contain.
-    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
-    filled = ((number, line) for number, line in lines if line)
-    prompts = list(_from_jsonl(path, filled)) if path.suffix == ".jsonl" else [Prompt(line) for _, line in filled]
+    lines = enumerate(text.split("\n"), start=1)
+    filled = ((number, line) for number, line in lines if line.strip())
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    prompts = list(_from_jsonl(path, filled)) if is_jsonl else [Prompt(line) for _, line in filled]
     if not prompts:
         raise InvalidInputError(f"{path}: has no prompt; expected one per line")
     return prompts
@@ -150,13 +159,12 @@ class StopStrings:
         InvalidInputError: There is no string, or one is empty.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | Sequence[str]) -> None:
-        if isinstance(strings, str):
-            strings = (strings,)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | Iterable[str]) -> None:
+        strings = (strings,) if isinstance(strings, str) else tuple(strings)
         if not strings or not all(strings):
             raise InvalidInputError("stop strings: expected at least one, none of them empty")
         self._tokenizer = tokenizer
-        self._strings = tuple(strings)
+        self._strings = strings
         # A token gives at least one byte of text, so this many at the end cover a match that the newest completes.
         self._tail = max(len(s.encode()) for s in strings) + _MARGIN
 

@@ -34,6 +34,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.generation import DecodingStats, Generation, generate
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.model import LayerSkipModel
+from layerskip.model_state import ModelState
 from layerskip.profile import DraftProfile
 
 EngineName = Literal["eager", "packed"]
@@ -47,7 +48,7 @@ class _Wrapped:
     """The engine of a model's wrapper, the state that the model was wrapped in, and its drafters, the newest last."""
 
     engine: EagerEngine
-    state: object
+    state: ModelState
     drafters: list[tuple[DraftProfile, Drafter]] = field(default_factory=list)
 
 
@@ -80,24 +81,14 @@ def engine_and_drafter(
 def _wrapped(model: PreTrainedModel, engine: EngineName) -> _Wrapped:
     if model.training:
         raise InvalidInputError("the model is in training mode; call model.eval() first")
-    state = _state(model)
     by_engine = _WRAPPED.setdefault(model, {})
     wrapped = by_engine.get(engine)
-    if wrapped is None or wrapped.state != state:
+    if wrapped is None or wrapped.state != wrapped.engine.model.read_state():
         # A proxy, because a value that refers to its key keeps it alive.
         wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
         runner = PackedEngine(wrapper) if engine == PackedEngine.name else EagerEngine(wrapper)
-        wrapped = by_engine[engine] = _Wrapped(runner, state)
+        wrapped = by_engine[engine] = _Wrapped(runner, wrapper.read_state())
     return wrapped
-
-
-def _state(model: PreTrainedModel) -> object:
-    """Changes when the model is moved, converted, adapted or trained, or computes attention another way."""
-    weights = tuple(
-        (id(weight), weight.device, weight.dtype, 0 if weight.is_inference() else weight._version)
-        for weight in model.parameters()
-    )
-    return model.config._attn_implementation, weights
 
 
 # Prepared by generate() for the model's own forward; layerskip computes positions, masks and cache itself.

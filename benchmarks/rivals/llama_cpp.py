@@ -6,6 +6,7 @@ It is no dependency: ``pip install llama-cpp-python`` compiles it, which takes s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,13 @@ import torch
 from gguf.quants import dequantize, quantize
 
 from layerskip import LayerSkipModel
+from layerskip.gguf_conversion import write_gguf
 from layerskip.utils import dtype_name
 from search.decoding_methods import Decoded, DecodingMethod
 
 NAME = "llama.cpp plain"
 _TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
 _FILE_TYPES = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
-# Written by GGUFWriter itself, or by us.
-_OWN = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE)
 
 
 def llama_cpp_method(
@@ -73,21 +73,10 @@ def _decode_with(llm: Any, eos: frozenset[int]) -> Any:
 def write_dequantized(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write a GGUF file with the same metadata and its matrices in another type; vectors are in float32, as usual."""
     reader = gguf.GGUFReader(source)
-    architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
-    writer = gguf.GGUFWriter(target, architecture)
-    for field in reader.fields.values():
-        if field.name not in _OWN and not field.name.startswith("GGUF."):
-            kind = field.types[0]
-            part = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=part)
-    writer.add_file_type(_FILE_TYPES[dtype])
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type).astype("float32")
-        if values.ndim > 1 and dtype != torch.float32:
-            writer.add_tensor(tensor.name, quantize(values, _TYPES[dtype]), raw_dtype=_TYPES[dtype])
-        else:
-            writer.add_tensor(tensor.name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(target, reader, map(partial(_converted, dtype), reader.tensors), file_type=_FILE_TYPES[dtype])
+
+
+def _converted(dtype: torch.dtype, tensor: Any) -> tuple[str, Any, gguf.GGMLQuantizationType]:
+    values = dequantize(tensor.data, tensor.tensor_type).astype("float32")
+    kind = _TYPES[dtype if values.ndim > 1 else torch.float32]
+    return tensor.name, quantize(values, kind), kind

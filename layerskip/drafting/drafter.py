@@ -14,7 +14,9 @@ from torch import Tensor
 
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import DraftStep, Engine, Scored, highest_probability
+from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
+from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Draw, Sampler, Verdict
 from layerskip.token_tree import widths_of
 
@@ -99,16 +101,27 @@ class BaseDrafter:
     """Base of drafters that propose place by place: stopping rule, target-confidence threshold and tree.
 
     Args:
+        model: The model that will verify.
         config: How to draft.
     """
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, model: LayerSkipModel, config: DraftConfig) -> None:
+        self._model = model
         self._stopping = config.stopping
         self._target_confidence_threshold = config.target_confidence_threshold
         self._widths = widths_of(config.tree)
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
-        """As :meth:`Drafter.start`."""
+        """As :meth:`Drafter.start`.
+
+        Raises:
+            InvalidInputError: The engine runs a model of other sizes.
+        """
+        ours, others = ((m.vocab_size, m.num_layers, m.config.hidden_size) for m in (self._model, engine.model))
+        if ours != others:
+            raise InvalidInputError(
+                "drafter: is for another model; make one for the model that decodes: profile.drafter(model)"
+            )
         self._stop = self._stopping.new_state()
         self._paused = False
         self._steps = 0  # of the last draft

@@ -96,12 +96,11 @@ class HeadDrafter(BaseDrafter):
     """
 
     def __init__(self, model: LayerSkipModel, config: DraftConfig, weights: DraftWeights) -> None:
-        super().__init__(config)
+        super().__init__(model, config)
         weights = weights.placed_on(model)
         if weights.heads is None:
             raise InvalidInputError("draft heads: the draft's weights have none")
         check_heads(weights.heads, model)
-        self._model = model
         self._heads = weights.heads
         layer = self._prefix_layer = weights.prefix_layer
         if layer is not None and layer.start != len(model.sublayers):

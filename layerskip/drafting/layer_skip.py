@@ -29,7 +29,7 @@ class LayerSkipDrafter(BaseDrafter):
     """
 
     def __init__(self, model: LayerSkipModel, config: DraftConfig, weights: DraftWeights | None = None) -> None:
-        super().__init__(config)
+        super().__init__(model, config)
         if any(len(place) > 1 for place in self._widths):
             raise InvalidInputError(
                 "tree: only draft heads propose tokens after several tokens of a place; give one number for each place"

@@ -103,6 +103,14 @@ class Engine(Protocol):
     @property
     def captures(self) -> bool: ...
 
+    def check_current(self) -> None:
+        """Make sure that the model is as it was when the engine was made.
+
+        Raises:
+            InvalidInputError: It was changed such that passes would not compute what it computes now.
+            UnsupportedModelError: A hook or the like was attached that would not run.
+        """
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
 

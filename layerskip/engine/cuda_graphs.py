@@ -231,18 +231,30 @@ class GraphEngine:
         self._drafts: dict[Stack, dict[int, CapturedDraft]] = {}  # by bucket
         self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
         self._trees: dict[tuple[int, int], CapturedTree] = {}  # likewise
+        self._captured_in = model.read_state()
 
     @property
     def captures(self) -> bool:
         return True
 
+    def check_current(self) -> None:
+        """As for any engine; of a model that was changed, passes are captured anew."""
+        self.model.check_current()
+        state = self.model.read_state()
+        if state != self._captured_in:
+            self._drop_captured()
+            self._captured_in = state
+
+    def _drop_captured(self) -> None:
+        self._drafts.clear()
+        self._verifications.clear()
+        self._trees.clear()
+
     def new_cache(self, capacity: int) -> KVCache:
         """The engine's own cache, emptied; an earlier generation's is no longer valid."""
         needed = self._capacity_for(capacity)
         if self._cache is None or self._cache.capacity < needed:
-            self._drafts.clear()
-            self._verifications.clear()
-            self._trees.clear()
+            self._drop_captured()
             self._cache = GraphCache(self.model.num_layers, needed)
         self._cache.rollback(0)
         self._cache.uses += 1

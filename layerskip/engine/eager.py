@@ -33,6 +33,9 @@ class EagerEngine:
     def captures(self) -> bool:
         return self.model.compiled
 
+    def check_current(self) -> None:
+        self.model.check_current()
+
     def new_cache(self, capacity: int) -> KVCache:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
         return self.model.new_cache(capacity + MOST_LEAVES + padding)

@@ -53,6 +53,13 @@ class PackedEngine(EagerEngine):
         self._steps = {id(sublayer): steps[index] for index, sublayer in enumerate(model.sublayers)}
         self._stacks: WeakKeyDictionary[Stack, Stack] = WeakKeyDictionary()
         self.passes = model.through([steps[index] for index in sorted(steps)], head, fused_norm(model.final_norm))
+        if in_place:
+            model.note_packed()
+        self._made_in = model.read_state()
+
+    def check_current(self) -> None:
+        super().check_current()
+        self.model.check_unchanged(self._made_in, f"engine '{self.name}'")
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         return super().draft_step(tokens, cache, self._packed(stack))

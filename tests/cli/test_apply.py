@@ -155,6 +155,20 @@ def test_what_says_how_to_sample_is_said_to_have_no_effect_where_decoding_is_gre
     assert done.err == (f"{ignored}: no effect without --temperature, as decoding is greedy\n" if ignored else "")
 
 
+@pytest.mark.parametrize("text", ["hello\n", "hello\r\n", "\ufeffhello\n"])
+def test_a_prompt_from_stdin_is_that_of_the_argument(apply, profile, expected, stdin, text):
+    stdin(text)
+    assert apply(profile).object["token_ids"] == expected("hello")
+
+
+def test_a_closed_stdin_is_wrong_usage(apply, profile, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    done = apply(profile)
+    assert (done.status, done.error) == (2, "no prompt; give it as an argument, with --prompts FILE or on stdin")
+    done = apply(profile, "--interactive")
+    assert (done.status, done.error) == (2, "stdin: is closed; a conversation reads its messages there")
+
+
 def test_a_prompt_that_is_no_text_is_wrong_usage(apply, profile, stdin):
     stdin("caf\udce9")  # as Python reads a byte that is not UTF-8 in the C locale, and on a command line
     for arguments in ([], ["caf\udce9"], ["--raw", "caf\udce9"]):

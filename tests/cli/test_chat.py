@@ -56,7 +56,7 @@ def test_each_line_is_a_message_and_the_conversation_is_kept(run_command, profil
     """By the installed command and real pipes."""
     done = run_command("apply", profile, "-i", "--max-new-tokens", COUNT, input="one\n\n  two  \n")
     assert done.status == 0
-    assert done.out == "".join(f"{text}\n" for text in answers("one", "two"))
+    assert done.out == "".join(f"{text}\n" for text in answers("one", "  two  "))
     assert len(figures(done.err)) == 2
     assert MENU not in done.err
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from layerskip import LayerSkipModel
 from layerskip.families import FAMILIES
-from layerskip.fingerprint import _COMPUTING_SETTINGS, _SETTINGS_OF_SOME, fingerprint, identify
+from layerskip.fingerprint import fingerprint, identify
+from layerskip.model_state import COMPUTING_SETTINGS, SETTINGS_OF_SOME
 from tests.models import EVERY_FAMILY, LAYERS, VOCABULARY, tiny_gemma2, tiny_llama, tiny_model
 
 
@@ -185,4 +186,4 @@ _COMPUTE_NOTHING = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_setting_of_a_family_is_fingerprinted_or_computes_nothing(family):
     own = AutoConfig.for_model(family).to_dict().keys() - PreTrainedConfig().to_dict().keys()
-    assert own - {*_COMPUTING_SETTINGS, *_SETTINGS_OF_SOME} <= _COMPUTE_NOTHING
+    assert own - {*COMPUTING_SETTINGS, *SETTINGS_OF_SOME} <= _COMPUTE_NOTHING

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip.errors import InvalidInputError
-from layerskip.tokenizer import Prompt, read_prompts
+from layerskip.tokenizer import Prompt, read_prompts, text_of
 from tests.models import tiny_tokenizer
 
 ONE_LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1).map(str.strip).filter(bool)
@@ -35,6 +35,23 @@ def write(folder, name, text):
     path = folder / name
     path.write_text(text, encoding="utf-8", newline="")
     return path
+
+
+@pytest.mark.parametrize("raw", ["\ufeffone\ntwo\n", "one\r\ntwo\r\n", "one\ntwo", "\ufeffone\r\n\r\ntwo\n\n\n"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "PROMPTS.TXT"])
+def test_how_a_file_marks_its_beginning_and_its_lines_is_no_part_of_the_prompts(tmp_path, name, raw):
+    assert read_prompts(write(tmp_path, name, raw)) == [Prompt("one"), Prompt("two")]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "PROMPTS.JSONL", "prompts.JsonL"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_jsonl_file_is_one_however_its_suffix_is_written(tmp_path, name, mark):
+    text = f'{mark}{{"prompt": " one "}}\r\n{{"prompt": "two"}}\r\n'
+    assert read_prompts(write(tmp_path, name, text)) == [Prompt(" one "), Prompt("two")]
+
+
+def test_spaces_around_a_prompt_are_its_own():
+    assert text_of(" Hello \n") == " Hello "
 
 
 @given(st.lists(ONE_LINE, min_size=1))
