@@ -189,8 +189,10 @@ def _rounds(
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter, engine = _checked(drafter), _engine_of(model, engine)
     engine.check_current()
-    prompt_cache = prompt_cache or PrefixCache()
-    cache = prompt_cache.reuse(engine, ids.tolist(), ending.limit)
+    if prompt_cache is None:
+        cache = engine.new_cache(len(ids) + ending.limit)
+    else:
+        cache = prompt_cache.reuse(engine, ids.tolist(), ending.limit)
     clock = PhaseClock(model.device)
     tokens, stats = generation.tokens, generation.stats
     stats.reused = cache.length
@@ -203,7 +205,8 @@ def _rounds(
         check_numbers(first)
         new, reason = ending.cut(tokens, first)
     tokens += new
-    prompt_cache.append(new)
+    if prompt_cache is not None:
+        prompt_cache.append(new)
     yield Round(new, accepted=0)
 
     while reason is None:
@@ -221,7 +224,8 @@ def _rounds(
         newest = verdict.newest
         new, reason = ending.cut(tokens, verdict.tokens)
         tokens += new
-        prompt_cache.append(new)
+        if prompt_cache is not None:
+            prompt_cache.append(new)
         accepted = min(verdict.accepted, len(new))
         stats.rounds += 1
         stats.drafted += draft.tree.depth

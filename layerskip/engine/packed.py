@@ -15,6 +15,7 @@ from layerskip.engine.fused_sublayers import Probe, RotaryTable, equal_to_roundi
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
+from layerskip.model_state import check_honoured
 from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
 from layerskip.sublayers import Stack, Step
 from layerskip.token_tree import TokenTree
@@ -58,7 +59,7 @@ class PackedEngine(EagerEngine):
         self._made_in = model.read_state()
 
     def check_current(self) -> None:
-        super().check_current()
+        check_honoured(self.model.hf_model)
         self.model.check_unchanged(self._made_in, f"engine '{self.name}'")
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
