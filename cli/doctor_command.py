@@ -60,7 +60,7 @@ def doctor(
 ) -> None:
     """Check what layerskip runs on: versions, devices, cache, database and, with a model, what speculation can gain.
 
-    The exit status is 1 if a package is missing that layerskip cannot do without.
+    The exit status is 1 if a package is missing that layerskip cannot do without, or the cache cannot be written.
     """
     versions = _versions()
     missing = [name for name, installed in versions.items() if installed is None and name != "layerskip"]
@@ -75,6 +75,10 @@ def doctor(
         "problems": list(dict.fromkeys(problems)),
         "model": None,
     }
+    if result["cache"] and not result["cache"]["writable"]:
+        result["ok"] = False
+        folder = result["cache"]["folder"]
+        result["problems"].append(f"cache folder {folder}: not writable; set LAYERSKIP_CACHE to a folder that is")
     for problem in result["problems"]:
         stderr.print(f"layerskip: {problem}")
     if not json:
@@ -94,7 +98,7 @@ def doctor(
         stdout.print("model       'layerskip doctor MODEL' measures whether speculation can pay for it here")
     if json:
         print_json(result)
-    raise typer.Exit(FAILED if missing else DONE)
+    raise typer.Exit(DONE if result["ok"] else FAILED)
 
 
 def _attempt(check: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:

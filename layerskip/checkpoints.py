@@ -190,6 +190,13 @@ def locate(source: str) -> str:
         shipped = Path(folders[0]) / alias.file if folders else None
         return str(shipped) if shipped is not None and shipped.is_file() else alias.hub_id
     path = Path(source).expanduser()
+    try:
+        return _located(source, path)
+    except PermissionError as error:
+        raise CheckpointError(f"model '{source}': {error.strerror}: {error.filename}") from error
+
+
+def _located(source: str, path: Path) -> str:
     if path.suffix.lower() == _GGUF and not path.is_dir():
         if not path.is_file():
             raise CheckpointError(f"model '{source}': no such file{_suggestion(source)}")

@@ -183,7 +183,7 @@ def serve(
     profiles: Sequence[Path] = (),
     when_ready: Callable[[str], None],
 ) -> None:
-    """Serve the dashboard until interrupted, after attaching figures and notes to our studies.
+    """Serve the dashboard until interrupted, after attaching figures and notes to our studies where it may write.
 
     Args:
         storage: The storage to show.
@@ -214,7 +214,7 @@ def serve(
         raise InvalidInputError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --host and --port"
         ) from error
-    for name in our_studies(storage):
+    for name in () if storage.is_read_only else our_studies(storage):
         attach_figures(storage, name)
     with server:
         when_ready(f"http://{host}:{server.server_port}/")

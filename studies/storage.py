@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote, unquote, urlsplit
 
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -76,6 +78,11 @@ class ReconnectingStorage(BaseStorage):
         self.heartbeats = Heartbeats(self.engine, self.retry, heartbeat_seconds)
         self._backend = get_storage(database)  # with Optuna's cache of finished trials
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is a SQLite file that this user may only read."""
+        return self.engine.url.query.get("mode") == "ro"
+
     create_new_trial = _retried(BaseStorage.create_new_trial)
     get_all_studies = _retried(BaseStorage.get_all_studies)
     get_all_trials = _retried(BaseStorage.get_all_trials)
@@ -132,7 +139,8 @@ def open_storage(
 ) -> ReconnectingStorage:
     """Open the database that studies live in, creating its file and tables if need be.
 
-    A SQLite file is put into write-ahead mode, which suits several processes and a trial's many small commits.
+    A SQLite file is put into write-ahead mode, which suits several processes and a trial's many small commits; one that
+    this user may not change is opened for reading.
 
     Args:
         url: Such as ``sqlite:///layerskip.db`` or ``postgresql+psycopg://user@host/name``.
@@ -186,11 +194,16 @@ def is_there(url: str) -> bool:
 
 
 def _open(url: str) -> RDBStorage:
+    parsed = make_url(url)
+    file = _sqlite_file(parsed)
+    if file is not None and _is_read_only(Path(file)):
+        parsed = _read_only(parsed, Path(file))
+        return RDBStorage(_text(parsed), engine_kwargs=_engine_options(parsed), skip_table_creation=True)
     try:
-        database = RDBStorage(url, engine_kwargs=_engine_options(make_url(url)))
+        database = RDBStorage(url, engine_kwargs=_engine_options(parsed))
     except (RuntimeError, TypeError) as error:  # Optuna's, of a version, and drivers', of options
         raise storage_error(url, error) from error
-    if _sqlite_file(database.engine.url):
+    if file is not None:
         event.listen(database.engine, "connect", _write_ahead)
         database.engine.dispose()  # the connections made so far
     Table.metadata.create_all(database.engine)
@@ -222,8 +235,28 @@ def _created_by_another(error: BaseException) -> bool:
 
 def _sqlite_file(url: URL) -> str | None:
     """The file of a SQLite database; None in memory, or for another kind of database."""
-    in_file = url.get_backend_name() == "sqlite" and url.database != ":memory:"
-    return url.database if in_file else None
+    name = url.database
+    if url.get_backend_name() != "sqlite" or not name or ":memory:" in name or url.query.get("mode") == "memory":
+        return None
+    is_uri = name.startswith("file:") and url.query.get("uri") in ("true", "1")
+    return unquote(urlsplit(name).path) if is_uri else name
+
+
+def _is_read_only(file: Path) -> bool:
+    """Whether there is a file that this user may not change; SQLite also writes beside it."""
+    return file.exists() and not (os.access(file, os.W_OK) and os.access(file.absolute().parent, os.W_OK))
+
+
+def _read_only(url: URL, file: Path) -> URL:
+    """The URL by which SQLite reads a file without writing to it or beside it."""
+    query = {**url.query, "mode": "ro", "uri": "true"}
+    if not file.with_name(f"{file.name}-wal").exists():  # or it would make that file
+        query["immutable"] = "1"
+    return url.set(database=f"file:{quote(str(file.absolute()))}", query=query)
+
+
+def _text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
 
 
 def _parsed(url: str) -> URL:

@@ -83,6 +83,18 @@ class StudyContext:
         ]
 
 
+def check_name(name: str) -> None:
+    """Refuse lone surrogates, as which Python reads bytes of a command line that are not UTF-8.
+
+    Raises:
+        InvalidInputError: The name has one.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"study {name!a}: character {error.start + 1} is not valid UTF-8") from error
+
+
 def open_study(storage: ReconnectingStorage, name: str, context: StudyContext) -> optuna.Study:
     """Create a study that maximizes the speedup, or resume the study of that name.
 
@@ -94,6 +106,7 @@ def open_study(storage: ReconnectingStorage, name: str, context: StudyContext) -
     Raises:
         InvalidInputError: A study of that name exists, with other conditions or made by another program.
     """
+    check_name(name)
     study = _open(storage, name, context)
     earlier, now = study.user_attrs.get(VERSIONS_KEY, []), library_versions()
     if now not in earlier:
@@ -214,6 +227,7 @@ def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
     Raises:
         InvalidInputError: There is no study of that name; the message lists the studies there are.
     """
+    check_name(name)
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:

@@ -48,6 +48,16 @@ def test_a_database_that_cannot_be_used_is_said_so_without_its_password(layerski
     assert result["storage"]["reachable"] is False
 
 
+def test_a_cache_that_cannot_be_written_is_a_fault(layerskip, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "file"))
+    done = layerskip("doctor")
+    assert done.status == 1
+    line = f"layerskip: cache folder {tmp_path / 'file'}: not writable; set LAYERSKIP_CACHE to a folder that is"
+    assert line in done.err.splitlines()
+    assert layerskip("doctor", "--json").object["ok"] is False
+
+
 def test_studies_are_counted(layerskip):
     import optuna
 

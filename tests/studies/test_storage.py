@@ -1,5 +1,6 @@
 """Opening a study's database, and what is said when that fails."""
 
+import os
 import sqlite3
 import traceback
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip.errors import LayerSkipError, MissingDependencyError
-from studies.storage import StorageError, open_existing_storage, open_storage, redacted
+from studies.storage import StorageError, is_there, open_existing_storage, open_storage, redacted
 
 OPENERS = [open_storage, open_existing_storage]
 PASSWORD = "s3cr3t-pw"
@@ -186,3 +187,36 @@ def test_a_malformed_url_is_not_shown_at_all(url):
 
 def test_a_storage_error_can_be_caught_like_every_other_error_of_layerskip():
     assert issubclass(StorageError, LayerSkipError)
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """A database with a study, which this user may only read."""
+    study = optuna.create_study(study_name="kept", storage=open_storage(f"sqlite:///{tmp_path}/kept.db"))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    study._storage.engine.dispose()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    return f"sqlite:///{tmp_path}/kept.db"
+
+
+def test_a_file_that_may_only_be_read_is_read_and_left_alone(read_only, tmp_path):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    storage = open_existing_storage(read_only)
+    assert storage.is_read_only
+    assert len(optuna.load_study(study_name="kept", storage=storage).trials) == 2
+    assert storage.records.of("kept") == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(StorageError, match="readonly|read-only"):
+        optuna.create_study(study_name="new", storage=storage)
+
+
+@pytest.mark.parametrize("options", ["uri=true", "uri=true&timeout=5", "mode=rwc&uri=true"])
+def test_a_file_is_found_by_a_uri_as_well(tmp_path, options):
+    url = f"sqlite:///file:{tmp_path}/u.db?{options}"
+    assert not is_there(url)
+    optuna.create_study(study_name="s", storage=open_storage(url))
+    assert is_there(url)
+    assert [s.study_name for s in optuna.get_all_study_summaries(open_existing_storage(url))] == ["s"]
+    assert is_there("sqlite:///:memory:")
+    assert is_there("sqlite:///file:shared?mode=memory&cache=shared&uri=true")

@@ -216,3 +216,11 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
     assert best[1]["acceptance_rate"] is None
     with pytest.raises(InvalidInputError, match="no such study"):
         describe_study(storage, "x", 1)
+
+
+def test_a_name_that_is_no_text_is_refused_in_one_line(storage):
+    name = "a\udce9"  # as Python reads a byte of a command line that is not UTF-8
+    for call in (lambda: load_study(storage, name), lambda: open_study(storage, name, CONTEXT)):
+        with pytest.raises(InvalidInputError, match="character 2 is not valid UTF-8") as error:
+            call()
+        str(error.value).encode()
