@@ -47,6 +47,8 @@ class PackedWeights:
 
     Args:
         linears: The layers, each of shape ``[out_features, in_features]``, with equal ``in_features``.
+        plain_one_row: Whether a single row runs on the plain weights, which are then kept as well; some CPUs are faster
+            with them.
 
     Attributes:
         packed: ``[sum of out_features, in_features]``, opaque.
@@ -54,22 +56,28 @@ class PackedWeights:
         sizes: Each layer's ``out_features``.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, plain_one_row: bool = False) -> None:
         weights = [linear.weight.detach() for linear in linears]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
         with torch.inference_mode(False):
             self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), _ROWS)
         self.bias = joined_bias(linears)
         self.sizes = [linear.out_features for linear in linears]
+        self._plain = [(linear.weight.detach(), linear.bias) for linear in linears] if plain_one_row else []
         self._latest: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """All layers' outputs, ``[..., sum of out_features]``, of inputs ``[..., in_features]``."""
+        if self._plain and x.numel() == x.shape[-1]:
+            parts = [functional.linear(x, weight, bias) for weight, bias in self._plain]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         return out
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``residual`` plus the outputs, of the same shape, in one operator."""
+        """``residual`` plus the outputs, of the same shape, in one operator on packed weights."""
+        if self._plain and x.numel() == x.shape[-1]:
+            return residual + self(x)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
         return out
 
@@ -144,19 +152,23 @@ class PackedLinear(nn.Linear):
             destination[f"{prefix}weight"] = self.weight.detach()
 
 
-def packed_alone(linear: nn.Linear) -> PackedLinear:
-    """One linear layer, packed."""
-    return PackedLinear(linear, PackedWeights([linear]), 0)
+def packed_alone(linear: nn.Linear, *, plain_one_row: bool = False) -> PackedLinear:
+    """One linear layer, packed; ``plain_one_row`` as in :class:`PackedWeights`."""
+    return PackedLinear(linear, PackedWeights([linear], plain_one_row=plain_one_row), 0)
 
 
-def pack_children(module: nn.Module) -> None:
+def pack_children(module: nn.Module, *, plain_one_row: bool = False) -> None:
     """Put packed layers in place of a module's linear ones; siblings with one input are packed as one.
 
     Only its direct children: what other modules do with their layers, such as an adapter's, is theirs.
+
+    Args:
+        module: The module.
+        plain_one_row: As in :class:`PackedWeights`.
     """
     for names in _groups(module):
         linears: list[Any] = [module.get_submodule(name) for name in names]
-        weights = PackedWeights(linears)
+        weights = PackedWeights(linears, plain_one_row=plain_one_row)
         for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
             setattr(module, name, PackedLinear(linear, weights, index))
 

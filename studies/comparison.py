@@ -129,7 +129,7 @@ class Comparison:
 
     def share_of_bandwidth(self, entry: Entry) -> float | None:
         """The share of what the device can read that a plain decoding reads of weights; None for other methods."""
-        is_plain = entry.acceptance_rate is None and not entry.draft_share
+        is_plain = entry.acceptance_rate is None and entry.tokens_per_pass == 1
         return entry.tokens_per_second / self.memory.tokens_per_second if self.memory and is_plain else None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from layerskip.engine.base import DraftStep, Scored, SharedPrefix
+from layerskip.engine.base import DraftStep
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.fused_sublayers import Probe, RotaryTable, equal_to_rounding, fused_candidate, fused_norm
 from layerskip.errors import InvalidInputError
@@ -18,7 +19,6 @@ from layerskip.model import LayerSkipModel
 from layerskip.model_state import check_honoured
 from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
 from layerskip.sublayers import Stack, Step
-from layerskip.token_tree import TokenTree
 from layerskip.utils import dtype_name
 
 
@@ -32,8 +32,8 @@ class PackedEngine(EagerEngine):
     Args:
         model: The model, on the CPU, in float32 or bfloat16.
         in_place: Whether the model may be changed.
-        plain_one_row: Whether a pass of the target model over a single token runs on the plain weights; some CPUs are
-            faster with them. Not together with ``in_place``.
+        plain_one_row: Whether a pass over a single token runs on the plain weights; some CPUs are faster with them. Not
+            together with ``in_place``.
 
     Raises:
         InvalidInputError: The model cannot be packed here.
@@ -48,9 +48,9 @@ class PackedEngine(EagerEngine):
             raise InvalidInputError("plain_one_row: needs the plain weights, which in_place replaces")
         if reason := why_not_packed(model):
             raise InvalidInputError(f"engine '{self.name}': {reason}; use the {EagerEngine.name} engine")
-        steps = dict(_packed_steps(model, in_place=in_place))
-        head = _packed_head(model, in_place=in_place)
-        self._one_row = EagerEngine(model) if plain_one_row else None
+        pack = partial(pack_children, plain_one_row=plain_one_row)
+        steps = dict(_packed_steps(model, pack, in_place=in_place))
+        head = _packed_head(model, in_place=in_place, plain_one_row=plain_one_row)
         self._steps = {id(sublayer): steps[index] for index, sublayer in enumerate(model.sublayers)}
         self._stacks: WeakKeyDictionary[Stack, Stack] = WeakKeyDictionary()
         self.passes = model.through([steps[index] for index in sorted(steps)], head, fused_norm(model.final_norm))
@@ -64,13 +64,6 @@ class PackedEngine(EagerEngine):
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         return super().draft_step(tokens, cache, self._packed(stack))
-
-    def verify(
-        self, tokens: Tensor, cache: KVCache, shared: SharedPrefix | None = None, tree: TokenTree | None = None
-    ) -> Scored:
-        if self._one_row is not None and len(tokens) == 1:
-            return self._one_row.verify(tokens, cache)
-        return super().verify(tokens, cache, shared, tree)
 
     def _packed(self, stack: Stack) -> Stack:
         """The stack with the model's sublayers packed."""
@@ -95,7 +88,9 @@ def why_not_packed(model: LayerSkipModel) -> str | None:
     return None
 
 
-def _packed_steps(model: LayerSkipModel, *, in_place: bool) -> Iterator[tuple[int, Step]]:
+def _packed_steps(
+    model: LayerSkipModel, pack: Callable[[nn.Module], None], *, in_place: bool
+) -> Iterator[tuple[int, Step]]:
     """For each sublayer's index, what runs in its place."""
     probe = Probe(model)
     tables: dict[str | None, RotaryTable] = {}
@@ -103,12 +98,12 @@ def _packed_steps(model: LayerSkipModel, *, in_place: bool) -> Iterator[tuple[in
         expected = probe(sublayer)
         table = tables.setdefault(getattr(sublayer, "rotary", None), RotaryTable())
         if in_place:
-            pack_children(sublayer.module)
+            pack(sublayer.module)
             sublayer.module = sublayer.module  # lets go of the plain weights
         packed = copy.copy(sublayer)
         if not in_place:
             packed.module = _shallow_copy(sublayer.module)
-            pack_children(packed.module)
+            pack(packed.module)
         packed.before, packed.after = fused_norm(sublayer.before), fused_norm(sublayer.after)
         fused = fused_candidate(packed, table)
         yield index, fused if fused is not None and equal_to_rounding(probe(fused), expected) else packed
@@ -121,11 +116,11 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _packed_head(model: LayerSkipModel, *, in_place: bool) -> nn.Module:
+def _packed_head(model: LayerSkipModel, *, in_place: bool, plain_one_row: bool) -> nn.Module:
     head: Any = model.head
     if not can_be_packed(head):
         return head  # type: ignore[no-any-return]
-    packed = packed_alone(head)
+    packed = packed_alone(head, plain_one_row=plain_one_row)
     if in_place and head.weight is not model.hf_model.get_input_embeddings().weight:
         model.hf_model.set_output_embeddings(packed)
         model.head = packed

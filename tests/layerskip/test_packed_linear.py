@@ -10,7 +10,15 @@ from torch import nn
 
 from layerskip import LayerSkipModel
 from layerskip.fingerprint import fingerprint
-from layerskip.packed_linear import PackedLinear, can_be_packed, pack_children, packed_alone, packing_available, unpack
+from layerskip.packed_linear import (
+    PackedLinear,
+    PackedWeights,
+    can_be_packed,
+    pack_children,
+    packed_alone,
+    packing_available,
+    unpack,
+)
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
@@ -129,3 +137,22 @@ def with_a_hook(linear):
 )
 def test_what_is_not_a_plain_linear_layer_on_the_cpu_is_left_as_it_is(layer):
     assert not can_be_packed(layer())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_single_row_may_run_on_the_plain_weights_and_several_on_packed_ones(bias):
+    layers = [nn.Linear(16, size, bias=bias) for size in (24, 8)]
+    weights = PackedWeights(layers, plain_one_row=True)
+    x, residual = torch.randn(1, 3, 16), torch.randn(1, 3, 32)
+    with torch.inference_mode():
+        expected = torch.cat([layer(x) for layer in layers], dim=-1)
+        for rows in (slice(0, 1), slice(0, 3)):
+            assert torch.allclose(weights(x[:, rows]), expected[:, rows], atol=1e-5)
+            assert torch.allclose(
+                weights.plus(x[:, rows], residual[:, rows]), (residual + expected)[:, rows], atol=1e-5
+            )
+        for layer in layers:
+            layer.weight.zero_()
+        nothing = torch.cat([layer(x) for layer in layers], dim=-1)
+        assert torch.equal(weights(x[:, :1]), nothing[:, :1])
+        assert torch.allclose(weights(x), expected, atol=1e-5)

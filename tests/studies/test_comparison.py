@@ -131,7 +131,7 @@ def test_empty_columns_are_left_out():
 
 def test_speeds_are_compared_with_transformers_plain_decoding_and_with_what_the_memory_allows():
     """Only plain decoding reads all weights for each token: a share of the bandwidth is then one of the limit."""
-    theirs = entry(TRANSFORMERS_PLAIN, 1.25, 1.25, acceptance_rate=None, draft_cost=None, draft_share=0.0)
+    theirs = entry(TRANSFORMERS_PLAIN, 1.25, 1.25, acceptance_rate=None, draft_cost=None, tokens_per_pass=1.0)
     made = comparison(entry("fast", 0.5, 0.5), theirs, memory=MemoryLimit(step_bytes=500_000_000, bandwidth=2e10))
     columns, rows = table(made)
     at = columns.index("÷ transformers"), columns.index("bandwidth")

@@ -207,7 +207,7 @@ def test_a_file_that_may_only_be_read_is_read_and_left_alone(read_only, tmp_path
     assert len(optuna.load_study(study_name="kept", storage=storage).trials) == 2
     assert storage.records.of("kept") == []
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with pytest.raises(StorageError, match="readonly|read-only"):
+    with pytest.raises(StorageError, match=r"readonly|read-only"):
         optuna.create_study(study_name="new", storage=storage)
 
 

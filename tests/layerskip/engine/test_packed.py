@@ -193,6 +193,16 @@ def test_costs_are_those_of_the_packed_passes(monkeypatch, tmp_path):
     assert called
 
 
+@pytest.mark.parametrize("make", EVERY_FAMILY.values(), ids=EVERY_FAMILY)
+def test_a_single_row_may_run_on_the_plain_weights(make):
+    model = LayerSkipModel(make())
+    engine = PackedEngine(model, plain_one_row=True)
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(3)))
+    for each in (None, drafter):
+        ours = generate(model, PROMPT, engine=engine, drafter=each, max_new_tokens=16, eos_token_ids=()).tokens
+        near_tie_or_same(model.hf_model, PROMPT, ours, transformers_greedy(model.hf_model, PROMPT, 16))
+
+
 def test_models_that_cannot_be_packed_are_refused_in_one_line():
     with pytest.raises(InvalidInputError, match="engine 'packed': has no kernels for float16; use the eager engine"):
         PackedEngine(LayerSkipModel(tiny_llama().half()))
