@@ -205,11 +205,11 @@ def _with_linears(module: nn.Module, make: MakeLinear) -> nn.Module:
 def _as_one(linears: Sequence[nn.Linear], make: MakeLinear) -> list[nn.Module]:
     """Linear layers that get the same input, in a module for each that gives its part of the output."""
     joined = make(torch.cat([linear.weight for linear in linears]), joined_bias(linears))
-    together = _Together(joined, [linear.out_features for linear in linears])
-    return [_Part(together, index) for index in range(len(linears))]
+    joint = JointLinear(joined, [linear.out_features for linear in linears])
+    return [JointPart(joint, index) for index in range(len(linears))]
 
 
-class _Together(nn.Module):
+class JointLinear(nn.Module):
     """Several linear layers with the same input as one, whose outputs are asked for one after the other.
 
     Args:
@@ -219,28 +219,28 @@ class _Together(nn.Module):
 
     def __init__(self, linear: QuantizedLinear, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.linear, self._sizes = linear, list(sizes)
+        self.linear, self.sizes = linear, list(sizes)
         self._latest: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """One output, ``[..., size]``."""
         latest = self._latest
         if latest is None or latest[0] is not x:
-            latest = x, self.linear(x).split(self._sizes, dim=-1)
+            latest = x, self.linear(x).split(self.sizes, dim=-1)
         # In one assignment, because several threads may run the same draft: at worst something is computed twice.
-        self._latest = None if index == len(self._sizes) - 1 else latest
+        self._latest = None if index == len(self.sizes) - 1 else latest
         return latest[1][index]
 
 
-class _Part(nn.Module):
+class JointPart(nn.Module):
     """One of several linear layers that run as one."""
 
-    def __init__(self, together: _Together, index: int) -> None:
+    def __init__(self, joint: JointLinear, index: int) -> None:
         super().__init__()
-        self.together, self._index = together, index
+        self.joint, self._index = joint, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.together.part(x, self._index)
+        return self.joint.part(x, self._index)
 
 
 def _plain_linear(module: nn.Module) -> nn.Linear | None:

@@ -34,6 +34,9 @@ class QuantizedLinear(nn.Module):
         weight: ``[n, k]``, to round.
         bias: ``[n]``; None without one.
         dtype: Of the output, whatever the input's.
+
+    Attributes:
+        outputs: ``n``.
     """
 
     most_rows: ClassVar[int]  # that the kernel multiplies faster than dequantized weights do, measured as above
@@ -42,7 +45,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         # The kernels read whole groups of a row, and would read after its end.
-        self._outputs, self._padding = weight.shape[0], -weight.shape[1] % GROUP
+        self.outputs, self._padding = weight.shape[0], -weight.shape[1] % GROUP
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         self._dtype = dtype
 
@@ -111,7 +114,7 @@ class Int4Linear(QuantizedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight, bias, dtype)
         on_cuda = weight.is_cuda
-        missing = -self._outputs % (_CUDA_ROWS if on_cuda else _CPU_BLOCK)
+        missing = -self.outputs % (_CUDA_ROWS if on_cuda else _CPU_BLOCK)
         numbers, scales, zeros = rounded_to_int4(_padded(weight, rows=missing, columns=self._padding))
         pack = _packed_for_cuda if on_cuda else _packed_for_cpu
         self.numbers = nn.Buffer(pack(numbers), persistent=False)
@@ -126,19 +129,19 @@ class Int4Linear(QuantizedLinear):
     def _narrow(self, rows: Tensor) -> Tensor:
         multiply = torch._weight_int4pack_mm if rows.is_cuda else torch._weight_int4pack_mm_for_cpu
         product: Tensor = multiply(rows, self.numbers, GROUP, self.scales_and_zeros)
-        return product if product.shape[1] == self._outputs else product[:, : self._outputs].contiguous()
+        return product if product.shape[1] == self.outputs else product[:, : self.outputs].contiguous()
 
     def _wide(self, rows: Tensor) -> Tensor:
         if rows.is_cuda:  # whose packed weights only its kernel can read
             return self._narrow(rows)
         blocks = max(_CHUNK // (rows.shape[-1] * _CPU_BLOCK), 1)
-        chunks = range(0, self._outputs, blocks * _CPU_BLOCK)
+        chunks = range(0, self.outputs, blocks * _CPU_BLOCK)
         parts = [functional.linear(rows, self._padded(start, blocks).to(rows.dtype)) for start in chunks]
         return torch.cat(parts, dim=1)
 
     def dequantized(self) -> Tensor:
         """The weight that it multiplies by, ``[n, k]`` in float32."""
-        weight = self._padded(0, -(-self._outputs // _CPU_BLOCK))
+        weight = self._padded(0, -(-self.outputs // _CPU_BLOCK))
         return weight[:, : weight.shape[1] - self._padding]
 
     def _padded(self, start: int, blocks: int) -> Tensor:
@@ -147,7 +150,7 @@ class Int4Linear(QuantizedLinear):
         numbers = _unpacked(self.numbers[rows]).unflatten(1, (-1, GROUP))  # [n, k / group, group]
         scales, zeros = self.scales_and_zeros[:, rows].float().permute(2, 1, 0)[..., None]
         weight = torch.addcmul(zeros - MIDDLE * scales, numbers.float(), scales).flatten(1)
-        return weight[: self._outputs - start]
+        return weight[: self.outputs - start]
 
 
 def _padded(weight: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sublayers in fewer operators, over packed linears; each is taken where a check finds it equal to the module's own.
+"""Sublayers in fewer operators, over packed or quantized linears; each is taken where a check finds it equal.
 
 Between the linears of a layer transformers' modules run some 35 small operators, a third of a small model's pass on a
 CPU. The same arithmetic takes a dozen. Which modules do that arithmetic is not read off their names:
@@ -7,15 +7,18 @@ CPU. The same arithmetic takes a dozen. Which modules do that arithmetic is not 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layerskip.drafting.quantization import JointLinear, JointPart
+from layerskip.drafting.quantized_linear import QuantizedLinear
 from layerskip.model import LayerSkipModel
-from layerskip.packed_linear import PackedLinear, PackedWeights
+from layerskip.packed_linear import PackedLinear
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, PassContext, Sublayer
 
 # Largest difference that counts as rounding, of the largest value.
@@ -24,9 +27,9 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _PROBE_WIDTHS = (3, 2, 1)
 
 
-def equal_to_rounding(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two outputs of one shape differ by rounding alone."""
-    largest = _ROUNDING[theirs.dtype] * theirs.abs().max()
+def equal_to_rounding(ours: Tensor, theirs: Tensor, computed_in: torch.dtype | None = None) -> bool:
+    """Whether two outputs of one shape differ by rounding alone; ``computed_in`` may be a shorter type than theirs."""
+    largest = _ROUNDING[computed_in or theirs.dtype] * theirs.abs().max()
     return ours.shape == theirs.shape and bool(((ours - theirs).abs().max() <= largest).item())
 
 
@@ -86,11 +89,45 @@ class RotaryTable:
         return latest[1], latest[2]
 
 
+class Joint(Protocol):
+    """Linear layers that take the same input, as one.
+
+    Attributes:
+        sizes: Each layer's number of outputs.
+    """
+
+    sizes: list[int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """All layers' outputs, ``[..., sum of sizes]``, of inputs ``[..., in_features]``."""
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual`` plus the outputs, of the same shape."""
+
+
+class QuantizedJoint:
+    """Quantized linear layers as one.
+
+    Args:
+        linear: All of them.
+        sizes: As in :class:`Joint`.
+    """
+
+    def __init__(self, linear: QuantizedLinear, sizes: list[int]) -> None:
+        self._multiply, self.sizes = linear.forward, sizes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self._multiply(x)
+
+
 class FusedAttention:
     """Attention in a dozen operators: query, key and value as one linear, and one rotation of queries and keys.
 
     Args:
-        sublayer: The sublayer, its linears packed, queries, keys and values together.
+        sublayer: The sublayer, its linears packed or quantized, queries, keys and values together.
         table: Shared by all sublayers of the layer type.
 
     Raises:
@@ -129,7 +166,7 @@ class FusedMLP:
     """A gated MLP in seven operators: gate and up as one linear.
 
     Args:
-        sublayer: The sublayer, its linears packed, gate and up together.
+        sublayer: The sublayer, its linears packed or quantized, gate and up together.
 
     Raises:
         AttributeError: The module lacks what such an MLP has.
@@ -151,7 +188,7 @@ class FusedMLP:
 
 
 def fused_candidate(sublayer: Sublayer, table: RotaryTable) -> FusedAttention | FusedMLP | None:
-    """A sublayer of packed linears in few operators, yet to be checked; None if it has not the parts."""
+    """A sublayer of such linears in few operators, yet to be checked; None if it has not the parts."""
     if type(sublayer.after) is not nn.Identity:
         return None
     try:
@@ -160,17 +197,21 @@ def fused_candidate(sublayer: Sublayer, table: RotaryTable) -> FusedAttention | 
         return None
 
 
-def _weights(linear: nn.Module) -> PackedWeights:
-    if not isinstance(linear, PackedLinear):
-        raise AttributeError("not packed")
-    return linear.weights
+def _weights(linear: nn.Module) -> Joint:
+    if isinstance(linear, PackedLinear):
+        return linear.weights
+    if isinstance(linear, QuantizedLinear):
+        return QuantizedJoint(linear, [linear.outputs])
+    raise AttributeError("neither packed nor quantized")
 
 
-def _joint(module: Any, *names: str) -> PackedWeights:
-    weights = [_weights(getattr(module, name)) for name in names]
-    if any(other is not weights[0] for other in weights):
-        raise AttributeError("not packed together")
-    return weights[0]
+def _joint(module: Any, *names: str) -> Joint:
+    layers = [getattr(module, name) for name in names]
+    shared = [layer.joint if isinstance(layer, JointPart) else _weights(layer) for layer in layers]
+    if any(other is not shared[0] for other in shared):
+        raise AttributeError("not together")
+    joint = shared[0]
+    return QuantizedJoint(joint.linear, joint.sizes) if isinstance(joint, JointLinear) else joint
 
 
 class Probe:
@@ -196,3 +237,43 @@ class Probe:
             changes.append(step(states, context) - states)
             cache.advance(states.shape[1])
         return torch.cat(changes, dim=1)
+
+
+class Fusing:
+    """Finds sublayers of one model in fewer operators.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        probe: Runs its sublayers on random states.
+    """
+
+    def __init__(self, model: LayerSkipModel) -> None:
+        self.probe = Probe(model)
+        self._tables: dict[str | None, RotaryTable] = {}
+
+    def fused(
+        self, sublayer: Sublayer, expected: Tensor, computed_in: torch.dtype
+    ) -> FusedAttention | FusedMLP | Sublayer:
+        """A sublayer in few operators where that gives what is expected; itself, with faster norms, elsewhere.
+
+        Args:
+            sublayer: The sublayer, its linears packed or quantized.
+            expected: What the probe gives for the module's own arithmetic.
+            computed_in: The shortest type that it computes in.
+        """
+        lighter = copy.copy(sublayer)
+        lighter.before, lighter.after = _fused_norms(sublayer.before), fused_norm(sublayer.after)
+        table = self._tables.setdefault(getattr(sublayer, "rotary", None), RotaryTable())
+        candidate = fused_candidate(lighter, table)
+        if candidate is not None and equal_to_rounding(self.probe(candidate), expected, computed_in):
+            return candidate
+        return lighter
+
+
+def _fused_norms(before: nn.Module) -> nn.Module:
+    """A norm in few operators; of a copy at lower precision, with the cast that follows it."""
+    if isinstance(before, nn.Sequential):
+        return nn.Sequential(*map(fused_norm, before))
+    return fused_norm(before)

@@ -10,15 +10,16 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from layerskip.drafting.quantized_linear import COMPUTE_DTYPE
 from layerskip.engine.base import DraftStep
 from layerskip.engine.eager import EagerEngine
-from layerskip.engine.fused_sublayers import Probe, RotaryTable, equal_to_rounding, fused_candidate, fused_norm
+from layerskip.engine.fused_sublayers import Fusing, fused_norm
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.model_state import check_honoured
 from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
-from layerskip.sublayers import Stack, Step
+from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack, Step
 from layerskip.utils import dtype_name
 
 
@@ -49,10 +50,12 @@ class PackedEngine(EagerEngine):
         if reason := why_not_packed(model):
             raise InvalidInputError(f"engine '{self.name}': {reason}; use the {EagerEngine.name} engine")
         pack = partial(pack_children, plain_one_row=plain_one_row)
-        steps = dict(_packed_steps(model, pack, in_place=in_place))
+        self._fusing = Fusing(model)
+        steps = dict(_packed_steps(model, pack, self._fusing, in_place=in_place))
         head = _packed_head(model, in_place=in_place, plain_one_row=plain_one_row)
         self._steps = {id(sublayer): steps[index] for index, sublayer in enumerate(model.sublayers)}
         self._stacks: WeakKeyDictionary[Stack, Stack] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[Step, Step] = WeakKeyDictionary()
         self.passes = model.through([steps[index] for index in sorted(steps)], head, fused_norm(model.final_norm))
         if in_place:
             model.note_packed()
@@ -66,13 +69,21 @@ class PackedEngine(EagerEngine):
         return super().draft_step(tokens, cache, self._packed(stack))
 
     def _packed(self, stack: Stack) -> Stack:
-        """The stack with the model's sublayers packed."""
+        """The stack with the model's sublayers packed, and copies at lower precision in fewer operators."""
         packed = self._stacks.get(stack)
         if packed is None:
-            steps = tuple((index, self._steps.get(id(step), step)) for index, step in stack.steps)
+            steps = tuple((index, self._steps.get(id(step)) or self._fused_copy(step)) for index, step in stack.steps)
             packed = self._stacks[stack] = copy.copy(stack)
             object.__setattr__(packed, "steps", steps)
         return packed
+
+    def _fused_copy(self, step: Step) -> Step:
+        """A copied sublayer in fewer operators; any other step as it is."""
+        if not isinstance(step, AttentionSublayer | MLPSublayer):
+            return step
+        if step not in self._copies:
+            self._copies[step] = self._fusing.fused(step, self._fusing.probe(step), COMPUTE_DTYPE)
+        return self._copies[step]
 
 
 def why_not_packed(model: LayerSkipModel) -> str | None:
@@ -89,14 +100,11 @@ def why_not_packed(model: LayerSkipModel) -> str | None:
 
 
 def _packed_steps(
-    model: LayerSkipModel, pack: Callable[[nn.Module], None], *, in_place: bool
+    model: LayerSkipModel, pack: Callable[[nn.Module], None], fusing: Fusing, *, in_place: bool
 ) -> Iterator[tuple[int, Step]]:
     """For each sublayer's index, what runs in its place."""
-    probe = Probe(model)
-    tables: dict[str | None, RotaryTable] = {}
     for index, sublayer in enumerate(model.sublayers):
-        expected = probe(sublayer)
-        table = tables.setdefault(getattr(sublayer, "rotary", None), RotaryTable())
+        expected = fusing.probe(sublayer)
         if in_place:
             pack(sublayer.module)
             sublayer.module = sublayer.module  # lets go of the plain weights
@@ -104,9 +112,7 @@ def _packed_steps(
         if not in_place:
             packed.module = _shallow_copy(sublayer.module)
             pack(packed.module)
-        packed.before, packed.after = fused_norm(sublayer.before), fused_norm(sublayer.after)
-        fused = fused_candidate(packed, table)
-        yield index, fused if fused is not None and equal_to_rounding(probe(fused), expected) else packed
+        yield index, fusing.fused(packed, expected, model.dtype)
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

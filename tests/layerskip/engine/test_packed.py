@@ -10,7 +10,15 @@ from torch import nn
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.drafting.layer_skip import LayerSkipDrafter
-from layerskip.engine import PackedEngine, PassCosts, SharedPrefix, compile_sublayers, make_engine, measure_passes
+from layerskip.engine import (
+    EagerEngine,
+    PackedEngine,
+    PassCosts,
+    SharedPrefix,
+    compile_sublayers,
+    make_engine,
+    measure_passes,
+)
 from layerskip.engine.fused_sublayers import FusedAttention, FusedMLP
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import fingerprint
@@ -236,3 +244,22 @@ def test_layers_with_an_adapter_are_left_as_they_are_and_the_others_are_packed()
     assert type(attention.k_proj) is PackedLinear
     ours = generate(model, PROMPT, engine=engine, max_new_tokens=12, eos_token_ids=[]).tokens
     near_tie_or_same(adapted, PROMPT, ours, transformers_greedy(adapted, PROMPT, 12))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_at_lower_precision_run_in_fewer_operators_and_draft_the_same(precision, dtype):
+    model = LayerSkipModel(tiny_llama().to(dtype))
+    engine, eager = PackedEngine(model, plain_one_row=True), EagerEngine(model)
+    stack = model.stack_of(SkipSet(LAYERS, (1,), (0,)), precision=precision)
+    assert {type(step) for _, step in engine._packed(stack).steps} == {FusedAttention, FusedMLP}
+    logits = []
+    for each in (engine, eager):
+        cache = each.new_cache(16)
+        each.prefill(torch.tensor(PROMPT), cache)
+        logits.append(each.draft_step(torch.tensor([5]), cache, stack).logits)
+    assert torch.allclose(*logits, atol=0.05 * float(logits[1].abs().max()))
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(3), precision=precision))
+    ours = generate(model, PROMPT, engine=engine, drafter=drafter, max_new_tokens=16, eos_token_ids=())
+    near_tie_or_same(model.hf_model, PROMPT, ours.tokens, transformers_greedy(model.hf_model, PROMPT, 16))
+    assert ours.stats.accepted > 0
