@@ -76,6 +76,7 @@ def main(
     theirs, left_out = transformers_methods(setting.model, profiles)
     ours = layerskip_methods(setting.engine, profiles, combine=False)
     lock = MachineLock(cache_folder(), setting.model.device)
+    memory = measure_memory_limit(setting.model, lock)
     with TemporaryDirectory() as folder:
         longest = max(len(prompt.tokens) for prompt in setting.prompts) + max_new_tokens
         others, not_there = llama_cpp_method(setting.model, Path(locate(model)), Path(folder), longest)
@@ -99,7 +100,7 @@ def main(
         max_new_tokens=max_new_tokens,
         entries=entries,
         left_out=left_out | not_there | failed,
-        memory=measure_memory_limit(setting.model, lock),
+        memory=memory,
     )
     columns, rows = table(comparison)
     shown = Table(*columns)

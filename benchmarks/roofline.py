@@ -52,7 +52,9 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 def random_model(shape: str) -> LayerSkipModel:
     """A model of a shape with random weights in bfloat16, initialized on the device."""
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
+        config = SHAPES[shape]()
+        attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
     return LayerSkipModel(model.eval())
 
 

@@ -99,6 +99,7 @@ def compare(
     usable, failed = usable_methods(methods, encoded[0])
     plan = MeasuringPlan(encoded, max_new_tokens, repeats)
     lock = MachineLock(cache_folder(), layers.device)
+    memory = measure_memory_limit(layers, lock)
     with step_bar("decoding", len(encoded) * repeats) as show_done:
         entries = compare(layers, usable, plan, lock, show_done)
     comparison = Comparison(
@@ -111,7 +112,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         entries=entries,
         left_out=left_out | failed,
-        memory=measure_memory_limit(layers, lock),
+        memory=memory,
     )
     if out is not None:
         write_page(out, _page(comparison))

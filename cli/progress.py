@@ -39,6 +39,9 @@ from search.callbacks import (
 )
 from studies.ranking import PREDICTION_STEP, SOURCE_KEY, basis_of, is_stopped, speedup_of
 
+# The phase that a time limit ends.
+_CANDIDATES = "candidates"
+
 
 class ProgressDisplay:
     """Shows the events of a search or of training a draft: a progress bar, and lines for what is worth keeping.
@@ -87,9 +90,8 @@ class ProgressDisplay:
             case PhaseStarted("costs"):
                 self._print("measuring the costs of passes on this device")
             case PhaseStarted("trials"):
-                self._start("candidates", self._trials, self._search.evaluated if self._search else 0)
+                self._start(_CANDIDATES, self._trials, self._search.evaluated if self._search else 0)
             case PhaseStarted("finalists"):
-                self._timeout = None
                 self._start("held-out prompts", event.total)
             case PhaseStarted("texts"):
                 self._print("the target model writes texts to train on; texts of earlier runs are reused")
@@ -190,7 +192,7 @@ class ProgressDisplay:
             return ""
         elapsed = time.monotonic() - self._started
         left = elapsed / (done - self._done_at_start) * (total - done)
-        if self._timeout is not None:
+        if self._timeout is not None and self._bar.tasks[-1].description == _CANDIDATES:
             left = max(min(left, self._timeout - elapsed), 0)
         return f"about {duration(left)} left"
 

@@ -11,18 +11,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from layerskip.errors import UnsupportedModelError
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 
 
-def check_attention_implementation(name: str | None) -> str:
-    """Return the name of a supported attention implementation.
+def check_attention_implementation(config: PreTrainedConfig) -> str:
+    """Return the name of a model's attention implementation.
 
     Raises:
-        UnsupportedModelError: Masks for this implementation are not known here.
+        UnsupportedModelError: Masks for this implementation are not known here, or it leaves out what the model needs.
     """
+    name: str | None = config._attn_implementation
+    if name == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(
+            "attention implementation 'sdpa' leaves out this model's soft-capping of attention scores (some versions "
+            "of transformers say nothing); load the model with attn_implementation='eager'"
+        )
     if name not in SUPPORTED_ATTENTION:
         raise UnsupportedModelError(
             f"attention implementation '{name}' is not supported; load the model with "

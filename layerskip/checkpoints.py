@@ -66,6 +66,9 @@ def load_checkpoint(
     _check_hub(source, location, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        # Some versions of transformers choose sdpa, which leaves soft-capping out.
+        attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             revision=revision,
@@ -74,6 +77,7 @@ def load_checkpoint(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            **attention,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _load_error(source, location, error) from error

@@ -74,6 +74,10 @@ class DraftParts:
         return cls(attention, mlp, bridges, vocabulary, stack.precision, layers)
 
 
+# A wider pass is chosen only if it costs less than so much of the one that is needed.
+_CLEARLY_CHEAPER = 0.97
+
+
 @dataclass(frozen=True)
 class PassCosts:
     """Cost of a pass of the target model, by the number of tokens in it.
@@ -102,9 +106,14 @@ class PassCosts:
         return max(self.sublayers)
 
     def cheapest_width(self, needed: int) -> int:
-        """The width, at least ``needed``, whose pass costs least; ``needed`` itself beyond what was measured."""
+        """The width, at least ``needed``, whose pass costs least; ``needed`` itself beyond what was measured.
+
+        ``needed`` itself, too, where another would gain less than measurements differ by.
+        """
         wide_enough = [width for width in self.sublayers if width >= needed]
-        return min(wide_enough, key=self.cost, default=needed)
+        cheapest = min(wide_enough, key=self.cost, default=needed)
+        gains = needed not in self.sublayers or self.cost(cheapest) < _CLEARLY_CHEAPER * self.cost(needed)
+        return cheapest if gains else needed
 
     def saved_by_resuming(self, width: int, share: float) -> float:
         """Cost saved if a pass starts after a share of the sublayers, which only one token has yet to go through.

@@ -46,6 +46,10 @@ class MissingDependencyError(LayerSkipError):
     """An optional package is not installed."""
 
 
+class CaptureError(LayerSkipError):
+    """A pass cannot be captured as a CUDA graph."""
+
+
 class LosslessnessError(LayerSkipError):
     """Speculative and plain decoding gave different tokens: a bug in layerskip, not a slow draft."""
 

@@ -97,7 +97,11 @@ def _convert(files: list[Path], dtype: torch.dtype, folder: Path) -> None:
         gguf = name if len(files) == 1 else _joined(files, folder / name.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
         model, info = loaded
         _check_complete(name, gguf, model, info)

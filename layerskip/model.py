@@ -56,7 +56,9 @@ class LayerSkipModel:
 
     The wrapper calls the model's own modules and owns only the loop over them, the cache and the skipping. It changes
     nothing in the model and holds no weights but the copies that a draft at lower precision asks for, so wrapping costs
-    nothing and the model stays usable as it was. Wrap it anew after its weights were changed or moved.
+    nothing and the model stays usable as it was. Wrap it anew after its settings or modules were changed.
+
+    On CUDA, cuDNN's attention is switched off for the whole process: it takes tens of milliseconds for each new length.
 
     Args:
         model: A model for causal language modelling of one of the families in :mod:`layerskip.families`, in
@@ -83,7 +85,7 @@ class LayerSkipModel:
         self.hf_model = model
         self.config = model.config
         self.family = family_of(model.config)
-        self._attention = check_attention_implementation(model.config._attn_implementation)
+        self._attention = check_attention_implementation(model.config)
         decoder: Any = model.base_model
         self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
         self._head = _output_head(model)
@@ -100,6 +102,9 @@ class LayerSkipModel:
         self._state_reader: ModelStateReader | None = None
         self._outline = self._read_outline()
         check_honoured(model)
+        if self.device.type == "cuda":
+            # cuDNN's attention, PyTorch's first choice on some cards, takes 30 ms for every new length of the text.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def num_layers(self) -> int:
@@ -177,21 +182,25 @@ class LayerSkipModel:
 
     def read_state(self) -> ModelState:
         """What the model computes with now: equal to an earlier state if nothing was changed since."""
-        if self._state_reader is None:
-            self._state_reader = ModelStateReader(self.hf_model)
+        if self._state_reader is not None:
+            state = self._state_reader.read()
+            if state.modules == self._state_reader.modules:
+                return state
+        self._state_reader = ModelStateReader(self.hf_model)  # which knows modules that were added
         return self._state_reader.read()
 
-    def check_unchanged(self, since: ModelState, what: str) -> None:
+    def check_unchanged(self, since: ModelState, what: str, *, but: str | None = None) -> None:
         """Make sure that the model computes with what it did at an earlier state.
 
         Args:
             since: The state.
             what: What was worked out from it then, human-readable.
+            but: A field of the state that does not matter.
 
         Raises:
             InvalidInputError: It was changed.
         """
-        changed = since.differs_in(self.read_state())
+        changed = since.differs_in(self.read_state(), but=but)
         if changed is not None:
             raise InvalidInputError(f"{what}: the model's {changed} were changed after it was made; make a new one")
 

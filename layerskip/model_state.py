@@ -54,6 +54,8 @@ SETTINGS_OF_SOME = (
 )
 # What accelerate attaches to bring inputs to a module's device.
 _MOVING_INPUTS = "AlignDevicesHook"
+# Where transformers has the hooks by which it returns hidden states; once made, they stay, and do nothing.
+_CAPTURING = "transformers.utils.output_capturing"
 # What torch.compile makes of a module.
 _COMPILED = "OptimizedModule"
 
@@ -65,9 +67,9 @@ class ModelState:
     Args:
         settings: Values of its configuration.
         modules: Ids of its modules.
-        hooks: Ids of hooks and of replaced forwards.
+        hooks: Numbers of hooks, and ids of replaced forwards.
         adapters: Which adapters are active, and how they count.
-        weights: Ids, versions, devices and types of its weights.
+        weights: Ids, versions, places and types of its weights.
     """
 
     settings: str
@@ -76,10 +78,10 @@ class ModelState:
     adapters: tuple[str, ...]
     weights: tuple[object, ...]
 
-    def differs_in(self, other: ModelState) -> str | None:
-        """What was changed between two states, human-readable; None if nothing was."""
+    def differs_in(self, other: ModelState, *, but: str | None = None) -> str | None:
+        """What was changed between two states, for people; None if nothing was. ``but`` names a field to leave out."""
         for field in fields(self):
-            if getattr(self, field.name) != getattr(other, field.name):
+            if field.name != but and getattr(self, field.name) != getattr(other, field.name):
                 return field.name
         return None
 
@@ -89,6 +91,9 @@ class ModelStateReader:
 
     Args:
         model: The model, or a weak proxy of it, which is not kept alive then.
+
+    Attributes:
+        modules: Ids of the modules that it knows.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -99,18 +104,19 @@ class ModelStateReader:
         self._hooks = [hooks for module in below for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         self._parameters = [module._parameters for module in below if module._parameters]
         self._adapted = [module for module in below if adapter_state(module)]
+        self.modules = self.read().modules
 
     def read(self) -> ModelState:
-        """The state now."""
+        """The state now, but for modules that were added since the reader was made."""
         model = self._model
         weights = [w for w in chain.from_iterable(map(dict.values, self._parameters)) if w is not None]
         children = (model._modules, *self._children)
         hooks = (model._forward_pre_hooks, model._forward_hooks, *self._hooks)
-        forwards = (own["forward"] for own in (vars(model), *self._own) if "forward" in own)
+        forwards = (id(own["forward"]) for own in (vars(model), *self._own) if "forward" in own)
         return ModelState(
             settings=repr(computing_settings(model.config)) + model.config._attn_implementation,
             modules=tuple(map(id, chain.from_iterable(map(dict.values, children)))),
-            hooks=tuple(map(id, chain(chain.from_iterable(part.values() for part in hooks if part), forwards))),
+            hooks=tuple(chain(chain.from_iterable(_own_hooks(part) for part in hooks if part), forwards)),
             adapters=tuple(repr(adapter_state(module)) for module in self._adapted),
             weights=tuple(map(_weight_state, weights)),
         )
@@ -121,7 +127,15 @@ _PLACE = attrgetter("device", "dtype")
 
 def _weight_state(weight: Tensor) -> object:
     # Inference tensors cannot be changed in place outside of inference mode, and count no versions.
-    return id(weight), 0 if weight.is_inference() else weight._version, *_PLACE(weight)
+    version = 0 if weight.is_inference() else weight._version
+    # Moving a model, and back, keeps all else; a quantized weight has no memory of its own.
+    memory = weight.data_ptr() if type(weight) in (nn.Parameter, Tensor) else 0
+    return id(weight), version, memory, *_PLACE(weight)
+
+
+def _own_hooks(hooks: Mapping[int, Any]) -> Iterator[int]:
+    """The numbers of a module's hooks, which are never used again, but for those that transformers leaves behind."""
+    return (number for number, hook in hooks.items() if getattr(hook, "__module__", None) != _CAPTURING)
 
 
 def computing_settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def _called_by_transformers_alone(model: PreTrainedModel) -> Iterator[tuple[str,
 
 def _attached(module: nn.Module) -> str | None:
     """What would be ignored if a module's parts were called in its place; None if nothing would."""
-    if module._forward_pre_hooks or module._forward_hooks:
+    if any(True for hooks in (module._forward_pre_hooks, module._forward_hooks) if hooks for _ in _own_hooks(hooks)):
         return "a forward hook"
     if module.__class__.__name__ == _COMPILED:
         return _attached(cast(nn.Module, module._orig_mod))

@@ -28,6 +28,11 @@ def packing_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
+def has_kernels_for(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has packed kernels for a type on this processor."""
+    return dtype == torch.float32 or (dtype in DTYPES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def can_be_packed(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer on the CPU, in a type that has kernels.
 
@@ -37,7 +42,7 @@ def can_be_packed(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.weight.device.type == "cpu"
-        and module.weight.dtype in DTYPES
+        and has_kernels_for(module.weight.dtype)
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
 

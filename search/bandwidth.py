@@ -10,8 +10,8 @@ from layerskip.utils import device_seconds
 from search.machine_lock import MachineLock
 from studies.comparison import MemoryLimit
 
-# Many times what any cache holds.
-_BYTES = 2**29
+# More than caches hold.
+_BYTES = 2**30
 _REPEATS = 5
 
 
@@ -20,7 +20,7 @@ def measure_read_bandwidth(device: torch.device) -> float:
     """Bytes a second that a device reads from its memory: those of a sum over a large tensor, its fastest repeat.
 
     Args:
-        device: The device. It needs half a gibibyte of memory for a moment.
+        device: The device. It needs a gibibyte of memory for a moment.
     """
     values = torch.ones(_BYTES // torch.float32.itemsize, device=device)
     seconds = []

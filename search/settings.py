@@ -42,7 +42,7 @@ class SearchSettings:
     prompts_per_trial: int = 6
     finalists: int = 3
     held_out_prompts: int = 16
-    measuring_share: float = 0.6
+    measuring_share: float = 0.7
     sampler: str | BaseSampler = "tpe"
     workers: int = 1
     seed: int | None = None

@@ -1,27 +1,66 @@
 """What takes the place of CUDA graphs where there is no device to capture them on."""
 
+import weakref
 from dataclasses import fields, is_dataclass, replace
 
 
-def call_directly(run):
+class CallDirectly:
     """Captures nothing: runs the pass anew each time."""
-    return run
+
+    def __call__(self, run):
+        return run
+
+    def renew(self):
+        pass
 
 
-def like_a_graph(run):
+class LikeAGraph(CallDirectly):
     """What a captured graph does: it ran once before, and each replay writes its outputs where the last one did."""
-    outputs = tensors_of(run())
 
-    def replay():
-        new = run()
-        for kept, tensor in zip(outputs, tensors_of(new), strict=True):
-            kept.copy_(tensor)
-        if not is_dataclass(new):
-            return outputs[0]
-        names = [field.name for field in fields(new) if getattr(new, field.name) is not None]
-        return replace(new, **dict(zip(names, outputs, strict=True)))
+    def __call__(self, run):
+        outputs = tensors_of(run())
 
-    return replay
+        def replay():
+            new = run()
+            for kept, tensor in zip(outputs, tensors_of(new), strict=True):
+                kept.copy_(tensor)
+            if not is_dataclass(new):
+                return outputs[0]
+            names = [field.name for field in fields(new) if getattr(new, field.name) is not None]
+            return replace(new, **dict(zip(names, outputs, strict=True)))
+
+        return replay
+
+
+class LikeAPool(LikeAGraph):
+    """Also fails as the allocator does: a pool whose graphs were all dropped cannot be captured into again.
+
+    Attributes:
+        live: How many graphs of the pool there are.
+        pools: How many pools were made.
+    """
+
+    def __init__(self):
+        self.live, self.used, self.pools = 0, False, 1
+
+    def __call__(self, run):
+        if self.used and not self.live:
+            raise AssertionError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        replay = super().__call__(run)
+        self.live, self.used, pool = self.live + 1, True, self.pools
+
+        def drop():
+            if pool == self.pools:
+                self.live -= 1
+
+        weakref.finalize(replay, drop)
+        return replay
+
+    def renew(self):
+        self.live, self.used, self.pools = 0, False, self.pools + 1
+
+
+call_directly, like_a_graph = CallDirectly(), LikeAGraph()
 
 
 def tensors_of(outputs):

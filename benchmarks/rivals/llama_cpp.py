@@ -11,9 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
-from gguf.quants import dequantize, quantize
 
 from layerskip import LayerSkipModel
 from layerskip.gguf_conversion import write_gguf
@@ -21,8 +19,9 @@ from layerskip.utils import dtype_name
 from search.decoding_methods import Decoded, DecodingMethod
 
 NAME = "llama.cpp plain"
-_TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
-_FILE_TYPES = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
+# What GGUF files call the types of tensors and of files.
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_FILE_TYPES = {torch.float32: "ALL_F32", torch.bfloat16: "MOSTLY_BF16"}
 
 
 def llama_cpp_method(
@@ -39,9 +38,10 @@ def llama_cpp_method(
     if source.suffix != ".gguf" or model.dtype not in _TYPES:
         return [], {NAME: "takes models from a .gguf file, in float32 or bfloat16"}
     try:
+        from gguf import GGMLQuantizationType
         from llama_cpp import Llama
-    except ImportError:
-        return [], {NAME: "the package llama-cpp-python is not installed"}
+    except ImportError as error:
+        return [], {NAME: f"the package {error.name} is not installed"}
     file = folder / f"{source.stem}-{dtype_name(model.dtype)}.gguf"
     write_dequantized(source, file, model.dtype)
     threads = torch.get_num_threads()
@@ -50,8 +50,8 @@ def llama_cpp_method(
         n_ctx=longest,
         n_threads=threads,
         n_threads_batch=threads,
-        type_k=int(gguf.GGMLQuantizationType.F32),
-        type_v=int(gguf.GGMLQuantizationType.F32),
+        type_k=int(GGMLQuantizationType.F32),
+        type_v=int(GGMLQuantizationType.F32),
         verbose=False,
     )
     return [DecodingMethod(NAME, _decode_with(llm, model.eos_token_ids), third_party=True)], {}
@@ -72,11 +72,17 @@ def _decode_with(llm: Any, eos: frozenset[int]) -> Any:
 
 def write_dequantized(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write a GGUF file with the same metadata and its matrices in another type; vectors are in float32, as usual."""
-    reader = gguf.GGUFReader(source)
-    write_gguf(target, reader, map(partial(_converted, dtype), reader.tensors), file_type=_FILE_TYPES[dtype])
+    from gguf import GGUFReader, LlamaFileType
+
+    reader = GGUFReader(source)
+    tensors = map(partial(_converted, dtype), reader.tensors)
+    write_gguf(target, reader, tensors, file_type=LlamaFileType[_FILE_TYPES[dtype]])
 
 
-def _converted(dtype: torch.dtype, tensor: Any) -> tuple[str, Any, gguf.GGMLQuantizationType]:
+def _converted(dtype: torch.dtype, tensor: Any) -> tuple[str, Any, Any]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
     values = dequantize(tensor.data, tensor.tensor_type).astype("float32")
-    kind = _TYPES[dtype if values.ndim > 1 else torch.float32]
+    kind = GGMLQuantizationType[_TYPES[dtype if values.ndim > 1 else torch.float32]]
     return tensor.name, quantize(values, kind), kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +15,13 @@ from torch import Tensor
 from layerskip.costs import PassCosts
 from layerskip.engine.base import DraftStep, Scored, SharedPrefix
 from layerskip.engine.eager import EagerEngine
-from layerskip.errors import InvalidInputError
+from layerskip.errors import CaptureError, InvalidInputError, first_line
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
 from layerskip.token_tree import MOST_LEAVES, TokenTree, ancestors_on, numbers_on
+
+logger = logging.getLogger(__name__)
 
 
 class GraphCache(KVCache):
@@ -135,7 +139,8 @@ class CapturedDraft:
 
     def __call__(self, token: Tensor, past: int) -> DraftStep:
         """The step of a token after ``past`` others."""
-        if token is not self._next_token:
+        # A slice of the last step's token is another tensor over the same memory.
+        if self._next_token is None or token.data_ptr() != self._next_token.data_ptr():
             self._token.copy_(token)
         if past != self._next_past:
             self._position.fill_(past)
@@ -155,13 +160,24 @@ Outputs = TypeVar("Outputs")
 
 
 class Capture(Protocol):
-    """Captures a pass; what it returns runs it once more, on what its input buffers hold then."""
+    """Captures passes."""
 
-    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]: ...
+    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        """Capture a pass; what it returns runs it once more, on what its input buffers hold then.
+
+        Raises:
+            CaptureError: The pass cannot be captured; a later one may be.
+        """
+
+    def renew(self) -> None:
+        """Begin anew, after all passes that were captured so far were dropped."""
 
 
 class CudaGraphCapture:
     """Captures passes as CUDA graphs that share one memory pool, so that buffers between sublayers exist once.
+
+    One stream of its own captures all of them, and another warms up: graphs of different engines, or devices, must not
+    share a stream, whose workspaces go with the first graph that is destroyed.
 
     Args:
         device: Where the passes run.
@@ -169,20 +185,33 @@ class CudaGraphCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream, self._warm_up = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.renew()
+
+    def renew(self) -> None:
+        # The allocator refuses a handle whose graphs are all gone while some of its memory is still in use.
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
         with torch.cuda.device(self._device):
-            return self._captured(run)
+            before = torch.cuda.current_stream()
+            try:
+                with _no_garbage_collection():  # which could destroy another graph, and so end the capture
+                    return self._captured(run)
+            except (RuntimeError, NotImplementedError) as error:
+                torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind
+                self.renew()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise CaptureError(f"this model cannot be captured: {first_line(error)}") from error
 
     def _captured(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._warm_up):
             run()  # libraries allocate their workspaces at the first call, which must not be captured
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._warm_up)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             outputs = run()
 
         def replay() -> Outputs:
@@ -192,8 +221,21 @@ class CudaGraphCapture:
         return replay
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class GraphEngine:
     """Runs draft steps and verifications as CUDA graphs, and prompts, whose lengths all differ, eagerly.
+
+    A model that cannot be captured runs eagerly, after one line in the log.
 
     It owns one cache for all generations, because captured passes write to fixed addresses; a generation that needs a
     larger one replaces it and drops the captured passes.
@@ -232,6 +274,7 @@ class GraphEngine:
         self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
         self._trees: dict[tuple[int, int], CapturedTree] = {}  # likewise
         self._captured_in = model.read_state()
+        self._captures_passes = True
 
     @property
     def captures(self) -> bool:
@@ -243,12 +286,14 @@ class GraphEngine:
         state = self.model.read_state()
         if state != self._captured_in:
             self._drop_captured()
-            self._captured_in = state
+            self._cache, self._captured_in = None, state
 
     def _drop_captured(self) -> None:
         self._drafts.clear()
         self._verifications.clear()
         self._trees.clear()
+        self._capture.renew()
+        self._captures_passes = True
 
     def new_cache(self, capacity: int) -> KVCache:
         """The engine's own cache, emptied; an earlier generation's is no longer valid."""
@@ -282,8 +327,11 @@ class GraphEngine:
             return replace(self._eager.draft_step(tokens, cache, stack), prefix=None)
         own, bucket = self._room_for(1, cache)
         steps = self._steps_of(stack)
+        if bucket not in steps and self._captures_passes:
+            with self._falling_back():
+                steps[bucket] = self._capture_draft(stack, bucket, own)
         if bucket not in steps:
-            steps[bucket] = self._capture_draft(stack, bucket, own)
+            return replace(self._eager.draft_step(tokens, cache, stack), prefix=None)
         step = steps[bucket](tokens, cache.length)
         cache.advance(1)
         return step
@@ -294,22 +342,40 @@ class GraphEngine:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
         own, bucket = self._room_for(width, cache)
+        captured: CapturedVerification | CapturedTree | None
         if tree is None or tree.is_chain:
-            scored = self._verification(width, bucket, own)(tokens, cache.length)
+            captured = self._verification(width, bucket, own)
+            scored = None if captured is None else captured(tokens, cache.length)
         else:
-            scored = self._tree(width, bucket, own)(tokens, cache.length, tree)
+            captured = self._tree(width, bucket, own)
+            scored = None if captured is None else captured(tokens, cache.length, tree)
+        if scored is None:
+            return self._eager.verify(tokens, cache, None, tree)
         cache.advance(needed)
         return Scored(scored.logits[:needed], scored.states[:needed])
 
-    def _verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification:
-        if (width, bucket) not in self._verifications:
-            self._verifications[width, bucket] = self._capture_verification(width, bucket, cache)
-        return self._verifications[width, bucket]
+    def _verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification | None:
+        at = (width, bucket)
+        if at not in self._verifications and self._captures_passes:
+            with self._falling_back():
+                self._verifications[at] = self._capture_verification(width, bucket, cache)
+        return self._verifications.get(at)
 
-    def _tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree:
-        if (width, bucket) not in self._trees:
-            self._trees[width, bucket] = self._capture_tree(width, bucket, cache)
-        return self._trees[width, bucket]
+    def _tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree | None:
+        at = (width, bucket)
+        if at not in self._trees and self._captures_passes:
+            with self._falling_back():
+                self._trees[at] = self._capture_tree(width, bucket, cache)
+        return self._trees.get(at)
+
+    @contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        """Run eagerly from now on if a pass in the block cannot be captured."""
+        try:
+            yield
+        except CaptureError as error:
+            logger.warning("engine '%s': %s; passes run eagerly", self.name, error)
+            self._captures_passes = False
 
     def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
         """The cache, and the bucket that a pass of this width needs."""

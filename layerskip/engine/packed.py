@@ -18,7 +18,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.model_state import check_honoured
-from layerskip.packed_linear import DTYPES, can_be_packed, pack_children, packed_alone, packing_available
+from layerskip.packed_linear import can_be_packed, has_kernels_for, pack_children, packed_alone, packing_available
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack, Step
 from layerskip.utils import dtype_name
 
@@ -36,6 +36,9 @@ class PackedEngine(EagerEngine):
         plain_one_row: Whether a pass over a single token runs on the plain weights; some CPUs are faster with them. Not
             together with ``in_place``.
 
+    Attributes:
+        plain_one_row: See above.
+
     Raises:
         InvalidInputError: The model cannot be packed here.
     """
@@ -50,6 +53,7 @@ class PackedEngine(EagerEngine):
         if reason := why_not_packed(model):
             raise InvalidInputError(f"engine '{self.name}': {reason}; use the {EagerEngine.name} engine")
         pack = partial(pack_children, plain_one_row=plain_one_row)
+        self.plain_one_row = plain_one_row
         self._fusing = Fusing(model)
         steps = dict(_packed_steps(model, pack, self._fusing, in_place=in_place))
         head = _packed_head(model, in_place=in_place, plain_one_row=plain_one_row)
@@ -63,7 +67,8 @@ class PackedEngine(EagerEngine):
 
     def check_current(self) -> None:
         check_honoured(self.model.hf_model)
-        self.model.check_unchanged(self._made_in, f"engine '{self.name}'")
+        # Layers with an adapter are not packed.
+        self.model.check_unchanged(self._made_in, f"engine '{self.name}'", but="adapters")
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         return super().draft_step(tokens, cache, self._packed(stack))
@@ -92,7 +97,7 @@ def why_not_packed(model: LayerSkipModel) -> str | None:
         return "needs a build of PyTorch with oneDNN"
     if any(sublayer.device.type != "cpu" for sublayer in model.sublayers):
         return PackedEngine.needs
-    if model.dtype not in DTYPES:
+    if not has_kernels_for(model.dtype):
         return f"has no kernels for {dtype_name(model.dtype)}"
     if model.compiled:
         return "does not run compiled sublayers"

@@ -1,5 +1,7 @@
 """A mask lets each new position see the positions before it, as far as the window reaches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,9 +50,17 @@ def test_an_additive_mask_has_the_model_s_dtype_and_no_infinities(dtype):
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", None])
 def test_an_unknown_attention_implementation_is_refused(name):
     with pytest.raises(UnsupportedModelError, match="attn_implementation='eager' or 'sdpa'"):
-        check_attention_implementation(name)
+        check_attention_implementation(SimpleNamespace(_attn_implementation=name))
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_a_known_attention_implementation_passes(name):
-    assert check_attention_implementation(name) == name
+    assert check_attention_implementation(SimpleNamespace(_attn_implementation=name)) == name
+
+
+def test_soft_capping_is_never_left_out():
+    capped = SimpleNamespace(_attn_implementation="sdpa", attn_logit_softcapping=50.0)
+    with pytest.raises(UnsupportedModelError, match="leaves out this model's soft-capping"):
+        check_attention_implementation(capped)
+    capped._attn_implementation = "eager"
+    assert check_attention_implementation(capped) == "eager"

@@ -83,6 +83,13 @@ def test_a_file_with_tensors_that_would_be_left_out_is_refused(tmp_path, cache, 
     assert not kept(cache)
 
 
+def test_a_tensor_of_another_shape_is_refused(tmp_path, cache, model, tensors):
+    other = tensors | {"output_norm.weight": np.ones(8, np.float32)}
+    write_gguf(tmp_path / "other.gguf", model, tiny_tokenizer(), tensors=other)
+    assert "has another shape than its metadata says: model.norm.weight" in error_of(tmp_path / "other.gguf")
+    assert not kept(cache)
+
+
 def test_factors_of_one_are_none(tmp_path, model, tensors):
     more = tensors | {"rope_freqs.weight": np.ones(4, np.float32)}
     write_gguf(tmp_path / "ones.gguf", model, tiny_tokenizer(), tensors=more)

@@ -1,6 +1,8 @@
 """What is attached to a model, or changed in it, is honoured or refused, never ignored."""
 
 import copy
+from contextlib import nullcontext
+from itertools import pairwise
 from types import MethodType
 
 import pytest
@@ -262,3 +264,70 @@ def test_an_offloaded_model_is_refused_in_one_line(to_disk, tmp_path):
         accelerate.cpu_offload(model, execution_device="cpu")
     with pytest.raises(UnsupportedModelError, match="is offloaded"):
         model.generate(torch.tensor([PROMPT]), custom_generate=speculate(profile), max_new_tokens=2)
+
+
+def test_hooks_that_transformers_leaves_behind_do_nothing():
+    model = tiny_llama()
+    wrapper = LayerSkipModel(model)
+    engine = PackedEngine(wrapper) if packing_available() else None
+    with torch.inference_mode():
+        model(torch.tensor([PROMPT]), output_hidden_states=True, output_attentions=True)
+    assert len(generate(wrapper, PROMPT, engine=engine, max_new_tokens=2, eos_token_ids=()).tokens) == 2
+    assert len(generate(LayerSkipModel(model), PROMPT, max_new_tokens=2, eos_token_ids=()).tokens) == 2
+
+
+def test_a_hook_that_follows_another_is_another():
+    """Whatever memory it lies in."""
+    model = tiny_llama()
+    wrapper = LayerSkipModel(model)
+    states = []
+    for shift in range(20):
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out, shift=shift: out + shift)
+        states.append(wrapper.read_state())
+        handle.remove()
+    assert all(one != other for one, other in pairwise(states))
+
+
+def test_a_model_that_was_moved_away_and_back_is_another():
+    model = tiny_llama()
+    wrapper = LayerSkipModel(model)
+    before = wrapper.read_state()
+    model.bfloat16().float()
+    assert wrapper.read_state() != before
+
+
+def test_adapters_that_are_added_later_are_known():
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    wrapper, kept = LayerSkipModel(model), PrefixCache()
+    first = generate(wrapper, PROMPT, prompt_cache=kept, max_new_tokens=4, eos_token_ids=())
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.3, generator=generator)
+    longer = [*PROMPT, *first.tokens, 7]
+    for context in (nullcontext(), adapted.disable_adapter(), nullcontext()):
+        with context:
+            ours = generate(wrapper, longer, prompt_cache=kept, max_new_tokens=6, eos_token_ids=())
+            assert ours.stats.reused == 0
+            near_tie_or_same(model, longer, ours.tokens, transformers_greedy(model, longer, 6))
+
+
+@pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+def test_adapters_can_be_switched_beside_packed_weights():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.3)
+    wrapper = LayerSkipModel(model)
+    engine = PackedEngine(wrapper)
+    for context in (nullcontext(), model.disable_adapter(), nullcontext()):
+        with context:
+            ours = generate(wrapper, PROMPT, engine=engine, max_new_tokens=8, eos_token_ids=()).tokens
+            near_tie_or_same(model, PROMPT, ours, transformers_greedy(model, PROMPT, 8))

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.layer_skip import LayerSkipDrafter
+from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
-from layerskip.errors import InvalidInputError
-from tests.capture import call_directly, like_a_graph
+from layerskip.errors import CaptureError, InvalidInputError
+from tests.capture import CallDirectly, LikeAPool, call_directly, like_a_graph
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, precisions, skip_sets, tokens
 
@@ -126,8 +128,15 @@ class Calls(TorchDispatchMode):
 
 
 def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
-    model, captures = LayerSkipModel(tiny_llama()), []
-    engine = GraphEngine(model, lambda run: captures.append(run) or run, smallest_bucket=32)
+    captures = []
+
+    class Counting(CallDirectly):
+        def __call__(self, run):
+            captures.append(run)
+            return run
+
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, Counting(), smallest_bucket=32)
     drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
     counts = []
     for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
@@ -223,3 +232,63 @@ def test_a_drafter_drafts_with_the_engine_of_each_generation():
     engine = GraphEngine(model, call_directly)
     assert generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=12).tokens == expected.tokens
     assert len(engine._drafts) == 1
+
+
+def test_a_cache_that_grows_begins_a_new_pool():
+    """The allocator refuses to capture into a pool whose graphs were all dropped."""
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
+    capture = LikeAPool()
+    engine = GraphEngine(model, capture, smallest_bucket=32)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
+    pools = []
+    for length in (4, 90, 4, 100):
+        ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=())
+        near_tie_or_same(model.hf_model, [1, 2, 3], ours.tokens, transformers_greedy(model.hf_model, [1, 2, 3], length))
+        pools.append(capture.pools)
+    assert pools[0] < pools[1] == pools[2]
+
+
+class Failing(CallDirectly):
+    """Captures a few passes, and then no more."""
+
+    def __init__(self, captures):
+        self.left = captures
+
+    def __call__(self, run):
+        self.left -= 1
+        if self.left < 0:
+            raise CaptureError("this model cannot be captured: operation not permitted when stream is capturing")
+        return super().__call__(run)
+
+
+@pytest.mark.parametrize("captures", range(4))
+def test_a_model_that_cannot_be_captured_runs_eagerly_after_one_line(captures, caplog):
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, Failing(captures), smallest_bucket=8)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, tree=(2,), stopping=FixedLength(2)))
+    for each in (None, drafter):
+        ours = generate(model, [1, 2, 3], engine=engine, drafter=each, max_new_tokens=20, eos_token_ids=())
+        near_tie_or_same(model.hf_model, [1, 2, 3], ours.tokens, transformers_greedy(model.hf_model, [1, 2, 3], 20))
+    [line] = [record.getMessage() for record in caplog.records if "cuda-graphs" in record.getMessage()]
+    assert line.startswith("engine 'cuda-graphs': this model cannot be captured: operation not permitted")
+    assert line.endswith("; passes run eagerly")
+
+
+def test_a_draft_layer_sees_a_long_prompt_beside_captured_passes():
+    """The first draft runs the whole prompt through it, which needs no room after the text."""
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    weights = DraftWeights(layers=[DraftLayer.copied(model, 4, 2 * LAYERS, LAYERS - 1)])
+    drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS), stopping=FixedLength(2)), weights)
+    prompt = [1 + n % 7 for n in range(300)]
+    ours = generate(model, prompt, engine=engine, drafter=drafter, max_new_tokens=8, eos_token_ids=()).tokens
+    near_tie_or_same(model.hf_model, prompt, ours, transformers_greedy(model.hf_model, prompt, 8))
+
+
+def test_a_cache_of_another_type_is_not_used_again():
+    hf_model = tiny_llama()
+    model = LayerSkipModel(hf_model)
+    engine = GraphEngine(model, like_a_graph)
+    generate(model, [1, 2, 3], engine=engine, max_new_tokens=4)
+    hf_model.bfloat16()
+    assert len(generate(model, [1, 2, 3], engine=engine, max_new_tokens=4, eos_token_ids=()).tokens) == 4
