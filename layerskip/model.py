@@ -63,6 +63,8 @@ class LayerSkipModel:
     Args:
         model: A model for causal language modelling of one of the families in :mod:`layerskip.families`, in
             evaluation mode; also a PEFT model around one, whose active adapters then belong to it.
+        for_assistant: Whether only a draft is made of it, and transformers calls the model itself, whatever is attached
+            to its layers.
 
     Attributes:
         copies: The copies of its sublayers and head at lower precision: which precisions it can draft at, and what they
@@ -76,12 +78,14 @@ class LayerSkipModel:
         InvalidInputError: It is not a model, such as a name or another wrapper; or it is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel | nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel | nn.Module, *, for_assistant: bool = False) -> None:
         _check_module(model)
         if model.training:
             raise InvalidInputError("the model is in training mode; call model.eval() first")
         model = adapted_model(model)
         check_in_memory(model)
+        if not for_assistant:
+            check_honoured(model)
         self.hf_model = model
         self.config = model.config
         self.family = family_of(model.config)
@@ -101,7 +105,6 @@ class LayerSkipModel:
         self._rotary_kinds = {sublayer.rotary for sublayer in attention}
         self._state_reader: ModelStateReader | None = None
         self._outline = self._read_outline()
-        check_honoured(model)
         if self.device.type == "cuda":
             # cuDNN's attention, PyTorch's first choice on some cards, takes 30 ms for every new length of the text.
             torch.backends.cuda.enable_cudnn_sdp(False)

@@ -401,7 +401,7 @@ class DraftProfile(_Part):
                 "as_assistant: the profile drafts with heads on the model's hidden states, which are no model of their "
                 "own; use layerskip.speculate(profile)"
             )
-        wrapper = LayerSkipModel(model)
+        wrapper = LayerSkipModel(model, for_assistant=True)
         self.check(wrapper)
         self._check_precision(wrapper)
         return assistant_of(wrapper, self.config, self.weights(wrapper))

@@ -89,7 +89,7 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
 def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
     profile = DraftProfile.load(make_profile(speedup))
     profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
-    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), json=False)
+    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), None, json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("profile   found.json") + 1 :] == said
 

@@ -115,6 +115,39 @@ def test_it_is_refused_too_where_it_comes_after_the_model_was_wrapped(attach):
         model.generate(torch.tensor([PROMPT]), custom_generate=speculate(profile), max_new_tokens=2)
 
 
+def test_a_layer_in_a_wrapper_that_hands_nothing_on_is_named():
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args, **kwargs):
+            return self.block(*args, **kwargs)
+
+    model = tiny_llama()
+    model.model.layers[1] = Block(model.model.layers[1])
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: has a class of its own \(Block\)"):
+        LayerSkipModel(model)
+
+
+def test_an_assistant_works_with_what_is_attached():
+    """transformers calls the model itself; only the draft does without the hook."""
+    model = tiny_llama()
+    profile = profile_for(LayerSkipModel(model))
+    model.model.layers[1].register_forward_hook(shifted)
+    expected = transformers_greedy(model, PROMPT, 12)
+    ids = torch.tensor([PROMPT])
+    ours = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        assistant_model=profile.as_assistant(model),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    near_tie_or_same(model, PROMPT, ours[0, len(PROMPT) :].tolist(), expected)
+
+
 def test_a_hook_that_was_removed_is_no_matter():
     model = tiny_llama()
     wrapper = LayerSkipModel(model)

@@ -58,9 +58,9 @@ def test_plain_decoding_takes_a_pass_for_each_token_and_drafts_nothing(model, me
 
 @pytest.mark.parametrize("method", ["early exit", "assistant"])
 def test_passes_that_draft_are_not_counted_as_the_target_models(model, method):
-    whole = []
+    whole, made = [], METHODS[method](method, model)
     model.hf_model.model.layers[LAYERS - 1].register_forward_pre_hook(lambda *_: whole.append(1))
-    decoded = METHODS[method](method, model).decode(PROMPT, LENGTH)
+    decoded = made.decode(PROMPT, LENGTH)
     assert decoded.drafted > 0
     assert decoded.target_passes == LENGTH - decoded.accepted
     if method == "early exit":  # the only passes that reach the last layer are the target model's
