@@ -84,11 +84,11 @@ class LayerSkipModel:
             raise InvalidInputError("the model is in training mode; call model.eval() first")
         model = adapted_model(model)
         check_in_memory(model)
-        if not for_assistant:
-            check_honoured(model)
         self.hf_model = model
         self.config = model.config
         self.family = family_of(model.config)
+        if not for_assistant:
+            check_honoured(model)
         self._attention = check_attention_implementation(model.config)
         decoder: Any = model.base_model
         self._embed, self._rotary, self._final_norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
