@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 
 from benchmarks.setting import machine_of, write_json
 from layerskip import LayerSkipModel, SkipSet
+from layerskip.attention_masks import needed_attention
 from layerskip.engine import EagerEngine, Engine, GraphEngine
 from layerskip.sublayers import Stack
 from search.bandwidth import bytes_read, measure_read_bandwidth
@@ -53,8 +54,7 @@ def random_model(shape: str) -> LayerSkipModel:
     """A model of a shape with random weights in bfloat16, initialized on the device."""
     with torch.device("cuda"):
         config = SHAPES[shape]()
-        attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **needed_attention(config))
     return LayerSkipModel(model.eval())
 
 

@@ -18,6 +18,11 @@ from layerskip.errors import UnsupportedModelError
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 
 
+def needed_attention(config: PreTrainedConfig) -> dict[str, str]:
+    """How a model has to be loaded: some versions of transformers choose sdpa, which leaves soft-capping out."""
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+
+
 def check_attention_implementation(config: PreTrainedConfig) -> str:
     """Return the name of a model's attention implementation.
 
@@ -25,7 +30,7 @@ def check_attention_implementation(config: PreTrainedConfig) -> str:
         UnsupportedModelError: Masks for this implementation are not known here, or it leaves out what the model needs.
     """
     name: str | None = config._attn_implementation
-    if name == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+    if name == "sdpa" and needed_attention(config):
         raise UnsupportedModelError(
             "attention implementation 'sdpa' leaves out this model's soft-capping of attention scores (some versions "
             "of transformers say nothing); load the model with attn_implementation='eager'"

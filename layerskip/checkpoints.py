@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from layerskip.attention_masks import needed_attention
 from layerskip.errors import CheckpointError, InvalidInputError, first_line
 from layerskip.gguf_conversion import converted
 from layerskip.names import ALIASES, DTYPES
@@ -67,8 +68,6 @@ def load_checkpoint(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
-        # Some versions of transformers choose sdpa, which leaves soft-capping out.
-        attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             revision=revision,
@@ -77,7 +76,7 @@ def load_checkpoint(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
-            **attention,
+            **needed_attention(config),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _load_error(source, location, error) from error

@@ -19,7 +19,7 @@ from layerskip.drafting.quantization import QuantizedCopies
 from layerskip.errors import InvalidInputError, UnsupportedModelError
 from layerskip.families import family_of, setting
 from layerskip.kv_cache import KVCache
-from layerskip.model_state import ModelState, ModelStateReader, check_honoured, check_in_memory, computing_settings
+from layerskip.model_state import ModelState, ModelStateReader, check_honoured, check_in_memory, settings_text
 from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step, sublayers_of, weights_of
@@ -180,8 +180,7 @@ class LayerSkipModel:
         decoder: Any = self.hf_model.base_model
         called = [decoder.embed_tokens, decoder.rotary_emb, decoder.norm, *decoder.layers]
         called += [part for layer in decoder.layers for part in layer.children()]
-        settings = repr(computing_settings(self.config)) + str(self.config._attn_implementation)
-        return settings, [*map(id, called), id(self.hf_model.get_output_embeddings())]
+        return settings_text(self.config), [*map(id, called), id(self.hf_model.get_output_embeddings())]
 
     def read_state(self) -> ModelState:
         """What the model computes with now: equal to an earlier state if nothing was changed since."""

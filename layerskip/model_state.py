@@ -114,7 +114,7 @@ class ModelStateReader:
         hooks = (model._forward_pre_hooks, model._forward_hooks, *self._hooks)
         forwards = (id(own["forward"]) for own in (vars(model), *self._own) if "forward" in own)
         return ModelState(
-            settings=repr(computing_settings(model.config)) + model.config._attn_implementation,
+            settings=settings_text(model.config),
             modules=tuple(map(id, chain.from_iterable(map(dict.values, children)))),
             hooks=tuple(chain(chain.from_iterable(_own_hooks(part) for part in hooks if part), forwards)),
             adapters=tuple(repr(adapter_state(module)) for module in self._adapted),
@@ -142,6 +142,11 @@ def computing_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of a configuration that change what a model computes."""
     settings = {name: getattr(config, name, None) for name in COMPUTING_SETTINGS}
     return settings | {name: getattr(config, name) for name in SETTINGS_OF_SOME if hasattr(config, name)}
+
+
+def settings_text(config: PreTrainedConfig) -> str:
+    """The same, and how attention is computed, to be compared."""
+    return f"{computing_settings(config)} {config._attn_implementation}"
 
 
 def adapter_state(module: nn.Module) -> Mapping[str, object]:

@@ -157,6 +157,7 @@ class CapturedDraft:
 _STACKS_KEPT = 8
 
 Outputs = TypeVar("Outputs")
+CapturedPass = TypeVar("CapturedPass", CapturedVerification, CapturedTree)
 
 
 class Capture(Protocol):
@@ -342,31 +343,30 @@ class GraphEngine:
         needed = len(tokens)
         width = needed if self.costs is None else self.costs.cheapest_width(needed)
         own, bucket = self._room_for(width, cache)
-        captured: CapturedVerification | CapturedTree | None
         if tree is None or tree.is_chain:
-            captured = self._verification(width, bucket, own)
-            scored = None if captured is None else captured(tokens, cache.length)
+            chain = self._captured_at(self._verifications, self._capture_verification, width, bucket, own)
+            scored = None if chain is None else chain(tokens, cache.length)
         else:
-            captured = self._tree(width, bucket, own)
-            scored = None if captured is None else captured(tokens, cache.length, tree)
+            branched = self._captured_at(self._trees, self._capture_tree, width, bucket, own)
+            scored = None if branched is None else branched(tokens, cache.length, tree)
         if scored is None:
             return self._eager.verify(tokens, cache, None, tree)
         cache.advance(needed)
         return Scored(scored.logits[:needed], scored.states[:needed])
 
-    def _verification(self, width: int, bucket: int, cache: GraphCache) -> CapturedVerification | None:
-        at = (width, bucket)
-        if at not in self._verifications and self._captures_passes:
+    def _captured_at(
+        self,
+        kept: dict[tuple[int, int], CapturedPass],
+        capture: Callable[[int, int, GraphCache], CapturedPass],
+        width: int,
+        bucket: int,
+        cache: GraphCache,
+    ) -> CapturedPass | None:
+        """The pass of a width and bucket, captured now where it was not yet; None where passes run eagerly."""
+        if (width, bucket) not in kept and self._captures_passes:
             with self._falling_back():
-                self._verifications[at] = self._capture_verification(width, bucket, cache)
-        return self._verifications.get(at)
-
-    def _tree(self, width: int, bucket: int, cache: GraphCache) -> CapturedTree | None:
-        at = (width, bucket)
-        if at not in self._trees and self._captures_passes:
-            with self._falling_back():
-                self._trees[at] = self._capture_tree(width, bucket, cache)
-        return self._trees.get(at)
+                kept[width, bucket] = capture(width, bucket, cache)
+        return kept.get((width, bucket))
 
     @contextmanager
     def _falling_back(self) -> Iterator[None]:
