@@ -20,7 +20,6 @@ from benchmarks.setting import load_setting, machine_of, write_json
 from layerskip import DraftProfile
 from layerskip.checkpoints import cache_folder, locate
 from layerskip.engine import Engine
-from search.bandwidth import measure_memory_limit
 from search.compare import (
     compare,
     layerskip_methods,
@@ -32,6 +31,7 @@ from search.compare import (
 from search.decoding_methods import DecodingMethod, layerskip_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, draft_bytes
+from search.memory_limit import measure_memory_limit
 from studies.comparison import Comparison, advice, described, facts, table
 from studies.figures.comparison_figures import comparison_figures
 from studies.report import render_page

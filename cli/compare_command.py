@@ -68,7 +68,6 @@ def compare(
     from layerskip.engine import make_engine
     from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, dtype_name, library_versions
-    from search.bandwidth import measure_memory_limit
     from search.compare import (
         compare,
         layerskip_methods,
@@ -79,6 +78,7 @@ def compare(
     )
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
+    from search.memory_limit import measure_memory_limit
     from search.prompts import prompts_to_measure
     from studies.comparison import Comparison, described
 

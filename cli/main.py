@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -26,6 +25,7 @@ from cli import (
 )
 from cli.common import DEBUG, DONE, FAILED, INTERRUPTED, WRONG_USAGE, escape_unencodable
 from layerskip.errors import InvalidInputError, LayerSkipError, first_line, out_of_memory
+from layerskip.notices import silence_notices
 
 app = typer.Typer(
     name="layerskip",
@@ -66,8 +66,7 @@ def main() -> None:
     escape_unencodable()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars would fill a log
-    for name in ("torchao", "torch.utils._pytree"):  # imported by transformers; both warn at import
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_notices()
     sys.exit(run(sys.argv[1:]))
 
 

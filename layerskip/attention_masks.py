@@ -47,10 +47,13 @@ def check_attention_implementation(config: PreTrainedConfig) -> str:
 class AttentionMasks:
     """Makes a pass's masks, one for each sliding window that the model's layers have.
 
+    Masks are additive: 0 where attention is allowed, the lowest number elsewhere. sdpa takes boolean ones, too, but
+    makes additive ones of them anew in every layer.
+
     Args:
         windows: In positions: a position sees itself and the ``window - 1`` positions before it; None sees all.
-        implementation: ``"eager"`` (additive masks) or ``"sdpa"`` (boolean masks, true where attention is allowed).
-        dtype: The hidden states' dtype, for additive masks.
+        implementation: ``"eager"`` or ``"sdpa"``, which needs fewer masks.
+        dtype: The hidden states' dtype.
     """
 
     windows: Collection[int | None]
@@ -123,8 +126,6 @@ class AttentionMasks:
         return {window: self._as_mask(allowed(window)) for window in self.windows}
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
-        if self.implementation == "sdpa":
-            return allowed
         nothing = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
         return nothing.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 

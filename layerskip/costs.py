@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-
-from pydantic import TypeAdapter
+from functools import cache
+from typing import TYPE_CHECKING
 
 from layerskip.names import PRECISIONS, Precision
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
 # measured, the least that anything costs where the line through the measurements would say that it is free.
@@ -222,7 +225,7 @@ class CostModel:
 
     def to_json(self) -> str:
         """The model as text, for a study."""
-        return _ADAPTER.dump_json(self).decode()
+        return _adapter().dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
@@ -231,10 +234,14 @@ class CostModel:
         Raises:
             ValueError: The text is not a cost model's.
         """
-        return _ADAPTER.validate_json(text)
+        return _adapter().validate_json(text)
 
 
-_ADAPTER = TypeAdapter(CostModel)
+@cache
+def _adapter() -> TypeAdapter[CostModel]:
+    from pydantic import TypeAdapter  # which passes themselves do without
+
+    return TypeAdapter(CostModel)
 
 
 def _combined(first: Costs, second: Costs, combine: Callable[[float, float], float]) -> Costs:

@@ -19,6 +19,9 @@ from layerskip.prefix_cache import PrefixCache
 from layerskip.sampling import Sampling, check_numbers
 from layerskip.utils import PhaseClock
 
+# New tokens whose keys and values have room from the start; memory for more is taken when a text needs it.
+_FIRST_ROOM = 1024
+
 FinishReason = Literal["eos", "stop", "length", "context"]
 
 
@@ -189,10 +192,11 @@ def _rounds(
     sampler = (sampling or Sampling()).sampler(model.device)
     drafter, engine = _checked(drafter), _engine_of(model, engine)
     engine.check_current()
+    room = min(ending.limit, _FIRST_ROOM)
     if prompt_cache is None:
-        cache = engine.new_cache(len(ids) + ending.limit)
+        cache = engine.new_cache(len(ids) + room)
     else:
-        cache = prompt_cache.reuse(engine, ids.tolist(), ending.limit)
+        cache = prompt_cache.reuse(engine, ids.tolist(), room)
     clock = PhaseClock(model.device)
     tokens, stats = generation.tokens, generation.stats
     stats.reused = cache.length

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -58,6 +59,10 @@ class KVCache:
             self._write(self._values, layer, values, end),
         )
 
+    def slot(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The :meth:`update` of one layer."""
+        return partial(self.update, layer=layer)
+
     def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor, end: int) -> Tensor:
         buffer = buffers[layer]
         if buffer is None:
@@ -76,14 +81,22 @@ class KVCache:
             raise ValueError(f"layer {index} was never written")
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    def written(self) -> Iterator[Tensor]:
+        """Keys and values of the layers that were written, each ``[1, heads, length, dim]``."""
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                yield buffer[:, :, : self.length]
+
     def reserve(self, positions: int) -> None:
         """Make room for this many positions after ``length``, at least doubling the capacity when it must grow."""
         needed = self.length + positions
         if needed <= self.capacity:
             return
         self.capacity = max(needed, 2 * self.capacity)
-        for buffers in (self._keys, self._values):
-            buffers[:] = [None if buffer is None else self._grown(buffer) for buffer in buffers]
+        for first, last in ((0, self._num_layers), (self._num_layers, None)):  # the model's layers together
+            for buffers in (self._keys, self._values):
+                part = buffers[first:last]
+                buffers[first:last] = [None if buffer is None else self._grown(buffer) for buffer in part]
 
     def _grown(self, buffer: Tensor) -> Tensor:
         grown = self._allocate(buffer)

@@ -55,6 +55,7 @@ from layerskip.sampling import (
     sample,
     speculative_choice,
 )
+from layerskip.utils import numbers_to
 
 # They look at each row of scores alone, whatever the text and whichever tokens the columns belong to.
 _WARPERS = frozenset(
@@ -192,6 +193,12 @@ class ProcessorSampler:
             draw = self._draft_by(scores[0], min(count, len(step.logits)))
             self._drafted.append(draw.tokens[:1])
         return Draw(draw.tokens.to(step.logits.device), draw.distribution)
+
+    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
+        """Each drawn from scores in which it alone has a chance, unless a processor says otherwise."""
+        ids = numbers_to(device, tokens).split(1) if tokens else ()
+        certain = torch.zeros(1, device=device)
+        return Draft.of([self.draft(DraftStep(certain, token, None), token) for token in ids], device)
 
     def _draft_by(self, scores: Tensor, count: int) -> Draw:
         if self._generator is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
+from itertools import chain
 from os import PathLike
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +72,8 @@ class LayerSkipModel:
     Attributes:
         copies: The copies of its sublayers and head at lower precision: which precisions it can draft at, and what they
             take of memory.
-        compiled: Whether :func:`layerskip.engine.compile_sublayers` has compiled its sublayers.
+        compile_backend: What :func:`layerskip.engine.compile_sublayers` has compiled its sublayers with; None if it has
+            not.
 
     Raises:
         UnsupportedModelError: The model is of another family, has no output head, uses an attention implementation that
@@ -97,7 +101,9 @@ class LayerSkipModel:
         self._embedding_multiplier = setting(model.config, self.family.embedding_multiplier)
         self._logits_divisor = setting(model.config, self.family.logits_divisor)
         self.sublayers = sublayers_of(decoder.layers, self.family, model.config)
-        self.compiled = False
+        self.compile_backend: str | Callable[..., Any] | None = None
+        # Heads of draft vocabularies, shared by the drafts that are alive: each is a copy of rows.
+        self._partial_heads: WeakValueDictionary[tuple[object, ...], Tensor | nn.Module] = WeakValueDictionary()
         self.copies = QuantizedCopies(self.sublayers, (self.vocab_size, self._embed.weight.shape[1]), self.dtype)
         self.target_stack = Stack(tuple(enumerate(self.sublayers)), shared=len(self.sublayers))
         attention = [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionSublayer)]
@@ -108,6 +114,11 @@ class LayerSkipModel:
         if self.device.type == "cuda":
             # cuDNN's attention, PyTorch's first choice on some cards, takes 30 ms for every new length of the text.
             torch.backends.cuda.enable_cudnn_sdp(False)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its sublayers are compiled."""
+        return self.compile_backend is not None
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +154,14 @@ class LayerSkipModel:
         """Floating-point type of the hidden states."""
         dtype: torch.dtype = self._embed.weight.dtype
         return dtype
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of the keys and values of one position, in all layers."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * self.num_layers * heads * dim * self.dtype.itemsize)
 
     @property
     def head(self) -> nn.Module:
@@ -269,10 +288,21 @@ class LayerSkipModel:
         none = Stack((), shared=0, precision=precision)
         if token_ids is None:
             return none if precision == "full" else replace(none, head=self.copies.head(precision, self._head_weight))
-        rows, token_ids = lm_head_rows(self._head, token_ids, self._embed.weight), token_ids.to(self.device)
-        if precision == "full":
-            return replace(none, token_ids=token_ids, lm_head_rows=rows)
-        return replace(none, token_ids=token_ids, head=self.copies.head_of(precision, rows))
+        known = precision, sha256(token_ids.cpu().numpy().tobytes()).digest(), *self._head_state()
+        head = self._partial_heads.get(known)
+        if head is None:
+            head = lm_head_rows(self._head, token_ids, self._embed.weight)
+            head = head if precision == "full" else self.copies.head_of(precision, head)
+            self._partial_heads[known] = head
+        token_ids = token_ids.to(self.device)
+        if isinstance(head, Tensor):
+            return replace(none, token_ids=token_ids, lm_head_rows=head)
+        return replace(none, token_ids=token_ids, head=head)
+
+    def _head_state(self) -> tuple[int, ...]:
+        """Changes when the head's weights do."""
+        weights = [weight for weight in weights_of(self._head) if not weight.is_inference()]
+        return tuple(chain.from_iterable((id(weight), weight._version) for weight in weights))
 
     def _head_weight(self) -> Tensor:
         return lm_head_rows(self._head, torch.arange(self.vocab_size), self._embed.weight)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from layerskip.errors import UnsupportedModelError
+from layerskip.shared_copies import is_patched
 
 # Settings that change what a model computes. Listed by name, because a newer transformers adds settings with harmless
 # defaults to every configuration; a test holds the list against the settings of every family.
@@ -195,6 +196,12 @@ def _called_by_transformers_alone(model: PreTrainedModel) -> Iterator[tuple[str,
     yield model.base_model_prefix, decoder
     for number, layer in enumerate(decoder.layers):
         yield f"{model.base_model_prefix}.layers.{number}", layer
+
+
+def runs_as_its_class(module: nn.Module) -> bool:
+    """Whether calling a module runs what its class does and nothing else: no hooks, and no forward of its own."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks)
+    return not any(True for own in hooks for _ in _own_hooks(own)) and not is_patched(module)
 
 
 def _attached(module: nn.Module) -> str | None:

@@ -28,22 +28,21 @@ class PrefixCache:
         self._uses = 0
         self._text: list[int] = []
 
-    def reuse(self, engine: Engine, prompt: Sequence[int], limit: int) -> KVCache:
+    def reuse(self, engine: Engine, prompt: Sequence[int], room: int) -> KVCache:
         """A cache for a generation, holding as much of its prompt as the last generations left.
 
         Args:
             engine: Runs the generation's passes.
             prompt: Token ids.
-            limit: Most tokens that follow.
+            room: For so many tokens that follow, a new cache has room at once; it grows with the text.
 
         Returns:
             The cache. Its length says how much of the prompt need not be run: at most all but the last token, after
             which the first new token is chosen.
         """
-        needed = len(prompt) + limit
         cache, state = self._cache, engine.model.read_state()
-        if cache is None or state != self._state or cache.uses != self._uses or not engine.has_room(cache, needed):
-            cache = engine.new_cache(needed)
+        if cache is None or state != self._state or cache.uses != self._uses or not engine.can_continue(cache):
+            cache = engine.new_cache(len(prompt) + room)
             self._text = []
         # The last token of a text is in no cache: nothing has followed it yet. An exception may have left even less.
         cache.rollback(min(common_prefix_length(self._text[:-1], prompt[:-1]), cache.length))

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from layerskip.engine import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError, NotANumberError
 from layerskip.token_tree import TokenTree, siblings_on
+from layerskip.utils import numbers_to
 
 # Below this temperature scores divided by it overflow, and nothing but the likeliest token has a chance.
 _COLDEST = 1e-30
@@ -329,6 +330,14 @@ class Sampler(Protocol):
                 token of the one before.
         """
 
+    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
+        """The draft of tokens that no distribution was drawn from, such as those copied from the text: a chain.
+
+        Args:
+            tokens: Their ids.
+            device: Where the model is.
+        """
+
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         """Check ``k`` drafted tokens against the target model's logits, ``[k + 1, vocab_size]``."""
 
@@ -344,6 +353,9 @@ class GreedySampler:
             return Draw(step.likeliest, None)
         columns = step.logits.topk(min(count, len(step.logits))).indices
         return Draw(columns if token_ids is None else token_ids[columns], None)
+
+    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
+        return Draft(numbers_to(device, tokens), TokenTree.chain(len(tokens)), (None,) * len(tokens))
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         return greedy_match(draft.tree, draft.tokens, logits)
@@ -379,6 +391,14 @@ class RandomSampler:
     def _draw(self, logits: Tensor, count: int) -> Draw:
         distribution = self.distributions(logits[None])[0]
         return Draw(sample(distribution, self._generator, count), distribution)
+
+    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
+        """Each with probability 1, over a vocabulary of these tokens alone."""
+        vocabulary = sorted(set(tokens))
+        ids = numbers_to(device, [*tokens, *vocabulary])
+        drafted, token_ids = ids[: len(tokens)], ids[len(tokens) :]
+        certain = (drafted[:, None] == token_ids).float()  # [k, n]
+        return Draft(drafted, TokenTree.chain(len(tokens)), tuple(certain.unbind()), token_ids)
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         target = self.distributions(logits)

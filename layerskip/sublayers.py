@@ -31,6 +31,7 @@ class PassContext:
     masks: Mapping[int | None, Tensor | None]
     cache: KVCache
     _elsewhere: dict[torch.device, PassContext] = field(default_factory=dict, repr=False)
+    _repeated: dict[tuple[int | None, int], Tensor] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> PassContext:
         """The same on another device, for models that lie on several; moved once a pass."""
@@ -41,6 +42,23 @@ class PassContext:
             masks = {window: None if mask is None else mask.to(device) for window, mask in self.masks.items()}
             self._elsewhere[device] = PassContext(rotary, masks, self.cache)
         return self._elsewhere[device]
+
+    def repeated_mask(self, window: int | None, times: int) -> Tensor | None:
+        """A mask for queries that share a key as rows of one attention, those of the first head first.
+
+        Args:
+            window: Whose mask.
+            times: How many queries share a key.
+
+        Returns:
+            ``[1, 1, times * n, keys]``, made once a pass; for one new position, ``[1, 1, 1, keys]``.
+        """
+        mask = self.masks[window]
+        if mask is None or times == 1 or mask.shape[2] == 1:
+            return mask
+        if (window, times) not in self._repeated:
+            self._repeated[window, times] = mask.repeat(1, 1, times, 1)
+        return self._repeated[window, times]
 
 
 def attend(
@@ -224,6 +242,9 @@ class Step(Protocol):
         """Hidden states ``[1, n, hidden_size]`` before the step; those after it, of the same shape."""
 
 
+StackKey = tuple[tuple[tuple[int, int], ...], int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Stack:
     """The target model's sublayers, or a draft's: the same with some skipped, the others as they are or copies of them.
@@ -268,6 +289,11 @@ class Stack:
     def with_head_of(self, other: Stack) -> Stack:
         """The same sublayers with the head of another draft of the same model and precision."""
         return replace(self, token_ids=other.token_ids, lm_head_rows=other.lm_head_rows, head=other.head)
+
+    @property
+    def key(self) -> StackKey:
+        """Equal for stacks that compute the same with the same modules, while one of them is alive."""
+        return tuple((index, id(step)) for index, step in self.steps), id(self.lm_head_rows), id(self.head)
 
     @property
     def remembers(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip.errors import InvalidInputError
+from layerskip.utils import numbers_to
 
 # Caches have room for this many tokens in addition to the longest path of a tree.
 MOST_LEAVES = 64
@@ -150,7 +151,7 @@ def _shown(place: Sequence[int]) -> str:
 @lru_cache(maxsize=256)
 def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers as a tensor that stays on its device: copying them there makes the host wait."""
-    return torch.tensor(numbers, device=device)
+    return numbers_to(device, numbers)
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,8 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,15 +30,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from layerskip.adapters import check_generating
 from layerskip.drafting.drafter import Drafter
-from layerskip.engine import EagerEngine, PackedEngine
+from layerskip.engine import EagerEngine, Engine, GraphEngine, PackedEngine, on_one_cuda_device
 from layerskip.errors import InvalidInputError
 from layerskip.generation import DecodingStats, Generation, generate
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.model import LayerSkipModel
 from layerskip.model_state import ModelState
+from layerskip.names import AUTO
 from layerskip.profile import DraftProfile
 
-EngineName = Literal["eager", "packed"]
+EngineName = Literal["auto", "eager", "packed", "cuda-graphs"]
 
 # Drafters kept for each model, those used last: each may hold rows of the head.
 _DRAFTERS_KEPT = 4
@@ -45,20 +47,36 @@ _DRAFTERS_KEPT = 4
 
 @dataclass
 class _Wrapped:
-    """The engine of a model's wrapper, the state that the model was wrapped in, and its drafters, the newest last."""
+    """The engine of a model's wrapper, the state that the model was wrapped in, and its drafters, the newest last.
 
-    engine: EagerEngine
+    Attributes:
+        busy: Held by the generation that runs on an engine which can run one at a time.
+    """
+
+    engine: Engine
     state: ModelState
     drafters: list[tuple[DraftProfile, Drafter]] = field(default_factory=list)
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def engine_for_a_generation(self) -> Iterator[Engine]:
+        """The engine, or an eager one while another thread's generation has the cache of captured passes."""
+        if not isinstance(self.engine, GraphEngine):
+            yield self.engine
+        elif self.busy.acquire(blocking=False):
+            try:
+                yield self.engine
+            finally:
+                self.busy.release()
+        else:
+            yield EagerEngine(self.engine.model)
 
 
 _WRAPPED: weakref.WeakKeyDictionary[PreTrainedModel, dict[EngineName, _Wrapped]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def engine_and_drafter(
-    profile: DraftProfile, model: PreTrainedModel, engine: EngineName = "eager"
-) -> tuple[EagerEngine, Drafter]:
+def _wrapped_and_drafter(profile: DraftProfile, model: PreTrainedModel, engine: EngineName) -> tuple[_Wrapped, Drafter]:
     """The engine of a model, and a drafter for one generation with it.
 
     The engine is the same for every call until the model is moved, changed or dropped; until then a profile is checked,
@@ -75,7 +93,7 @@ def engine_and_drafter(
         newest = known or (profile, profile.drafter(wrapped.engine.model))
         wrapped.drafters = [*(entry for entry in wrapped.drafters if entry is not known), newest][-_DRAFTERS_KEPT:]
         # A copy with a state of its own, for generations at the same time.
-        return wrapped.engine, copy.copy(newest[1])
+        return wrapped, copy.copy(newest[1])
 
 
 def _wrapped(model: PreTrainedModel, engine: EngineName) -> _Wrapped:
@@ -86,9 +104,15 @@ def _wrapped(model: PreTrainedModel, engine: EngineName) -> _Wrapped:
     if wrapped is None or wrapped.state != wrapped.engine.model.read_state():
         # A proxy, because a value that refers to its key keeps it alive.
         wrapper = LayerSkipModel(cast(PreTrainedModel, weakref.proxy(model)))
-        runner = PackedEngine(wrapper) if engine == PackedEngine.name else EagerEngine(wrapper)
+        runner = _engine(wrapper, engine)
         wrapped = by_engine[engine] = _Wrapped(runner, wrapper.read_state())
     return wrapped
+
+
+def _engine(model: LayerSkipModel, name: EngineName) -> Engine:
+    if name == GraphEngine.name or (name == AUTO and on_one_cuda_device(model)):
+        return GraphEngine(model)
+    return PackedEngine(model) if name == PackedEngine.name else EagerEngine(model)
 
 
 # Prepared by generate() for the model's own forward; layerskip computes positions, masks and cache itself.
@@ -113,7 +137,7 @@ def speculate(
     *,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    engine: EngineName = "eager",
+    engine: EngineName = "auto",
 ) -> Speculation:
     """Let ``generate`` decode self-speculatively: ``model.generate(**inputs, custom_generate=speculate(profile))``.
 
@@ -128,8 +152,9 @@ def speculate(
         profile: A profile, or the path of one.
         streamer: Gets the prompt, then each token as it is generated. Give it here *instead of* to ``generate``.
         tokenizer: Needed only with ``generate(stop_strings=...)``.
-        engine: ``packed`` copies the weights once into the layout that oneDNN's kernels read fastest, on a CPU: as much
-            memory again.
+        engine: ``eager``; ``cuda-graphs``, which ``auto`` takes for a model on one CUDA device, and ``eager`` for
+            others; ``packed`` copies the weights once into the layout that oneDNN's kernels read fastest, on a CPU: as
+            much memory again.
 
     Raises:
         InvalidProfileError: The file cannot be read or is not a valid profile.
@@ -153,9 +178,9 @@ class Speculation:
     profile: DraftProfile
     streamer: BaseStreamer | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    engine: EngineName = "eager"
+    engine: EngineName = "auto"
 
-    def prepare(self, model: PreTrainedModel) -> EagerEngine:
+    def prepare(self, model: PreTrainedModel) -> Engine:
         """Check the profile and build the draft now, instead of in the first generation with a model.
 
         Returns:
@@ -167,7 +192,7 @@ class Speculation:
             UnsupportedModelError: The model cannot be split into sublayers.
             InvalidInputError: The model is in training mode, or the engine cannot run it.
         """
-        return engine_and_drafter(self.profile, model, self.engine)[0]
+        return _wrapped_and_drafter(self.profile, model, self.engine)[0].engine
 
     def __call__(
         self,
@@ -201,8 +226,8 @@ class Speculation:
         """
         _check_settings(generation_config)
         check_generating(model)
-        engine, drafter = engine_and_drafter(self.profile, model, self.engine)
-        wrapper = engine.model
+        wrapped, drafter = _wrapped_and_drafter(self.profile, model, self.engine)
+        wrapper = wrapped.engine.model
         _check_inputs(input_ids, model_kwargs)
         criteria = StoppingCriteriaList([*stopping_criteria, *self._stop_string_criteria(stop_strings)])
         history = GenerationHistory(
@@ -215,17 +240,18 @@ class Speculation:
         simple = not sampling.needs_history and all(type(criterion) in _KNOWN_TO_THE_LOOP for criterion in criteria)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        generation = generate(
-            wrapper,
-            input_ids,
-            engine=engine,
-            drafter=drafter,
-            sampling=sampling,
-            max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),
-            eos_token_ids=_eos_token_ids(criteria) if simple else (),
-            stop=None if simple else history.ends_after,
-            on_token=None if self.streamer is None else self._put,
-        )
+        with wrapped.engine_for_a_generation() as engine:
+            generation = generate(
+                wrapper,
+                input_ids,
+                engine=engine,
+                drafter=drafter,
+                sampling=sampling,
+                max_new_tokens=_max_new_tokens(criteria, input_ids, wrapper),
+                eos_token_ids=_eos_token_ids(criteria) if simple else (),
+                stop=None if simple else history.ends_after,
+                on_token=None if self.streamer is None else self._put,
+            )
         if self.streamer is not None:
             self.streamer.end()
         _warn_if_full(generation, wrapper)

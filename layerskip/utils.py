@@ -10,19 +10,18 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from layerskip.errors import LayerSkipError
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -61,7 +60,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 def measured_once(
     file: Path,
-    adapter: TypeAdapter[T],
+    kind: type[T],
     measure: Callable[[], T],
     what: str,
     *,
@@ -71,11 +70,14 @@ def measured_once(
 
     Args:
         file: In the cache folder; named after everything that the measurement depends on.
-        adapter: Reads and writes it as JSON. A file that is not this is measured anew.
+        kind: Its type, a dataclass of numbers. A file that holds nothing of it is measured anew.
         measure: Measures.
         what: What is measured, for the warning where it cannot be kept.
         keep: Whether it is to be kept, or measured again by the next process.
     """
+    from pydantic import TypeAdapter  # which passes themselves do without
+
+    adapter = TypeAdapter(kind)
     try:
         return adapter.validate_json(file.read_bytes())
     except (OSError, ValueError):  # not there, or not ours
@@ -109,6 +111,12 @@ def cache_write_errors(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+def numbers_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Numbers as a tensor on a device, ``[n]``, without waiting for what the device is busy with."""
+    on_host = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queue; returns at once on a CPU."""
     if device.type != "cpu":
@@ -119,6 +127,10 @@ def device_seconds(device: torch.device) -> float:
     """Seconds on a monotonic clock, read after synchronizing with the device."""
     synchronize(device)
     return time.perf_counter()
+
+
+# Phases whose events are kept: so many later, the device has long finished them.
+_EVENTS_KEPT = 64
 
 
 class PhaseClock:
@@ -134,14 +146,17 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the enclosed block towards ``name``."""
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if len(self._pending) >= _EVENTS_KEPT:
+                self._count_oldest()
+            begin, end = self._spare.pop() if self._spare else _two_events()
             begin.record(stream)
             yield
             end.record(stream)
@@ -156,11 +171,19 @@ class PhaseClock:
 
     def seconds(self, name: str) -> float:
         """Seconds counted towards ``name``; waits for the device."""
-        for phase, begin, end in self._pending:
-            end.synchronize()
-            self._add(phase, begin.elapsed_time(end) / 1000)
-        self._pending.clear()
+        while self._pending:
+            self._count_oldest()
         return self._seconds.get(name, 0.0)
+
+    def _count_oldest(self) -> None:
+        phase, begin, end = self._pending.popleft()
+        end.synchronize()
+        self._add(phase, begin.elapsed_time(end) / 1000)
+        self._spare.append((begin, end))  # making events takes longer than using them again
+
+
+def _two_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def duration(seconds: float) -> str:

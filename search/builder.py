@@ -46,10 +46,10 @@ class DraftBuilder:
     def __init__(
         self, model: LayerSkipModel, texts: Sequence[TargetText], draft_layers: Sequence[TrainedDraftLayer] = ()
     ) -> None:
-        states = without_outliers(torch.cat([text.states for text in texts], dim=1).to(model.device))
+        states = without_outliers(torch.cat([text.states for text in texts], dim=1))
         self._model = model
         self._fitter = BridgeFitter(model, states)
-        self._frequencies = emission_frequencies(model, states[-1])
+        self._frequencies = emission_frequencies(model, states[-1].to(model.device))
         self._heads: dict[tuple[int, DraftLayerRef | None, Precision], Stack] = {}
         self._trained = {layer.ref: layer for layer in draft_layers}
         self._built = {layer.ref: layer.weights.placed_on(model).steps for layer in draft_layers}

@@ -27,8 +27,9 @@ WARM_UP_TOKENS = 8
 
 # In float32 two passes of different width differ by rounding; logits closer than this are a near-tie.
 _FLOAT32_TIE = 1e-3
-# In shorter types rounding alone moves a logit by a few units in its last place.
-_TIE_ROUNDINGS = 4
+# In shorter types rounding alone moves a logit by a few units in its last place, and keys and values that passes of
+# different width wrote differ as well: three times as much is no bug yet.
+_TIE_ROUNDINGS = 3 * 4
 
 # The fastest of some runs is trusted if another run, or what was expected, comes this close to it.
 _AGREEMENT = 1.1

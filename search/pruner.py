@@ -19,6 +19,7 @@ from studies.ranking import (
     Snapshot,
     basis_of,
     candidate_key,
+    evaluated_trials,
     measured_trials,
     predicted_trials,
     prediction_of,
@@ -30,6 +31,8 @@ SECONDS_KEY = "measuring_seconds"
 
 # A prediction this close to that of the best measured candidate may beat it: a dozen texts tell no more.
 _NEAR = 0.85
+# So many are measured in a search, the last ones however far they are: they tell how far predictions can be trusted.
+_LEAST_MEASURED = 8
 # Significance level below which a draft is taken to be slower than the best one.
 _HOPELESS = 0.1
 
@@ -39,16 +42,18 @@ class MeasuringPruner(BasePruner):
 
     The candidate measured next is the one with the highest prediction of all that were not measured, as long as it
     comes near the best measured one and time for it is left. Where that is an earlier, pruned trial, :meth:`revisit`
-    enqueues its candidate again.
+    enqueues its candidate again. Once enough candidates were evaluated, so are the best others of a search that
+    measured few.
 
     Args:
         share: Largest share of the search's time that may go into measuring, from 0 to 1.
         seconds: Expected duration of one measurement.
+        trials: Candidates that the search evaluates.
         earlier: Numbers of the trials that finished before this search began.
     """
 
-    def __init__(self, share: float, seconds: float, earlier: Collection[int] = ()) -> None:
-        self._share = share
+    def __init__(self, share: float, seconds: float, trials: int, earlier: Collection[int] = ()) -> None:
+        self._share, self._trials = share, trials
         self._seconds = seconds
         self._earlier = frozenset(earlier)
         self._began = time.perf_counter()
@@ -59,7 +64,8 @@ class MeasuringPruner(BasePruner):
         measured = prompt_speedups(trial)
         if measured:
             return hopeless(measured, _best_measured(now))
-        return not (self._has_time(now) and next_to_measure(now, trial) is trial)
+        is_wanted = REVISITS_KEY in trial.user_attrs or next_to_measure(now, trial) is trial
+        return not (self._has_time(now) and is_wanted)
 
     def revisit(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """A callback for a study: enqueue the candidate to be measured next, if nothing else is under way."""
@@ -67,6 +73,8 @@ class MeasuringPruner(BasePruner):
         if _busy(now) or not self._has_time(now):
             return
         best = next_to_measure(now)
+        if best is None and len(evaluated_trials(now)) >= self._trials and len(_measured(now)) < _LEAST_MEASURED:
+            best = best_unmeasured(now)
         if best is not None:
             enqueue_to_measure(study, best)
 
@@ -101,16 +109,25 @@ def next_to_measure(study: HasTrials, running: FrozenTrial | None = None) -> Fro
         study: The study.
         running: A trial that was just predicted, to take into account; of equal predictions, its counts.
     """
-    predicted = predicted_trials(study)
-    measured = {candidate_key(trial) for trial in predicted if basis_of(trial) == "measured"}
-    candidates = [running] if running is not None and running.user_attrs.get(FULLY_TRACED_KEY) else []
-    candidates += [trial for trial in predicted if trial.user_attrs.get(FULLY_TRACED_KEY)]
-    unmeasured = [trial for trial in candidates if candidate_key(trial) not in measured]
-    best = max(unmeasured, key=prediction_of, default=None)
+    best = best_unmeasured(study, running)
     fastest = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
     if best is None or (fastest is not None and prediction_of(best) < _NEAR * prediction_of(fastest)):
         return None
     return best
+
+
+def best_unmeasured(study: HasTrials, running: FrozenTrial | None = None) -> FrozenTrial | None:
+    """The candidate with the highest prediction of those that were not measured, if any; as :func:`next_to_measure`."""
+    predicted, measured = predicted_trials(study), _measured(study)
+    candidates = [running] if running is not None and running.user_attrs.get(FULLY_TRACED_KEY) else []
+    candidates += [trial for trial in predicted if trial.user_attrs.get(FULLY_TRACED_KEY)]
+    unmeasured = [trial for trial in candidates if candidate_key(trial) not in measured]
+    return max(unmeasured, key=prediction_of, default=None)
+
+
+def _measured(study: HasTrials) -> set[str]:
+    """Keys of the candidates that were measured, at least in part."""
+    return {candidate_key(trial) for trial in predicted_trials(study) if basis_of(trial) == "measured"}
 
 
 def hopeless(speedups: Mapping[int, float], best: Mapping[int, float]) -> bool:

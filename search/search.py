@@ -377,7 +377,8 @@ class Search:
         # What a measurement would take if drafts neither helped nor hurt.
         tokens = settings.max_new_tokens * len(self._prompts.measured)
         seconds = 2 * tokens * tools.costs.at(settings.max_new_tokens).plain_step
-        return MeasuringPruner(settings.measuring_share, seconds, [trial.number for trial in study.get_trials(False)])
+        earlier = [trial.number for trial in study.get_trials(False)]
+        return MeasuringPruner(settings.measuring_share, seconds, settings.trials, earlier)
 
     def _measure(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 
 from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError, out_of_memory
+from search import worker_process
 from search.draft_layers import TrainedDraftLayer
 from search.search import Search, SearchTask
 from studies.storage import open_storage
@@ -29,7 +31,7 @@ Load = Callable[[], tuple[Engine, Sequence[TrainedDraftLayer]]]
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """All that a worker needs; it can be sent to another process."""
 
     load: Load
@@ -101,14 +103,19 @@ class Workers(AbstractContextManager["Workers"]):
     def _start(self, number: int, load: Load) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
         messages, theirs = context.Pipe(duplex=False)
-        work = _Work(
+        work = Work(
             load,
             replace(self._task, worker=number),
             self._storage,
             torch.get_num_threads(),
             optuna.logging.get_verbosity(),
         )
-        process = context.Process(target=_run, args=(work, theirs), name=f"layerskip worker {number}", daemon=True)
+        process = context.Process(
+            target=worker_process.run,
+            args=(pickle.dumps((run_worker, work)), theirs),
+            name=f"layerskip worker {number}",
+            daemon=True,
+        )
         with _ctrl_c_ignored():  # inherited, so that Ctrl-C does not break the worker's imports either
             process.start()
         theirs.close()
@@ -147,7 +154,8 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run(work: _Work, messages: Connection) -> None:
+def run_worker(work: Work, messages: Connection) -> None:
+    """Work on a study, in a process of its own, until it is done or this process is ended."""
     # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -8,8 +8,9 @@ regression from the target model's hidden states at ``a`` to their change until 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,16 @@ _WORTH = 1 / 3
 # From this width on a d×d product costs too much; a product of rank d / 8 costs a quarter of it.
 _LOW_RANK_FROM = 2048
 _RANK_DIVISOR = 8
-_BRIDGES_KEPT = 256
+# Memory for bridges, and for the spectra that they are fitted with, each; those used last are kept.
+_BYTES_KEPT = 256 * 2**20
 # Tried for each run, in units of the states' mean variance.
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Attention sinks have hidden states of a size of their own, which would dominate a least-squares fit.
 _OUTLIER = 8.0
+
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 class Bridge(nn.Module):
@@ -98,7 +104,8 @@ def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, posi
         positions: Most positions to keep, taken from all texts alike.
 
     Returns:
-        ``[2 * num_layers + 1, n, hidden_size]`` in the model's dtype; attention-sink positions are left out.
+        ``[2 * num_layers + 1, n, hidden_size]`` in the model's dtype and in main memory; attention-sink positions are
+        left out.
 
     Raises:
         InvalidInputError: There is no text, or an empty one.
@@ -110,7 +117,7 @@ def record_states(model: LayerSkipModel, texts: Sequence[Sequence[int]], *, posi
     for text in texts:
         tokens = torch.tensor(text, device=model.device)
         spaced = torch.linspace(0, len(tokens) - 1, min(share, len(tokens))).round().long()
-        recorded.append(run_keeping_states(model, tokens, model.new_cache(len(tokens)), spaced)[1])
+        recorded.append(run_keeping_states(model, tokens, model.new_cache(len(tokens)), spaced)[1].cpu())
     return without_outliers(torch.cat(recorded, dim=1))
 
 
@@ -128,22 +135,23 @@ def without_outliers(states: Tensor) -> Tensor:
 class BridgeFitter:
     """Fits the bridges of any skip set to hidden states that were recorded once.
 
-    Kept for each boundary once it was needed: the eigenvectors of its Gram matrix. Another skip set then costs a few
-    matrix products for each of its runs, and trying another ridge costs next to nothing.
+    Kept for each boundary once it was needed: the eigenvectors of its Gram matrix, over features or over positions,
+    whichever are fewer. Another skip set then costs a few matrix products for each of its runs, and trying another
+    ridge costs next to nothing. Only the states at two boundaries are on the model's device at a time.
 
     Args:
         model: The model.
-        states: ``[2 * num_layers + 1, n, hidden_size]``, from :func:`record_states`.
+        states: ``[2 * num_layers + 1, n, hidden_size]``, from :func:`record_states`, on any device.
         ridge: Strength of the regularization, in units of the states' mean variance; None chooses it for each run, by
             the error on a quarter of the positions that is kept out of the fit.
     """
 
     def __init__(self, model: LayerSkipModel, states: Tensor, *, ridge: float | None = None) -> None:
         self._weights = [sublayer.num_weights for sublayer in model.sublayers]
-        self._states = states
+        self._states, self._device = states, model.device
         self._ridges = _RIDGES if ridge is None else (ridge,)
-        self._spectra: dict[int, _Spectrum] = {}
-        self._fitted: OrderedDict[tuple[int, int], Bridge] = OrderedDict()
+        self._spectra = _LastUsed[int, _Spectrum](lambda spectrum: spectrum.nbytes)
+        self._fitted = _LastUsed[tuple[int, int], Bridge](lambda bridge: sum(w.nbytes for w in bridge.parameters()))
 
     def fit(self, skip_set: SkipSet) -> list[Bridge]:
         """A bridge for each maximal run of skipped sublayers that is worth one, in order."""
@@ -155,22 +163,38 @@ class BridgeFitter:
 
     def _bridge(self, start: int, stop: int) -> Bridge:
         """Fitted once: skip sets that a search tries one after the other share most of their runs."""
-        if (start, stop) not in self._fitted:
-            self._fitted[start, stop] = self._fit_run(start, stop)
-            if len(self._fitted) > _BRIDGES_KEPT:
-                self._fitted.popitem(last=False)
-        self._fitted.move_to_end((start, stop))
-        return self._fitted[start, stop]
+        return self._fitted.get((start, stop), lambda: self._fit_run(start, stop))
 
     def is_cheaper(self, start: int, stop: int) -> bool:
         """Whether a bridge costs clearly less than the run of sublayers that it would replace."""
         return _bridge_weights(self._states.shape[-1]) <= _WORTH * sum(self._weights[start:stop])
 
     def _fit_run(self, start: int, stop: int) -> Bridge:
-        before, after = self._states[start], self._states[stop]
-        if start not in self._spectra:
-            self._spectra[start] = _spectrum(before)
-        return _fitted(start, stop, before, after, self._spectra[start], self._ridges)
+        before, after = (self._states[boundary].to(self._device) for boundary in (start, stop))
+        spectrum = self._spectra.get(start, lambda: _Spectrum.of(before))
+        return _fitted(start, stop, before, after, spectrum, self._ridges)
+
+
+class _LastUsed(Generic[Key, Value]):
+    """Keeps what was used last, up to a number of bytes.
+
+    Args:
+        nbytes: Bytes of a value.
+    """
+
+    def __init__(self, nbytes: Callable[[Value], int]) -> None:
+        self._nbytes, self._total = nbytes, 0
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of a key, made now where it is not kept."""
+        if key not in self._values:
+            self._values[key] = make()
+            self._total += self._nbytes(self._values[key])
+        self._values.move_to_end(key)
+        while self._total > _BYTES_KEPT and len(self._values) > 1:
+            self._total -= self._nbytes(self._values.popitem(last=False)[1])
+        return self._values[key]
 
 
 def fit_bridges(
@@ -203,19 +227,46 @@ def fit_bridge(before: Tensor, after: Tensor, start: int, stop: int) -> Bridge:
         stop: Index after its last.
     """
     before, after = without_outliers(torch.stack([before, after]))
-    return _fitted(start, stop, before, after, _spectrum(before), _RIDGES)
+    return _fitted(start, stop, before, after, _Spectrum.of(before), _RIDGES)
 
 
-_Spectrum = tuple[Tensor, Tensor]
-"""Eigenvalues and eigenvectors of the Gram matrix of the states at a boundary."""
+@dataclass(frozen=True)
+class _Spectrum:
+    """Eigenvalues and eigenvectors of the Gram matrix of the states at a boundary.
 
+    Args:
+        values: ``[m]``; of ``m`` features or, where they are fewer, positions. The other matrix has the same ones, and
+            zeros.
+        vectors: ``[m, m]``, in columns.
+        mean: The mean over all features' eigenvalues.
+    """
 
-@torch.no_grad()
-def _spectrum(before: Tensor) -> _Spectrum:
-    x = before.float()[~_held_out(before)]
-    x = x - x.mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x)
-    return values.clamp(min=0), vectors
+    values: Tensor
+    vectors: Tensor
+    mean: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, before: Tensor) -> _Spectrum:
+        """The spectrum of states ``[n, hidden_size]``, of which a quarter is kept out."""
+        x = before.float()[~_held_out(before)]
+        x = x - x.mean(0)
+        values, vectors = torch.linalg.eigh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
+        return cls(values.clamp(min=0), vectors, x.square().sum() / x.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.vectors.nbytes
+
+    def basis(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For the states ``x``, ``[n, hidden_size]``, that it is the spectrum of: ``B`` and ``A`` of the solution.
+
+        The ridge regression to ``y`` is ``B diag(1 / (values + ridge)) A y``, where ``B`` is ``[hidden_size, m]`` and
+        ``A`` is ``[m, n]``.
+        """
+        if len(self.values) == x.shape[1]:  # by features: V and V' x'
+            return self.vectors, self.vectors.T @ x.T
+        return x.T @ self.vectors, self.vectors.T  # by positions: x' U and U'
 
 
 @torch.no_grad()  # not in inference mode: tensors that were made there cannot be trained
@@ -226,14 +277,20 @@ def _fitted(
 
     Of several ridges it takes the one with the smallest error on the positions that are kept out of the fit.
     """
-    held_out, (values, vectors) = _held_out(before), spectrum
+    held_out = _held_out(before)
     x, y = before.float(), after.float() - before.float()
     x_mean, y_mean = x[~held_out].mean(0), y[~held_out].mean(0)
     x, y = x - x_mean, y - y_mean
-    projected = vectors.T @ (x[~held_out].T @ y[~held_out])  # [hidden_size, hidden_size]
-    solutions = [vectors @ (projected / (values + ridge * values.mean())[:, None]) for ridge in ridges]
-    # y ≈ x @ solution
-    solution = min(solutions, key=lambda w: float((y[held_out] - x[held_out] @ w).square().sum()))
+    basis, projection = spectrum.basis(x[~held_out])
+    projected = projection @ y[~held_out]  # [m, hidden_size]
+    seen = x[held_out] @ basis  # [held out, m]
+
+    def shrunk(ridge: float) -> Tensor:
+        return projected / (spectrum.values + ridge * spectrum.mean)[:, None]
+
+    # y ≈ x @ basis @ shrunk
+    best = min(ridges, key=lambda ridge: float((y[held_out] - seen @ shrunk(ridge)).square().sum()))
+    solution = basis @ shrunk(best)  # [hidden_size, hidden_size]
     factors: tuple[Tensor, ...] = (solution.T,)
     if len(solution) >= _LOW_RANK_FROM:
         factors = _low_rank(x, solution, len(solution) // _RANK_DIVISOR)
@@ -258,5 +315,9 @@ def _bridge_weights(hidden_size: int) -> int:
 def _low_rank(x: Tensor, solution: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best map of a rank for these states: the solution, projected on its predictions' main directions."""
     predicted = x @ solution
-    main = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [hidden_size, rank]
+    if len(x) < x.shape[1]:  # the same directions, from the smaller matrix
+        main = predicted.T @ torch.linalg.eigh(predicted @ predicted.T).eigenvectors[:, -rank:]
+        main = torch.linalg.qr(main).Q
+    else:
+        main = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [hidden_size, rank]
     return (solution @ main).T, main

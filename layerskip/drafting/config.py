@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
-
-from pydantic import TypeAdapter
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
 from layerskip.skip_set import SkipSet
 from layerskip.token_tree import describe_branches, widths_of
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,19 @@ class DraftConfig:
 
     def to_json(self) -> str:
         """The configuration as text."""
-        return _ADAPTER.dump_json(self).decode()
+        return _adapter().dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> DraftConfig:
         """The inverse of :meth:`to_json`."""
-        return _ADAPTER.validate_json(text)
+        return _adapter().validate_json(text)
 
 
-_ADAPTER = TypeAdapter(DraftConfig)
+@cache
+def _adapter() -> TypeAdapter[DraftConfig]:
+    from pydantic import TypeAdapter  # which passes themselves do without
+
+    return TypeAdapter(DraftConfig)
 
 
 def _early_exit(skip_set: SkipSet, layer: DraftLayerRef) -> SkipSet:

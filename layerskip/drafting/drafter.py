@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from layerskip.drafting.config import DraftConfig
@@ -18,7 +17,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sampling import Draft, Draw, Sampler, Verdict
-from layerskip.token_tree import widths_of
+from layerskip.token_tree import numbers_on, widths_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class RoundResult:
     @property
     def seen(self) -> Tensor:
         """``[accepted + 1]``, the text's newest token before the round and the accepted ones, now in the cache."""
-        return self.tokens[list(self.verdict.rows)]
+        return self.tokens.index_select(0, numbers_on(self.verdict.rows, self.tokens.device))
 
     @property
     def logits(self) -> Tensor:
@@ -51,8 +50,7 @@ class RoundResult:
     def states(self) -> Tensor:
         """``[accepted + 1, hidden_size]``, the target's last hidden states of the tokens in ``seen``; a copy, which
         later passes leave alone."""
-        # Stacked row by row: indices would have to go to the device first.
-        return torch.stack([self.scored.states[row] for row in self.verdict.rows])
+        return self.scored.states.index_select(0, numbers_on(self.verdict.rows, self.tokens.device))
 
 
 class Drafter(Protocol):

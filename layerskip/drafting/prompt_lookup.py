@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.drafter import Drafter, RoundResult
-from layerskip.engine import DraftStep, Engine
+from layerskip.engine import Engine
 from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
 
@@ -76,21 +75,10 @@ class PromptLookupDrafter:
         if not self._knows_newest:
             self._index.extend(newest.tolist())
             self._knows_newest = True
-        return _certain(self._index.copy(limit), sampler, newest.device)
+        return sampler.copied(self._index.copy(limit), newest.device)
 
     def observe(self, outcome: RoundResult) -> None:
         self._index.extend(outcome.verdict.tokens)
-
-
-def _certain(tokens: Sequence[int], sampler: Sampler, device: torch.device) -> Draft:
-    """A draft of tokens with probability 1, over a vocabulary of these tokens alone."""
-    vocabulary = sorted(set(tokens))
-    token_ids = torch.tensor(vocabulary, dtype=torch.long, device=device)
-    logits = torch.full((len(tokens), len(vocabulary)), -torch.inf)
-    for place, token in enumerate(tokens):
-        logits[place, vocabulary.index(token)] = 0.0
-    draws = [sampler.draft(DraftStep.of(row, token_ids, None), token_ids) for row in logits.to(device)]
-    return Draft.of(draws, device, token_ids=token_ids)
 
 
 class FallbackDrafter:

@@ -8,7 +8,7 @@ from layerskip.engine.cuda_graphs import GraphEngine
 from layerskip.engine.eager import EagerEngine
 from layerskip.engine.kernel_measurement import seconds_saved_by_bfloat16
 from layerskip.engine.packed import PackedEngine
-from layerskip.engine.selection import check_engine, make_engine
+from layerskip.engine.selection import check_engine, make_engine, on_one_cuda_device
 
 __all__ = [
     "DraftStep",
@@ -26,5 +26,6 @@ __all__ = [
     "make_engine",
     "measure_costs",
     "measure_passes",
+    "on_one_cuda_device",
     "seconds_saved_by_bfloat16",
 ]

@@ -114,8 +114,8 @@ class Engine(Protocol):
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache with room for ``capacity`` positions, for the passes of this engine."""
 
-    def has_room(self, cache: KVCache, capacity: int) -> bool:
-        """Whether a cache of this engine has room for ``capacity`` positions, or can grow."""
+    def can_continue(self, cache: KVCache) -> bool:
+        """Whether a cache that this engine handed out can still be used; it grows as the text does."""
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
         """Run a prompt, or the rest of one, ``[n]``.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerskip.engine.fused_sublayers import FusedAttention, FusedMLP
 from layerskip.model import LayerSkipModel
-from layerskip.sublayers import AttentionSublayer, attend, feed_forward
+from layerskip.sublayers import AttentionSublayer, Sublayer, attend, feed_forward
 
 
 def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -33,7 +35,24 @@ def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] =
     mlp = torch.compile(feed_forward, backend=backend, dynamic=True)
     for sublayer in model.sublayers:
         sublayer.function = attention if isinstance(sublayer, AttentionSublayer) else mlp
-    model.compiled = True
+    model.compile_backend = backend
+
+
+def compiled_in_fixed_shapes(
+    step: FusedAttention | FusedMLP, backend: str | Callable[..., Any]
+) -> FusedAttention | FusedMLP:
+    """A fused sublayer that is compiled as a whole, its write to the cache included, for captured passes.
+
+    Their shapes never change, so that there is one compilation of attention and one of the MLP for each width and
+    bucket, whatever the number of layers.
+
+    Args:
+        step: The sublayer; stays as it is.
+        backend: As in ``torch.compile``.
+    """
+    twin = copy.copy(step)
+    twin.compiled = torch.compile(step.run, backend=backend, dynamic=False)
+    return twin
 
 
 def _attend(
@@ -46,6 +65,13 @@ def _attend(
     cache: Any,
 ) -> Tensor:
     return attend(before, attention, after, x, rotary, mask, _NotCompiled(cache))
+
+
+def uncompiled(sublayer: Sublayer) -> Sublayer:
+    """A sublayer as it was before :func:`compile_sublayers`."""
+    plain = copy.copy(sublayer)
+    plain.function = attend if isinstance(plain, AttentionSublayer) else feed_forward
+    return plain
 
 
 class _NotCompiled:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
 from layerskip.checkpoints import cache_folder
@@ -35,8 +34,6 @@ _CONTEXTS = (64, 512)
 _MODEL_REPEATS = 11
 _PREFILL_REPEATS = 3
 
-_PASS_COSTS = TypeAdapter(PassCosts)
-
 
 def load_costs(engine: Engine, folder: Path | None = None) -> PassCosts:
     """What an engine's passes cost: as measured for the same model, device, dtype and software earlier, or now.
@@ -50,7 +47,7 @@ def load_costs(engine: Engine, folder: Path | None = None) -> PassCosts:
         runs at the cheapest width.
     """
     file = (folder or cache_folder()) / f"costs-{_key(engine)}.json"
-    return measured_once(file, _PASS_COSTS, lambda: measure_passes(engine), "passes cost")
+    return measured_once(file, PassCosts, lambda: measure_passes(engine), "passes cost")
 
 
 def _key(engine: Engine) -> str:

@@ -40,8 +40,8 @@ class EagerEngine:
         padding = 0 if self.costs is None else max(self.costs.sublayers) - 1
         return self.model.new_cache(capacity + MOST_LEAVES + padding)
 
-    def has_room(self, cache: KVCache, capacity: int) -> bool:
-        return True  # its caches grow
+    def can_continue(self, cache: KVCache) -> bool:
+        return True
 
     def prefill(self, tokens: Tensor, cache: KVCache) -> Scored:
         x = self.passes.forward(tokens, cache)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,9 +75,6 @@ class KernelSeconds:
         return min(self.packed[_ONE], self.plain[_ONE]) / self.weights
 
 
-_SECONDS = TypeAdapter(KernelSeconds)
-
-
 def load_kernel_seconds(
     model: LayerSkipModel, folder: Path | None = None, *, dtype: torch.dtype | None = None
 ) -> KernelSeconds | None:
@@ -108,7 +104,7 @@ def load_kernel_seconds(
                 break
         return seconds
 
-    return measured_once(file, _SECONDS, measure, "kernels cost", keep=lambda seconds: seconds.is_plausible)
+    return measured_once(file, KernelSeconds, measure, "kernels cost", keep=lambda seconds: seconds.is_plausible)
 
 
 def seconds_saved_by_bfloat16(model: LayerSkipModel, folder: Path | None = None) -> float | None:

@@ -6,20 +6,19 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from layerskip.drafting.quantized_linear import COMPUTE_DTYPE
 from layerskip.engine.base import DraftStep
 from layerskip.engine.eager import EagerEngine
+from layerskip.engine.fused_stacks import FusedStacks
 from layerskip.engine.fused_sublayers import Fusing, fused_norm
 from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.model_state import check_honoured
 from layerskip.packed_linear import can_be_packed, has_kernels_for, pack_children, packed_alone, packing_available
-from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack, Step
+from layerskip.sublayers import Stack, Step
 from layerskip.utils import dtype_name
 
 
@@ -54,12 +53,10 @@ class PackedEngine(EagerEngine):
             raise InvalidInputError(f"engine '{self.name}': {reason}; use the {EagerEngine.name} engine")
         pack = partial(pack_children, plain_one_row=plain_one_row)
         self.plain_one_row = plain_one_row
-        self._fusing = Fusing(model)
-        steps = dict(_packed_steps(model, pack, self._fusing, in_place=in_place))
+        fusing = Fusing(model)
+        steps = dict(_packed_steps(model, pack, fusing, in_place=in_place))
         head = _packed_head(model, in_place=in_place, plain_one_row=plain_one_row)
-        self._steps = {id(sublayer): steps[index] for index, sublayer in enumerate(model.sublayers)}
-        self._stacks: WeakKeyDictionary[Stack, Stack] = WeakKeyDictionary()
-        self._copies: WeakKeyDictionary[Step, Step] = WeakKeyDictionary()
+        self._stacks = FusedStacks(model, steps, fusing)
         self.passes = model.through([steps[index] for index in sorted(steps)], head, fused_norm(model.final_norm))
         if in_place:
             model.note_packed()
@@ -71,24 +68,7 @@ class PackedEngine(EagerEngine):
         self.model.check_unchanged(self._made_in, f"engine '{self.name}'", but="adapters")
 
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
-        return super().draft_step(tokens, cache, self._packed(stack))
-
-    def _packed(self, stack: Stack) -> Stack:
-        """The stack with the model's sublayers packed, and copies at lower precision in fewer operators."""
-        packed = self._stacks.get(stack)
-        if packed is None:
-            steps = tuple((index, self._steps.get(id(step)) or self._fused_copy(step)) for index, step in stack.steps)
-            packed = self._stacks[stack] = copy.copy(stack)
-            object.__setattr__(packed, "steps", steps)
-        return packed
-
-    def _fused_copy(self, step: Step) -> Step:
-        """A copied sublayer in fewer operators; any other step as it is."""
-        if not isinstance(step, AttentionSublayer | MLPSublayer):
-            return step
-        if step not in self._copies:
-            self._copies[step] = self._fusing.fused(step, self._fusing.probe(step), COMPUTE_DTYPE)
-        return self._copies[step]
+        return super().draft_step(tokens, cache, self._stacks.of(stack))
 
 
 def why_not_packed(model: LayerSkipModel) -> str | None:

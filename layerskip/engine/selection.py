@@ -44,11 +44,11 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place
 
     Args:
         model: The model.
-        name: ``eager``, ``packed`` or ``cuda-graphs``; ``auto`` is ``packed`` where a quick measurement says that this
-            CPU runs packed weights faster, and ``eager`` elsewhere.
+        name: ``eager``, ``packed`` or ``cuda-graphs``; ``auto`` is ``cuda-graphs`` for a model on one CUDA device,
+            ``packed`` where a quick measurement says that this CPU runs packed weights faster, and ``eager`` elsewhere.
         in_place: Whether packed weights may take the place of the model's plain ones, so that there is no second copy;
-            as in :class:`PackedEngine`. Where this CPU is clearly faster with plain weights for a single row, as in
-            plain decoding, both are kept.
+            as in :class:`PackedEngine` and :class:`GraphEngine`. Where this CPU is clearly faster with plain weights
+            for a single row, as in plain decoding, both are kept.
 
     Raises:
         InvalidInputError: There is no such engine, or it cannot run this model.
@@ -59,9 +59,15 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place
     return engine
 
 
+def on_one_cuda_device(model: LayerSkipModel) -> bool:
+    """Whether passes of a model can be captured as CUDA graphs."""
+    devices = {model.device, *(sublayer.device for sublayer in model.sublayers)}
+    return len(devices) == 1 and model.device.type == "cuda"
+
+
 def _engine(model: LayerSkipModel, name: str, *, in_place: bool) -> Engine:
-    if name == GraphEngine.name:
-        return GraphEngine(model)
+    if name == GraphEngine.name or (name == AUTO and on_one_cuda_device(model)):
+        return GraphEngine(model, in_place=in_place)
     kernels = None
     if name in (AUTO, PackedEngine.name) and why_not_packed(model) is None:
         kernels = load_kernel_seconds(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from layerskip.names import Precision
 from studies.figures.style import (
     BLACK,
     BLUE,
@@ -34,8 +35,16 @@ from studies.records import MeasurementRecord
 from studies.statistics import Speedup, speedup_of_all, speedup_of_prompt
 from studies.view import StudyView, TrialSummary
 
-# Skip map.
-_ATTENTION, _MLP = 1, 2  # values of cells; 0 is kept
+# Skip map: its cells by their values, from the ones that run as they are, through lower precision, to the skipped ones.
+_CELLS = (
+    ("kept", PALE),
+    ("kept at int8", "#bcdcd1"),
+    ("kept at int4", "#7dbba5"),
+    ("attention skipped", BLUE),
+    ("MLP skipped", ORANGE),
+)
+_KEPT: Mapping[Precision, int] = {"full": 0, "int8": 1, "int4": 2}
+_ATTENTION, _MLP = 3, 4
 _LINES = 3  # of each candidate: its name, attention, MLP
 _LINE_PIXELS = 19
 # With more layers, gaps between them would eat up the cells on a phone.
@@ -57,7 +66,7 @@ def skip_map(view: StudyView, count: int) -> Picture:
 
 
 def _skip_map_caption(best: Sequence[TrialSummary]) -> str:
-    caption = "Coloured cells are skipped while drafting. "
+    caption = "Blue and orange cells are skipped while drafting; green ones run at lower precision. "
     if len(best) == 1:
         return f"{caption}There is one candidate so far."
     return (
@@ -72,7 +81,9 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
     hover: list[list[str]] = []
     for trial in best:
         attention, mlp = trial.config.skip_set.skips_attention, trial.config.skip_set.skips_mlp
-        cells += [[None] * layers, [_ATTENTION * skip for skip in attention], [_MLP * skip for skip in mlp]]
+        kept = _KEPT[trial.config.precision]
+        cells += [[None] * layers, [_ATTENTION if skip else kept for skip in attention]]
+        cells += [[_MLP if skip else kept for skip in mlp]]
         hover += [[""] * layers, _hover(trial, "attention", attention), _hover(trial, "MLP", mlp)]
     drawn = empty_figure(
         height=_LINES * _LINE_PIXELS * len(best) + 110,
@@ -92,18 +103,23 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
             x=list(range(layers)),
             y=list(range(_LINES * len(best))),
             z=cells,
-            zmin=0,
-            zmax=_MLP,
+            zmin=-0.5,
+            zmax=len(_CELLS) - 0.5,
             xgap=1 if layers <= _MOST_LAYERS_WITH_GAPS else 0,
             ygap=1,
             showscale=False,
-            colorscale=[[0, PALE], [1 / 3, PALE], [1 / 3, BLUE], [2 / 3, BLUE], [2 / 3, ORANGE], [1, ORANGE]],
+            colorscale=[
+                [edge / len(_CELLS), colour] for cell, (_, colour) in enumerate(_CELLS) for edge in (cell, cell + 1)
+            ],
             text=hover,
             hovertemplate="%{text}<extra></extra>",
             hoverongaps=False,
         )
     )
-    for name, colour in (("attention skipped", BLUE), ("MLP skipped", ORANGE), ("kept", PALE)):
+    shown = {value for row in cells for value in row}
+    for value, (name, colour) in enumerate(_CELLS):
+        if value not in shown:
+            continue
         marker = {"symbol": "square", "color": colour, "size": 12}
         drawn.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=name, marker=marker))
     for i, trial in enumerate(best):
@@ -120,8 +136,9 @@ def _draw_skip_map(best: Sequence[TrialSummary]) -> go.Figure:
 
 
 def _hover(trial: TrialSummary, kind: str, mask: Sequence[bool]) -> list[str]:
+    kept = _CELLS[_KEPT[trial.config.precision]][0]
     return [
-        f"trial {trial.number}: {kind} of layer {layer} {'skipped' if skip else 'kept'}"
+        f"trial {trial.number}: {kind} of layer {layer} {'skipped' if skip else kept}"
         for layer, skip in enumerate(mask)
     ]
 

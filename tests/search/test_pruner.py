@@ -50,7 +50,7 @@ def running(study, prediction, prompts=(), *, candidate=1000):
 
 
 PRUNES, MEASURES = True, False
-ALWAYS = MeasuringPruner(share=1.0, seconds=1.0, earlier=range(99))
+ALWAYS = MeasuringPruner(share=1.0, seconds=1.0, trials=99, earlier=range(99))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,11 @@ def test_a_trial_is_measured_if_its_prediction_is_the_highest_and_near_the_best_
 
 def test_without_time_for_it_nothing_is_measured():
     study = study_of((1.0, 1.0))
-    assert MeasuringPruner(share=0.0, seconds=1.0).prune(study, running(study, 2.0))
-    assert MeasuringPruner(share=0.3, seconds=1.0).prune(study, running(study, 2.0))  # the other one took 10 s
-    earlier = MeasuringPruner(share=1.0, seconds=1.0, earlier=[0])
+    assert MeasuringPruner(share=0.0, seconds=1.0, trials=99).prune(study, running(study, 2.0))
+    assert MeasuringPruner(share=0.3, seconds=1.0, trials=99).prune(
+        study, running(study, 2.0)
+    )  # the other one took 10 s
+    earlier = MeasuringPruner(share=1.0, seconds=1.0, trials=99, earlier=[0])
     assert not earlier.prune(study, running(study, 2.0))
 
 
@@ -107,7 +109,7 @@ def test_a_promising_candidate_that_was_pruned_is_enqueued_once_and_measured_by_
 
 def test_nothing_is_enqueued_while_a_measurement_is_under_way_or_without_time():
     study = study_of(1.2)
-    MeasuringPruner(share=0.0, seconds=1.0).revisit(study)
+    MeasuringPruner(share=0.0, seconds=1.0, trials=99).revisit(study)
     assert len(study.trials) == 1
     enqueue_to_measure(study, study.trials[0])
     study.ask()
@@ -124,3 +126,24 @@ def test_a_measurement_goes_on_until_it_is_clearly_slower_than_the_best_one():
     assert not hopeless(best, slower)
     assert not hopeless({1: 0.9}, best)
     assert not hopeless(slower, {})
+
+
+def test_at_the_end_the_best_others_are_measured_however_far_they_are():
+    study = study_of((1.5, 1.5), 0.9, 0.8)
+    MeasuringPruner(share=1.0, seconds=1.0, trials=4).revisit(study)
+    assert not study.get_trials(states=(TrialState.WAITING,))
+    pruner = MeasuringPruner(share=1.0, seconds=1.0, trials=3, earlier=range(3))
+    pruner.revisit(study)
+    [waiting] = study.get_trials(states=(TrialState.WAITING,))
+    assert waiting.user_attrs[REVISITS_KEY] == 1
+    trial = study.ask()
+    trial.suggest_int("candidate", 0, 1000)
+    trial.set_user_attr(FULLY_TRACED_KEY, True)
+    trial.report(0.9, 0)
+    assert pruner.prune(study, study.get_trials(states=(TrialState.RUNNING,))[-1]) == MEASURES
+
+
+def test_enough_measured_candidates_are_enough():
+    study = study_of(*[(1.5, 1.5)] * 8, 0.9)
+    MeasuringPruner(share=1.0, seconds=1.0, trials=3, earlier=range(9)).revisit(study)
+    assert not study.get_trials(states=(TrialState.WAITING,))

@@ -35,8 +35,10 @@ def test_the_skip_map_has_the_masks_of_the_best_candidates_in_their_order(search
     for number, one in enumerate(searched.ranked[:5]):
         name, attention, mlp = cells[3 * number : 3 * number + 3]
         assert set(name) == {None}
-        assert tuple(attention) == one.config.skip_set.skips_attention  # 1 where it is left out
-        assert tuple(cell / 2 for cell in mlp) == one.config.skip_set.skips_mlp
+        assert tuple(cell == 3 for cell in attention) == one.config.skip_set.skips_attention
+        assert tuple(cell == 4 for cell in mlp) == one.config.skip_set.skips_mlp
+        kept = {"full": 0, "int8": 1, "int4": 2}[one.config.precision]
+        assert {*attention, *mlp} <= {kept, 3, 4}
     labels = [annotation.text for annotation in drawn["skip-map"].figure.layout.annotations]
     assert [label.split(" · ")[:2] for label in labels] == [
         [f"trial {one.number}", f"{one.best_speedup.value:.3f}× {one.best_basis}"] for one in searched.ranked[:5]

@@ -101,6 +101,33 @@ def test_a_wide_model_gets_bridges_of_low_rank(tiny, states, monkeypatch):
     assert (low(x, None) - full(x, None)).norm() < (x - full(x, None)).norm()
 
 
+@pytest.mark.parametrize("positions", [20, 200])
+def test_a_bridge_is_the_ridge_regression_whichever_matrix_is_smaller(tiny, positions):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(positions, 32, generator=generator)
+    after = before + 0.1 * torch.randn(positions, 32, generator=generator)
+    ridge = 0.3
+    fitted = BridgeFitter(tiny, torch.stack([before, after]), ridge=ridge)._fit_run(0, 1)
+    held_in = torch.arange(positions) % 4 != 3
+    x, y = before[held_in], (after - before)[held_in]
+    x, y = x - x.mean(0), y - y.mean(0)
+    gram = x.T @ x
+    expected = torch.linalg.solve(gram + ridge * gram.trace() / 32 * torch.eye(32), x.T @ y)
+    torch.testing.assert_close(fitted.factor[0], expected.T, atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_kept_of_bridges_has_a_bound(tiny, states, monkeypatch):
+    monkeypatch.setattr(bridges_module, "_WORTH", float("inf"))
+    monkeypatch.setattr(bridges_module, "_BYTES_KEPT", 3 * 32 * 33 * 4)
+    fitter = BridgeFitter(tiny, states)
+    boundaries = range(2 * tiny.num_layers)
+    for start in boundaries:
+        fitter._bridge(start, start + 1)
+    assert 1 <= len(fitter._fitted._values) <= 3
+    again = fitter._bridge(boundaries[-1], boundaries[-1] + 1)
+    assert again is fitter._bridge(boundaries[-1], boundaries[-1] + 1)
+
+
 @given(tokens(12), skip_sets())
 @settings(max_examples=4)
 def test_greedy_output_does_not_change_with_bridges_and_a_draft_vocabulary(

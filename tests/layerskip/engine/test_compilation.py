@@ -75,6 +75,28 @@ def test_compiled_sublayers_can_be_captured():
     near_tie_or_same(hf_model, PROMPT, ours, transformers_greedy(hf_model, PROMPT, LENGTH))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama-sdpa", "gemma2"])
+def test_captured_passes_are_compiled_whole_and_once_whatever_the_number_of_layers(family):
+    """In fixed shapes: no break at the cache, and a compilation for each kind of sublayer, width and bucket."""
+    backend, graphs = CountingBackend(), []
+    for layers in (4, 12):
+        settings = {"num_hidden_layers": layers}
+        if family == "gemma2":
+            settings["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+        hf_model = (FAMILIES[family] if family in FAMILIES else EVERY_FAMILY[family])(**settings)
+        expected = transformers_greedy(hf_model, PROMPT, LENGTH)
+        model = LayerSkipModel(hf_model)
+        compile_sublayers(model, backend)
+        torch._dynamo.utils.counters.clear()
+        for skip_set in (SkipSet(layers, (2,), (1,)), SkipSet(layers, (0, 3))):
+            ours = decode(model, skip_set, GraphEngine(model, call_directly))
+            near_tie_or_same(hf_model, PROMPT, ours, expected)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        graphs.append(backend.graphs)
+    assert graphs[1] <= 2 * graphs[0]  # the second model's modules are others; its layers are not
+
+
 def test_a_compiled_model_is_warmed_up_like_a_captured_one():
     model = LayerSkipModel(FAMILIES["llama-sdpa"]())
     assert not EagerEngine(model).captures

@@ -90,8 +90,11 @@ def test_a_chain_of_draft_steps_is_the_eager_one(captured, text, length, skip_se
                 token = steps[-1].likeliest
             chains.append((torch.cat([step.likeliest for step in steps]), torch.tensor(confidences)))
     (expected, sure), (found, ours) = chains
-    assert found.tolist() == expected.tolist()
-    torch.testing.assert_close(ours, sure, atol=1e-4, rtol=1e-4)
+    if precision == "full":
+        assert found.tolist() == expected.tolist()
+        torch.testing.assert_close(ours, sure, atol=1e-4, rtol=1e-4)
+    else:  # copies compute in bfloat16, whose rounding may tip a choice
+        torch.testing.assert_close(ours[0], sure[0], atol=2e-2, rtol=2e-2)
 
 
 def test_a_step_that_goes_on_from_the_last_sets_no_buffer():
@@ -135,11 +138,11 @@ def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
             captures.append(run)
             return run
 
-    model = LayerSkipModel(tiny_llama())
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
     engine = GraphEngine(model, Counting(), smallest_bucket=32)
     drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
     counts = []
-    for length in (12, 12, 12, 40):  # the last needs a larger cache and a second bucket
+    for length in (12, 12, 12, 200):  # the last needs a larger cache and further buckets
         generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
         counts.append(len(captures))
     assert counts[0] <= 4  # a draft step, and verifications of one to three tokens
@@ -188,6 +191,101 @@ def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
 def test_without_a_cuda_device_graphs_are_refused():
     with pytest.raises(InvalidInputError, match="one CUDA device"):
         GraphEngine(LayerSkipModel(tiny_llama()))
+
+
+OPERATORS = {"attention": 22, "mlp": 10}
+
+
+def test_a_captured_pass_has_few_operators():
+    """Each is a kernel on a device, and takes its two microseconds there, however small it is."""
+    counts = []
+    for layers in (2, 3):
+        model = LayerSkipModel(tiny_llama(num_hidden_layers=layers))
+        engine = GraphEngine(model, call_directly, in_place=True)
+        with torch.inference_mode():
+            cache = engine.new_cache(10)
+            engine.prefill(torch.tensor([1, 2]), cache)
+            engine.verify(torch.tensor([3]), cache)
+            with Calls() as calls:
+                engine.verify(torch.tensor([3]), cache)
+        counts.append(sum(not is_view(name) for name in calls.names))
+    assert counts[1] - counts[0] <= sum(OPERATORS.values())
+
+
+def is_view(name):
+    """Whether an operation only looks at memory in another way."""
+    views = ("view", "slice", "transpose", "unsqueeze", "expand", "t.", "permute", "select", "split", "detach", "alias")
+    return any(name.startswith(f"aten.{view}") for view in views) or "unsafe_view" in name
+
+
+def test_weights_in_one_memory_change_no_text():
+    for family in ("llama-sdpa", "gemma2", "qwen2-yarn"):
+        if family not in EVERY_FAMILY:
+            continue
+        hf_model = EVERY_FAMILY[family]()
+        expected = transformers_greedy(hf_model, [1, 2, 3], 20)
+        model = LayerSkipModel(hf_model)
+        engine = GraphEngine(model, like_a_graph, in_place=True)
+        drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)))
+        ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=20, eos_token_ids=())
+        near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected)
+        assert transformers_greedy(hf_model, [1, 2, 3], 20) == expected
+
+
+def test_a_draft_layer_that_missed_a_token_catches_up_in_a_captured_pass():
+    """After a draft that was accepted whole, the layer has to see two tokens."""
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
+    weights = DraftWeights(layers=[DraftLayer.copied(model, 2 * LAYERS - 2, 2 * LAYERS, LAYERS - 1)])
+    config = DraftConfig(SkipSet(LAYERS, (LAYERS - 1,), (LAYERS - 1,)), stopping=FixedLength(2))
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    texts = []
+    for own in (EagerEngine(model), engine):
+        drafter = LayerSkipDrafter(model, config, weights)
+        done = generate(model, [1, 2, 3], engine=own, drafter=drafter, max_new_tokens=24, eos_token_ids=())
+        texts.append((done.tokens, done.stats.accepted, done.stats.drafted))
+    assert texts[0] == texts[1]
+    assert texts[0][1] > 0.9 * texts[0][2]  # it is the model's own layer
+    assert any(steps.two for steps in engine._drafts.values())
+
+
+def test_drafters_of_one_configuration_share_what_was_captured():
+    captures = []
+
+    class Counting(CallDirectly):
+        def __call__(self, run):
+            captures.append(run)
+            return run
+
+    model = LayerSkipModel(tiny_llama())
+    engine = GraphEngine(model, Counting())
+    ids = torch.arange(16)
+    counts = []
+    drafters = []
+    for _ in range(3):
+        drafter = LayerSkipDrafter(
+            model, DraftConfig(SKIPPED, stopping=FixedLength(2)), DraftWeights(token_ids=ids.clone())
+        )
+        drafters.append(drafter)
+        generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=12, eos_token_ids=())
+        counts.append(len(captures))
+    assert counts[0] == counts[2]
+    assert drafters[0]._stack.lm_head_rows is drafters[2]._stack.lm_head_rows
+
+
+def test_a_text_that_ends_soon_has_one_bucket():
+    buckets = []
+
+    class Engine(GraphEngine):
+        def _room_for(self, width, cache):
+            buckets.append(super()._room_for(width, cache)[1])
+            return super()._room_for(width, cache)
+
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
+    engine = Engine(model, call_directly, smallest_bucket=64)
+    generate(model, [1, 2, 3], engine=engine, max_new_tokens=100, eos_token_ids=())
+    assert len(set(buckets)) == 1
+    generate(model, [1, 2, 3], engine=engine, max_new_tokens=300, eos_token_ids=())
+    assert len(set(buckets)) > 1
 
 
 @pytest.mark.gpu
@@ -264,7 +362,7 @@ class Failing(CallDirectly):
 @pytest.mark.parametrize("captures", range(4))
 def test_a_model_that_cannot_be_captured_runs_eagerly_after_one_line(captures, caplog):
     model = LayerSkipModel(tiny_llama())
-    engine = GraphEngine(model, Failing(captures), smallest_bucket=8)
+    engine = GraphEngine(model, Failing(captures), smallest_bucket=4)
     drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, tree=(2,), stopping=FixedLength(2)))
     for each in (None, drafter):
         ours = generate(model, [1, 2, 3], engine=engine, drafter=each, max_new_tokens=20, eos_token_ids=())
@@ -272,6 +370,19 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_after_one_line(captures, c
     [line] = [record.getMessage() for record in caplog.records if "cuda-graphs" in record.getMessage()]
     assert line.startswith("engine 'cuda-graphs': this model cannot be captured: operation not permitted")
     assert line.endswith("; passes run eagerly")
+
+
+def test_a_text_that_outgrows_the_cache_goes_on(monkeypatch):
+    """Passes that were captured for the old memory are captured anew."""
+    monkeypatch.setattr("layerskip.generation._FIRST_ROOM", 4)
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=1024))
+    capture = LikeAPool()
+    engine = GraphEngine(model, capture, smallest_bucket=8)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2), tree=(2,)))
+    expected = transformers_greedy(model.hf_model, [1, 2, 3], 400)
+    ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=400, eos_token_ids=())
+    near_tie_or_same(model.hf_model, [1, 2, 3], ours.tokens, expected)
+    assert capture.pools > 2
 
 
 def test_a_draft_layer_sees_a_long_prompt_beside_captured_passes():

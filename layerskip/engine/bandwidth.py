@@ -7,8 +7,6 @@ import torch
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
 from layerskip.utils import device_seconds
-from search.machine_lock import MachineLock
-from studies.comparison import MemoryLimit
 
 # More than caches hold.
 _BYTES = 2**30
@@ -16,19 +14,20 @@ _REPEATS = 5
 
 
 @torch.inference_mode()
-def measure_read_bandwidth(device: torch.device) -> float:
+def measure_read_bandwidth(device: torch.device, nbytes: int = _BYTES) -> float:
     """Bytes a second that a device reads from its memory: those of a sum over a large tensor, its fastest repeat.
 
     Args:
-        device: The device. It needs a gibibyte of memory for a moment.
+        device: The device.
+        nbytes: Memory that it needs for a moment; more than caches hold.
     """
-    values = torch.ones(_BYTES // torch.float32.itemsize, device=device)
+    values = torch.ones(nbytes // torch.float32.itemsize, device=device)
     seconds = []
     for _ in range(1 + _REPEATS):
         started = device_seconds(device)
         values.sum()
         seconds.append(device_seconds(device) - started)
-    return _BYTES / min(seconds[1:])  # the first chooses kernels
+    return nbytes / min(seconds[1:])  # the first chooses kernels
 
 
 def bytes_read(model: LayerSkipModel, stack: Stack) -> int:
@@ -40,16 +39,3 @@ def bytes_read(model: LayerSkipModel, stack: Stack) -> int:
     """
     weights = sum(step.num_weights for _, step in stack.steps) + model.vocab_size * int(model.config.hidden_size)
     return weights * model.dtype.itemsize
-
-
-def measure_memory_limit(model: LayerSkipModel, lock: MachineLock) -> MemoryLimit | None:
-    """What plain decoding is limited to by reading the weights; None for a quantized model, whose bytes vary.
-
-    Args:
-        model: The model, on one device.
-        lock: Held while memory is read.
-    """
-    if getattr(model.hf_model, "hf_quantizer", None) is not None:
-        return None
-    with lock.exclusive():
-        return MemoryLimit(bytes_read(model, model.target_stack), measure_read_bandwidth(model.device))
