@@ -14,7 +14,6 @@ from cli.common import (
     DtypeOption,
     EngineOption,
     JsonOption,
-    MeasuredPromptsOption,
     ModelOption,
     ProfileArgument,
     RepeatsOption,
@@ -29,9 +28,11 @@ from cli.common import (
     stderr,
     stdout,
 )
+from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure, print_categories
 
 if TYPE_CHECKING:
     from layerskip.engine import Engine
+    from search.baseline import TransformersBaseline
     from search.measure import Measurement
 
 # What a search generates by default, for profiles that were never measured.
@@ -41,6 +42,8 @@ _DEFAULT_LENGTH = 48
 def bench(
     profile: ProfileArgument,
     prompts: MeasuredPromptsOption = None,
+    suite: SuiteOption = None,
+    per_category: PerCategoryOption = 5,
     repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[
         int | None,
@@ -61,38 +64,45 @@ def bench(
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
     from layerskip.engine import make_engine
-    from layerskip.tokenizer import read_prompts
+    from search.baseline import measure_transformers
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafters
-    from search.prompts import prompts_to_measure
+    from studies.categories import by_category
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)
-    own = read_prompts(prompts) if prompts else None
+    to_measure = ToMeasure.read(prompts, suite, per_category)
     length = max_new_tokens or (loaded.measured.max_new_tokens if loaded.measured else _DEFAULT_LENGTH)
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
     drafter = loaded.drafter(layers)
     runner = make_engine(layers, engine, in_place=True)
-    encoded = prompts_to_measure(own, tokenizer, max_new_tokens=length, context_length=layers.context_length)
+    encoded = to_measure.encoded(runner, tokenizer, length)
     plan = MeasuringPlan(encoded, length, repeats)
+    lock = MachineLock(cache_folder(), layers.device)
     measured: dict[str, Measurement] = {}
     with step_bar("decoding", len(encoded) * repeats) as show_done:
-        by_name = measure_drafters(runner, {"draft": drafter}, plan, MachineLock(cache_folder(), layers.device))
+        by_name = measure_drafters(runner, {"draft": drafter}, plan, lock)
         for done, measurements in enumerate(by_name, start=1):
             measured[measurements["draft"].prompt] = measurements["draft"]
             show_done(done)
+    transformers = measure_transformers(runner, encoded, length, lock)
+    categories = [] if suite is None else by_category(list(measured.values()), {p.id: p.category for p in encoded})
     result = {
         "profile": profile,
         "model": loaded.model.id,
         "repeats": repeats,
         "max_new_tokens": length,
         **_described(runner, list(measured.values())),
+        "categories": [each.described() for each in categories],
+        "transformers": None if transformers is None else asdict(transformers),
         "profile_measured": loaded.measured.model_dump() if loaded.measured else None,
     }
     if json:
         print_json(result)
     else:
-        _report(result, built_in=own is None)
+        _report(result, transformers, to_measure.what)
+        if categories:
+            print_categories(categories)
 
 
 def _described(engine: Engine, measurements: list[Measurement]) -> dict[str, Any]:
@@ -111,8 +121,8 @@ def _described(engine: Engine, measurements: list[Measurement]) -> dict[str, Any
     }
 
 
-def _report(result: dict[str, Any], built_in: bool) -> None:
-    prompts = counted(result["prompts"], "held-out built-in prompt" if built_in else "prompt")
+def _report(result: dict[str, Any], transformers: TransformersBaseline | None, what: str) -> None:
+    prompts = counted(result["prompts"], what)
     from studies.statistics import describe_disturbed
 
     times = f"{result['repeats']} times each" if result["repeats"] > 1 else "once each"
@@ -131,6 +141,8 @@ def _report(result: dict[str, Any], built_in: bool) -> None:
             f"{result['mean_accepted']:.2f} per round"
         )
     stdout.print(f"speedup   {describe_speedup(result)}")
+    if transformers is not None:
+        stdout.print(f"baseline  {transformers.describe(result['speedup'])}")
     recorded = result["profile_measured"]
     if recorded is None:
         stdout.print("recorded  none: the profile was never measured")

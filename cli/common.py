@@ -106,13 +106,6 @@ ProfileArgument = Annotated[
 StudyArgument = Annotated[
     str, typer.Argument(help="Name of the study.", show_default=False, autocompletion=completion.studies)
 ]
-MeasuredPromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Prompts, one a line, or .jsonl with 'prompt' or 'messages'.",
-        show_default="the built-in ones that searches hold out",
-    ),
-]
 RepeatsOption = Annotated[int, typer.Option(help="How often each method decodes each prompt.", min=1)]
 
 

@@ -15,7 +15,6 @@ from cli.common import (
     DtypeOption,
     EngineOption,
     JsonOption,
-    MeasuredPromptsOption,
     ModelArgument,
     RepeatsOption,
     RunOptions,
@@ -28,8 +27,11 @@ from cli.common import (
     stdout,
     write_page,
 )
+from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from studies.comparison import Comparison
 
 
@@ -48,6 +50,8 @@ def compare(
         bool, typer.Option("--transformers/--no-transformers", help="Include transformers' own decoding methods.")
     ] = True,
     prompts: MeasuredPromptsOption = None,
+    suite: SuiteOption = None,
+    per_category: PerCategoryOption = 5,
     repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens for each prompt.", min=1)] = 48,
     out: Annotated[
@@ -66,7 +70,6 @@ def compare(
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
     from layerskip.engine import make_engine
-    from layerskip.tokenizer import read_prompts
     from layerskip.utils import device_name, dtype_name, library_versions
     from search.compare import (
         compare,
@@ -79,13 +82,12 @@ def compare(
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan
     from search.memory_limit import measure_memory_limit
-    from search.prompts import prompts_to_measure
     from studies.comparison import Comparison, described
 
     quiet_libraries()
     if out is not None:
         check_writable(out)
-    own = read_prompts(prompts) if prompts else None
+    to_measure = ToMeasure.read(prompts, suite, per_category)
     profiles = named_profiles(profile or [], lambda name: load_profile(name, device=device, dtype=dtype))
     layers, tokenizer = open_model(model, RunOptions(device, dtype, engine, compiled))
     runner = make_engine(layers, engine, in_place=not transformers)  # transformers decodes with plain weights
@@ -95,7 +97,7 @@ def compare(
     if transformers:
         more, left_out = transformers_methods(layers, profiles)
         methods = [*methods, *more]
-    encoded = prompts_to_measure(own, tokenizer, max_new_tokens=max_new_tokens, context_length=layers.context_length)
+    encoded = to_measure.encoded(runner, tokenizer, max_new_tokens)
     usable, failed = usable_methods(methods, encoded[0])
     plan = MeasuringPlan(encoded, max_new_tokens, repeats)
     lock = MachineLock(cache_folder(), layers.device)
@@ -113,6 +115,7 @@ def compare(
         entries=entries,
         left_out=left_out | failed,
         memory=memory,
+        categories={prompt.id: prompt.category for prompt in encoded if prompt.category},
     )
     if out is not None:
         write_page(out, _page(comparison))
@@ -147,6 +150,22 @@ def _report(comparison: Comparison, out: Path | None) -> None:
     for row in rows:
         shown.add_row(*row)
     print_untruncated(shown)
+    if comparison.categories:
+        print_untruncated(_by_category(comparison))
     if out is not None:
         stdout.print(f"report    {out}")
     stdout.print(advice(comparison))
+
+
+def _by_category(comparison: Comparison) -> Table:
+    from rich.table import Table
+
+    from studies.comparison import category_table
+
+    columns, rows = category_table(comparison)
+    shown = Table(box=None, title="speedup by category", title_justify="left")
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    return shown

@@ -79,11 +79,13 @@ def doctor(
         result["ok"] = False
         folder = result["cache"]["folder"]
         result["problems"].append(f"cache folder {folder}: not writable; set LAYERSKIP_CACHE to a folder that is")
+    runs = not missing and bool(result["dtype"])  # else the device or the type that was asked for is not there
+    result["ok"] = result["ok"] and (model is None or runs)
     for problem in result["problems"]:
         stderr.print(f"layerskip: {problem}")
     if not json:
         _report(result)
-    if model is not None and not missing:
+    if model is not None and runs:
         break_even, saved = _measured(model, RunOptions(device, dtype, engine))
         result["model"] = {
             "model": model,
@@ -94,7 +96,7 @@ def doctor(
         }
         if not json:
             _report_break_even(break_even, saved)
-    elif not json and not missing:
+    elif not json and model is None and not missing:
         stdout.print("model       'layerskip doctor MODEL' measures whether speculation can pay for it here")
     if json:
         print_json(result)

@@ -27,6 +27,9 @@ from cli.common import DEBUG, DONE, FAILED, INTERRUPTED, WRONG_USAGE, escape_une
 from layerskip.errors import InvalidInputError, LayerSkipError, first_line, out_of_memory
 from layerskip.notices import silence_notices
 
+# Characters of an error; users may give values of any length, which errors repeat.
+_LONGEST = 900
+
 app = typer.Typer(
     name="layerskip",
     help="Speculative decoding with a model's own sublayers: search for a draft, decode faster, with unchanged output.",
@@ -82,8 +85,13 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         message, status = _explain(error)
         if message:
-            print(f"layerskip: {message}", file=sys.stderr)
+            print(f"layerskip: {_in_brief(message)}", file=sys.stderr)
         return status
+
+
+def _in_brief(message: str) -> str:
+    """A message that repeats something very long, with the middle left out."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -237,6 +237,7 @@ def _report(result: SearchResult, out: Path, saved: float | None, json: bool) ->
                 "trials": result.trials,
                 "measured": result.measured,
                 **{figure: getattr(profile and profile.measured, figure, None) for figure in figures},
+                "transformers": None if result.transformers is None else asdict(result.transformers),
                 "without_copies": None if result.without_copies is None else asdict(result.without_copies),
                 "bfloat16": bfloat16,
                 "interrupted": result.interrupted,
@@ -261,6 +262,8 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
     print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")
+    if result.transformers is not None:
+        stdout.print(f"baseline  {result.transformers.describe(measured.speedup)}")
     without = result.without_copies
     if without is not None and profile.precision != "full":
         stdout.print(f"without copies: {without.speedup:.2f}× with {without.draft} (trial {without.trial})")

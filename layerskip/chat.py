@@ -8,6 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from layerskip.checks import instance, shown
 from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
@@ -62,6 +63,9 @@ class Chat:
         sampling: Sampling | None = None,
         max_new_tokens: int = 256,
     ) -> None:
+        instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
+        if not hasattr(tokenizer, "chat_template"):
+            raise InvalidInputError(f"tokenizer: expected the model's, got {shown(tokenizer)}")
         if not tokenizer.chat_template:
             raise InvalidInputError("chat: the model's tokenizer has no chat template, so there are no turns to take")
         self._model = model

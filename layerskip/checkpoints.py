@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layerskip.attention_masks import needed_attention
+from layerskip.checks import instance, shown
 from layerskip.errors import CheckpointError, InvalidInputError, first_line
 from layerskip.gguf_conversion import converted
 from layerskip.names import ALIASES, DTYPES
@@ -58,6 +59,9 @@ def load_checkpoint(
         InvalidInputError: The device or dtype is unknown or not available.
         MissingDependencyError: The ``gguf`` extra is needed and not installed.
     """
+    if not isinstance(source, str | Path):
+        raise InvalidInputError(f"model: expected a name or a path, got {shown(source)}")
+    source = str(source)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     location = locate(source)
@@ -129,6 +133,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         InvalidInputError: There is no such device, or it is not available here.
     """
+    instance("device", name, str)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unavailable = f"device '{name}' is not available"
@@ -163,6 +168,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         InvalidInputError: The name is unknown.
     """
+    instance("dtype", name, str)
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -197,6 +203,8 @@ def locate(source: str) -> str:
         return _located(source, path)
     except PermissionError as error:
         raise CheckpointError(f"model '{source}': {error.strerror}: {error.filename}") from error
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise CheckpointError(f"model {shown(source)}: {first_line(error)}") from error
 
 
 def _located(source: str, path: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layerskip.checks import shown
 from layerskip.draft_model import draft_model_of, kept_layers
 from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
@@ -205,6 +206,8 @@ def export_draft(
         InvalidProfileError: The profile is for another model.
         ExportError: The folder holds something else or cannot be written, or the weights cannot be exported.
     """
+    if not hasattr(profile, "drafts_with_heads"):
+        raise InvalidInputError(f"profile: expected a DraftProfile, got {shown(profile)}")
     folder = Path(folder)
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)

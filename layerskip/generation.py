@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from layerskip.checks import instance, shown, whole_number
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
 from layerskip.engine import EagerEngine, Engine
 from layerskip.errors import InvalidInputError
@@ -187,9 +188,10 @@ def _rounds(
         raise InvalidInputError(
             f"model: expected a LayerSkipModel, got {type(model).__name__}; wrap it: LayerSkipModel(model)"
         )
+    _check_options(sampling, stop, prompt_cache)
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
-    sampler = (sampling or Sampling()).sampler(model.device)
+    sampler = (Sampling() if sampling is None else sampling).sampler(model.device)
     drafter, engine = _checked(drafter), _engine_of(model, engine)
     engine.check_current()
     room = min(ending.limit, _FIRST_ROOM)
@@ -243,9 +245,20 @@ def _rounds(
     stats.verification_seconds = clock.seconds("verification")
 
 
+def _check_options(sampling: object, stop: object, prompt_cache: object) -> None:
+    if sampling is not None and (isinstance(sampling, type) or not hasattr(sampling, "sampler")):
+        raise InvalidInputError(f"sampling: expected a layerskip.Sampling, got {shown(sampling)}")
+    if stop is not None and not callable(stop):
+        raise InvalidInputError(f"stop: expected a function of the new tokens, got {shown(stop)}")
+    if prompt_cache is not None:
+        instance("prompt_cache", prompt_cache, PrefixCache)
+
+
 def _engine_of(model: LayerSkipModel, engine: Engine | None) -> Engine:
     if engine is None:
         return EagerEngine(model)
+    if isinstance(engine, type) or not hasattr(engine, "verify"):
+        raise InvalidInputError(f"engine: expected an engine, got {shown(engine)}; make one: make_engine(model)")
     if engine.model is not model:
         raise InvalidInputError(
             "engine: runs the passes of another model; make one for this model: make_engine(model, name)"
@@ -299,6 +312,7 @@ def _ending(
     eos_token_ids: int | Collection[int] | None,
     stop: Callable[[Sequence[int]], bool] | None,
 ) -> _Ending:
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     if max_new_tokens < 1:
         raise InvalidInputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     # The last new token needs no position of its own: nothing follows it.
@@ -314,7 +328,7 @@ def _whole_numbers(ids: Any) -> frozenset[int]:
         values = ids.reshape(-1).tolist() if hasattr(ids, "reshape") else ids
         return frozenset(map(index, values if isinstance(values, Iterable) else [values]))
     except TypeError as error:
-        raise InvalidInputError(f"eos_token_ids: expected token ids, got {ids!r}") from error
+        raise InvalidInputError(f"eos_token_ids: expected token ids, got {shown(ids)}") from error
 
 
 def _prompt_ids(model: LayerSkipModel, prompt: Tensor | Sequence[int]) -> Tensor:

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils.hub import extract_commit_hash
 
+from layerskip.checks import shown
 from layerskip.errors import HubError, InvalidInputError, InvalidProfileError, first_line
 from layerskip.names import ALIASES
 from layerskip.profile import PROFILE_NAME, DraftProfile, Measured
@@ -64,7 +65,10 @@ def load_profile(source: str | Path, *, device: str = "auto", dtype: str = "auto
         HubError: The repository cannot be downloaded.
     """
     path, name = Path(source).expanduser(), str(source)
-    has_one = path.is_file() or (path / PROFILE_NAME).is_file()
+    try:
+        has_one = path.is_file() or (path / PROFILE_NAME).is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have, or a folder that may not be read
+        raise InvalidProfileError(f"{shown(name)}: cannot read the draft profile: {first_line(error)}") from error
     if path.suffix == ".gguf" or ((path / "config.json").is_file() and not has_one):
         raise InvalidProfileError(
             f"{source}: is a model, and not a draft profile; make one with 'layerskip search {source}'"

@@ -79,6 +79,11 @@ class PackedWeights:
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         return out
 
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """Each layer's outputs."""
+        parts: Sequence[Tensor] = self(x).split(self.sizes, dim=-1)
+        return parts
+
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual`` plus the outputs, of the same shape, in one operator on packed weights."""
         if self._plain and x.numel() == x.shape[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
+from layerskip.checks import shown
 from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
@@ -28,6 +30,8 @@ from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
 from layerskip.token_tree import widths_of
 from layerskip.utils import duration, write_atomically, write_bytes_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[3] = 3
@@ -171,6 +175,7 @@ class DraftProfile(_Part):
     revision: str | None = Field(default=None, description="The model's branch, tag or commit on the hub, as in PEFT.")
     _source: str = PrivateAttr(default="draft profile")
     _tensors: Mapping[str, Tensor] = PrivateAttr(default_factory=dict)
+    _noted: set[str] = PrivateAttr(default_factory=set)  # fingerprints of other weights that were spoken of
 
     @classmethod
     def of(
@@ -274,6 +279,8 @@ class DraftProfile(_Part):
             raise InvalidProfileError(f"{source}: not a text file; expected a draft profile in JSON") from error
         except OSError as error:
             raise InvalidProfileError(f"{source}: cannot read the draft profile: {error.strerror}") from error
+        except ValueError as error:  # a name that no file can have
+            raise InvalidProfileError(f"{shown(source)}: cannot read the draft profile: {error}") from error
         try:
             profile = cls.model_validate_json(text, by_alias=True, by_name=False)
         except ValidationError as error:
@@ -351,6 +358,10 @@ class DraftProfile(_Part):
     def check(self, model: LayerSkipModel) -> None:
         """Make sure that the profile is for this model.
 
+        A profile without tensors is for every model of the same family and sizes: the output is the model's own,
+        whatever is skipped. Of other weights than those that it was measured on, such as fine-tuned or quantized ones,
+        one line in the log says so.
+
         Raises:
             InvalidProfileError: It is not. The message names the file, the first field that differs and both values.
             InvalidInputError: The model is not wrapped.
@@ -361,9 +372,22 @@ class DraftProfile(_Part):
             )
         differences = self.model.differences(identify(model))
         for name, (expected, found) in differences.items():
+            if name == "fingerprint" and self.tensors is None:
+                self._note_other_weights(str(found))
+                continue
             raise InvalidProfileError(
                 f"{self._source}: model.{name}: the profile is for {expected!r} ({self.model.id}), "
                 f"but this model has {found!r}; search this model for a profile of its own"
+            )
+
+    def _note_other_weights(self, fingerprint: str) -> None:
+        if fingerprint not in self._noted:
+            self._noted.add(fingerprint)
+            logger.warning(
+                "%s: was measured on other weights of these sizes (%s); the output is this model's own, and "
+                "'layerskip bench' measures the speedup here",
+                self._source,
+                self.model.id,
             )
 
     def drafter(self, model: LayerSkipModel) -> Drafter:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from layerskip.checks import real_number, whole_number
 from layerskip.engine import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError, NotANumberError
 from layerskip.token_tree import TokenTree, siblings_on
@@ -207,6 +208,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, convert in (("temperature", real_number), ("top_p", real_number), ("top_k", whole_number)):
+            object.__setattr__(self, name, convert(name, getattr(self, name)))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", whole_number("seed", self.seed))
         if not 0 <= self.temperature < float("inf"):
             raise InvalidInputError(f"temperature: expected a number from 0 on, got {self.temperature}")
         if self.top_k < 0:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerskip.checks import shown, whole_number
 from layerskip.errors import InvalidInputError
 
 
@@ -32,7 +33,7 @@ class SkipSet:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
+        if whole_number("num_layers", self.num_layers) < 1:
             raise InvalidInputError(f"num_layers: expected at least 1, got {self.num_layers}")
         object.__setattr__(self, "attention", self._checked("attention", self.attention))
         object.__setattr__(self, "mlp", self._checked("mlp", self.mlp))
@@ -42,7 +43,10 @@ class SkipSet:
             )
 
     def _checked(self, kind: str, layers: Iterable[int]) -> tuple[int, ...]:
-        ordered = tuple(sorted(layers))
+        try:
+            ordered = tuple(sorted(whole_number(kind, layer) for layer in layers))
+        except TypeError as error:
+            raise InvalidInputError(f"{kind}: expected the numbers of layers, got {shown(layers)}") from error
         for layer in ordered:
             if not 0 <= layer < self.num_layers:
                 raise InvalidInputError(

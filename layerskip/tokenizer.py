@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from layerskip.checks import instance, shown
 from layerskip.errors import InvalidInputError
 from layerskip.utils import digest
 
@@ -140,12 +141,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     return list(ids)
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, what: str = "prompt") -> None:
     """Refuse lone surrogates, as which Python reads bytes of a command line or of stdin that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"prompt: character {error.start + 1} is not valid UTF-8") from error
+        raise InvalidInputError(f"{what}: character {error.start + 1} is not valid UTF-8") from error
 
 
 class StopStrings:
@@ -161,8 +162,13 @@ class StopStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | Iterable[str]) -> None:
         strings = (strings,) if isinstance(strings, str) else tuple(strings)
+        for string in strings:
+            instance("stop string", string, str)
+            _check_text(string, "stop string")
         if not strings or not all(strings):
             raise InvalidInputError("stop strings: expected at least one, none of them empty")
+        if not hasattr(tokenizer, "decode"):
+            raise InvalidInputError(f"tokenizer: expected the model's, got {shown(tokenizer)}")
         self._tokenizer = tokenizer
         self._strings = strings
         # A token gives at least one byte of text, so this many at the end cover a match that the newest completes.

@@ -134,7 +134,7 @@ def usable_methods(
     reasons: dict[str, str] = {}
     for method in methods:
         try:
-            method.decode(prompt.tokens, WARM_UP_TOKENS)
+            method.decode_turns(prompt, WARM_UP_TOKENS)
         except Exception as error:  # another library's code may fail in any way
             if not method.third_party:
                 raise
@@ -179,7 +179,7 @@ def _peak_bytes(model: LayerSkipModel, method: DecodingMethod, plan: MeasuringPl
     longest = max(plan.prompts, key=lambda prompt: len(prompt.tokens))
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    method.decode(longest.tokens, plan.max_new_tokens)
+    method.decode_turns(longest, plan.max_new_tokens)
     return torch.cuda.max_memory_allocated(model.device) - before
 
 

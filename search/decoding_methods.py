@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.engine import Engine
 from layerskip.generation import generate
 from layerskip.model import LayerSkipModel
+from layerskip.prefix_cache import PrefixCache
 from layerskip.utils import PhaseClock
+from search.prompts import EncodedPrompt
 
 # layerskip's plain decoding, which all other methods are compared with.
 PLAIN = "plain decoding"
@@ -32,6 +36,7 @@ class Decoded:
         accepted: Proposed tokens that were accepted.
         draft_seconds: Time spent proposing.
         step_seconds: Time spent in the target model's passes after the prompt's; None where it was not taken.
+        lengths: How many of the tokens are each turn's, where a conversation was decoded.
     """
 
     tokens: tuple[int, ...]
@@ -40,6 +45,13 @@ class Decoded:
     accepted: int
     draft_seconds: float
     step_seconds: float | None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def answers(self) -> list[tuple[int, ...]]:
+        """The tokens of each turn."""
+        ends = [*accumulate(self.lengths or (len(self.tokens),))]
+        return [self.tokens[start:end] for start, end in zip((0, *ends), ends, strict=False)]
 
 
 Decode = Callable[[Sequence[int], int], Decoded]
@@ -56,6 +68,8 @@ class DecodingMethod:
         training_seconds: How long its draft was trained, if that is known.
         compiles: Whether it captures or compiles passes for each length of text, which is not to be timed.
         third_party: Whether it is another library's code, which may refuse this model.
+        new_conversation: Makes what decodes the turns of one conversation, without running again what they begin with;
+            None decodes each from its beginning.
     """
 
     name: str
@@ -64,6 +78,27 @@ class DecodingMethod:
     training_seconds: float | None = None
     compiles: bool = False
     third_party: bool = False
+    new_conversation: Callable[[], Decode] | None = field(default=None, repr=False)
+
+    def decode_turns(self, prompt: EncodedPrompt, max_new_tokens: int) -> Decoded:
+        """Decode all turns of a prompt, each by a number of tokens at most."""
+        if not prompt.earlier:
+            return self.decode(prompt.tokens, max_new_tokens)
+        decode = self.decode if self.new_conversation is None else self.new_conversation()
+        return _joined([decode(turn, max_new_tokens) for turn in prompt.turns])
+
+
+def _joined(turns: Sequence[Decoded]) -> Decoded:
+    steps = [turn.step_seconds for turn in turns if turn.step_seconds is not None]
+    return Decoded(
+        tokens=tuple(chain.from_iterable(turn.tokens for turn in turns)),
+        target_passes=sum(turn.target_passes for turn in turns),
+        drafted=sum(turn.drafted for turn in turns),
+        accepted=sum(turn.accepted for turn in turns),
+        draft_seconds=sum(turn.draft_seconds for turn in turns),
+        step_seconds=sum(steps) if steps else None,
+        lengths=tuple(len(turn.tokens) for turn in turns),
+    )
 
 
 def layerskip_method(
@@ -84,8 +119,15 @@ def layerskip_method(
         training_seconds: Likewise.
     """
 
-    def decode(prompt: Sequence[int], max_new_tokens: int) -> Decoded:
-        generation = generate(engine.model, prompt, engine=engine, drafter=drafter, max_new_tokens=max_new_tokens)
+    def decode(prompt: Sequence[int], max_new_tokens: int, prompt_cache: PrefixCache | None = None) -> Decoded:
+        generation = generate(
+            engine.model,
+            prompt,
+            engine=engine,
+            drafter=drafter,
+            max_new_tokens=max_new_tokens,
+            prompt_cache=prompt_cache,
+        )
         stats = generation.stats
         return Decoded(
             tuple(generation.tokens),
@@ -96,7 +138,14 @@ def layerskip_method(
             step_seconds=stats.verification_seconds,
         )
 
-    return DecodingMethod(name, decode, draft_bytes, training_seconds, compiles=engine.captures)
+    return DecodingMethod(
+        name,
+        decode,
+        draft_bytes,
+        training_seconds,
+        compiles=engine.captures,
+        new_conversation=lambda: partial(decode, prompt_cache=PrefixCache()),
+    )
 
 
 def transformers_method(name: str, model: LayerSkipModel, *, draft_bytes: int = 0, **options: Any) -> DecodingMethod:

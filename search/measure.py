@@ -242,7 +242,7 @@ def measure_drafters(
 def timed(model: LayerSkipModel, method: DecodingMethod, prompt: EncodedPrompt, max_new_tokens: int) -> TimedRun:
     """Decode a prompt once, and take the time."""
     started = device_seconds(model.device)
-    decoded = method.decode(prompt.tokens, max_new_tokens)
+    decoded = method.decode_turns(prompt, max_new_tokens)
     return TimedRun(decoded, device_seconds(model.device) - started)
 
 
@@ -252,22 +252,25 @@ def _warm_up(methods: Sequence[DecodingMethod], plan: MeasuringPlan, *, on_cuda:
     On CUDA libraries choose kernels by the shapes of a pass, at its first run.
     """
     for method in methods:
-        method.decode(plan.prompts[0].tokens, min(plan.max_new_tokens, WARM_UP_TOKENS))
+        method.decode_turns(plan.prompts[0], min(plan.max_new_tokens, WARM_UP_TOKENS))
     # The longest prompt goes first, so that caches grow at once.
     for prompt in sorted(plan.prompts, key=lambda prompt: len(prompt.tokens), reverse=True):
         for method in methods:
             if method.compiles or on_cuda:
-                method.decode(prompt.tokens, plan.max_new_tokens)
+                method.decode_turns(prompt, plan.max_new_tokens)
 
 
 def _measurement(
     model: LayerSkipModel, prompt: EncodedPrompt, plain: tuple[TimedRun, ...], draft: tuple[TimedRun, ...]
 ) -> Measurement:
+    answers = zip(prompt.turns, plain[0].decoded.answers, draft[0].decoded.answers, strict=True)
     try:
-        near_tie = diverges_at_near_tie(model, prompt, plain[0].decoded.tokens, draft[0].decoded.tokens)
+        near_ties = [
+            diverges_at_near_tie(model, EncodedPrompt(prompt.id, turn), ours, theirs) for turn, ours, theirs in answers
+        ]
     except LosslessnessError as error:
         return Measurement(prompt.id, plain, draft, error=error)
-    return Measurement(prompt.id, plain, draft, near_tie=near_tie)
+    return Measurement(prompt.id, plain, draft, near_tie=any(near_ties))
 
 
 def diverges_at_near_tie(

@@ -25,6 +25,7 @@ from studies.ranking import (
     DRAFT_COST_KEY,
     FULLY_TRACED_KEY,
     PREDICTION_STEP,
+    REVISITS_KEY,
     SOURCE_KEY,
     HasTrials,
     Snapshot,
@@ -68,6 +69,8 @@ class Objective:
     def __call__(self, trial: optuna.Trial) -> float:
         candidate = self._suggested(trial)
         known = _predicted_before(trial, Snapshot(trial.study))
+        if known is not None and REVISITS_KEY in trial.user_attrs and not known.user_attrs[FULLY_TRACED_KEY]:
+            known = None  # it was given up early, and is to be measured all the same
         if known is None:
             speedup = self._predict(trial, candidate)
         else:
@@ -89,8 +92,9 @@ class Objective:
         return candidate
 
     def _predict(self, trial: optuna.Trial, candidate: DraftConfig) -> float:
+        to_beat = () if REVISITS_KEY in trial.user_attrs else _best_predicted(Snapshot(trial.study))
         with self.lock.shared():
-            prediction = self.predictor.predict(candidate, to_beat=_best_predicted(Snapshot(trial.study)))
+            prediction = self.predictor.predict(candidate, to_beat=to_beat)
         _set_attributes(trial, _described(prediction))
         return prediction.speedup
 

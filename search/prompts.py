@@ -22,10 +22,24 @@ _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids."""
+    """A prompt as token ids.
+
+    Args:
+        id: Tells it from others.
+        tokens: Up to where the answer begins; in a conversation, that of its last turn.
+        earlier: The prompts of a conversation's earlier turns, which are answered first.
+        category: Under which a suite counts it; empty outside of suites.
+    """
 
     id: str
     tokens: tuple[int, ...]
+    earlier: tuple[tuple[int, ...], ...] = ()
+    category: str = ""
+
+    @property
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts of all turns."""
+        return (*self.earlier, self.tokens)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import optuna
 from optuna.pruners import BasePruner
@@ -74,7 +74,7 @@ class MeasuringPruner(BasePruner):
             return
         best = next_to_measure(now)
         if best is None and len(evaluated_trials(now)) >= self._trials and len(_measured(now)) < _LEAST_MEASURED:
-            best = best_unmeasured(now)
+            best = best_unmeasured(predicted_trials(now), now)
         if best is not None:
             enqueue_to_measure(study, best)
 
@@ -109,19 +109,20 @@ def next_to_measure(study: HasTrials, running: FrozenTrial | None = None) -> Fro
         study: The study.
         running: A trial that was just predicted, to take into account; of equal predictions, its counts.
     """
-    best = best_unmeasured(study, running)
+    candidates = [trial for trial in predicted_trials(study) if trial.user_attrs.get(FULLY_TRACED_KEY)]
+    if running is not None and running.user_attrs.get(FULLY_TRACED_KEY):
+        candidates.insert(0, running)
+    best = best_unmeasured(candidates, study)
     fastest = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
     if best is None or (fastest is not None and prediction_of(best) < _NEAR * prediction_of(fastest)):
         return None
     return best
 
 
-def best_unmeasured(study: HasTrials, running: FrozenTrial | None = None) -> FrozenTrial | None:
-    """The candidate with the highest prediction of those that were not measured, if any; as :func:`next_to_measure`."""
-    predicted, measured = predicted_trials(study), _measured(study)
-    candidates = [running] if running is not None and running.user_attrs.get(FULLY_TRACED_KEY) else []
-    candidates += [trial for trial in predicted if trial.user_attrs.get(FULLY_TRACED_KEY)]
-    unmeasured = [trial for trial in candidates if candidate_key(trial) not in measured]
+def best_unmeasured(trials: Sequence[FrozenTrial], study: HasTrials) -> FrozenTrial | None:
+    """Of some trials the one with the highest prediction whose candidate was not measured, if any."""
+    measured = _measured(study)
+    unmeasured = [trial for trial in trials if candidate_key(trial) not in measured]
     return max(unmeasured, key=prediction_of, default=None)
 
 

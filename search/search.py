@@ -24,6 +24,7 @@ from layerskip.fingerprint import ModelIdentity
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.utils import dtype_name, library_versions
 from search.acceptance_tracer import AcceptanceTracer
+from search.baseline import TransformersBaseline, measure_transformers
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,
@@ -122,6 +123,7 @@ class SearchResult:
         interrupted: Whether Ctrl-C ended the search early.
         without_copies: The best candidate at full precision, where the search tried others too and it was measured on
             held-out prompts.
+        transformers: transformers' plain decoding, where it was timed.
     """
 
     study: str
@@ -130,6 +132,7 @@ class SearchResult:
     profile: DraftProfile | None
     interrupted: bool
     without_copies: WithoutCopies | None = None
+    transformers: TransformersBaseline | None = None
 
 
 @dataclass(frozen=True)
@@ -224,12 +227,14 @@ class Search:
             LosslessnessError: A draft changed the output.
         """
         study = self.open()
-        tools, interrupted = None, False
+        tools, transformers, interrupted = None, None, False
         finalists: list[Finalist] = []
         try:
             tools = self.prepare(study)
             self.explore(study, tools)
             self._measure_finalists(study, tools, finalists)
+            length = self.task.settings.max_new_tokens
+            transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)
         except KeyboardInterrupt:
             interrupted = True
         best = max(finalists or measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
@@ -240,6 +245,7 @@ class Search:
             profile=self._profile(best, tools.builder) if best and tools else None,
             without_copies=best_without_copies(finalists, self.task.space),
             interrupted=interrupted,
+            transformers=transformers,
         )
 
     def open(self) -> optuna.Study:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from layerskip.utils import duration
+from studies.categories import CategoryFigures, by_category
 from studies.statistics import (
     FEW_PROMPTS,
     FEWEST_PROMPTS,
@@ -99,6 +100,7 @@ class Comparison:
         entries: The figures of all methods; layerskip's plain decoding is the first.
         left_out: Why other methods could not take part, by name.
         memory: What reading the weights limits plain decoding to, if that was measured.
+        categories: The category of each prompt by its id, where they are questions of a suite.
     """
 
     model: str
@@ -111,6 +113,7 @@ class Comparison:
     entries: Sequence[Entry]
     left_out: Mapping[str, str]
     memory: MemoryLimit | None = None
+    categories: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> Entry | None:
@@ -176,6 +179,7 @@ def described(comparison: Comparison) -> dict[str, Any]:
         "entries": [
             _described(entry)
             | {
+                "categories": [each.described() for each in categories_of(comparison, entry)],
                 "over_transformers": comparison.over_transformers(entry),
                 "share_of_bandwidth": comparison.share_of_bandwidth(entry),
             }
@@ -188,7 +192,7 @@ def described(comparison: Comparison) -> dict[str, Any]:
 
 
 def _described(entry: Entry) -> dict[str, Any]:
-    values = {field.name: getattr(entry, field.name) for field in fields(entry)}
+    values = {each.name: getattr(entry, each.name) for each in fields(entry)}
     prompts, speedup = values.pop("prompts"), values.pop("speedup")
     return {
         **values,
@@ -242,6 +246,18 @@ def _cells(entry: Entry) -> dict[str, str]:
         "training": "" if entry.training_seconds is None else duration(entry.training_seconds),
         "output": _output(entry),
     }
+
+
+def categories_of(comparison: Comparison, entry: Entry) -> list[CategoryFigures]:
+    """A method's figures by category; none outside of suites."""
+    return by_category(entry.prompts, comparison.categories) if comparison.categories else []
+
+
+def category_table(comparison: Comparison) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """The speedup of each method on each category, as text: the names of the columns, and a row for each method."""
+    figures = [(entry.name, categories_of(comparison, entry)) for entry in comparison.entries]
+    columns = ("", *(each.category for each in figures[0][1]))
+    return columns, [[name, *(f"{each.speedup.value:.2f}×" for each in own)] for name, own in figures]
 
 
 def _shared_cells(comparison: Comparison, entry: Entry) -> dict[str, str]:

@@ -60,6 +60,27 @@ class LikeAPool(LikeAGraph):
         self.live, self.used, self.pools = 0, False, self.pools + 1
 
 
+class LikeAddresses(LikeAGraph):
+    """Also fails where a graph would touch freed memory: if the cache lies elsewhere than when the pass was captured.
+
+    Attributes:
+        engine: Whose cache it watches; to be set.
+    """
+
+    engine = None
+
+    def __call__(self, run):
+        replay, address = super().__call__(run), self.engine._cache._store_address
+
+        def checked():
+            assert self.engine._cache._store_address == address, (
+                "the pass knows an address that is no longer the cache's"
+            )
+            return replay()
+
+        return checked
+
+
 call_directly, like_a_graph = CallDirectly(), LikeAGraph()
 
 

@@ -50,8 +50,8 @@ def test_every_stage_runs_at_toy_size_without_the_search_s_libraries(tmp_path):
     assert named["smoke", "failed checks"] == 0
     assert named["plain", "fused sublayers"] == 8
     assert named["gemma-2", "fused sublayers"] == 8
-    assert named["planted", "α 0.95: skip γ 4: texts as plain"] in ("2 of 2", "1 of 2", "0 of 2")  # bfloat16
-    assert 0.5 < named["planted", "α 0.95: skip γ 4: α"] <= 1
+    assert named["planted", "planted 0.95: skip γ 4: texts as plain"] in ("2 of 2", "1 of 2", "0 of 2")  # bfloat16
+    assert 0.5 < named["planted", "planted 0.95: skip γ 4: α"] <= 1
     lines = done.stdout.splitlines()
     assert 15 <= len(lines) <= 25
     assert any(line.startswith("planted") and "wanted ≥ 1.8" in line for line in lines)

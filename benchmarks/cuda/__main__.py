@@ -3,8 +3,9 @@
 python -m benchmarks.cuda --out results
 python -m benchmarks.cuda --out results --device cpu --shape tiny --seconds 60   # every stage, at toy size
 
-Needs torch, transformers, numpy and this repository alone. Stages run in a child process, which is started anew where
-one ends it or takes too long; every number is in results/facts.jsonl the moment it is known.
+Needs torch, transformers, numpy and this repository alone; for its tests, pytest and hypothesis. Stages run in a child
+process, which is started anew where one ends it or takes too long; every number is in results/facts.jsonl the moment it
+is known.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ STAGES = {
     "machine": 20,
     "smoke": 60,
     "plain": 45,
-    "planted": 110,
+    "planted": 130,
     "costs": 45,
-    "kernels": 20,
-    "waits": 20,
-    "tests": 90,
-    "compiled": 80,
-    "gemma-2": 60,
-    "rivals": 60,
+    "kernels": 15,
+    "waits": 15,
+    "rivals": 40,
+    "gemma-2": 40,
+    "tests": 60,
+    "compiled": 60,
 }
 # A stage that takes so much longer than it should hangs.
 _PATIENCE = 2.5

@@ -131,17 +131,16 @@ class Redundancy:
 
 
 @torch.inference_mode()
-def agreement(model: LayerSkipModel, skip_set: SkipSet, tokens: Tensor, precision: Precision = "full") -> float:
-    """How often a draft's choice is the target model's, teacher-forced over a text, ``[n]``.
-
-    The first positions, which have seen little, do not count.
-    """
+def agreement(
+    model: LayerSkipModel, skip_set: SkipSet, tokens: Tensor, precision: Precision = "full", *, start: int = 16
+) -> float:
+    """How often a draft's choice is the target model's, teacher-forced over a text, ``[n]``, from a position on."""
     choices = []
     for stack in (model.target_stack, model.stack_of(skip_set, precision=precision)):
         cache = model.new_cache(len(tokens))
         x = stack.run(model.embed(tokens), model.pass_context(len(tokens), cache))
         choices.append(model.logits(x, None if stack is model.target_stack else stack).argmax(-1))
-    return float((choices[0] == choices[1])[16:].float().mean())
+    return float((choices[0] == choices[1])[start:].float().mean())
 
 
 class Plant:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +33,9 @@ from layerskip.sampling import Sampling
 from layerskip.skip_set import SkipSet
 
 _TINY = "tiny"
+_PROMPT = [1, 2, 3, 4]
+# In float32.
+_NEAR_TIE = 1e-3
 
 
 def smoke(bench: Bench, facts: Facts) -> None:
@@ -75,7 +80,7 @@ def _decode(
     drafter = None if config is None else make_drafter(model, config)
     return generate(
         model,
-        [1, 2, 3, 4],
+        _PROMPT,
         engine=engine,
         drafter=drafter,
         sampling=sampling,
@@ -106,9 +111,24 @@ def _same_texts(
     if eager == captured:
         return "same"
     at = next(i for i, (a, b) in enumerate(zip(eager, captured, strict=True)) if a != b)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not _is_near_tie(model, [*_PROMPT, *eager[:at]]):
         raise AssertionError(f"texts part after {at} tokens")
     return f"parts after {at} tokens, in {dtype}"
+
+
+@torch.inference_mode()
+def _is_near_tie(model: LayerSkipModel, text: Sequence[int]) -> bool:
+    """Whether the two best logits after a text are closer than passes of different width may differ by."""
+    tokens = torch.tensor(text, device=model.device)
+    logits = model.logits(model.forward(tokens, model.new_cache(len(tokens)))[:, -1:])[0]
+    first, second = logits.topk(2).values.tolist()
+    return bool(first - second < _NEAR_TIE)
+
+
+def _same_text(model: LayerSkipModel, ours: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether texts after the usual prompt are the same up to a near-tie."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != b), None)
+    return at is None or _is_near_tie(model, [*_PROMPT, *expected[:at]])
 
 
 def _grows(bench: Bench) -> str:
@@ -118,7 +138,8 @@ def _grows(bench: Bench) -> str:
     for length in (20, 300, 20, 700):
         config = DraftConfig(SkipSet(4, (1,)), stopping=FixedLength(2))
         ours = _decode(model, engine, config, max_new_tokens=length).tokens
-        assert ours == _decode(model, EagerEngine(model), None, max_new_tokens=length).tokens, f"{length} tokens"
+        expected = _decode(model, EagerEngine(model), None, max_new_tokens=length).tokens
+        assert _same_text(model, ours, expected), f"{length} tokens"
     return "same"
 
 
@@ -128,7 +149,8 @@ def _many_skip_sets(bench: Bench, count: int) -> str:
     expected = _decode(model, engine, None).tokens
     for number in (*range(1, count), 1):
         skip_set = SkipSet.from_mask([bool(number >> bit & 1) for bit in range(8)])
-        assert _decode(model, engine, DraftConfig(skip_set, stopping=FixedLength(2))).tokens == expected, str(skip_set)
+        ours = _decode(model, engine, DraftConfig(skip_set, stopping=FixedLength(2))).tokens
+        assert _same_text(model, ours, expected), str(skip_set)
     return "same"
 
 
@@ -177,19 +199,20 @@ def _methods(bench: Bench, model: LayerSkipModel, acceptance: float) -> dict[str
     methods["skip, sampled"] = _Method(
         DraftConfig(skip_set, stopping=FixedLength(4)), Sampling(temperature=0.8, seed=0)
     )
-    for precision in model.copies.precisions[1:]:
+    # Copies of a large model take seconds to make, so they are made once.
+    for precision in model.copies.precisions[1:] if acceptance > 0.9 else ():
         nothing = DraftConfig(SkipSet(model.num_layers), precision=precision, stopping=FixedLength(4))
         methods[f"{precision} γ 4"] = _Method(nothing)
         methods[f"{precision} and skip γ 4"] = _Method(replace(nothing, skip_set=skip_set))
         methods[f"{precision} and skip γ 6"] = _Method(replace(nothing, skip_set=skip_set, stopping=FixedLength(6)))
-    return {f"α {acceptance}: {name}": method for name, method in methods.items()}
+    return {f"planted {acceptance}: {name}": method for name, method in methods.items()}
 
 
 def decode_planted(bench: Bench, facts: Facts) -> None:
     """Whole rounds on a model of which it is known what it does not need: measured against predicted speedups."""
-    for acceptance in (0.95, 0.9, 0.8):
+    for acceptance in (0.95, 0.8):
         model, strength = bench.planted(acceptance)
-        facts.add(f"α {acceptance}: strength of weak sublayers", strength)
+        facts.add(f"planted {acceptance}: strength of weak sublayers", strength)
         _measure_methods(bench, facts, model, _methods(bench, model, acceptance))
 
 
@@ -235,11 +258,14 @@ def _measure_methods(bench: Bench, facts: Facts, model: LayerSkipModel, methods:
             decoded[name].append(_Decoded(latest[name], seconds[name]))
     plain = decoded.pop("plain")
     facts.add(f"{names[1].partition(':')[0]}: plain tokens/s", len(prompts) * length / _total(plain), "1/s")
-    text = torch.tensor([*prompts[0], *plain[0].generation.tokens], device=bench.device)
+    texts = [
+        torch.tensor([*prompt, *one.generation.tokens], device=bench.device)
+        for prompt, one in zip(prompts, plain, strict=True)
+    ]
     for name, method in methods.items():
         _compare(facts, name, plain, decoded[name])
         if isinstance(method.config.stopping, FixedLength) and method.sampling is None:
-            _predict(facts, name, engine, method.config, text, plain, decoded[name])
+            _predict(facts, name, engine, method.config, texts, plain, decoded[name])
 
 
 def _total(decoded: Iterable[_Decoded]) -> float:
@@ -262,14 +288,14 @@ def _predict(
     name: str,
     engine: GraphEngine,
     config: DraftConfig,
-    text: Tensor,
+    texts: Sequence[Tensor],
     plain: Sequence[_Decoded],
     own: Sequence[_Decoded],
 ) -> None:
     """What the measured costs say: with the rounds that there were, and with the rate of acceptance alone."""
     model, length = engine.model, config.stopping.new_state().max_length
     stack = model.stack_of(config.skip_set, precision=config.precision)
-    passes = Passes(engine, len(text) - 32, text)
+    passes = Passes(engine, len(texts[0]) - 32, texts[0])
     runs: dict[str, Callable[[], object]] = {
         "plain": lambda: passes.verify(1),
         "verify": lambda: passes.verify(length + 1),
@@ -282,16 +308,34 @@ def _predict(
     by_counts = prefill + drafts * seconds["draft"] + verifications * seconds["verify"]
     measured = _total(plain) / _total(own)
     facts.add(f"{name}: measured / predicted by counts", by_counts / _total(own))
-    acceptance = agreement(model, config.skip_set, text, config.precision)
+    # Where drafts are made: after the prompts.
+    starts = [len(text) - len(one.generation.tokens) - 1 for text, one in zip(texts, plain, strict=True)]
+    acceptance = statistics.mean(
+        agreement(model, config.skip_set, text, config.precision, start=start)
+        for text, start in zip(texts, starts, strict=True)
+    )
     facts.add(f"{name}: α", acceptance)
     predicted = speedup(acceptance, length, seconds["draft"] / seconds["plain"], seconds["verify"] / seconds["plain"])
     facts.add(f"{name}: measured / predicted by α", measured / predicted)
 
 
+# Files that have tests for a device.
+_GPU_TESTS = (
+    "engine/test_cuda_graphs",
+    "test_model",
+    "test_utils_timing",
+    "test_generation_host_reads",
+    "test_generation_identity",
+    "test_fingerprint",
+    "drafting/test_quantization",
+)
+
+
 def run_gpu_tests(bench: Bench, facts: Facts) -> None:
     """The tests that need a device; on a CPU they are collected alone."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings="]
-    command += ["--timeout", "60", f"--junitxml={bench.out / 'gpu-tests.xml'}"]
+    command += ["--timeout", "60", "--continue-on-collection-errors", f"--junitxml={bench.out / 'gpu-tests.xml'}"]
+    command += [f"tests/layerskip/{name}.py" for name in _GPU_TESTS]
     command += ["--collect-only"] if bench.device.type != "cuda" else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     (bench.out / "gpu-tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -318,6 +362,7 @@ def time_compiled_sublayers(bench: Bench, facts: Facts) -> None:
     counters = torch._dynamo.utils.counters
     facts.add("graph breaks", sum(counters["graph_break"].values()))
     facts.add("frames compiled", counters["stats"].get("unique_graphs", 0))
+    facts.add("frames", dict(counters["frames"]))
 
 
 @torch.inference_mode()
@@ -326,6 +371,7 @@ def time_gemma_2(bench: Bench, facts: Facts) -> None:
     bench.__dict__.pop("engine", None)  # room for another large model
     bench.__dict__.pop("model", None)
     bench.__dict__.pop("_planted", None)
+    gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
@@ -365,8 +411,12 @@ def time_rivals(bench: Bench, facts: Facts) -> None:
 
         return length / seconds_of(decode, bench.device, repeats=2)
 
-    facts.add("transformers tokens/s", tokens_per_second(), "1/s")
-    facts.add("transformers static tokens/s", tokens_per_second(cache_implementation="static"), "1/s")
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as without layerskip
+        facts.add("transformers tokens/s", tokens_per_second(), "1/s")
+        facts.add("transformers static tokens/s", tokens_per_second(cache_implementation="static"), "1/s")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     engine = bench.engine
 
     def ours() -> object:

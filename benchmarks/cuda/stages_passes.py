@@ -71,9 +71,6 @@ def _time_products(bench: Bench, facts: Facts, name: str, rows: int, columns: in
     runs = {f"{name} {k} {m} rows": partial(run, inputs[m]) for (k, run), m in product(kernels.items(), inputs)}
     for run, seconds in interleaved(runs, bench.device).items():
         facts.add(run, 1e6 * seconds, "us")
-    if "int8" in kernels and bench.device.type == "cuda":
-        # Tensor cores want 8 bits in a layout of their own; this is what one product of dequantized weights would take.
-        facts.add(f"{name} weight", weight.nbytes / 2**20, "MiB")
 
 
 @torch.inference_mode()
@@ -98,17 +95,16 @@ def time_plain_steps(bench: Bench, facts: Facts) -> None:
     facts.add_seconds("eager step", seconds_of(lambda: known.verify(1), bench.device))
     if bench.device.type != "cuda":
         return
-    for cudnn in (False, True):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        fresh = Passes(eager, bench.context, tokens)
-        lengths = []
-        for _ in range(12):  # a new length each
-            lengths.append(timed(partial(eager.verify, tokens[:1], fresh.cache), bench.device))
-        facts.add_seconds(f"eager step at a new length, cuDNN {'on' if cudnn else 'off'}", sorted(lengths)[6])
-    captured_with_cudnn = new_graph_engine(model)
-    with_cudnn = Passes(captured_with_cudnn, bench.context, tokens)
-    facts.add_seconds("captured step, cuDNN on", seconds_of(lambda: with_cudnn.verify(1), bench.device))
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        for cudnn in (False, True):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            fresh = Passes(eager, bench.context, tokens)
+            lengths = [timed(partial(eager.verify, tokens[:1], fresh.cache), bench.device) for _ in range(12)]
+            facts.add_seconds(f"eager step at a new length, cuDNN {'on' if cudnn else 'off'}", sorted(lengths)[6])
+        with_cudnn = Passes(new_graph_engine(model), bench.context, tokens)
+        facts.add_seconds("captured step, cuDNN on", seconds_of(lambda: with_cudnn.verify(1), bench.device))
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def evenly_kept(num_layers: int, share: float) -> SkipSet:
@@ -172,6 +168,8 @@ def profile_kernels(bench: Bench, facts: Facts) -> None:
                 torch.cuda.synchronize()
         micros, counts = Counter[str](), Counter[str]()
         for event in profiler.events():
+            if on_cuda and "CUDA" not in str(event.device_type):  # calls that started kernels
+                continue
             taken = event.device_time if on_cuda else event.self_cpu_time_total
             micros[event.name] += taken / 3
             counts[event.name] += 1
@@ -210,7 +208,8 @@ def count_waits(bench: Bench, facts: Facts) -> None:
         )
         decode()
         waits, stats = _waits_of(decode, bench)
-        facts.add(f"{name}: waits a round", waits / max(stats.rounds, 1))
+        of_prompt, _ = _waits_of(partial(decode, max_new_tokens=1), bench)
+        facts.add(f"{name}: waits a round", (waits - of_prompt) / max(stats.rounds, 1))
         if config is not None and config.stopping.new_state().max_length > 4:
             facts.add(f"{name}: draft steps a round", stats.drafted / max(stats.rounds, 1))
     with torch.inference_mode():

@@ -37,12 +37,12 @@ PASS_LINES = (
     PassLine("costs", "c(50% kept) after a short text", "≤ 0.57", lambda x: x <= 0.57),
     PassLine("costs", "c(int4) after a short text", "≤ 0.45", lambda x: x <= 0.45),
     PassLine(
-        "planted", "α 0.95: skip γ 4: measured / predicted by counts", "0.95 to 1.05", lambda x: 0.95 <= x <= 1.05
+        "planted", "planted 0.95: skip γ 4: measured / predicted by counts", "0.95 to 1.05", lambda x: 0.95 <= x <= 1.05
     ),
-    PassLine("planted", "α 0.9: skip γ 4: speedup", "", lambda x: True),
-    PassLine("planted", "α 0.95: int4 and skip γ 4: α", "", lambda x: True),
-    PassLine("planted", "α 0.95: int4 and skip γ 4: speedup", "≥ 1.8", lambda x: x >= 1.8),
-    PassLine("planted", "α 0.95: int4 and skip γ 4: tokens/s", "", lambda x: True),
+    PassLine("planted", "planted 0.95: skip γ 4: speedup", "", lambda x: True),
+    PassLine("planted", "planted 0.95: int4 and skip γ 4: α", "", lambda x: True),
+    PassLine("planted", "planted 0.95: int4 and skip γ 4: speedup", "≥ 1.8", lambda x: x >= 1.8),
+    PassLine("planted", "planted 0.95: int4 and skip γ 4: tokens/s", "", lambda x: True),
     PassLine("waits", "fixed length: waits a round", "≤ 1", lambda x: x <= 1.2),
     PassLine("tests", "exit status", "0", lambda x: x == 0),
     PassLine("compiled", "compiled v(1)", "", lambda x: True),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from layerskip.checks import instance, real_number, shown, whole_number
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
@@ -36,7 +37,7 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         for name, least in (("shortest", 1), ("length", 1), ("longest", self.shortest)):
-            if getattr(self, name) < least:
+            if whole_number(name, getattr(self, name)) < least:
                 raise InvalidInputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def __str__(self) -> str:
@@ -108,12 +109,17 @@ class DraftConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.target_confidence_threshold <= 1:
+        instance("skip_set", self.skip_set, SkipSet)
+        if isinstance(self.stopping, type) or not hasattr(self.stopping, "new_state"):
+            raise InvalidInputError(f"stopping: expected a stopping rule, got {shown(self.stopping)}")
+        if self.prompt_lookup is not None:
+            instance("prompt_lookup", self.prompt_lookup, PromptLookup)
+        if not 0 <= real_number("target_confidence_threshold", self.target_confidence_threshold) <= 1:
             raise InvalidInputError(
                 f"target_confidence_threshold: expected a number from 0 to 1, got {self.target_confidence_threshold}"
             )
-        if self.precision not in PRECISIONS:
-            raise InvalidInputError(f"precision: expected {' or '.join(PRECISIONS)}, got {self.precision}")
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
+            raise InvalidInputError(f"precision: expected {' or '.join(PRECISIONS)}, got {shown(self.precision)}")
         widths_of(self.tree)
         if self.draft_layer is not None:
             object.__setattr__(self, "skip_set", _early_exit(self.skip_set, self.draft_layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layerskip.checks import instance
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.head_drafter import HeadDrafter
@@ -24,6 +25,8 @@ def make_drafter(model: LayerSkipModel, config: DraftConfig, weights: DraftWeigh
     Raises:
         InvalidInputError: The configuration or the weights are for another model.
     """
+    instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
+    instance("config", config, DraftConfig)
     drafter: Drafter
     if weights is not None and weights.heads is not None:
         drafter = HeadDrafter(model, config, weights)

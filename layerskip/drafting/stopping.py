@@ -10,16 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from layerskip.checks import real_number, whole_number
 from layerskip.errors import InvalidInputError
 
 
 def _check_length(name: str, value: int) -> None:
-    if value < 1:
+    if whole_number(name, value) < 1:
         raise InvalidInputError(f"{name}: expected at least 1, got {value}")
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    if not 0 <= real_number(name, value) <= 1:
         raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
 
 

@@ -13,6 +13,9 @@ from layerskip.engine.fused_sublayers import FusedAttention, FusedMLP
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import AttentionSublayer, Sublayer, attend, feed_forward
 
+# More than captured passes have: some 13 widths and a handful of buckets, of trees and of chains.
+_SHAPES = 512
+
 
 def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a model's sublayers; the Hugging Face model stays as it is.
@@ -22,14 +25,20 @@ def compile_sublayers(model: LayerSkipModel, backend: str | Callable[..., Any] =
     one token, several. They happen in the first passes and take seconds to minutes. Reading and writing the cache is
     left out of the compiled code, because its length changes with every pass.
 
-    Sets ``torch._dynamo.config.allow_unspec_int_on_nn_module`` for the process: without it every layer would be
-    compiled separately, because transformers' attention knows its layer's number.
+    Sets ``allow_unspec_int_on_nn_module`` of ``torch._dynamo.config`` for the process, without which every layer would
+    be compiled separately, because transformers' attention knows its layer's number; and raises its recompile limits.
 
     Args:
         model: The model. Make its engine afterwards, because passes cost something else now.
         backend: As in ``torch.compile``.
     """
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # Captured passes have fixed shapes: a compilation for each width and bucket. Beyond the limit, passes would run as
+    # they are, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, 2 * _SHAPES
+    )
     # Contexts grow with every pass: dynamic from the start, instead of first compiling for the length of the first.
     attention = torch.compile(_attend, backend=backend, dynamic=True)
     mlp = torch.compile(feed_forward, backend=backend, dynamic=True)

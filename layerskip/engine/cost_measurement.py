@@ -28,7 +28,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24)
 _CONTEXT = 128
 _REPEATS = 7
 # Changes when the same passes would be measured as something else, so that costs of earlier versions are not used.
-_METHOD = 2
+_METHOD = 3
 # The lengths of a cost model, and its repeats. Prompts cost much more than steps, and less depends on them.
 _CONTEXTS = (64, 512)
 _MODEL_REPEATS = 11
@@ -55,7 +55,11 @@ def _key(engine: Engine) -> str:
     model = engine.model
     config = model.config.to_diff_dict()
     where = [str(model.dtype), device_name(model.device), model.config._attn_implementation, library_versions()]
-    engine_kind = [engine.name, getattr(engine, "plain_one_row", False), model.compiled]
+    engine_kind = [
+        engine.name,
+        *(getattr(engine, name, False) for name in ("plain_one_row", "in_place")),
+        model.compiled,
+    ]
     what = [config, WIDTHS, _module_kinds(model.hf_model), *engine_kind, _METHOD, *where]
     return digest(what)
 

@@ -29,8 +29,8 @@ from layerskip.token_tree import MOST_LEAVES, TokenTree
 logger = logging.getLogger(__name__)
 
 # Captured stacks kept, those used last; a search goes through hundreds, and each holds buffers of its own. Measuring
-# costs goes through seven in turn.
-_STACKS_KEPT = 8
+# costs goes through up to 21 in turn, seven for each precision.
+_STACKS_KEPT = 32
 # A generation that ends within so many of the smallest buckets has one bucket. Reading all of their keys and values
 # costs less than capturing passes anew in the middle of a text: on Llama-3-8B, under a percent of the bytes of a step.
 _ONE_BUCKET = 4
@@ -74,6 +74,9 @@ class GraphEngine:
         in_place: Whether weights that take the same input may be laid one after the other in memory, so that they
             are one product. They stay the same parameters with the same values.
 
+    Attributes:
+        in_place: See above.
+
     Raises:
         InvalidInputError: The model is not on one CUDA device, and ``capture`` is None.
     """
@@ -95,11 +98,12 @@ class GraphEngine:
             raise InvalidInputError(f"engine '{self.name}': {self.needs}; use the eager engine")
         self.costs: PassCosts | None = None
         self.model = model
-        self._smallest_bucket, self._in_place = smallest_bucket, in_place
+        self._smallest_bucket, self.in_place = smallest_bucket, in_place
         self._eager = EagerEngine(model)
         self._capture = capture or CudaGraphCapture(model.device)
         self._cache: GraphCache | None = None
         self._planned = 0  # positions of the generation that runs
+        self._moves = 0  # of the cache that passes were captured with
         self._drafts: dict[StackKey, _CapturedSteps] = {}
         self._verifications: dict[tuple[int, int], CapturedVerification] = {}  # by width and bucket
         self._trees: dict[tuple[int, int], CapturedTree] = {}  # likewise
@@ -112,12 +116,13 @@ class GraphEngine:
         steps: dict[int, Step] = {}
         for index, sublayer in enumerate(map(uncompiled, model.sublayers)):
             expected = fusing.probe(sublayer)
-            if self._in_place:
+            if self.in_place:
                 join_weights(sublayer.module)
             steps[index] = fusing.fused(sublayer, expected, model.dtype)
         norm = fused_norm(model.final_norm)
-        # Prompts, whose lengths all differ, are not compiled.
+        # Passes whose shapes all differ are not compiled.
         self._eager.passes = model.through(list(steps.values()), model.head, norm)
+        self._uncompiled_stacks = FusedStacks(model, dict(steps), fusing)
         backend = model.compile_backend
         if backend is not None:
             for index, sublayer in enumerate(model.sublayers):
@@ -155,6 +160,7 @@ class GraphEngine:
         if self._cache is None or self._cache.capacity < needed:
             self._drop_captured()
             self._cache = GraphCache(self.model.num_layers, max(needed, self._capacity_for(self._roomy())))
+            self._moves = 0
         self._cache.rollback(0)
         self._cache.uses += 1
         self._planned = capacity
@@ -189,14 +195,14 @@ class GraphEngine:
     def draft_step(self, tokens: Tensor, cache: KVCache, stack: Stack) -> DraftStep:
         captured = self._captured_step(len(tokens), cache, stack) if len(tokens) <= 2 else None
         if captured is None:  # more tokens that a draft layer has not seen, of any number: once a text
-            return replace(self._eager.draft_step(tokens, cache, self._stacks.of(stack)), prefix=None)
+            return replace(self._eager.draft_step(tokens, cache, self._uncompiled_stacks.of(stack)), prefix=None)
         step = captured(tokens, cache.length)
         cache.advance(1)
         return step
 
     def _captured_step(self, width: int, cache: KVCache, stack: Stack) -> CapturedDraft | CapturedCatchUp | None:
         """The draft step over one or two tokens, captured now where it was not yet; None where passes run eagerly."""
-        own, bucket = self._room_for(1, cache)
+        own, bucket = self._room_for(width, cache)
         steps = self._steps_of(stack)
         if width == 1:
             return self._captured_in_bucket(steps.one, bucket, lambda: self._capture_draft(steps.stack, bucket, own))
@@ -237,12 +243,12 @@ class GraphEngine:
     def _room_for(self, width: int, cache: KVCache) -> tuple[GraphCache, int]:
         """The cache, and the bucket that a pass of this width needs."""
         assert isinstance(cache, GraphCache)  # every cache of this engine is its own
-        before = cache.capacity
         cache.reserve(width)
-        if cache.capacity != before:  # it lies elsewhere now
+        if cache.moves != self._moves:  # a prompt may have let it grow
             self._drop_captured()
+            self._moves = cache.moves
         planned = min(self._capacity_for(self._planned), _ONE_BUCKET * self._smallest_bucket)
-        return cache, max(self.bucket_of(cache.length + width), planned)
+        return cache, min(max(self.bucket_of(cache.length + width), planned), cache.capacity)
 
     def _steps_of(self, stack: Stack) -> _CapturedSteps:
         """A stack's captured steps; those of the stacks used longest ago are dropped."""

@@ -47,10 +47,14 @@ class GraphCache(KVCache):
     Args:
         num_layers: Number of decoder layers.
         capacity: Positions to allocate.
+
+    Attributes:
+        moves: How often it has grown. Passes that were captured before know addresses that are no longer its.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(num_layers, capacity)
+        self.moves = 0
         self._positions: Tensor | None = None
         self._bucket = self._known_rows = 0
         self._store: Tensor | None = None  # [2 * num_layers, heads, capacity, dim]
@@ -73,9 +77,9 @@ class GraphCache(KVCache):
             self._positions = None
 
     def reserve(self, positions: int) -> None:
-        """As for any cache; where it grows, passes that were captured before know addresses that are no longer its."""
         if self.length + positions > self.capacity:
             self._store, self._stored = None, 0
+            self.moves += 1
         super().reserve(positions)
 
     def compact(self, past: int, rows: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -12,6 +13,9 @@ import torch
 from layerskip.errors import CaptureError, first_line
 
 Outputs = TypeVar("Outputs")
+
+# Captures of several engines, in threads of one process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Capture(Protocol):
@@ -51,7 +55,8 @@ class CudaGraphCapture:
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             try:
-                with _no_garbage_collection():  # which could destroy another graph, and so end the capture
+                # Garbage collection could destroy another graph, and so end the capture.
+                with _ONE_AT_A_TIME, _no_garbage_collection():
                     return self._captured(run)
             except (RuntimeError, NotImplementedError) as error:
                 torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind
@@ -66,7 +71,8 @@ class CudaGraphCapture:
             run()  # libraries allocate their workspaces at the first call, which must not be captured
         torch.cuda.current_stream().wait_stream(self._warm_up)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Of other threads nothing is forbidden meanwhile; they may decode eagerly.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = run()
 
         def replay() -> Outputs:

@@ -27,6 +27,9 @@ class Joint(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """All layers' outputs, ``[..., sum of sizes]``, of inputs ``[..., in_features]``."""
 
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """Each layer's outputs, ``[..., size]``."""
+
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual`` plus the outputs, of the same shape."""
 
@@ -44,6 +47,10 @@ class QuantizedJoint:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x)
+
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = self(x).split(self.sizes, dim=-1)
+        return parts
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self._multiply(x)
@@ -64,8 +71,15 @@ class PlainJoint:
         self._products = list(zip(weights, biases, strict=True)) if whole is None else [(whole, joined_bias(linears))]
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = [functional.linear(x, weight, bias) for weight, bias in self._products]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        products = self._multiplied(x)
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        products = self._multiplied(x)
+        return products if len(products) == len(self.sizes) else products[0].split(self.sizes, dim=-1)
+
+    def _multiplied(self, x: Tensor) -> list[Tensor]:
+        return [functional.linear(x, weight, bias) for weight, bias in self._products]
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
@@ -82,10 +96,10 @@ def join_weights(module: nn.Module) -> None:
             continue
         weights = [linear.weight for linear in linears]
         if _as_one([weight.detach() for weight in weights]) is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # parameters stay what can be trained
                 parts = torch.cat(weights).split([len(weight) for weight in weights])
-            for weight, part in zip(weights, parts, strict=True):
-                weight.data = part
+                for weight, part in zip(weights, parts, strict=True):
+                    weight.data = part
 
 
 def _as_one(weights: Sequence[Tensor]) -> Tensor | None:

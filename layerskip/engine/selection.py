@@ -6,6 +6,7 @@ import difflib
 
 import torch
 
+from layerskip.checks import instance, shown
 from layerskip.engine.base import Engine
 from layerskip.engine.cost_measurement import load_costs
 from layerskip.engine.cuda_graphs import GraphEngine
@@ -27,6 +28,8 @@ def check_engine(name: str, device: torch.device) -> None:
     Raises:
         InvalidInputError: There is no such engine, or it needs another device.
     """
+    if not isinstance(name, str):
+        raise InvalidInputError(f"engine: expected a name, got {shown(name)}")
     if name not in ENGINES:
         similar = difflib.get_close_matches(name, ENGINES, n=1)
         guess = f"; did you mean '{similar[0]}'?" if similar else ""
@@ -53,6 +56,7 @@ def make_engine(model: LayerSkipModel, name: str = EagerEngine.name, *, in_place
     Raises:
         InvalidInputError: There is no such engine, or it cannot run this model.
     """
+    instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
     check_engine(name, model.device)
     engine = _engine(model, name, in_place=in_place)
     engine.costs = load_costs(engine)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from studies.comparison import COLUMNS, Comparison, Entry, table
+import plotly.graph_objects as go
+
+from studies.comparison import COLUMNS, Comparison, Entry, categories_of, category_table, table
 from studies.figures.style import (
     BLUE,
     GREEN,
@@ -15,6 +17,7 @@ from studies.figures.style import (
     DataTable,
     Picture,
     SpeedupRow,
+    add_break_even,
     empty_figure,
     format_speedup,
     speedup_rows,
@@ -30,7 +33,8 @@ _MARKERS: dict[str, dict[str, Any]] = {
 
 def comparison_figures(comparison: Comparison) -> list[Picture]:
     """All figures of a comparison, in reading order."""
-    return [_table_of_figures(comparison), _speedups(comparison), _time_per_token(comparison)]
+    by_category = [_by_category(comparison)] if comparison.categories else []
+    return [_table_of_figures(comparison), _speedups(comparison), *by_category, _time_per_token(comparison)]
 
 
 def _table_of_figures(comparison: Comparison) -> Picture:
@@ -57,6 +61,31 @@ def _speedups(comparison: Comparison) -> Picture:
     ]
     data = DataTable(("", "prompt", "speedup"), cells)
     return Picture("speedups", "Speedup over plain decoding", caption, speedup_rows(rows), data)
+
+
+def _by_category(comparison: Comparison) -> Picture:
+    title = "Speedup by category"
+    caption = "Of each method on the questions of each category, against layerskip's plain decoding."
+    columns, rows = category_table(comparison)
+    drawn = empty_figure(
+        height=max(26 * len(columns) * max(len(comparison.entries) - 1, 1) + 130, 300),
+        barmode="group",
+        xaxis={"title": {"text": "speedup"}},
+        yaxis={"autorange": "reversed"},
+    )
+    add_break_even(drawn, "x")
+    for entry in comparison.entries[1:]:
+        figures = categories_of(comparison, entry)
+        drawn.add_trace(
+            go.Bar(
+                x=[each.speedup.value for each in figures],
+                y=[each.category for each in figures],
+                orientation="h",
+                name=entry.name,
+                hovertemplate="%{y}: %{x:.2f}×<extra></extra>",
+            )
+        )
+    return Picture("categories", title, caption, drawn, DataTable(columns, rows))
 
 
 def _kind(entry: Entry) -> str:

@@ -78,6 +78,12 @@ def other_model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def narrow_model_folder(tmp_path_factory):
+    """Another architecture."""
+    return save_model(tmp_path_factory.mktemp("models") / "Narrow", seed=0, intermediate_size=16)
+
+
+@pytest.fixture(scope="session")
 def checkpoint(model_folder):
     return load_checkpoint(str(model_folder), device="cpu", dtype="float32")
 

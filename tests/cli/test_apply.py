@@ -122,10 +122,16 @@ def test_the_model_may_lie_elsewhere(apply, make_profile, model_folder, expected
     assert apply(moved, "hello", "--model", tmp_path / "elsewhere").object["token_ids"] == expected("hello")
 
 
-def test_another_model_is_refused(apply, profile, other_model_folder):
-    done = apply(profile, "hello", "--model", other_model_folder)
+def test_a_model_of_other_sizes_is_refused(apply, profile, narrow_model_folder):
+    done = apply(profile, "hello", "--model", narrow_model_folder)
     assert done.status == 1
-    assert done.error.startswith(f"{profile}: model.fingerprint: ")
+    assert done.error.startswith(f"{profile}: model.intermediate_size: ")
+
+
+def test_other_weights_of_the_same_sizes_are_taken_with_one_line(run_command, profile, other_model_folder):
+    done = run_command("apply", profile, "hello", "--model", other_model_folder, "--max-new-tokens", 4, "--json")
+    assert done.status == 0
+    assert "was measured on other weights of these sizes" in done.err
 
 
 def test_sampling_is_repeatable_by_its_seed_and_new_without_one(apply, profile, expected):

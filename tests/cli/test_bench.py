@@ -86,10 +86,10 @@ def test_without_prompts_the_built_in_ones_that_searches_hold_out_are_decoded_as
     assert (result.object["prompts"], result.object["max_new_tokens"]) == (8, 2)
 
 
-def test_another_model_is_refused(bench, profile, other_model_folder):
-    done = bench(profile, "--model", other_model_folder)
+def test_another_model_is_refused(bench, profile, narrow_model_folder):
+    done = bench(profile, "--model", narrow_model_folder)
     assert done.status == 1
-    assert done.error.startswith(f"{profile}: model.fingerprint: ")
+    assert done.error.startswith(f"{profile}: model.intermediate_size: ")
 
 
 def test_one_prompt_has_no_interval(layerskip, profile, tmp_path):
@@ -109,7 +109,7 @@ def test_one_prompt_has_no_interval(layerskip, profile, tmp_path):
 )
 def test_a_speedup_that_shows_nothing_is_said_to_show_nothing(capsys, low, prompts, doubt):
     figures = {"speedup": 1.2, "speedup_low": low, "speedup_high": 1.3, "prompts": prompts}
-    command._report(HERE | figures, built_in=False)
+    command._report(HERE | figures, None, "prompt")
     assert capsys.readouterr().out.endswith(f"recorded  none: the profile was never measured\n{doubt}")
 
 

@@ -80,10 +80,10 @@ def test_ready_profiles_of_the_model_are_included(compare, profile, tmp_path, mo
     assert [one["name"] for one in given["entries"]][2:] == ["profile"]
 
 
-def test_a_profile_of_another_model_is_refused(layerskip, profile, other_model_folder, prompts):
-    done = layerskip("compare", other_model_folder, "--profile", profile, "--prompts", prompts)
+def test_a_profile_of_another_model_is_refused(layerskip, profile, narrow_model_folder, prompts):
+    done = layerskip("compare", narrow_model_folder, "--profile", profile, "--prompts", prompts)
     assert done.status == 1
-    assert done.error.startswith(f"{profile}: model.fingerprint: ")
+    assert done.error.startswith(f"{profile}: model.intermediate_size: ")
 
 
 @pytest.mark.parametrize(

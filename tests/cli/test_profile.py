@@ -50,14 +50,14 @@ def test_check_says_that_a_profile_is_valid(layerskip, profile):
     }
 
 
-def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_folder, other_model_folder):
+def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_folder, narrow_model_folder):
     done = layerskip("profile", "check", profile, "--model", model_folder)
     assert (done.status, done.out) == (0, f"{profile}: a valid draft profile for {model_folder}\n")
 
-    wrong = layerskip("profile", "check", profile, "--model", other_model_folder)
+    wrong = layerskip("profile", "check", profile, "--model", narrow_model_folder)
     assert wrong.status == 1
-    assert wrong.error.startswith(f"{profile}: model.fingerprint: the profile is for ")
-    as_json = layerskip("profile", "check", profile, "--model", other_model_folder, "--json")
+    assert wrong.error.startswith(f"{profile}: model.intermediate_size: the profile is for ")
+    as_json = layerskip("profile", "check", profile, "--model", narrow_model_folder, "--json")
     assert (as_json.status, as_json.error) == (1, wrong.error)
 
 

@@ -224,8 +224,8 @@ def test_a_draft_without_attention_is_an_error():
 
 
 def test_another_model_is_an_error():
-    with pytest.raises(InvalidProfileError, match="fingerprint"):
-        profile_for(tiny_llama()).as_assistant(tiny_llama(seed=1))
+    with pytest.raises(InvalidProfileError, match="intermediate_size"):
+        profile_for(tiny_llama()).as_assistant(tiny_llama(intermediate_size=16))
 
 
 @pytest.mark.parametrize("part", ["", "model", "model.layers.1.self_attn"])

@@ -369,9 +369,30 @@ def test_an_assistant_is_made_of_the_model_and_not_of_its_wrapper(llama):
         profile_for(llama).as_assistant(llama)
 
 
-def test_other_weights_of_the_same_shape_are_another_model(llama):
+def test_a_profile_fits_other_weights_of_the_same_sizes_and_says_so_once(llama, caplog):
+    other = LayerSkipModel(tiny_llama(seed=1))
+    profile = profile_for(llama)
+    for _ in range(2):
+        drafter = profile.drafter(other)
+    ours = generate(other, [1, 2, 3], drafter=drafter, max_new_tokens=12, eos_token_ids=()).tokens
+    assert ours == generate(other, [1, 2, 3], max_new_tokens=12, eos_token_ids=()).tokens
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("draft profile: was measured on other weights of these sizes (")
+    assert line.endswith("'layerskip bench' measures the speedup here")
+    caplog.clear()
+    profile.check(llama)
+    assert not caplog.records
+
+
+def test_a_profile_with_tensors_is_for_the_weights_that_they_were_fitted_to(llama):
+    profile = profile_for(llama, DraftWeights(token_ids=torch.arange(8)))
     with pytest.raises(InvalidProfileError, match=r"^draft profile: model\.fingerprint: the profile is for "):
-        profile_for(llama).check(LayerSkipModel(tiny_llama(seed=1)))
+        profile.check(LayerSkipModel(tiny_llama(seed=1)))
+
+
+def test_a_profile_is_for_no_other_sizes(llama):
+    with pytest.raises(InvalidProfileError, match=r"^draft profile: model\.intermediate_size: the profile is for "):
+        profile_for(llama).check(LayerSkipModel(tiny_llama(intermediate_size=16)))
 
 
 @pytest.mark.parametrize(("speedup", "pays"), [(1.01, True), (1.0, False), (0.6, False)])

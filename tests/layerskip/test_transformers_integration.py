@@ -527,8 +527,7 @@ def test_a_changed_model_is_checked_and_wrapped_anew(checks):
     assert decode.prepare(model).model.config._attn_implementation == "eager"
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    with pytest.raises(InvalidProfileError, match="fingerprint"):
-        generate(model, custom_generate=decode)
+    assert greedy(model, custom_generate=decode) == greedy(model)  # a profile fits other weights, too
 
 
 def test_a_prepared_engine_is_the_one_that_generations_use(tmp_path):
@@ -623,8 +622,8 @@ def test_a_model_in_training_mode_is_an_error():
 
 
 def test_another_model_is_an_error(llama_model):
-    with pytest.raises(InvalidProfileError, match="fingerprint"):
-        generate(tiny_llama(seed=1), custom_generate=speculate(profile_for(llama_model)))
+    with pytest.raises(InvalidProfileError, match="intermediate_size"):
+        generate(tiny_llama(intermediate_size=16), custom_generate=speculate(profile_for(llama_model)))
 
 
 def test_a_model_of_another_kind_is_an_error(llama_model):

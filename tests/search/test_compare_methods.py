@@ -77,8 +77,8 @@ def test_transformers_modes_take_each_profile_as_an_assistant_that_can_be_one(mo
 
 
 def test_a_profile_for_another_model_is_refused(profile):
-    other = LayerSkipModel(tiny_llama(seed=1))
-    with pytest.raises(InvalidProfileError, match="fingerprint"):
+    other = LayerSkipModel(tiny_llama(intermediate_size=16))
+    with pytest.raises(InvalidProfileError, match="intermediate_size"):
         layerskip_methods(EagerEngine(other), {"mine": profile}, combine=False)
 
 

@@ -143,6 +143,21 @@ def test_at_the_end_the_best_others_are_measured_however_far_they_are():
     assert pruner.prune(study, study.get_trials(states=(TrialState.RUNNING,))[-1]) == MEASURES
 
 
+def test_what_was_given_up_early_is_measured_too_where_nothing_else_is_left():
+    study = study_of((1.5, 1.5))
+    given_up = create_trial(
+        state=TrialState.PRUNED,
+        params={"candidate": 7},
+        distributions={"candidate": NUMBER},
+        intermediate_values={0: 1.1},
+        user_attrs={FULLY_TRACED_KEY: False},
+    )
+    study.add_trial(given_up)
+    MeasuringPruner(share=1.0, seconds=1.0, trials=2, earlier=range(2)).revisit(study)
+    [waiting] = study.get_trials(states=(TrialState.WAITING,))
+    assert waiting.user_attrs[REVISITS_KEY] == 1
+
+
 def test_enough_measured_candidates_are_enough():
     study = study_of(*[(1.5, 1.5)] * 8, 0.9)
     MeasuringPruner(share=1.0, seconds=1.0, trials=3, earlier=range(9)).revisit(study)

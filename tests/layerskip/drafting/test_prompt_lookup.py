@@ -170,3 +170,17 @@ def test_a_draft_without_prompt_lookup_is_the_stacks_alone(llama):
     config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
     assert isinstance(make_drafter(llama, config), LayerSkipDrafter)
     assert isinstance(make_drafter(llama, replace(config, prompt_lookup=PromptLookup())), FallbackDrafter)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, seed=0)])
+def test_copied_tokens_are_a_chain_each_certain(sampling):
+    sampler = sampling.sampler(torch.device("cpu"))
+    draft = sampler.copied([5, 3, 5], torch.device("cpu"))
+    assert draft.tokens.tolist() == [5, 3, 5]
+    assert draft.tree.is_chain
+    if draft.token_ids is None:
+        assert draft.distributions == (None,) * 3
+    else:
+        assert draft.token_ids.tolist() == [3, 5]
+        assert [row.tolist() for row in draft.distributions] == [[0, 1], [1, 0], [0, 1]]
+    assert len(sampler.copied([], torch.device("cpu"))) == 0

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip import DraftConfig, FixedLength, LayerSkipModel, Sampling, SkipSet, generate
+from layerskip import DraftConfig, FixedLength, LayerSkipModel, PrefixCache, Sampling, SkipSet, generate
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
 from layerskip.errors import CaptureError, InvalidInputError
-from tests.capture import CallDirectly, LikeAPool, call_directly, like_a_graph
+from tests.capture import CallDirectly, LikeAddresses, LikeAPool, call_directly, like_a_graph
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, precisions, skip_sets, tokens
 
@@ -163,11 +163,11 @@ def test_the_cache_is_used_again_and_what_was_captured_with_it():
 def test_captured_drafts_of_old_skip_sets_are_dropped():
     model = LayerSkipModel(tiny_llama())
     engine = GraphEngine(model, call_directly)
-    for layer in range(LAYERS):
-        for other in range(1, LAYERS):
-            drafter = LayerSkipDrafter(model, DraftConfig(SkipSet(LAYERS, (layer,), (other,)), stopping=FixedLength(2)))
-            generate(model, [1, 2], engine=engine, drafter=drafter, max_new_tokens=6)
-    assert len(engine._drafts) <= 8
+    for number in range(1, 45):
+        skip_set = SkipSet.from_mask([bool(number >> bit & 1) for bit in range(2 * LAYERS)])
+        drafter = LayerSkipDrafter(model, DraftConfig(skip_set, stopping=FixedLength(2)))
+        generate(model, [1, 2], engine=engine, drafter=drafter, max_new_tokens=4)
+    assert len(engine._drafts) <= 32
 
 
 def test_sampling_with_a_seed_gives_the_text_of_the_eager_engine(captured):
@@ -383,6 +383,54 @@ def test_a_text_that_outgrows_the_cache_goes_on(monkeypatch):
     ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=400, eos_token_ids=())
     near_tie_or_same(model.hf_model, [1, 2, 3], ours.tokens, expected)
     assert capture.pools > 2
+
+
+def test_a_prompt_that_outgrows_the_cache_leaves_no_pass_that_knows_its_old_place():
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=1024))
+    capture = LikeAddresses()
+    capture.engine = engine = GraphEngine(model, capture, smallest_bucket=8)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
+    cache = PrefixCache()
+    prompt = [1, 2, 3]
+    for more in (0, 300, 0):
+        prompt = [*prompt, *[1 + n % 5 for n in range(more)]]
+        ours = generate(
+            model, prompt, engine=engine, drafter=drafter, max_new_tokens=8, eos_token_ids=(), prompt_cache=cache
+        ).tokens
+        near_tie_or_same(model.hf_model, prompt, ours, transformers_greedy(model.hf_model, prompt, 8))
+    short = generate(model, [3, 2, 1], engine=engine, drafter=drafter, max_new_tokens=8, eos_token_ids=()).tokens
+    near_tie_or_same(model.hf_model, [3, 2, 1], short, transformers_greedy(model.hf_model, [3, 2, 1], 8))
+
+
+def test_a_bucket_is_never_larger_than_the_cache():
+    model = LayerSkipModel(tiny_llama(max_position_embeddings=1024))
+    engine = GraphEngine(model, like_a_graph, smallest_bucket=8)
+    prompt = [1 + n % 5 for n in range(400)]
+    cache = PrefixCache()
+    generate(model, [1, 2], engine=engine, max_new_tokens=4, eos_token_ids=(), prompt_cache=cache)
+    ours = generate(model, prompt, engine=engine, max_new_tokens=200, eos_token_ids=(), prompt_cache=cache).tokens
+    near_tie_or_same(model.hf_model, prompt, ours, transformers_greedy(model.hf_model, prompt, 200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_are_captured_too(dtype):
+    model = LayerSkipModel(tiny_llama().to(dtype))
+    engine = GraphEngine(model, like_a_graph)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
+    ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=8, eos_token_ids=()).tokens
+    assert len(ours) == 8
+
+
+def test_weights_that_are_joined_while_decoding_can_be_trained_afterwards():
+    hf_model = tiny_llama()
+    model = LayerSkipModel(hf_model)
+    engine = GraphEngine(model, call_directly, in_place=True)
+    hf_model.bfloat16()
+    generate(model, [1, 2, 3], engine=engine, max_new_tokens=3, eos_token_ids=())
+    weight = hf_model.model.layers[0].self_attn.q_proj.weight
+    assert not weight.is_inference()
+    with torch.no_grad():
+        weight.mul_(2)
 
 
 def test_a_draft_layer_sees_a_long_prompt_beside_captured_passes():
