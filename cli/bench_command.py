@@ -43,7 +43,7 @@ def bench(
     profile: ProfileArgument,
     prompts: MeasuredPromptsOption = None,
     suite: SuiteOption = None,
-    per_category: PerCategoryOption = 5,
+    per_category: PerCategoryOption = None,
     repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[
         int | None,
@@ -89,7 +89,7 @@ def bench(
     categories = [] if suite is None else by_category(list(measured.values()), {p.id: p.category for p in encoded})
     result = {
         "profile": profile,
-        "model": loaded.model.id,
+        "model": model or loaded.model.id,
         "repeats": repeats,
         "max_new_tokens": length,
         **_described(runner, list(measured.values())),

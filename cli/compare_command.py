@@ -51,7 +51,7 @@ def compare(
     ] = True,
     prompts: MeasuredPromptsOption = None,
     suite: SuiteOption = None,
-    per_category: PerCategoryOption = 5,
+    per_category: PerCategoryOption = None,
     repeats: RepeatsOption = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens for each prompt.", min=1)] = 48,
     out: Annotated[

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from search.suite import Question
     from studies.categories import CategoryFigures
 
+_PER_CATEGORY = 5
+
 MeasuredPromptsOption = Annotated[
     Path | None,
     typer.Option(
@@ -35,7 +37,10 @@ SuiteOption = Annotated[
         show_default=False,
     ),
 ]
-PerCategoryOption = Annotated[int, typer.Option(help="Questions of each category of --suite.", min=1)]
+PerCategoryOption = Annotated[
+    int | None,
+    typer.Option(help="Questions of each category of --suite.", show_default=str(_PER_CATEGORY), min=1),
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class ToMeasure:
     questions: Sequence[Question] | None
 
     @classmethod
-    def read(cls, prompts: Path | None, suite: Path | None, per_category: int) -> ToMeasure:
+    def read(cls, prompts: Path | None, suite: Path | None, per_category: int | None) -> ToMeasure:
         """Read the files that were given.
 
         Raises:
@@ -62,8 +67,10 @@ class ToMeasure:
 
         if prompts is not None and suite is not None:
             raise InvalidInputError("--suite and --prompts exclude one another; give one of them")
+        if suite is None and per_category is not None:
+            raise InvalidInputError("--per-category: is of a suite; give --suite FILE")
         own = None if prompts is None else read_prompts(prompts)
-        return cls(own, None if suite is None else read_suite(suite, per_category))
+        return cls(own, None if suite is None else read_suite(suite, per_category or _PER_CATEGORY))
 
     def encoded(
         self, engine: Engine, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int

@@ -87,10 +87,13 @@ def check(
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)
+    same_weights = None
     if model is not None:
-        loaded.check(LayerSkipModel(load_checkpoint(model, device=device, dtype=dtype).model))
+        layers = LayerSkipModel(load_checkpoint(model, device=device, dtype=dtype).model)
+        loaded.check(layers)
+        same_weights = loaded.is_of_these_weights(layers)
     if json:
-        print_json({"profile": profile, "valid": True, "model": model})
+        print_json({"profile": profile, "valid": True, "model": model, "same_weights": same_weights})
     else:
         stdout.print(f"{profile}: a valid draft profile" + (f" for {model}" if model else ""))
 

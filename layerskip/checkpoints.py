@@ -59,9 +59,9 @@ def load_checkpoint(
         InvalidInputError: The device or dtype is unknown or not available.
         MissingDependencyError: The ``gguf`` extra is needed and not installed.
     """
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         raise InvalidInputError(f"model: expected a name or a path, got {shown(source)}")
-    source = str(source)
+    source = os.fspath(source)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     location = locate(source)
@@ -133,6 +133,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         InvalidInputError: There is no such device, or it is not available here.
     """
+    if isinstance(name, torch.device):
+        name = str(name)
     instance("device", name, str)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

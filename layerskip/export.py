@@ -19,6 +19,7 @@ from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import ExportError, InvalidInputError
 from layerskip.families import family_of
+from layerskip.fingerprint import identify
 from layerskip.hub import CARD_NAME, card_metadata, measured_in_words, with_hub_name
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
@@ -211,6 +212,9 @@ def export_draft(
     folder = Path(folder)
     check_exportable(profile, folder, without_bridges=without_bridges)
     profile.check(model)
+    identity = identify(model)
+    if identity.fingerprint != profile.model.fingerprint:  # the profile fits these weights, but is not of them
+        profile = profile.model_copy(update={"model": identity, "measured": None, "base_model_name_or_path": None})
     profile = with_hub_name(profile)
     trained = profile.weights(model).placed_on(model).layers
     stack = model.stack_of(profile.skip_set, stand_ins=DraftWeights(layers=trained).steps)

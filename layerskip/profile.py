@@ -380,6 +380,10 @@ class DraftProfile(_Part):
                 f"but this model has {found!r}; search this model for a profile of its own"
             )
 
+    def is_of_these_weights(self, model: LayerSkipModel) -> bool:
+        """Whether the profile was measured on the very weights of a model that it fits."""
+        return identify(model).fingerprint == self.model.fingerprint
+
     def _note_other_weights(self, fingerprint: str) -> None:
         if fingerprint not in self._noted:
             self._noted.add(fingerprint)

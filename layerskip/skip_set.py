@@ -33,7 +33,8 @@ class SkipSet:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        if whole_number("num_layers", self.num_layers) < 1:
+        object.__setattr__(self, "num_layers", whole_number("num_layers", self.num_layers))
+        if self.num_layers < 1:
             raise InvalidInputError(f"num_layers: expected at least 1, got {self.num_layers}")
         object.__setattr__(self, "attention", self._checked("attention", self.attention))
         object.__setattr__(self, "mlp", self._checked("mlp", self.mlp))

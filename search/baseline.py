@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerskip.engine import Engine
 from layerskip.model import LayerSkipModel
 from layerskip.packed_linear import PackedLinear
-from search.compare import usable_methods
 from search.decoding_methods import PLAIN, layerskip_method, transformers_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_methods, summarize
 from search.prompts import EncodedPrompt
 from studies.comparison import TRANSFORMERS_PLAIN
+
+logger = logging.getLogger(__name__)
 
 # It is a figure for orientation: a few prompts, each decoded twice.
 _PROMPTS, _REPEATS = 2, 2
@@ -26,10 +28,12 @@ class TransformersBaseline:
     Args:
         tokens_per_second: Its tokens per second.
         of_ours: Its speed in units of our plain decoding's.
+        prompts: How many prompts.
     """
 
     tokens_per_second: float
     of_ours: float
+    prompts: int
 
     def describe(self, speedup: float) -> str:
         """For people.
@@ -38,7 +42,7 @@ class TransformersBaseline:
             speedup: Of a draft over our plain decoding.
         """
         return (
-            f"{self.tokens_per_second:.1f} tokens/s in transformers' plain decoding: "
+            f"{self.tokens_per_second:.1f} tokens/s in transformers' plain decoding of {self.prompts} of the prompts: "
             f"the draft is {speedup / self.of_ours:.2f}× of that"
         )
 
@@ -48,9 +52,11 @@ def measure_transformers(
 ) -> TransformersBaseline | None:
     """Time transformers' plain decoding; None where packed weights took the plain ones' place, or it cannot decode.
 
+    Whatever it raises, and Ctrl-C, ends in None: it comes after what was asked for.
+
     Args:
         engine: Runs our plain decoding.
-        prompts: Of which the first few are decoded.
+        prompts: Of which a few are decoded, spread evenly, and no conversations: layerskip keeps their keys and values.
         max_new_tokens: Most tokens for each.
         lock: As in :func:`search.measure.measure_methods`.
     """
@@ -58,13 +64,16 @@ def measure_transformers(
     if _is_packed(model):
         return None
     theirs = transformers_method(TRANSFORMERS_PLAIN, model)
-    usable, _ = usable_methods([layerskip_method(PLAIN, engine, None), theirs], prompts[0])
-    if len(usable) < 2:
+    single = [prompt for prompt in prompts if not prompt.earlier] or list(prompts)
+    few = single[:: max(len(single) // _PROMPTS, 1)][:_PROMPTS]
+    methods, plan = [layerskip_method(PLAIN, engine, None), theirs], MeasuringPlan(few, max_new_tokens, _REPEATS)
+    try:
+        by_prompt = {ours.prompt: other for ours, other in measure_methods(model, methods, plan, lock)}
+    except (Exception, KeyboardInterrupt) as error:  # another library's code may fail in any way
+        logger.info("transformers' plain decoding was not timed: %s: %s", type(error).__name__, error)
         return None
-    plan = MeasuringPlan(prompts[:_PROMPTS], max_new_tokens, _REPEATS)
-    by_prompt = {ours.prompt: other for ours, other in measure_methods(model, usable, plan, lock)}
     summary = summarize(list(by_prompt.values()))
-    return TransformersBaseline(summary.draft_tokens_per_second, summary.speedup)
+    return TransformersBaseline(summary.draft_tokens_per_second, summary.speedup, len(few))
 
 
 def _is_packed(model: LayerSkipModel) -> bool:

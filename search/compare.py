@@ -220,5 +220,5 @@ def _rates(measurements: Sequence[Measurement]) -> list[float]:
 def _plain_step(measurements: Sequence[Measurement]) -> float | None:
     """Seconds of one step of plain decoding; None if there was none after the prompts."""
     runs = [run for measurement in measurements for run in measurement.plain]
-    steps = sum(run.decoded.target_passes - 1 for run in runs)
+    steps = sum(run.decoded.steps for run in runs)
     return sum(run.decoded.step_seconds or 0.0 for run in runs) / steps if steps else None

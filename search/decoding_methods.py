@@ -48,6 +48,11 @@ class Decoded:
     lengths: tuple[int, ...] = ()
 
     @property
+    def steps(self) -> int:
+        """Passes of the target model without those of the prompts."""
+        return self.target_passes - len(self.answers)
+
+    @property
     def answers(self) -> list[tuple[int, ...]]:
         """The tokens of each turn."""
         ends = [*accumulate(self.lengths or (len(self.tokens),))]

@@ -123,8 +123,13 @@ class Measurement:
 
     @property
     def rounds(self) -> int:
-        """Verified drafts of one run: passes of the target model without the prompt's."""
-        return self.draft[0].decoded.target_passes - 1
+        """Verified drafts of one run: passes of the target model without the prompts'."""
+        return self.draft[0].decoded.steps
+
+    @property
+    def target_passes(self) -> int:
+        """Passes of the target model of one run."""
+        return self.draft[0].decoded.target_passes
 
     @property
     def speedup(self) -> float:

@@ -233,10 +233,11 @@ class Search:
             tools = self.prepare(study)
             self.explore(study, tools)
             self._measure_finalists(study, tools, finalists)
-            length = self.task.settings.max_new_tokens
-            transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)
         except KeyboardInterrupt:
             interrupted = True
+        if finalists and not interrupted:
+            length = self.task.settings.max_new_tokens
+            transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)
         best = max(finalists or measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
         return SearchResult(
             study=study.study_name,

@@ -7,6 +7,7 @@ and ``turns``. As in its published tables, the kinds of MT-bench count as one ca
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,15 @@ def read_suite(path: Path, per_category: int) -> list[Question]:
     questions = [_question(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise InvalidInputError(f"{path}: has no question; expected one a line, in Spec-Bench's format")
-    by_category: dict[str, list[Question]] = {}
+    groups: dict[str, list[Question]] = {}
     for question in questions:
-        by_category.setdefault(question.category, []).append(question)
-    return [question for category in by_category.values() for question in _spread(category, per_category)]
+        groups.setdefault(question.category, []).append(question)
+    seen = Counter(question.id for question in questions)
+    if repeated := [id for id, times in seen.items() if times > 1]:
+        raise InvalidInputError(
+            f"{path}: question_id {repeated[0]} is there {seen[repeated[0]]} times; give each its own"
+        )
+    return [question for category in groups.values() for question in _spread(category, per_category)]
 
 
 def _spread(questions: Sequence[Question], count: int) -> Iterator[Question]:
@@ -73,15 +79,16 @@ def _spread(questions: Sequence[Question], count: int) -> Iterator[Question]:
 def _question(path: Path, number: int, line: str) -> Question:
     try:
         fields: Any = json.loads(line)
-        id, category, turns = fields["question_id"], fields["category"], tuple(fields["turns"])
-        is_question = bool(turns) and isinstance(category, str) and all(isinstance(turn, str) for turn in turns)
+        id, category, turns = fields["question_id"], fields["category"], fields["turns"]
+        is_named = isinstance(id, int | str) and isinstance(category, str)
+        is_question = is_named and isinstance(turns, list) and bool(turns) and all(isinstance(t, str) for t in turns)
     except (ValueError, KeyError, TypeError, RecursionError):
         is_question = False
     if not is_question:
         raise InvalidInputError(
             f"{path}, line {number}: no question; expected a JSON object with question_id, category and turns"
         )
-    return Question(str(id), "mt-bench" if category in _MT_BENCH else category, turns)
+    return Question(str(id), "mt-bench" if category in _MT_BENCH else category, tuple(turns))
 
 
 @dataclass(frozen=True)

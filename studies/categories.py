@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from studies.statistics import PromptTimes, Speedup, speedup_of_all
 
 # The row of all categories together.
-ALL = "all"
+ALL = "all categories"
+
+
+class QuestionTimes(PromptTimes, Protocol):
+    """One question decoded by plain decoding and another method."""
+
+    @property
+    def target_passes(self) -> int:
+        """Passes of the target model by the other method, the prompts' among them."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,16 @@ class CategoryFigures:
     acceptance_rate: float | None
 
     @classmethod
-    def of(cls, category: str, times: Sequence[PromptTimes]) -> CategoryFigures:
+    def of(cls, category: str, times: Sequence[QuestionTimes]) -> CategoryFigures:
         """The figures of some questions, at least one."""
-        tokens, accepted = sum(t.draft_tokens for t in times), sum(t.accepted for t in times)
-        drafted = sum(t.drafted for t in times)
+        tokens, drafted = sum(t.draft_tokens for t in times), sum(t.drafted for t in times)
         return cls(
             category,
             len(times),
             speedup_of_all(times),
             tokens / sum(t.draft_seconds for t in times),
-            tokens / (tokens - accepted),
-            accepted / drafted if drafted else None,
+            tokens / sum(t.target_passes for t in times),
+            sum(t.accepted for t in times) / drafted if drafted else None,
         )
 
     def described(self) -> dict[str, Any]:
@@ -61,14 +68,14 @@ class CategoryFigures:
 COLUMNS = ("category", "questions", "speedup", "95 %", "tokens/s", "τ", "α")
 
 
-def by_category(times: Sequence[PromptTimes], categories: Mapping[str, str]) -> list[CategoryFigures]:
+def by_category(times: Sequence[QuestionTimes], categories: Mapping[str, str]) -> list[CategoryFigures]:
     """A method's figures for each category, in the order of the suite, and for all together.
 
     Args:
         times: Of each question.
         categories: The category of each question, by its id.
     """
-    groups: dict[str, list[PromptTimes]] = {}
+    groups: dict[str, list[QuestionTimes]] = {}
     for each in times:
         groups.setdefault(categories[each.prompt], []).append(each)
     figures = [CategoryFigures.of(category, group) for category, group in groups.items()]

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from layerskip.utils import duration
-from studies.categories import CategoryFigures, by_category
+from studies.categories import CategoryFigures, QuestionTimes, by_category
 from studies.statistics import (
     FEW_PROMPTS,
     FEWEST_PROMPTS,
     NOTHING_FASTER,
-    PromptTimes,
     Speedup,
     describe_disturbed,
     speedup_of_prompt,
@@ -49,7 +48,7 @@ class Entry:
     lowest: float
     highest: float
     speedup: Speedup
-    prompts: Sequence[PromptTimes]
+    prompts: Sequence[QuestionTimes]
     acceptance_rate: float | None
     tokens_per_pass: float
     draft_cost: float | None

@@ -26,6 +26,7 @@ from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.stopping import ConfidenceThreshold, FixedLength
 from layerskip.engine import EagerEngine, Engine, GraphEngine, compile_sublayers
 from layerskip.engine.bandwidth import bytes_read
+from layerskip.engine.cuda_graphs import STACKS_KEPT
 from layerskip.generation import Generation, generate
 from layerskip.model import LayerSkipModel
 from layerskip.names import Precision
@@ -48,7 +49,7 @@ def smoke(bench: Bench, facts: Facts) -> None:
         "captured is eager, int4": lambda: _same_texts(bench, torch.bfloat16, SkipSet(4), precision="int4"),
         "captured is eager, gemma-2": lambda: _same_texts(bench, torch.float32, SkipSet(4, (1,)), shape="tiny-gemma-2"),
         "cache grows twice": lambda: _grows(bench),
-        "twelve skip sets, then an old one": lambda: _many_skip_sets(bench, 12),
+        "more skip sets than are kept, then an old one": lambda: _many_skip_sets(bench, STACKS_KEPT + 4),
         "two engines": lambda: _two_engines(bench),
         "sampled is eager": lambda: _same_texts(
             bench, torch.float32, SkipSet(4, (1,)), sampling=Sampling(temperature=0.8, seed=1)
@@ -174,12 +175,13 @@ def _leak(bench: Bench, facts: Facts) -> None:
     model = random_model(config, bench.device, bench.dtype)
     engine = new_graph_engine(model)
     passes, reserved = passes_of(engine, bench), []
-    for number in range(16 if bench.is_tiny else 200):
+    for number in range(STACKS_KEPT + 8 if bench.is_tiny else 200):
         skip_set = SkipSet.from_mask([bool(number >> bit & 1) for bit in range(8)])
         passes.draft(model.stack_of(skip_set))
         reserved.append(torch.cuda.memory_reserved(bench.device) / 2**20 if bench.device.type == "cuda" else 0.0)
     facts.add("captured skip sets", len(reserved))
-    facts.add("memory left behind by a skip set", (reserved[-1] - reserved[12]) / (len(reserved) - 13), "MiB")
+    first = STACKS_KEPT + 4
+    facts.add("memory left behind by a skip set", (reserved[-1] - reserved[first]) / (len(reserved) - 1 - first), "MiB")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         for name, least in (("shortest", 1), ("length", 1), ("longest", self.shortest)):
-            if whole_number(name, getattr(self, name)) < least:
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+            if getattr(self, name) < least:
                 raise InvalidInputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def __str__(self) -> str:

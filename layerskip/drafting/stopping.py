@@ -14,14 +14,20 @@ from layerskip.checks import real_number, whole_number
 from layerskip.errors import InvalidInputError
 
 
-def _check_length(name: str, value: int) -> None:
-    if whole_number(name, value) < 1:
+def _check_length(rule: object, name: str) -> None:
+    value = whole_number(name, getattr(rule, name))
+    object.__setattr__(rule, name, value)
+    if value < 1:
         raise InvalidInputError(f"{name}: expected at least 1, got {value}")
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= real_number(name, value) <= 1:
+def _check_fraction(rule: object, name: str) -> None:
+    value = getattr(rule, name)
+    fraction = real_number(name, value)
+    if not 0 <= fraction <= 1:
         raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
+    if not isinstance(value, int | float):
+        object.__setattr__(rule, name, fraction)
 
 
 def _tokens(number: int) -> str:
@@ -70,7 +76,7 @@ class FixedLength:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        _check_length("length", self.length)
+        _check_length(self, "length")
 
     def new_state(self) -> StoppingState:
         """A fresh state for one generation."""
@@ -99,8 +105,8 @@ class ConfidenceThreshold:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        _check_fraction("threshold", self.threshold)
-        _check_length("max_length", self.max_length)
+        _check_fraction(self, "threshold")
+        _check_length(self, "max_length")
 
     def new_state(self) -> StoppingState:
         """A fresh state for one generation."""
@@ -145,9 +151,9 @@ class AdaptiveThreshold:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        _check_length("max_length", self.max_length)
+        _check_length(self, "max_length")
         for name in ("initial_threshold", "target_rate", "step", "rate_momentum", "threshold_momentum"):
-            _check_fraction(name, getattr(self, name))
+            _check_fraction(self, name)
 
     def new_state(self) -> StoppingState:
         """A fresh state for one generation."""

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Captured stacks kept, those used last; a search goes through hundreds, and each holds buffers of its own. Measuring
 # costs goes through up to 21 in turn, seven for each precision.
-_STACKS_KEPT = 32
+STACKS_KEPT = 32
 # A generation that ends within so many of the smallest buckets has one bucket. Reading all of their keys and values
 # costs less than capturing passes anew in the middle of a text: on Llama-3-8B, under a percent of the bytes of a step.
 _ONE_BUCKET = 4
@@ -254,7 +254,7 @@ class GraphEngine:
         """A stack's captured steps; those of the stacks used longest ago are dropped."""
         known = self._drafts.pop(stack.key, None)
         steps = self._drafts[stack.key] = known or _CapturedSteps(stack)
-        for old in list(self._drafts)[:-_STACKS_KEPT]:
+        for old in list(self._drafts)[:-STACKS_KEPT]:
             del self._drafts[old]
         return steps
 

@@ -96,7 +96,8 @@ def join_weights(module: nn.Module) -> None:
             continue
         weights = [linear.weight for linear in linears]
         if _as_one([weight.detach() for weight in weights]) is None:
-            with torch.inference_mode(False), torch.no_grad():  # parameters stay what can be trained
+            # Parameters that can be trained stay so; those that were made in inference mode are changed in it alone.
+            with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
                 parts = torch.cat(weights).split([len(weight) for weight in weights])
                 for weight, part in zip(weights, parts, strict=True):
                     weight.data = part

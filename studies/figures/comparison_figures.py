@@ -46,7 +46,7 @@ def _table_of_figures(comparison: Comparison) -> Picture:
 
 def _speedups(comparison: Comparison) -> Picture:
     caption = (
-        "Small marks are single prompts, with the medians of their repeats; the large mark is their total, with its "
+        "Small marks are single prompts, by their fastest repeats; the large mark is their total, with its "
         "95 % interval from resampling prompts. An interval that crosses 1× has not shown a gain. The figures hold for "
         "these prompts; the best of many methods is slightly overestimated."
     )
@@ -96,7 +96,7 @@ def _kind(entry: Entry) -> str:
 
 def _time_per_token(comparison: Comparison) -> Picture:
     caption = (
-        "Milliseconds per new token, over all prompts and prefill included, in the median over the repeats; blue "
+        "Milliseconds per new token, over all prompts and prefill included, by the fastest repeats; blue "
         "is drafting. The rest is passes of the target model: the more drafted tokens are accepted, the fewer."
     )
     entries = comparison.entries

@@ -137,6 +137,19 @@ def profile(make_profile):
     return make_profile(1.25)
 
 
+@pytest.fixture
+def suite(tmp_path):
+    """A suite of three categories, one of them of conversations."""
+    rows = [
+        {"question_id": 10 * kind + number, "category": name, "turns": [f"Ask {number}", "And then?"][:turns]}
+        for kind, (name, turns) in enumerate([("writing", 2), ("qa", 1), ("rag", 1)])
+        for number in range(3)
+    ]
+    path = tmp_path / "suite.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @dataclass
 class CommandResult:
     """What a command did."""

@@ -118,3 +118,28 @@ def test_a_prompt_that_does_not_fit_is_named(layerskip, profile, tmp_path):
     done = layerskip("bench", profile, "--prompts", tmp_path / "long.txt")
     assert done.status == 2
     assert done.error.startswith("prompt 2: ")
+
+
+def test_a_suite_gives_figures_by_category(layerskip, profile, suite):
+    arguments = ("bench", profile, "--suite", suite, "--per-category", 2, "--max-new-tokens", 4, "--repeats", 1)
+    given = layerskip(*arguments, "--json").object
+    assert [each["category"] for each in given["categories"]] == ["mt-bench", "qa", "rag", "all categories"]
+    assert [each["questions"] for each in given["categories"]] == [2, 2, 2, 6]
+    assert given["prompts"] == 6
+    assert all(each["mean_accepted_length"] >= 1 for each in given["categories"])
+    shown = layerskip(*arguments).out
+    assert "prompts   6 questions of at most 4 tokens" in shown
+    assert re.search(r"^\s*mt-bench\s+2\s+\d+\.\d\d×", shown, re.MULTILINE)
+
+
+def test_a_suite_and_prompts_exclude_one_another(layerskip, profile, suite, tmp_path):
+    (tmp_path / "own.txt").write_text("one\n")
+    done = layerskip("bench", profile, "--suite", suite, "--prompts", tmp_path / "own.txt")
+    assert (done.status, done.error) == (2, "--suite and --prompts exclude one another; give one of them")
+    done = layerskip("bench", profile, "--per-category", 3)
+    assert (done.status, done.error) == (2, "--per-category: is of a suite; give --suite FILE")
+
+
+def test_transformers_plain_decoding_is_named_beside_ours(layerskip, profile, suite):
+    done = layerskip("bench", profile, "--max-new-tokens", 4, "--repeats", 1, "--engine", "eager")
+    assert re.search(r"^baseline  \d+\.\d tokens/s in transformers' plain decoding of 2 of", done.out, re.MULTILINE)

@@ -99,3 +99,13 @@ def test_what_is_wrong_is_said_before_anything_is_measured(compare, arguments, s
     done = compare(*arguments)
     assert done.status == status
     assert done.error.startswith(said)
+
+
+def test_a_suite_is_compared_by_category(layerskip, profile, suite, elsewhere, model_folder):
+    arguments = ["compare", model_folder, "--profile", profile, "--suite", suite, "--per-category", 1]
+    arguments += ["--no-transformers", "--repeats", 1, "--max-new-tokens", 4]
+    entries = layerskip(*arguments, "--json", "-o", "page.html").object["entries"]
+    for entry in entries:
+        assert [each["category"] for each in entry["categories"]] == ["mt-bench", "qa", "rag", "all categories"]
+    assert 'id="categories"' in (elsewhere / "page.html").read_text()
+    assert "speedup by category" in layerskip(*arguments).out

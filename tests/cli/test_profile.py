@@ -47,6 +47,7 @@ def test_check_says_that_a_profile_is_valid(layerskip, profile):
         "profile": profile,
         "valid": True,
         "model": None,
+        "same_weights": None,
     }
 
 

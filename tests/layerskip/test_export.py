@@ -286,8 +286,18 @@ def test_a_draft_at_lower_precision_is_refused(tmp_path, llama, byte_tokenizer):
 
 def test_another_model_is_refused(tmp_path, llama, byte_tokenizer):
     profile = profile_for(llama)
-    with pytest.raises(InvalidProfileError, match="fingerprint"):
-        export_draft(LayerSkipModel(tiny_llama(seed=1)), byte_tokenizer, profile, tmp_path / "draft")
+    with pytest.raises(InvalidProfileError, match="intermediate_size"):
+        export_draft(LayerSkipModel(tiny_llama(intermediate_size=16)), byte_tokenizer, profile, tmp_path / "draft")
+
+
+def test_a_draft_of_other_weights_is_not_said_to_be_the_profile_s_own(tmp_path, llama, byte_tokenizer):
+    profile = profile_for(llama)
+    other = LayerSkipModel(tiny_llama(seed=1))
+    other.config.name_or_path = "me/finetuned"
+    export_draft(other, byte_tokenizer, profile, tmp_path / "draft")
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "me/finetuned" in card.splitlines()[card.splitlines().index("---", 1) + 2]
+    assert profile.model.id not in card
 
 
 def test_weights_that_are_not_plain_are_refused_by_name(tmp_path, byte_tokenizer):

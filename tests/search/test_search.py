@@ -340,6 +340,7 @@ def test_a_search_may_measure_its_own_costs(llama, storage, monkeypatch):
 def test_a_resumed_search_decodes_no_reference_again(llama, storage, tmp_path, monkeypatch):
     small_search(llama, storage, trials=1, folder=tmp_path).run()
     asked = []
+    monkeypatch.setattr("search.search.measure_transformers", lambda *_: None)  # which generates, too
     monkeypatch.setattr(llama.hf_model, "generate", lambda *arguments, **named: asked.append(arguments))
     small_search(llama, storage, trials=2, folder=tmp_path).run()
     assert not asked

@@ -65,6 +65,9 @@ def test_so_many_questions_of_each_category_are_spread_over_the_file(suite):
         ('{"question_id": 1, "category": "qa", "turns": [1]}', "line 1: no question"),
         ('{"question_id": 1, "category": 3, "turns": ["a"]}', "line 1: no question"),
         ("[" * 100_000, "line 1: no question"),
+        ('{"question_id": 1, "category": "qa", "turns": "What?"}', "line 1: no question"),
+        ('{"question_id": null, "category": "qa", "turns": ["a"]}', "line 1: no question"),
+        (2 * '{"question_id": 1, "category": "qa", "turns": ["a"]}\n', "question_id 1 is there 2 times"),
         ("", "has no question"),
     ],
 )
