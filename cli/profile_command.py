@@ -90,8 +90,7 @@ def check(
     same_weights = None
     if model is not None:
         layers = LayerSkipModel(load_checkpoint(model, device=device, dtype=dtype).model)
-        loaded.check(layers)
-        same_weights = loaded.is_of_these_weights(layers)
+        same_weights = loaded.check(layers).fingerprint == loaded.model.fingerprint
     if json:
         print_json({"profile": profile, "valid": True, "model": model, "same_weights": same_weights})
     else:

@@ -13,7 +13,7 @@ _MOST_SHOWN = 60
 def shown(value: object) -> str:
     """A value in one short line."""
     text = " ".join(f"the class {value.__name__}".split() if isinstance(value, type) else repr(value).split())
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -42,11 +42,24 @@ def real_number(name: str, value: Any) -> float:
         raise InvalidInputError(f"{name}: expected a number, got {shown(value)}") from error
 
 
+def fraction(name: str, value: Any) -> float:
+    """A number from 0 to 1; Python's own stay as they are.
+
+    Raises:
+        InvalidInputError: It is none.
+    """
+    converted = real_number(name, value)
+    if not 0 <= converted <= 1:
+        raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
+    return value if isinstance(value, int | float) else converted
+
+
 def instance(name: str, value: object, kind: type, hint: str = "") -> None:
     """Make sure that a value is of a class.
 
     Raises:
-        InvalidInputError: It is not.
+        InvalidInputError: It is not. The message has its class, because a value may be as large as a model.
     """
     if not isinstance(value, kind):
-        raise InvalidInputError(f"{name}: expected a {kind.__name__}, got {shown(value)}{hint}")
+        got = shown(value) if isinstance(value, type) else type(value).__name__
+        raise InvalidInputError(f"{name}: expected a {kind.__name__}, got {got}{hint}")

@@ -7,25 +7,22 @@ import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layerskip.checks import shown
+from layerskip.checks import instance
 from layerskip.draft_model import draft_model_of, kept_layers
 from layerskip.drafting.stopping import DraftStopping
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import ExportError, InvalidInputError
 from layerskip.families import family_of
-from layerskip.fingerprint import identify
 from layerskip.hub import CARD_NAME, card_metadata, measured_in_words, with_hub_name
 from layerskip.model import LayerSkipModel
+from layerskip.profile import DraftProfile
 from layerskip.sublayers import Stack
-
-if TYPE_CHECKING:
-    from layerskip.profile import DraftProfile
 
 
 def export_card(profile: DraftProfile, draft: PreTrainedConfig, full: PreTrainedConfig) -> str:
@@ -207,12 +204,10 @@ def export_draft(
         InvalidProfileError: The profile is for another model.
         ExportError: The folder holds something else or cannot be written, or the weights cannot be exported.
     """
-    if not hasattr(profile, "drafts_with_heads"):
-        raise InvalidInputError(f"profile: expected a DraftProfile, got {shown(profile)}")
+    instance("profile", profile, DraftProfile)
     folder = Path(folder)
     check_exportable(profile, folder, without_bridges=without_bridges)
-    profile.check(model)
-    identity = identify(model)
+    identity = profile.check(model)
     if identity.fingerprint != profile.model.fingerprint:  # the profile fits these weights, but is not of them
         profile = profile.model_copy(update={"model": identity, "measured": None, "base_model_name_or_path": None})
     profile = with_hub_name(profile)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerskip.checks import instance, shown, whole_number
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
-from layerskip.engine import EagerEngine, Engine
+from layerskip.engine import EagerEngine, Engine, check_is_engine
 from layerskip.errors import InvalidInputError
 from layerskip.logits_processing import ProcessorSampling
 from layerskip.model import LayerSkipModel
@@ -184,10 +184,7 @@ def _rounds(
     prompt_cache: PrefixCache | None = None,
 ) -> Iterator[Round]:
     """Prefill, then rounds of drafting and verification; the generation is filled in as they go."""
-    if not isinstance(model, LayerSkipModel):
-        raise InvalidInputError(
-            f"model: expected a LayerSkipModel, got {type(model).__name__}; wrap it: LayerSkipModel(model)"
-        )
+    instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
     _check_options(sampling, stop, prompt_cache)
     ids = _prompt_ids(model, prompt)
     ending = _ending(model, len(ids), max_new_tokens, eos_token_ids, stop)
@@ -257,8 +254,7 @@ def _check_options(sampling: object, stop: object, prompt_cache: object) -> None
 def _engine_of(model: LayerSkipModel, engine: Engine | None) -> Engine:
     if engine is None:
         return EagerEngine(model)
-    if isinstance(engine, type) or not hasattr(engine, "verify"):
-        raise InvalidInputError(f"engine: expected an engine, got {shown(engine)}; make one: make_engine(model)")
+    check_is_engine(engine)
     if engine.model is not model:
         raise InvalidInputError(
             "engine: runs the passes of another model; make one for this model: make_engine(model, name)"

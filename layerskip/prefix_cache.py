@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from layerskip.checks import shown
-from layerskip.engine import Engine
-from layerskip.errors import InvalidInputError
+from layerskip.engine import Engine, check_is_engine
 from layerskip.kv_cache import KVCache
 from layerskip.model_state import ModelState
 
@@ -42,8 +40,7 @@ class PrefixCache:
             The cache. Its length says how much of the prompt need not be run: at most all but the last token, after
             which the first new token is chosen.
         """
-        if not hasattr(engine, "verify"):
-            raise InvalidInputError(f"engine: expected an engine, got {shown(engine)}; make one: make_engine(model)")
+        check_is_engine(engine)
         cache, state = self._cache, engine.model.read_state()
         if cache is None or state != self._state or cache.uses != self._uses or not engine.can_continue(cache):
             cache = engine.new_cache(len(prompt) + room)

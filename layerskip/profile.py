@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
-from layerskip.checks import shown
+from layerskip.checks import instance, shown
 from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
@@ -355,23 +355,23 @@ class DraftProfile(_Part):
         """The content of the profile's file."""
         return self.model_dump_json(indent=2) + "\n"
 
-    def check(self, model: LayerSkipModel) -> None:
+    def check(self, model: LayerSkipModel) -> ModelIdentity:
         """Make sure that the profile is for this model.
 
         A profile without tensors is for every model of the same family and sizes: the output is the model's own,
         whatever is skipped. Of other weights than those that it was measured on, such as fine-tuned or quantized ones,
         one line in the log says so.
 
+        Returns:
+            The model's identity, whose fingerprint tells whether its weights are those of the profile.
+
         Raises:
             InvalidProfileError: It is not. The message names the file, the first field that differs and both values.
             InvalidInputError: The model is not wrapped.
         """
-        if not isinstance(model, LayerSkipModel):
-            raise InvalidInputError(
-                f"model: expected a LayerSkipModel, got {type(model).__name__}; wrap it: LayerSkipModel(model)"
-            )
-        differences = self.model.differences(identify(model))
-        for name, (expected, found) in differences.items():
+        instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
+        identity = identify(model)
+        for name, (expected, found) in self.model.differences(identity).items():
             if name == "fingerprint" and self.tensors is None:
                 self._note_other_weights(str(found))
                 continue
@@ -379,10 +379,7 @@ class DraftProfile(_Part):
                 f"{self._source}: model.{name}: the profile is for {expected!r} ({self.model.id}), "
                 f"but this model has {found!r}; search this model for a profile of its own"
             )
-
-    def is_of_these_weights(self, model: LayerSkipModel) -> bool:
-        """Whether the profile was measured on the very weights of a model that it fits."""
-        return identify(model).fingerprint == self.model.fingerprint
+        return identity
 
     def _note_other_weights(self, fingerprint: str) -> None:
         if fingerprint not in self._noted:
@@ -509,7 +506,7 @@ def _in_one_line(error: ValidationError) -> str:
 
 def _problem(problem: ErrorDetails) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
-    found = _shortened(problem["input"])
+    found = shown(problem["input"])
     match kind:
         case "missing":
             return "required, but missing"
@@ -528,8 +525,3 @@ def _problem(problem: ErrorDetails) -> str:
         case _:
             expected = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
             return f"expected {expected}, found {found}"
-
-
-def _shortened(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

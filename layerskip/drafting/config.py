@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from layerskip.checks import instance, real_number, shown, whole_number
+from layerskip.checks import fraction, instance, shown, whole_number
 from layerskip.drafting.stopping import DraftStopping, FixedLength
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
@@ -115,10 +115,8 @@ class DraftConfig:
             raise InvalidInputError(f"stopping: expected a stopping rule, got {shown(self.stopping)}")
         if self.prompt_lookup is not None:
             instance("prompt_lookup", self.prompt_lookup, PromptLookup)
-        if not 0 <= real_number("target_confidence_threshold", self.target_confidence_threshold) <= 1:
-            raise InvalidInputError(
-                f"target_confidence_threshold: expected a number from 0 to 1, got {self.target_confidence_threshold}"
-            )
+        threshold = fraction("target_confidence_threshold", self.target_confidence_threshold)
+        object.__setattr__(self, "target_confidence_threshold", threshold)
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             raise InvalidInputError(f"precision: expected {' or '.join(PRECISIONS)}, got {shown(self.precision)}")
         widths_of(self.tree)

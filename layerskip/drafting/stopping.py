@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from layerskip.checks import real_number, whole_number
+from layerskip.checks import fraction, whole_number
 from layerskip.errors import InvalidInputError
 
 
@@ -22,12 +22,7 @@ def _check_length(rule: object, name: str) -> None:
 
 
 def _check_fraction(rule: object, name: str) -> None:
-    value = getattr(rule, name)
-    fraction = real_number(name, value)
-    if not 0 <= fraction <= 1:
-        raise InvalidInputError(f"{name}: expected a number from 0 to 1, got {value}")
-    if not isinstance(value, int | float):
-        object.__setattr__(rule, name, fraction)
+    object.__setattr__(rule, name, fraction(name, getattr(rule, name)))
 
 
 def _tokens(number: int) -> str:

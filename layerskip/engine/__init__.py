@@ -1,7 +1,7 @@
 """Engines: how a pass runs. Drafting, verification and decoding know only :class:`Engine`."""
 
 from layerskip.costs import PassCosts
-from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, highest_probability
+from layerskip.engine.base import DraftStep, Engine, Scored, SharedPrefix, check_is_engine, highest_probability
 from layerskip.engine.compilation import compile_sublayers
 from layerskip.engine.cost_measurement import load_costs, measure_costs, measure_passes
 from layerskip.engine.cuda_graphs import GraphEngine
@@ -20,6 +20,7 @@ __all__ = [
     "Scored",
     "SharedPrefix",
     "check_engine",
+    "check_is_engine",
     "compile_sublayers",
     "highest_probability",
     "load_costs",

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from layerskip.checks import shown
 from layerskip.costs import PassCosts
+from layerskip.errors import InvalidInputError
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.sublayers import Stack
@@ -151,3 +153,13 @@ class Engine(Protocol):
         Returns:
             Scores and hidden states after each of them. The next pass may overwrite them.
         """
+
+
+def check_is_engine(value: object) -> None:
+    """Make sure that a value is an engine.
+
+    Raises:
+        InvalidInputError: It is something else, such as an engine's name or class.
+    """
+    if isinstance(value, type) or not hasattr(value, "verify"):
+        raise InvalidInputError(f"engine: expected an engine, got {shown(value)}; make one: make_engine(model)")

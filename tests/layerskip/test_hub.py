@@ -352,8 +352,8 @@ def test_the_base_model_s_revision_is_the_one_that_the_profile_is_for(hub, tmp_p
         LayerSkipModel(load_checkpoint(fetched.model.id, device="cpu", revision=revision).model)
         for revision in (fetched.revision, None)
     )
-    assert fetched.is_of_these_weights(own)
-    assert not fetched.is_of_these_weights(other)
+    assert fetched.check(own).fingerprint == fetched.model.fingerprint
+    assert fetched.check(other).fingerprint != fetched.model.fingerprint
 
 
 # What can go wrong, in one line.
