@@ -122,17 +122,16 @@ class GraphEngine:
         norm = fused_norm(model.final_norm)
         # Passes whose shapes all differ are not compiled.
         self._eager.passes = model.through(list(steps.values()), model.head, norm)
-        self._uncompiled_stacks = FusedStacks(model, dict(steps), fusing)
+        self._stacks = self._uncompiled_stacks = FusedStacks(model, steps, fusing)
         backend = model.compile_backend
+        self.passes = self._eager.passes
         if backend is not None:
-            for index, sublayer in enumerate(model.sublayers):
-                step = steps[index]
+            compiled: dict[int, Step] = dict(enumerate(model.sublayers))
+            for index, step in steps.items():
                 if isinstance(step, FusedAttention | FusedMLP):
-                    steps[index] = compiled_in_fixed_shapes(step, backend)
-                else:
-                    steps[index] = sublayer
-        self.passes = model.through(list(steps.values()), model.head, norm)
-        self._stacks = FusedStacks(model, steps, fusing)
+                    compiled[index] = compiled_in_fixed_shapes(step, backend)
+            self._stacks = FusedStacks(model, compiled, fusing)
+            self.passes = model.through(list(compiled.values()), model.head, norm)
         self._captured_in = model.read_state()
 
     @property

@@ -59,6 +59,7 @@ class GraphCache(KVCache):
         self._bucket = self._known_rows = 0
         self._store: Tensor | None = None  # [2 * num_layers, heads, capacity, dim]
         self._stored = 0
+        self._moved_together: tuple[Tensor, ...] | None = None  # looked for once, after the last allocation
 
     @contextmanager
     def at(self, positions: Tensor, bucket: int, *, known: int = 0) -> Iterator[None]:
@@ -83,15 +84,17 @@ class GraphCache(KVCache):
         super().reserve(positions)
 
     def compact(self, past: int, rows: Sequence[int]) -> None:
-        kept = len(rows)
-        if tuple(rows) != tuple(range(kept)):
-            for buffer in self._of_model():  # [..., positions, dim]
-                moved = buffer[..., past:, :].index_select(-2, numbers_on(tuple(rows), buffer.device))
+        kept, rows = len(rows), tuple(rows)
+        if rows != tuple(range(kept)):
+            if self._moved_together is None:
+                self._moved_together = tuple(self._of_model())
+            for buffer in self._moved_together:
+                moved = buffer[..., past:, :].index_select(-2, numbers_on(rows, buffer.device))
                 buffer[..., past : past + kept, :] = moved
         self.rollback(past + kept)
 
     def _of_model(self) -> Iterator[Tensor]:
-        """What holds the keys and values of the model's layers."""
+        """What holds the keys and values of the model's layers, ``[..., positions, dim]``."""
         if self._store is not None:
             yield self._store
         for buffer in (*self._keys[: self._num_layers], *self._values[: self._num_layers]):
@@ -121,6 +124,7 @@ class GraphCache(KVCache):
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros, because masked values are still multiplied by 0, and 0 times uninitialized memory may be NaN.
+        self._moved_together = None
         shape = (*like.shape[1:2], self.capacity, like.shape[3])
         if self._store is None:
             self._store = like.new_zeros(2 * self._num_layers, *shape)
