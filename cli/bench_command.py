@@ -24,11 +24,12 @@ from cli.common import (
     no_gain_note,
     open_model_of,
     print_json,
+    print_table,
     quiet_libraries,
     stderr,
     stdout,
 )
-from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure, print_categories
+from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure
 
 if TYPE_CHECKING:
     from layerskip.engine import Engine
@@ -67,7 +68,7 @@ def bench(
     from search.baseline import measure_transformers
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafters
-    from studies.categories import by_category
+    from studies.categories import COLUMNS, by_category
 
     quiet_libraries()
     loaded = load_profile(profile, device=device, dtype=dtype)
@@ -76,9 +77,10 @@ def bench(
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
     drafter = loaded.drafter(layers)
     runner = make_engine(layers, engine, in_place=True)
-    encoded = to_measure.encoded(runner, tokenizer, length)
-    plan = MeasuringPlan(encoded, length, repeats)
     lock = MachineLock(cache_folder(), layers.device)
+    with lock.shared():  # a search may be measuring
+        encoded = to_measure.encoded(runner, tokenizer, length)
+    plan = MeasuringPlan(encoded, length, repeats)
     measured: dict[str, Measurement] = {}
     with step_bar("decoding", len(encoded) * repeats) as show_done:
         by_name = measure_drafters(runner, {"draft": drafter}, plan, lock)
@@ -102,7 +104,7 @@ def bench(
     else:
         _report(result, transformers, to_measure.what)
         if categories:
-            print_categories(categories)
+            print_table(COLUMNS, (each.cells() for each in categories))
 
 
 def _described(engine: Engine, measurements: list[Measurement]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import TextIOWrapper
@@ -147,6 +147,16 @@ def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object, alone on stdout."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     print(json.dumps(result, ensure_ascii=not unicode), flush=True)  # read while the dashboard runs
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table of text, names on the left and figures on the right, as :func:`print_untruncated` does."""
+    table = Table(box=None, title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    print_untruncated(table)
 
 
 def print_untruncated(table: Table) -> None:

@@ -21,7 +21,7 @@ from cli.common import (
     check_writable,
     open_model,
     print_json,
-    print_untruncated,
+    print_table,
     quiet_libraries,
     stderr,
     stdout,
@@ -30,8 +30,6 @@ from cli.common import (
 from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from studies.comparison import Comparison
 
 
@@ -97,10 +95,11 @@ def compare(
     if transformers:
         more, left_out = transformers_methods(layers, profiles)
         methods = [*methods, *more]
-    encoded = to_measure.encoded(runner, tokenizer, max_new_tokens)
+    lock = MachineLock(cache_folder(), layers.device)
+    with lock.shared():  # a search may be measuring
+        encoded = to_measure.encoded(runner, tokenizer, max_new_tokens)
     usable, failed = usable_methods(methods, encoded[0])
     plan = MeasuringPlan(encoded, max_new_tokens, repeats)
-    lock = MachineLock(cache_folder(), layers.device)
     memory = measure_memory_limit(layers, lock)
     with step_bar("decoding", len(encoded) * repeats) as show_done:
         entries = compare(layers, usable, plan, lock, show_done)
@@ -135,37 +134,15 @@ def _page(comparison: Comparison) -> str:
 
 
 def _report(comparison: Comparison, out: Path | None) -> None:
-    from rich.table import Table
-
-    from studies.comparison import advice, facts, table
+    from studies.comparison import advice, category_table, facts, table
 
     for name, value in facts(comparison):
         stdout.print(f"{name:<9} {value}")
     for name, reason in comparison.left_out.items():
         stderr.print(f"{name} is left out: {reason}", style="dim")
-    columns, rows = table(comparison)
-    shown = Table(box=None)
-    for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        shown.add_row(*row)
-    print_untruncated(shown)
+    print_table(*table(comparison))
     if comparison.categories:
-        print_untruncated(_by_category(comparison))
+        print_table(*category_table(comparison), "speedup by category")
     if out is not None:
         stdout.print(f"report    {out}")
     stdout.print(advice(comparison))
-
-
-def _by_category(comparison: Comparison) -> Table:
-    from rich.table import Table
-
-    from studies.comparison import category_table
-
-    columns, rows = category_table(comparison)
-    shown = Table(box=None, title="speedup by category", title_justify="left")
-    for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        shown.add_row(*row)
-    return shown

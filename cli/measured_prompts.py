@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.common import print_untruncated, stderr
+from cli.common import stderr
 from layerskip.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from layerskip.tokenizer import Prompt
     from search.prompts import EncodedPrompt
     from search.suite import Question
-    from studies.categories import CategoryFigures
 
 _PER_CATEGORY = 5
 
@@ -98,17 +97,3 @@ class ToMeasure:
         if self.questions is not None:
             return "question"
         return "held-out built-in prompt" if self.own is None else "prompt"
-
-
-def print_categories(figures: Sequence[CategoryFigures]) -> None:
-    """Print a method's figures by category."""
-    from rich.table import Table
-
-    from studies.categories import COLUMNS
-
-    shown = Table(box=None)
-    for number, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="left" if number == 0 else "right")
-    for each in figures:
-        shown.add_row(*each.cells())
-    print_untruncated(shown)

@@ -93,6 +93,8 @@ class ProgressDisplay:
                 self._start(_CANDIDATES, self._trials, self._search.evaluated if self._search else 0)
             case PhaseStarted("finalists"):
                 self._start("held-out prompts", event.total)
+            case PhaseStarted("baseline"):
+                self._print("timing transformers' plain decoding of a few prompts")
             case PhaseStarted("texts"):
                 self._print("the target model writes texts to train on; texts of earlier runs are reused")
                 self._start("positions", event.total)

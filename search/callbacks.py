@@ -49,7 +49,7 @@ class StudyOpened:
     progress: Progress
 
 
-Phase = Literal["reference", "costs", "trials", "finalists", "texts"]
+Phase = Literal["reference", "costs", "trials", "finalists", "baseline", "texts"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PhaseStarted:
 
     Args:
         phase: ``reference`` decodes the reference prompts, ``costs`` measures the parts of a step, ``texts`` lets the
-            target model write texts to train on.
+            target model write texts to train on, ``baseline`` times transformers' plain decoding.
         total: Prompts of the reference, prompts that finalists decode, repeats included, or positions of the texts.
     """
 

@@ -236,6 +236,7 @@ class Search:
         except KeyboardInterrupt:
             interrupted = True
         if finalists and not interrupted:
+            self._on_event(PhaseStarted("baseline"))
             length = self.task.settings.max_new_tokens
             transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)
         best = max(finalists or measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)

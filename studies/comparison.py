@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from layerskip.utils import duration
@@ -124,6 +125,13 @@ class Comparison:
         """How many prompts were decoded."""
         return len(self.entries[0].prompts)
 
+    @cached_property
+    def by_category(self) -> Mapping[str, Sequence[CategoryFigures]]:
+        """The figures of each method by category, by the method's name; none outside of suites."""
+        return {
+            entry.name: by_category(entry.prompts, self.categories) if self.categories else [] for entry in self.entries
+        }
+
     def over_transformers(self, entry: Entry) -> float | None:
         """A method's tokens/s ÷ those of transformers' plain decoding; None if that did not take part."""
         theirs = next((other for other in self.entries if other.name == TRANSFORMERS_PLAIN), None)
@@ -178,7 +186,7 @@ def described(comparison: Comparison) -> dict[str, Any]:
         "entries": [
             _described(entry)
             | {
-                "categories": [each.described() for each in categories_of(comparison, entry)],
+                "categories": [each.described() for each in comparison.by_category[entry.name]],
                 "over_transformers": comparison.over_transformers(entry),
                 "share_of_bandwidth": comparison.share_of_bandwidth(entry),
             }
@@ -247,16 +255,11 @@ def _cells(entry: Entry) -> dict[str, str]:
     }
 
 
-def categories_of(comparison: Comparison, entry: Entry) -> list[CategoryFigures]:
-    """A method's figures by category; none outside of suites."""
-    return by_category(entry.prompts, comparison.categories) if comparison.categories else []
-
-
 def category_table(comparison: Comparison) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     """The speedup of each method on each category, as text: the names of the columns, and a row for each method."""
-    figures = [(entry.name, categories_of(comparison, entry)) for entry in comparison.entries]
-    columns = ("", *(each.category for each in figures[0][1]))
-    return columns, [[name, *(f"{each.speedup.value:.2f}×" for each in own)] for name, own in figures]
+    figures = comparison.by_category
+    columns = ("", *(each.category for each in next(iter(figures.values()))))
+    return columns, [[name, *(f"{each.speedup.value:.2f}×" for each in own)] for name, own in figures.items()]
 
 
 def _shared_cells(comparison: Comparison, entry: Entry) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from studies.comparison import COLUMNS, Comparison, Entry, categories_of, category_table, table
+from studies.comparison import COLUMNS, Comparison, Entry, category_table, table
 from studies.figures.style import (
     BLUE,
     GREEN,
@@ -75,7 +75,7 @@ def _by_category(comparison: Comparison) -> Picture:
     )
     add_break_even(drawn, "x")
     for entry in comparison.entries[1:]:
-        figures = categories_of(comparison, entry)
+        figures = comparison.by_category[entry.name]
         drawn.add_trace(
             go.Bar(
                 x=[each.speedup.value for each in figures],

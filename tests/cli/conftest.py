@@ -15,12 +15,8 @@ from cli import main
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.fingerprint import identify
 from layerskip.profile import Measured, Provenance
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 COMMAND = Path(sys.executable).with_name("layerskip")
 # As on a user's machine, where stdout to a pipe is buffered; and with one thread, so that another process measures on
 # what this one calls the same device.
@@ -60,7 +56,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def save_model(folder, seed, **settings):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     tiny_llama(**{"vocab_size": 320, "max_position_embeddings": 512, "seed": seed} | settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

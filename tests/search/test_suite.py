@@ -12,12 +12,7 @@ from search.decoding_methods import PLAIN, layerskip_method, transformers_method
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_methods
 from search.suite import Question, encode_suite, read_suite
-from tests.models import tiny_llama, tiny_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
+from tests.models import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 
 def write(path, rows):
@@ -44,7 +39,7 @@ def engine():
 @pytest.fixture(scope="module")
 def tokenizer():
     made = tiny_tokenizer()
-    made.chat_template = TEMPLATE
+    made.chat_template = CHAT_TEMPLATE
     return made
 
 
