@@ -3,18 +3,24 @@
 import weakref
 from dataclasses import fields, is_dataclass, replace
 
+from benchmarks.cuda.bench import RunsAnew
 
-class CallDirectly:
-    """Captures nothing: runs the pass anew each time."""
+
+class Counting(RunsAnew):
+    """Runs the pass anew each time, and counts the passes that it was given.
+
+    Attributes:
+        captured: How many.
+    """
+
+    captured = 0
 
     def __call__(self, run):
+        self.captured += 1
         return run
 
-    def renew(self):
-        pass
 
-
-class LikeAGraph(CallDirectly):
+class LikeAGraph(RunsAnew):
     """What a captured graph does: it ran once before, and each replay writes its outputs where the last one did."""
 
     def __call__(self, run):
@@ -81,7 +87,7 @@ class LikeAddresses(LikeAGraph):
         return checked
 
 
-call_directly, like_a_graph = CallDirectly(), LikeAGraph()
+call_directly, like_a_graph = RunsAnew(), LikeAGraph()
 
 
 def tensors_of(outputs):

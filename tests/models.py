@@ -135,6 +135,12 @@ def _random_weights(model, seed, *, norm):
     return model.eval()
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
 def tiny_tokenizer(merges=(("s", "t"), ("o", "p"), ("st", "op"))):
     """One token a byte, and a few longer ones, so that strings and characters span tokens."""
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges), "<end>"]

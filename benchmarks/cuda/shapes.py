@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,20 +30,32 @@ _STRENGTHS, _HALVINGS = (1e-3, 1.0), 8
 # How much more medium sublayers add than weak ones.
 _MEDIUM = 5.0
 
+# What all shapes of a family share.
+_LLAMA = partial(LlamaConfig, max_position_embeddings=16384, tie_word_embeddings=False, eos_token_id=None)
+_GEMMA_2 = partial(Gemma2Config, max_position_embeddings=16384, eos_token_id=None)
+_TINY = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama-3-8b": lambda: LlamaConfig(
+    "llama-3-8b": partial(
+        _LLAMA,
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
-        max_position_embeddings=16384,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-        eos_token_id=None,
     ),
-    "gemma-2-9b": lambda: Gemma2Config(
+    "gemma-2-9b": partial(
+        _GEMMA_2,
         vocab_size=256000,
         hidden_size=3584,
         intermediate_size=14336,
@@ -50,31 +63,9 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=256,
-        max_position_embeddings=16384,
-        eos_token_id=None,
     ),
-    "tiny": lambda: LlamaConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-    ),
-    "tiny-gemma-2": lambda: Gemma2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        eos_token_id=None,
-    ),
+    "tiny": partial(_LLAMA, **_TINY),
+    "tiny-gemma-2": partial(_GEMMA_2, head_dim=32, **_TINY),
 }
 
 

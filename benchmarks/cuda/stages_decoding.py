@@ -322,7 +322,7 @@ def _predict(
 
 
 # Files that have tests for a device.
-_GPU_TESTS = (
+GPU_TESTS = (
     "engine/test_cuda_graphs",
     "test_model",
     "test_utils_timing",
@@ -337,7 +337,7 @@ def run_gpu_tests(bench: Bench, facts: Facts) -> None:
     """The tests that need a device; on a CPU they are collected alone."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings="]
     command += ["--timeout", "60", "--continue-on-collection-errors", f"--junitxml={bench.out / 'gpu-tests.xml'}"]
-    command += [f"tests/layerskip/{name}.py" for name in _GPU_TESTS]
+    command += [f"tests/layerskip/{name}.py" for name in GPU_TESTS]
     command += ["--collect-only"] if bench.device.type != "cuda" else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     (bench.out / "gpu-tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")

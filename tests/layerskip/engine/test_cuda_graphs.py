@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cuda.bench import RunsAnew
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, PrefixCache, Sampling, SkipSet, generate
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine, PassCosts, make_engine
 from layerskip.errors import CaptureError, InvalidInputError
-from tests.capture import CallDirectly, LikeAddresses, LikeAPool, call_directly, like_a_graph
+from tests.capture import Counting, LikeAddresses, LikeAPool, call_directly, like_a_graph
 from tests.models import EVERY_FAMILY, FAMILIES, LAYERS, near_tie_or_same, tiny_llama, transformers_greedy
 from tests.strategies import draft_exits, precisions, skip_sets, tokens
 
@@ -131,20 +132,14 @@ class Calls(TorchDispatchMode):
 
 
 def test_a_pass_is_captured_once_for_a_stack_a_width_and_a_bucket():
-    captures = []
-
-    class Counting(CallDirectly):
-        def __call__(self, run):
-            captures.append(run)
-            return run
-
+    capture = Counting()
     model = LayerSkipModel(tiny_llama(max_position_embeddings=512))
-    engine = GraphEngine(model, Counting(), smallest_bucket=32)
+    engine = GraphEngine(model, capture, smallest_bucket=32)
     drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(2)))
     counts = []
     for length in (12, 12, 12, 200):  # the last needs a larger cache and further buckets
         generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
-        counts.append(len(captures))
+        counts.append(capture.captured)
     assert counts[0] <= 4  # a draft step, and verifications of one to three tokens
     assert counts[0] == counts[1] == counts[2] < counts[3]
 
@@ -218,18 +213,16 @@ def is_view(name):
     return any(name.startswith(f"aten.{view}") for view in views) or "unsafe_view" in name
 
 
-def test_weights_in_one_memory_change_no_text():
-    for family in ("llama-sdpa", "gemma2", "qwen2-yarn"):
-        if family not in EVERY_FAMILY:
-            continue
-        hf_model = EVERY_FAMILY[family]()
-        expected = transformers_greedy(hf_model, [1, 2, 3], 20)
-        model = LayerSkipModel(hf_model)
-        engine = GraphEngine(model, like_a_graph, in_place=True)
-        drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)))
-        ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=20, eos_token_ids=())
-        near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected)
-        assert transformers_greedy(hf_model, [1, 2, 3], 20) == expected
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_weights_in_one_memory_change_no_text(family):
+    hf_model = EVERY_FAMILY[family]()
+    expected = transformers_greedy(hf_model, [1, 2, 3], 20)
+    model = LayerSkipModel(hf_model)
+    engine = GraphEngine(model, like_a_graph, in_place=True)
+    drafter = LayerSkipDrafter(model, DraftConfig(SKIPPED, stopping=FixedLength(3)))
+    ours = generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=20, eos_token_ids=())
+    near_tie_or_same(hf_model, [1, 2, 3], ours.tokens, expected)
+    assert transformers_greedy(hf_model, [1, 2, 3], 20) == expected
 
 
 def test_a_draft_layer_that_missed_a_token_catches_up_in_a_captured_pass():
@@ -249,15 +242,9 @@ def test_a_draft_layer_that_missed_a_token_catches_up_in_a_captured_pass():
 
 
 def test_drafters_of_one_configuration_share_what_was_captured():
-    captures = []
-
-    class Counting(CallDirectly):
-        def __call__(self, run):
-            captures.append(run)
-            return run
-
+    capture = Counting()
     model = LayerSkipModel(tiny_llama())
-    engine = GraphEngine(model, Counting())
+    engine = GraphEngine(model, capture)
     ids = torch.arange(16)
     counts = []
     drafters = []
@@ -267,7 +254,7 @@ def test_drafters_of_one_configuration_share_what_was_captured():
         )
         drafters.append(drafter)
         generate(model, [1, 2, 3], engine=engine, drafter=drafter, max_new_tokens=12, eos_token_ids=())
-        counts.append(len(captures))
+        counts.append(capture.captured)
     assert counts[0] == counts[2]
     assert drafters[0]._stack.lm_head_rows is drafters[2]._stack.lm_head_rows
 
@@ -346,7 +333,7 @@ def test_a_cache_that_grows_begins_a_new_pool():
     assert pools[0] < pools[1] == pools[2]
 
 
-class Failing(CallDirectly):
+class Failing(RunsAnew):
     """Captures a few passes, and then no more."""
 
     def __init__(self, captures):
