@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar
 
+from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
 
@@ -235,6 +238,84 @@ class CostModel:
             ValueError: The text is not a cost model's.
         """
         return _adapter().validate_json(text)
+
+
+@dataclass(frozen=True)
+class DraftRoundCosts:
+    """What rounds of one draft cost, in seconds, after texts of two lengths; after others, on the line through them.
+
+    Args:
+        contexts: The two lengths.
+        drafting: Of drafting no, one, two and more places: a pair for each number.
+        widths: Numbers of tokens in a verification, ascending from 1.
+        verification: Of a verification of each width, likewise.
+
+    Raises:
+        InvalidInputError: A number is negative, or the numbers of pairs and widths do not match.
+    """
+
+    contexts: tuple[float, float]
+    drafting: tuple[tuple[float, float], ...]
+    widths: tuple[int, ...]
+    verification: tuple[tuple[float, float], ...]
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
+
+    def __post_init__(self) -> None:
+        if not self.drafting or not self.widths or self.widths[0] != 1 or list(self.widths) != sorted(set(self.widths)):
+            raise InvalidInputError("costs: expected drafting of at least no places, and widths ascending from 1")
+        if len(self.verification) != len(self.widths):
+            raise InvalidInputError(
+                f"costs: expected a pair of seconds for each of {len(self.widths)} widths, got {len(self.verification)}"
+            )
+        numbers = [*self.contexts, *chain.from_iterable((*self.drafting, *self.verification))]
+        if not all(0 <= number < math.inf for number in numbers) or min(self.verification[0]) <= 0:
+            raise InvalidInputError("costs: expected numbers from 0 on, and plain steps that take some time")
+
+    @classmethod
+    def of(cls, costs: CostModel, drafting: Callable[[Costs, int], float], places: int) -> DraftRoundCosts:
+        """From measured costs.
+
+        Args:
+            costs: What passes cost.
+            drafting: Seconds of drafting so many places, from one on, at the costs after a text of some length.
+            places: The most places of a draft.
+        """
+
+        def pairs(seconds: Callable[[Costs, int], float], numbers: Iterable[int]) -> Iterator[tuple[float, float]]:
+            return ((_rounded(seconds(costs.short, n)), _rounded(seconds(costs.long, n))) for n in numbers)
+
+        widths = tuple(sorted(costs.short.passes.sublayers))
+        return cls(
+            (costs.short.context, costs.long.context),
+            ((0.0, 0.0), *pairs(drafting, range(1, places + 1))),
+            widths,
+            tuple(pairs(lambda at, width: at.passes.cost(width), widths)),
+        )
+
+    def plain_steps(self, context: int, *, places: int, tokens: int) -> float:
+        """A round in units of a plain decoding step.
+
+        Args:
+            context: The text's length.
+            places: Places that the model drafts.
+            tokens: Tokens to verify: the text's last and the drafted ones. Beyond the widest pass, that counts.
+        """
+        wide_enough = [at for at, width in enumerate(self.widths) if width >= tokens] or [-1]
+        verification = min(self._at(self.verification[at], context) for at in wide_enough)
+        drafting = self._at(self.drafting[min(places, len(self.drafting) - 1)], context)
+        return (drafting + verification) / self._at(self.verification[0], context)
+
+    def _at(self, pair: tuple[float, float], context: int) -> float:
+        (short, long), (near, far) = pair, self.contexts
+        place = max(context, near)
+        if long <= short:  # what seems to get cheaper the longer a text is does so by noise
+            place = min(place, far)
+        return short + (long - short) * (place - near) / (far - near) if far > near else short
+
+
+def _rounded(seconds: float) -> float:
+    """To four digits: more of them were not measured."""
+    return float(f"{seconds:.4g}")
 
 
 @cache

@@ -55,7 +55,6 @@ from layerskip.sampling import (
     sample,
     speculative_choice,
 )
-from layerskip.utils import numbers_to
 
 # They look at each row of scores alone, whatever the text and whichever tokens the columns belong to.
 _WARPERS = frozenset(
@@ -194,12 +193,6 @@ class ProcessorSampler:
             self._drafted.append(draw.tokens[:1])
         return Draw(draw.tokens.to(step.logits.device), draw.distribution)
 
-    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
-        """Each drawn from scores in which it alone has a chance, unless a processor says otherwise."""
-        ids = numbers_to(device, tokens).split(1) if tokens else ()
-        certain = torch.zeros(1, device=device)
-        return Draft.of([self.draft(DraftStep(certain, token, None), token) for token in ids], device)
-
     def _draft_by(self, scores: Tensor, count: int) -> Draw:
         if self._generator is None:
             return Draw(scores.topk(count).indices, None)
@@ -250,8 +243,9 @@ class ProcessorSampler:
             )
         if drafted is None:
             return sample(distribution, self._generator)
-        assert drafted.distribution is not None  # this sampler drew it
-        return speculative_choice(drafted.tokens, drafted.distribution, distribution, self._generator)
+        certain = torch.full_like(distribution, torch.nan)
+        drawn_from = certain if drafted.distribution is None else drafted.distribution
+        return speculative_choice(drafted.tokens, drawn_from, distribution, self._generator)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from layerskip.assistant import assistant_of
 from layerskip.checks import instance, shown
+from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import DraftConfig, PromptLookup
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
@@ -34,9 +35,11 @@ from layerskip.utils import duration, write_atomically, write_bytes_atomically
 logger = logging.getLogger(__name__)
 
 FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
-VERSION: Literal[3] = 3
+VERSION: Literal[4] = 4
 PromptSet = Literal["held-out", "search"]
 PROFILE_NAME = "draft_profile.json"
+# Of prompt lookup, where profiles of version 3 or earlier give none.
+_LENGTH_BEFORE = 8
 
 
 class _Part(BaseModel):
@@ -126,8 +129,9 @@ class DraftProfile(_Part):
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     format: Literal["layerskip.draft-profile"] = Field(default=FORMAT, description="Names the format.")
-    version: Literal[1, 2, 3] = Field(
-        default=VERSION, description="Version of the format; 1 has no tensors and no gate, 1 and 2 no precision."
+    version: Literal[1, 2, 3, 4] = Field(
+        default=VERSION,
+        description="Version of the format; 1 has no tensors and no gate, 1 and 2 no precision, 1 to 3 other ngrams.",
     )
     model: ModelIdentity = Field(description="The model that the profile is for.")
     skip_set: SkipSet = Field(
@@ -162,7 +166,12 @@ class DraftProfile(_Part):
         default=None,
         validation_alias="ngrams",
         serialization_alias="ngrams",
-        description="What to copy from the text before the model drafts; absent copies nothing.",
+        description="What to copy from the text before the model drafts, and after; absent copies nothing.",
+    )
+    costs: DraftRoundCosts | None = Field(
+        default=None,
+        description="What rounds cost where it was searched, so that drafting pauses where it does not pay; absent "
+        "never pauses.",
     )
     tensors: TensorsFile | None = Field(
         default=None, description="Bridges, draft layers, draft heads and draft vocabulary; absent without them."
@@ -186,6 +195,7 @@ class DraftProfile(_Part):
         model: ModelIdentity,
         provenance: Provenance,
         measured: Measured | None = None,
+        costs: DraftRoundCosts | None = None,
     ) -> DraftProfile:
         """The profile of a draft.
 
@@ -195,6 +205,7 @@ class DraftProfile(_Part):
             model: The model that it is for.
             provenance: Where it comes from.
             measured: What was measured with it.
+            costs: What its rounds cost.
 
         Raises:
             InvalidInputError: There are draft heads, but the configuration skips sublayers.
@@ -212,6 +223,7 @@ class DraftProfile(_Part):
             tree=config.tree,
             prompt_lookup=config.prompt_lookup,
             tensors=_tensors_file(weights, tensors) if tensors else None,
+            costs=costs,
             measured=measured,
             provenance=provenance,
         )
@@ -222,6 +234,15 @@ class DraftProfile(_Part):
     @classmethod
     def _written_as_the_newest(cls, version: int) -> int:
         return VERSION
+
+    @field_validator("prompt_lookup", mode="before")
+    @classmethod
+    def _looks_up_as_before(cls, lookup: object) -> object:
+        """Earlier versions limited the n-gram that they looked for, and copied as much after a short one."""
+        if not isinstance(lookup, dict) or "longest" not in lookup:
+            return lookup
+        lookup = {name: value for name, value in lookup.items() if name != "longest"}
+        return PromptLookup(**lookup, per_match=lookup.get("length", _LENGTH_BEFORE))
 
     @field_validator("tree")
     @classmethod
@@ -400,7 +421,7 @@ class DraftProfile(_Part):
         """
         self.check(model)
         self._check_precision(model)
-        return make_drafter(model, self.config, self.weights(model))
+        return make_drafter(model, self.config, self.weights(model), costs=self.costs)
 
     def _check_precision(self, model: LayerSkipModel) -> None:
         try:

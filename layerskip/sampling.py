@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from layerskip.checks import real_number, whole_number
 from layerskip.engine import DraftStep, SharedPrefix
 from layerskip.errors import InvalidInputError, NotANumberError
-from layerskip.token_tree import TokenTree, siblings_on
+from layerskip.token_tree import TokenTree, numbers_on, siblings_on
 from layerskip.utils import numbers_to
 
 # Below this temperature scores divided by it overflow, and nothing but the likeliest token has a chance.
@@ -264,7 +264,8 @@ class Draft:
         tokens: ``[k]``, their ids; k may be 0.
         tree: Which of them follows which.
         distributions: For each row of the tree that others follow, in order, the distribution that these were drawn
-            from, ``[vocab_size]``, or a probability for each of ``token_ids``; None under greedy choice.
+            from, ``[vocab_size]``, or a probability for each of ``token_ids``; None where nothing was drawn: under
+            greedy choice, and of tokens that are certain.
         token_ids: ``[n]``, the draft vocabulary; None for the whole one.
         shared: Hidden states of the target model's pass that drafting already computed, if any.
     """
@@ -310,6 +311,27 @@ class Draft:
         tokens = torch.cat([d.tokens for d in draws]) if draws else torch.empty(0, dtype=torch.long, device=device)
         return cls(tokens, TokenTree.grown(widths), tuple(d.distribution for d in draws), token_ids)
 
+    @classmethod
+    def certain(cls, tokens: Sequence[int], device: torch.device) -> Draft:
+        """The draft of tokens that were not drawn, such as those copied from the text: a chain."""
+        return cls(numbers_to(device, tokens), TokenTree.chain(len(tokens)), (None,) * len(tokens))
+
+    @property
+    def main_path(self) -> Tensor:
+        """The drafted tokens, from the first place on, each the first that follows the one before."""
+        return self.tokens.index_select(0, numbers_on(self.tree.main_path, self.tokens.device)[1:] - 1)
+
+    def continued(self, tokens: Sequence[int]) -> Draft:
+        """The same with further tokens after the main path, which were not drawn."""
+        if not tokens:
+            return self
+        tree = self.tree.continued(len(tokens))
+        drawn_from = dict(zip(self.tree.children, self.distributions, strict=True))
+        distributions = tuple(drawn_from.get(row) for row in tree.children)
+        together = torch.cat([self.tokens, numbers_to(self.tokens.device, tokens)])
+        # What drafting computed lacks the last token that was drafted, and these.
+        return Draft(together, tree, distributions, self.token_ids)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -335,14 +357,6 @@ class Sampler(Protocol):
                 token of the one before.
         """
 
-    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
-        """The draft of tokens that no distribution was drawn from, such as those copied from the text: a chain.
-
-        Args:
-            tokens: Their ids.
-            device: Where the model is.
-        """
-
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         """Check ``k`` drafted tokens against the target model's logits, ``[k + 1, vocab_size]``."""
 
@@ -358,9 +372,6 @@ class GreedySampler:
             return Draw(step.likeliest, None)
         columns = step.logits.topk(min(count, len(step.logits))).indices
         return Draw(columns if token_ids is None else token_ids[columns], None)
-
-    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
-        return Draft(numbers_to(device, tokens), TokenTree.chain(len(tokens)), (None,) * len(tokens))
 
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         return greedy_match(draft.tree, draft.tokens, logits)
@@ -397,18 +408,16 @@ class RandomSampler:
         distribution = self.distributions(logits[None])[0]
         return Draw(sample(distribution, self._generator, count), distribution)
 
-    def copied(self, tokens: Sequence[int], device: torch.device) -> Draft:
-        """Each with probability 1, over a vocabulary of these tokens alone."""
-        vocabulary = sorted(set(tokens))
-        ids = numbers_to(device, [*tokens, *vocabulary])
-        drafted, token_ids = ids[: len(tokens)], ids[len(tokens) :]
-        certain = (drafted[:, None] == token_ids).float()  # [k, n]
-        return Draft(drafted, TokenTree.chain(len(tokens)), tuple(certain.unbind()), token_ids)
-
     def verify(self, draft: Draft, logits: Tensor) -> Verdict:
         target = self.distributions(logits)
-        drawn_from = [row for row in draft.distributions if row is not None]
-        q = torch.stack(drawn_from) if drawn_from else target[:0]
-        if draft.token_ids is not None and drawn_from:  # every other token has draft probability 0
-            q = torch.zeros_like(target[: len(q)]).index_copy_(1, draft.token_ids, q)
+        drawn = {row: q for row, q in enumerate(draft.distributions) if q is not None}
+        if not drawn:
+            q = target.new_full((len(draft.distributions), target.shape[1]), torch.nan)
+        else:
+            q = torch.stack(list(drawn.values()))
+            if draft.token_ids is not None:  # every other token has draft probability 0
+                q = torch.zeros_like(target[: len(q)]).index_copy_(1, draft.token_ids, q)
+            if len(q) < len(draft.distributions):
+                certain = q.new_full((len(draft.distributions), q.shape[1]), torch.nan)
+                q = certain.index_copy_(0, numbers_on(tuple(drawn), q.device), q)
         return speculative_sampling(draft.tree, draft.tokens, q, target, self._generator)

@@ -83,6 +83,20 @@ class TokenTree:
             children[parent] = (*children.get(parent, ()), row)
         return dict(sorted(children.items()))
 
+    @cached_property
+    def main_path(self) -> tuple[int, ...]:
+        """The rows from row 0 on through the first that follows each, in order."""
+        rows = [0]
+        while rows[-1] in self.children:
+            rows.append(self.children[rows[-1]][0])
+        return tuple(rows)
+
+    def continued(self, length: int) -> TokenTree:
+        """The same with a chain of so many further rows after the main path."""
+        first = len(self.parents) + 1
+        chain = (self.main_path[-1], *range(first, first + length))
+        return TokenTree((*self.parents, *chain[:length]))
+
     def padded(self, rows: int) -> TokenTree:
         """The same with further rows, ``rows`` in all, that nothing follows."""
         return TokenTree((*self.parents, *(0,) * (rows - 1 - len(self.parents))))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layerskip.costs import CostModel, DraftParts, DraftRoundCosts
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.drafter import Drafter
@@ -80,9 +81,15 @@ class DraftBuilder:
         stack = self._model.stack_of(config.skip_set, stand_ins=steps, precision=config.precision)
         return stack.with_head_of(self._head(config))
 
-    def drafter(self, config: DraftConfig) -> Drafter:
-        """The drafter of a configuration."""
-        return make_drafter(self._model, config, self.weights(config))
+    def drafter(self, config: DraftConfig, costs: DraftRoundCosts | None = None) -> Drafter:
+        """The drafter of a configuration; with costs, it pauses where drafting does not pay."""
+        return make_drafter(self._model, config, self.weights(config), costs=costs)
+
+    def round_costs(self, config: DraftConfig, costs: CostModel) -> DraftRoundCosts:
+        """What rounds of a draft cost, by what passes cost."""
+        parts = DraftParts.of(self.stack(config))
+        places = config.stopping.new_state().max_length
+        return DraftRoundCosts.of(costs, lambda at, count: count * at.draft_step(parts), places)
 
     def num_bridges(self, masks: NDArray[np.bool_]) -> NDArray[np.intp]:
         """How many bridges are fitted for each of several drafts with bridges.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
+from layerskip.drafting.prompt_lookup import PromptLookupDrafter
 from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError
 from layerskip.fingerprint import identify
@@ -43,7 +43,7 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
     for name, profile in profiles.items():
         drafters = {name: profile.drafter(model)}
         if combine and profile.prompt_lookup is None:
-            drafters[f"{name} + {LOOKUP}"] = FallbackDrafter(PromptLookupDrafter(), profile.drafter(model))
+            drafters[f"{name} + {LOOKUP}"] = PromptLookupDrafter(drafter=profile.drafter(model))
         size = draft_bytes(model, profile.config, profile.weights(model))
         training_seconds = profile.provenance.training_seconds
         methods += [

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from search.traces import LAST_RANK, Trace
 _DEPTHS = (1, 2, 3, 4, 6)
 # Standard errors by which prompt lookup has to save time.
 _CLEAR = 2.0
+# Policies that prompt lookup is tried with, the fastest without it: what copies continue may be shorter.
+_TRIED_WITH_LOOKUP = 6
 
 Path = tuple[int, ...]
 """Where a token of a tree is: its own rank and those of the tokens before it."""
@@ -71,18 +73,19 @@ class PolicyChoice:
         return best.speedup * sum(best.seconds) / seconds
 
     def _fastest_on(self, texts: NDArray[np.bool_]) -> SimulatedSpeedup:
-        row = int(self._seconds[:, texts].sum(axis=1).argmin())
-        best = self._simulated[row]
-        clear = [faster for faster in self._lookups(row) if _clearly_faster(faster, best, texts)]
+        rows = self._seconds[:, texts].sum(axis=1).argsort(kind="stable")[:_TRIED_WITH_LOOKUP].tolist()
+        best = self._simulated[rows[0]]
+        clear = [faster for faster in self._lookups(rows) if _clearly_faster(faster, best, texts)]
         return min(clear, key=lambda simulated: np.array(simulated.seconds)[texts].sum(), default=best)
 
-    def _lookups(self, row: int) -> list[SimulatedSpeedup]:
-        """A policy, with each setting of prompt lookup."""
-        if row not in self._with_lookups:
-            config = self._simulated[row].config
-            lookups = [replace(config, prompt_lookup=lookup) for lookup in self._space.prompt_lookups]
-            self._with_lookups[row] = self._simulator.simulate(lookups) if lookups else []
-        return self._with_lookups[row]
+    def _lookups(self, rows: Sequence[int]) -> list[SimulatedSpeedup]:
+        """Some policies, each with each setting of prompt lookup."""
+        new = [row for row in rows if row not in self._with_lookups]
+        settings = self._space.prompt_lookups
+        configs = [replace(self._simulated[row].config, prompt_lookup=lookup) for row in new for lookup in settings]
+        simulated = iter(self._simulator.simulate(configs) if configs else ())
+        self._with_lookups |= {row: list(islice(simulated, len(settings))) for row in new}
+        return [policy for row in rows for policy in self._with_lookups[row]]
 
 
 def _clearly_faster(simulated: SimulatedSpeedup, other: SimulatedSpeedup, texts: NDArray[np.bool_]) -> bool:

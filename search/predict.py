@@ -81,7 +81,7 @@ class SpeedupPredictor:
         self._tracer = tracer
         self._costs = costs
         self._max_new_tokens = max_new_tokens
-        self._lookups = trace_lookups(space.prompt_lookups, tracer.texts)
+        self._lookups = trace_lookups(space.prompt_lookups, tracer.texts, space.max_draft_length)
 
     def plain_seconds(self) -> list[float]:
         """What plain decoding is predicted to take for each text, in their order."""

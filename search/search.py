@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 from layerskip.checkpoints import cache_folder
 from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
+from layerskip.drafting.drafter import Drafter
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
@@ -244,7 +245,7 @@ class Search:
             study=study.study_name,
             trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
-            profile=self._profile(best, tools.builder) if best and tools else None,
+            profile=self._profile(best, tools) if best and tools else None,
             without_copies=best_without_copies(finalists, self.task.space),
             interrupted=interrupted,
             transformers=transformers,
@@ -422,7 +423,7 @@ class Search:
         if not best:
             return
         self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
-        drafters = {str(trial.number): tools.builder.drafter(config_of(trial)) for trial in best}
+        drafters = {str(trial.number): _controlled(config_of(trial), tools) for trial in best}
         plan = MeasuringPlan(self._prompts.held_out, self.task.settings.max_new_tokens, _HELD_OUT_REPEATS)
         measured: dict[str, Mapping[str, Measurement]] = {}
         try:
@@ -439,8 +440,8 @@ class Search:
         for finalist in finalists:
             self._on_event(FinalistMeasured(finalist.trial, finalist.summary.speedup))
 
-    def _profile(self, best: Finalist, builder: DraftBuilder) -> DraftProfile:
-        config = config_of(best.trial)
+    def _profile(self, best: Finalist, tools: Tools) -> DraftProfile:
+        config, builder = config_of(best.trial), tools.builder
         weights = builder.weights(config)
         size = draft_bytes(self._engine.model, config, weights)
         length = self.task.settings.max_new_tokens
@@ -449,6 +450,7 @@ class Search:
             weights,
             model=self.task.identity,
             measured=as_measured(best.summary, best.prompt_set, length, self._engine, draft_bytes=size),
+            costs=builder.round_costs(config, tools.costs),
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,
@@ -457,6 +459,11 @@ class Search:
                 training_seconds=builder.training_seconds(config),
             ),
         )
+
+
+def _controlled(config: DraftConfig, tools: Tools) -> Drafter:
+    """The drafter of a configuration as its profile has it."""
+    return tools.builder.drafter(config, tools.builder.round_costs(config, tools.costs))
 
 
 def _file_name(id: str) -> str:

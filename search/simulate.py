@@ -132,7 +132,7 @@ class Simulator:
         traces: The draft's, one for each of ``n`` texts.
         costs: What its rounds cost.
         max_new_tokens: Most new tokens of a generation.
-        lookups: Traces of prompt lookup on at least these texts, by its settings.
+        lookups: Traces of prompt lookup on at least these texts, by its settings, for drafts as long as any policy's.
     """
 
     traces: Sequence[Trace]
@@ -182,7 +182,7 @@ class _Rounds:
         self._rate = np.zeros(shape)
         self._tabulate(traces, places)
         self._tabulate_trees(configs, places)
-        self._tabulate_lookups(configs, simulator.lookups)
+        self._tabulate_lookups(configs, simulator.lookups, places)
         self._target = np.ones(shape)  # the target's confidence at the end of the last round
         self._newest = np.zeros(shape, dtype=int)
         self.drafted = np.zeros(shape, dtype=int)
@@ -217,22 +217,26 @@ class _Rounds:
         self._drafting = np.array(
             [np.stack([self._costs.drafting(row[:count]) for count in range(places + 1)], axis=1) for row in ways]
         )
+        self._agreeing = (np.cumsum(self._ranks != 0, axis=-1) == 0).sum(axis=-1)  # [n, newest], on the main path
         self._acceptable = np.array([_accepted_places(self._ranks, shape) for shape in shapes])  # [trees, n, newest]
 
     def _tabulate_lookups(
-        self, configs: Sequence[DraftConfig], lookups: Mapping[PromptLookup, Sequence[LookupTrace]]
+        self, configs: Sequence[DraftConfig], lookups: Mapping[PromptLookup, Sequence[LookupTrace]], places: int
     ) -> None:
-        """``[lookups, n, newest token]``, tokens copied, and how many are accepted; the first row copies none."""
+        """``[lookups, n, newest token, places + 1]``, tokens copied after so many drafted ones, and how many of them
+        are accepted; the first row copies none."""
         used = list(dict.fromkeys(config.prompt_lookup for config in configs if config.prompt_lookup))
         self._lookup = np.array(
             [[used.index(config.prompt_lookup) + 1 if config.prompt_lookup else 0] for config in configs]
         )
-        shape = (len(used) + 1, len(self._text), int(self._last.max()) + 1)
-        self._copied, self._copied_accepted = np.zeros(shape, dtype=int), np.zeros(shape, dtype=int)
+        self._longest_copy = np.array([[c.prompt_lookup.length if c.prompt_lookup else 0] for c in configs])
+        shape = (len(used) + 1, len(self._text), int(self._last.max()) + 1, places + 1)
+        self._copied, self._copied_accepted = np.zeros((2, *shape), dtype=int)
         for number, lookup in enumerate(used, start=1):
             for row, trace in zip(self._text, lookups[lookup], strict=False):
-                self._copied[number, row, : len(trace.drafted)] = trace.drafted
-                self._copied_accepted[number, row, : len(trace.accepted)] = trace.accepted
+                tokens = len(trace.copied)
+                self._copied[number, row, :tokens] = trace.copied[:, : places + 1]
+                self._copied_accepted[number, row, :tokens] = trace.accepted[:, : places + 1]
 
     def run(self) -> None:
         """Run rounds until every text has ended under every policy."""
@@ -245,23 +249,28 @@ class _Rounds:
     def _round(self, active: NDArray[np.bool_]) -> None:
         at = np.minimum(self._newest, self._last)  # [s, n]
         room = np.maximum(self._room - at - 1, 0)
-        copied = np.minimum(self._copied[self._lookup, self._text, at], room)
+        copied = np.minimum(self._copied[self._lookup, self._text, at, 0], room)
         copies = copied > 0
         requested = np.where(copies | (self._target < self._target_threshold), 0, np.minimum(self._longest, room))
         asked = np.minimum(requested, self._stops_after(at))
-        accepted = np.where(
-            copies,
-            np.minimum(copied, self._copied_accepted[self._lookup, self._text, at]),
-            np.minimum(asked, self._acceptable[self._tree, self._text, at]),
-        )
-        drafting = self._drafting[self._tree, self._text, requested if self._costs.at_once else asked]
+        right = np.minimum(asked, self._acceptable[self._tree, self._text, at])
         tokens = np.where(copies, copied, self._tokens[self._tree, asked])
-        chains, trees = self._costs.chains[self._text, tokens], self._costs.trees[self._text, tokens]
-        verification = np.where(copies | self._branching, trees, chains)
+        # What continues a wrong draft is not known; it costs what would continue the right one, and is rejected.
+        space = np.minimum(room - asked, self._longest_copy - tokens)
+        tail = np.where(
+            asked > 0, np.clip(self._copied[self._lookup, self._text, at, asked], 0, np.maximum(space, 0)), 0
+        )
+        goes_on = self._agreeing[self._text, at] >= asked
+        tail_right = np.where(~goes_on, 0, self._copied_accepted[self._lookup, self._text, at, asked])
+        copied_right = np.minimum(copied, self._copied_accepted[self._lookup, self._text, at, 0])
+        accepted = np.where(copies, copied_right, right + np.minimum(tail, tail_right))
+        drafting = self._drafting[self._tree, self._text, requested if self._costs.at_once else asked]
+        chains, trees = (by_tokens[self._text, tokens + tail] for by_tokens in (self._costs.chains, self._costs.trees))
+        verification = np.where(copies | self._branching | (tail > 0), trees, chains)
         self.seconds += active * (np.where(copies, 0.0, drafting) + verification)
-        self.drafted += active * (copied + asked)
+        self.drafted += active * (copied + asked + tail)
         self.accepted += active * accepted
-        self._adapt(active & (asked > 0), asked, accepted)
+        self._adapt(active & (asked > 0), asked, right)
         self._target = self._target_confidence[self._text, at + accepted]
         self._newest = np.where(active, at + accepted + 1, self._newest)
 

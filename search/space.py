@@ -31,8 +31,10 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
 _TREE_SIZES = (3, 7, 15, 23)
 _ADAPTIVE_LENGTHS = (4, 8)
 _ADAPTIVE_STARTS = (0.4, 0.6, 0.8)
-_SHORTEST_NGRAMS = (1, 2, 3)
-_LOOKUP_LENGTHS = (3, 7)
+# Of prompt lookup. As trees, the lengths make passes of widths that are cheap on many machines.
+_SHORTEST_MATCHES = (1, 2, 3)
+_LOOKUP_LENGTHS = (7, 15, 23)
+_TOKENS_PER_MATCH = (2, 4)
 _LISTS = ("precisions", "vocabulary_sizes", "target_confidence_thresholds", "tree_sizes", "draft_layers")
 
 
@@ -112,8 +114,8 @@ class SearchSpace:
     @property
     def prompt_lookups(self) -> list[PromptLookup]:
         """Settings of prompt lookup to try."""
-        choices = itertools.product(_SHORTEST_NGRAMS, _LOOKUP_LENGTHS) if self.prompt_lookup else ()
-        return [PromptLookup(shortest=shortest, length=length) for shortest, length in choices]
+        choices = itertools.product(_SHORTEST_MATCHES, _LOOKUP_LENGTHS, _TOKENS_PER_MATCH) if self.prompt_lookup else ()
+        return [PromptLookup(*settings) for settings in choices]
 
     @property
     def choices(self) -> Mapping[str, tuple[Any, ...]]:

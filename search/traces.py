@@ -12,7 +12,8 @@ from torch import Tensor
 
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.head_drafter import through_layer
-from layerskip.drafting.prompt_lookup import NGramIndex
+from layerskip.drafting.prompt_lookup import copy_from
+from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
@@ -158,32 +159,41 @@ def trace_heads(model: LayerSkipModel, weights: DraftWeights, texts: Sequence[Ta
 
 @dataclass(frozen=True, eq=False)
 class LookupTrace:
-    """What prompt lookup would copy along one text.
+    """What prompt lookup would copy along one text, after each new token and ``k`` tokens that were drafted rightly.
 
     Args:
-        drafted: ``[m]``, how many tokens would be proposed after each new token.
-        accepted: ``[m]``, how many of them are what the target model wrote.
+        copied: ``[m, k + 1]``, how many tokens would be proposed, by the number of drafted tokens before them.
+        accepted: ``[m, k + 1]``, how many of them are what the target model wrote.
     """
 
-    drafted: NDArray[np.int_]
+    copied: NDArray[np.int_]
     accepted: NDArray[np.int_]
 
 
-def trace_lookup(lookup: PromptLookup, text: TargetText) -> LookupTrace:
-    """The trace of prompt lookup along a text."""
-    tokens, index = text.tokens.tolist(), NGramIndex(lookup)
-    index.extend(tokens[: text.prompt_length])
-    drafted, accepted = [], []
-    for place in range(text.prompt_length, len(tokens)):
-        index.extend(tokens[place : place + 1])
-        copied = index.copy(lookup.length)
-        drafted.append(len(copied))
-        accepted.append(common_prefix_length(copied, tokens[place + 1 :]))
-    return LookupTrace(np.array(drafted), np.array(accepted))
+def trace_lookup(lookup: PromptLookup, text: TargetText, places: int) -> LookupTrace:
+    """The trace of prompt lookup along a text.
+
+    Args:
+        lookup: When to copy, and how much.
+        text: The text.
+        places: ``k``, tokens of the longest draft that copies continue.
+    """
+    tokens, known = text.tokens.tolist(), SuffixAutomaton()
+    known.extend(tokens[: text.prompt_length])
+    copied, accepted = np.zeros((2, text.new_tokens, places + 1), dtype=int)
+    for row in range(text.new_tokens):
+        newest = text.prompt_length + row
+        known.extend(tokens[newest : newest + 1])
+        for drafted in range(min(places, text.new_tokens - 1 - row) + 1):
+            following = newest + 1 + drafted
+            copy = copy_from(known, lookup, lookup.length - drafted, tokens[newest + 1 : following])
+            copied[row, drafted] = len(copy)
+            accepted[row, drafted] = common_prefix_length(copy, tokens[following:])
+    return LookupTrace(copied, accepted)
 
 
 def trace_lookups(
-    lookups: Sequence[PromptLookup], texts: Sequence[TargetText]
+    lookups: Sequence[PromptLookup], texts: Sequence[TargetText], places: int
 ) -> dict[PromptLookup, list[LookupTrace]]:
-    """The traces of several settings of prompt lookup along several texts."""
-    return {lookup: [trace_lookup(lookup, text) for text in texts] for lookup in lookups}
+    """The traces of several settings of prompt lookup along several texts, as :func:`trace_lookup` makes each."""
+    return {lookup: [trace_lookup(lookup, text, places) for text in texts] for lookup in lookups}

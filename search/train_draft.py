@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerskip.costs import CostModel
+from layerskip.costs import CostModel, DraftParts, DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
@@ -290,16 +290,17 @@ class Tuning:
     def _measured(self, profile: DraftProfile, weights: DraftWeights) -> tuple[DraftProfile, float]:
         """The profile with the policy that simulation finds best, measured on held-out prompts; the prediction."""
         lock = MachineLock(self._folder, self._model.device)
-        choice = self._choose_policy(weights.placed_on(self._model), lock)
+        choice, costs = self._choose_policy(weights.placed_on(self._model), lock)
         config, predicted = choice.best().config, choice.expected_speedup()
         self._on_event(PolicyChosen(config, predicted))
-        profile = DraftProfile.of(config, weights, model=profile.model, provenance=profile.provenance)
+        profile = DraftProfile.of(config, weights, model=profile.model, provenance=profile.provenance, costs=costs)
         summary = self._measure(profile, lock)
         length, size = self._settings.max_new_tokens, draft_bytes(self._model, config, weights)
         measured = as_measured(summary, "held-out", length, self._engine, draft_bytes=size)
         return profile.model_copy(update={"measured": measured}), predicted
 
-    def _choose_policy(self, weights: DraftWeights, lock: MachineLock) -> PolicyChoice:
+    def _choose_policy(self, weights: DraftWeights, lock: MachineLock) -> tuple[PolicyChoice, DraftRoundCosts]:
+        """The choice of the policy, and what rounds of the draft cost."""
         limit = self._settings.max_new_tokens
         with lock.shared():
             run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
@@ -309,9 +310,11 @@ class Tuning:
         with lock.exclusive():
             costs = measure_costs(self._engine, vocabularies=space.vocabulary_sizes, most_drafted=space.most_drafted)
             head_costs = measure_head_costs(self._engine, weights) if weights.heads else None
-        return trained_policy_choice(
+        choice = trained_policy_choice(
             self._engine, self._skip_set, weights, space, texts, costs, head_costs, max_new_tokens=limit
         )
+        stack = self._model.stack_of(self._skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
+        return choice, _round_costs(costs, DraftParts.of(stack), head_costs, space.max_draft_length)
 
     def _measure(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
@@ -322,6 +325,13 @@ class Tuning:
             measurements += by_name.values()
             self._on_event(PromptMeasured(len(measurements), len(plan.prompts)))
         return summarize(measurements)
+
+
+def _round_costs(costs: CostModel, parts: DraftParts, head_costs: HeadCosts | None, places: int) -> DraftRoundCosts:
+    """What rounds of a trained draft cost: of its heads where it has some, or else of the parts of its stack."""
+    if head_costs is None:
+        return DraftRoundCosts.of(costs, lambda at, count: count * at.draft_step(parts), places)
+    return DraftRoundCosts.of(costs, lambda at, count: head_costs.seconds((1,) * count), places)
 
 
 def space_for(weights: DraftWeights, space: SearchSpace) -> SearchSpace:
@@ -367,7 +377,7 @@ def trained_policy_choice(
         stack = model.stack_of(skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
         traces = trace_early_exit(model, stack, texts)
         rounds = RoundCosts.of_stack(costs, stack, engine, traces, space.most_drafted)
-    lookups = trace_lookups(space.prompt_lookups, texts)
+    lookups = trace_lookups(space.prompt_lookups, texts, space.max_draft_length)
     config = DraftConfig(skip_set, vocabulary_size=max(space.vocabulary_sizes))
     simulator = Simulator(traces, rounds, max_new_tokens, lookups)
     return PolicyChoice(config, space, simulator, heads=weights.heads is not None)

@@ -34,7 +34,7 @@ from studies.storage import ReconnectingStorage
 _CONTEXT_KEY = "layerskip"
 # Attributes of a trial that a study's description includes.
 _DESCRIBED = ("acceptance", "acceptance_rate", "skip_set", "draft", "source")
-_FORMAT = 4
+_FORMAT = 5
 # Attributes of a study: library versions that it was searched with, in order;
 VERSIONS_KEY = "versions"
 # measured costs of passes, as layerskip.costs.CostModel writes them;

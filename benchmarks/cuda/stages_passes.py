@@ -189,7 +189,7 @@ def count_waits(bench: Bench, facts: Facts) -> None:
         "plain": (None, None),
         "fixed length": (DraftConfig(skip_set, stopping=FixedLength(4)), None),
         "confidence": (DraftConfig(skip_set, stopping=ConfidenceThreshold(0.5, 8)), None),
-        "prompt lookup": (DraftConfig(skip_set, stopping=FixedLength(4), prompt_lookup=PromptLookup(1, 4, 8)), None),
+        "prompt lookup": (DraftConfig(skip_set, stopping=FixedLength(4), prompt_lookup=PromptLookup(1, 8)), None),
         "tree": (DraftConfig(skip_set, stopping=FixedLength(4), tree=(3, 2)), None),
         "sampled": (DraftConfig(skip_set, stopping=FixedLength(4)), Sampling(temperature=0.8, seed=0)),
     }

@@ -21,28 +21,30 @@ if TYPE_CHECKING:
 class PromptLookup:
     """When to copy draft tokens from the text, and how many.
 
+    What followed the longest run of tokens at the end of the text that occurred before is copied, however long that is.
+
     Args:
-        shortest: Shortest n-gram at the end of the text that must have occurred before.
-        longest: Longest n-gram to look for; the longest one that occurred before decides.
+        shortest: Shortest run that must have occurred before.
         length: Most tokens in a draft.
+        per_match: Most copied tokens for each token of the run: the longer it is, the more certain is what follows.
 
     Raises:
-        InvalidInputError: A number is below 1, or ``longest`` below ``shortest``.
+        InvalidInputError: A number is below 1.
     """
 
     shortest: int = 2
-    longest: int = 4
-    length: int = 8
+    length: int = 15
+    per_match: int = 2
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        for name, least in (("shortest", 1), ("length", 1), ("longest", self.shortest)):
+        for name in ("shortest", "length", "per_match"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def __str__(self) -> str:
-        return f"prompt lookup: n-gram ≥ {self.shortest}, up to {self.length} token{'s' * (self.length > 1)}"
+        return f"prompt lookup from {self.shortest} on, up to {self.length} token{'s' * (self.length > 1)}"
 
 
 @dataclass(frozen=True, order=True)
@@ -87,7 +89,8 @@ class DraftConfig:
         tree: How many tokens to propose for the first place of a draft, for the second, and so on; one for later
             places. A number counts those after the first token of the place before; a list, for draft heads alone,
             those after each of its tokens.
-        prompt_lookup: Copies from the text that are tried before the model drafts; None copies nothing.
+        prompt_lookup: Copies from the text that are tried before the model drafts, and continue what it drafts; None
+            copies nothing.
         precision: Of the sublayers that are kept, and of the head: ``full`` runs the model's own; ``int8`` and ``int4``
             run copies that were rounded to so many bits, at ``int4`` with a head of 8 bits. Bridges and draft layers
             keep theirs.

@@ -158,7 +158,8 @@ class BaseDrafter:
     def observe(self, outcome: RoundResult) -> None:
         """As :meth:`Drafter.observe`."""
         if self._steps:
-            self._stop.observe(self._steps, outcome.verdict.accepted)
+            accepted = min(outcome.verdict.accepted, self._steps)  # another drafter may have continued the draft
+            self._stop.observe(self._steps, accepted)
         self._steps = 0  # the next draft may be another drafter's
         threshold = self._target_confidence_threshold
         # Reading a probability makes the host wait for the device.

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from layerskip.checks import instance
+from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
+from layerskip.drafting.controller import ControlledDrafter
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.layer_skip import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
+from layerskip.drafting.prompt_lookup import PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
 
 
-def make_drafter(model: LayerSkipModel, config: DraftConfig, weights: DraftWeights | None = None) -> Drafter:
+def make_drafter(
+    model: LayerSkipModel,
+    config: DraftConfig,
+    weights: DraftWeights | None = None,
+    *,
+    costs: DraftRoundCosts | None = None,
+) -> Drafter:
     """A drafter for :func:`layerskip.generate`: with heads where the weights have some, else with the model's stack.
 
-    With prompt lookup, it drafts only where nothing can be copied from the text.
+    With prompt lookup, it drafts only where nothing can be copied from the text, and copies continue what it drafts.
 
     Args:
         model: The model that will verify.
         config: How to draft.
         weights: Bridges, draft layers, draft heads and draft vocabulary; None without any.
+        costs: What its rounds cost; with them, drafting and copying pause where they do not pay. Such a drafter learns
+            from every text, so that with one seed a text may differ from the same text after others.
 
     Raises:
         InvalidInputError: The configuration or the weights are for another model.
@@ -32,6 +42,8 @@ def make_drafter(model: LayerSkipModel, config: DraftConfig, weights: DraftWeigh
         drafter = HeadDrafter(model, config, weights)
     else:
         drafter = LayerSkipDrafter(model, config, weights)
+    if costs is not None:
+        drafter = ControlledDrafter(drafter, costs)
     if config.prompt_lookup is None:
         return drafter
-    return FallbackDrafter(PromptLookupDrafter(config.prompt_lookup), drafter)
+    return PromptLookupDrafter(config.prompt_lookup, drafter, costs)

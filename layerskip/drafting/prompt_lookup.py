@@ -1,4 +1,4 @@
-"""Drafting without a model: copy what followed the text's last n-gram where it occurred before."""
+"""Drafting without a model: copy what followed the end of the text where it occurred before."""
 
 from __future__ import annotations
 
@@ -7,103 +7,95 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import PromptLookup
-from layerskip.drafting.drafter import Drafter, RoundResult
+from layerskip.drafting.controller import Controller
+from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
+from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.engine import Engine
 from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
 
 
-class NGramIndex:
-    """A growing text, and where each of its n-grams occurred last.
+def copy_from(text: SuffixAutomaton, lookup: PromptLookup, limit: int, drafted: Sequence[int] = ()) -> list[int]:
+    """What followed the longest run at the end of the text that occurred before.
+
+    Where it reaches the text's end it goes on with what was drafted and copied since, as in a text that repeats itself.
 
     Args:
-        lookup: Which n-grams to find.
+        text: The text so far.
+        lookup: When to copy, and how much.
+        limit: Most tokens to copy.
+        drafted: Tokens after the text. The run then is one at their end, and occurs in the text itself.
     """
-
-    def __init__(self, lookup: PromptLookup) -> None:
-        self._lookup = lookup
-        self._text: list[int] = []
-        self._continuations: dict[tuple[int, ...], int] = {}  # where the text continues an n-gram's last occurrence
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append to the text."""
-        for token in tokens:
-            # N-grams that end here are found from now on, because something follows them.
-            for ngram in self._last_ngrams():
-                self._continuations[ngram] = len(self._text)
-            self._text.append(token)
-
-    def copy(self, limit: int) -> list[int]:
-        """What followed the longest n-gram at the end of the text that occurred before, at most ``limit`` tokens.
-
-        Where that reaches the text's end it continues with what was copied, as in a text that repeats itself.
-        """
-        for ngram in self._last_ngrams():
-            if ngram in self._continuations:
-                start, copied = self._continuations[ngram], list[int]()
-                for place in range(start, start + min(limit, self._lookup.length)):
-                    beyond = place - len(self._text)
-                    copied.append(self._text[place] if beyond < 0 else copied[beyond])
-                return copied
+    match = text.match_after(drafted) if drafted else text.match
+    if match.length < lookup.shortest:
         return []
-
-    def _last_ngrams(self) -> list[tuple[int, ...]]:
-        """The n-grams at the end of the text, longest first."""
-        longest = min(self._lookup.longest, len(self._text))
-        return [tuple(self._text[-size:]) for size in range(longest, self._lookup.shortest - 1, -1)]
+    count = max(min(limit, lookup.per_match * match.length), 0)
+    known, new = text.text, list(drafted)
+    for place in range(match.end, match.end + count):
+        new.append(known[place] if place < len(known) else new[place - len(known)])
+    return new[len(drafted) :]
 
 
 class PromptLookupDrafter:
-    """Proposes what followed the text's last n-gram where it occurred before; nothing where it did not.
+    """Copies what followed the text's end where it occurred before; another drafter drafts where nothing can be copied.
 
-    Source: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding.
+    What that one drafts is continued by a copy, too, if the text with it ends with what occurred before.
+
+    Sources: Saxena, "Prompt Lookup Decoding" (2023), github.com/apoorvumang/prompt-lookup-decoding; for runs of any
+    length, SAM decoding (arXiv 2411.10666); for copies that are longer the longer the run, SuffixDecoding (arXiv
+    2411.04975).
 
     Args:
         lookup: When to copy, and how many tokens; None takes the defaults.
+        drafter: Drafts where nothing can be copied; None drafts nothing there.
+        costs: What rounds cost; with them, copying pauses where it does not pay.
     """
 
-    def __init__(self, lookup: PromptLookup | None = None) -> None:
+    def __init__(
+        self,
+        lookup: PromptLookup | None = None,
+        drafter: Drafter | None = None,
+        costs: DraftRoundCosts | None = None,
+    ) -> None:
         self._lookup = lookup or PromptLookup()
+        self._drafter = drafter or NoDrafter()
+        self._costs = costs
+        self._controller = Controller(costs)
+
+    def __copy__(self) -> PromptLookupDrafter:
+        """With a copy of the other drafter, so that the copy serves a generation of its own."""
+        return PromptLookupDrafter(self._lookup, copy.copy(self._drafter), self._costs)
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
-        self._index = NGramIndex(self._lookup)
-        self._index.extend(prompt.tolist())
+        self._drafter.start(engine, prompt, states)
+        self._text = SuffixAutomaton()
+        self._text.extend(prompt.tolist())
         self._knows_newest = False
+        self._controller.start()
+        self._copied = 0  # tokens of the last draft, where it was a copy
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         if not self._knows_newest:
-            self._index.extend(newest.tolist())
+            self._text.extend(newest.tolist())
             self._knows_newest = True
-        return sampler.copied(self._index.copy(limit), newest.device)
+        self._context = cache.length
+        copied = copy_from(self._text, self._lookup, self._controller.limit(min(limit, self._lookup.length)))
+        self._copied = len(copied)
+        if copied:
+            return Draft.certain(copied, newest.device)
+        draft = self._drafter.propose(newest, cache, limit, sampler)
+        if not len(draft):
+            return draft
+        room = min(limit - draft.tree.depth, self._lookup.length - len(draft))
+        path = draft.main_path.tolist()
+        return draft.continued(copy_from(self._text, self._lookup, self._controller.limit(room), path))
 
     def observe(self, outcome: RoundResult) -> None:
-        self._index.extend(outcome.verdict.tokens)
-
-
-class FallbackDrafter:
-    """Drafts with one drafter, and with another where the first proposes nothing.
-
-    Args:
-        first: Asked in every round.
-        second: Asked where the first proposes nothing.
-    """
-
-    def __init__(self, first: Drafter, second: Drafter) -> None:
-        self._first, self._second = first, second
-
-    def __copy__(self) -> FallbackDrafter:
-        """Both copied too, so that the copy serves a generation of its own."""
-        return FallbackDrafter(copy.copy(self._first), copy.copy(self._second))
-
-    def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
-        self._first.start(engine, prompt, states)
-        self._second.start(engine, prompt, states)
-
-    def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        draft = self._first.propose(newest, cache, limit, sampler)
-        return draft if len(draft) else self._second.propose(newest, cache, limit, sampler)
-
-    def observe(self, outcome: RoundResult) -> None:
-        self._first.observe(outcome)
-        self._second.observe(outcome)
+        self._text.extend(outcome.verdict.tokens)
+        if self._copied:
+            self._controller.observe(outcome, self._context, drafted=0, copied=self._copied)
+        else:
+            self._controller.rest()
+        self._drafter.observe(outcome)

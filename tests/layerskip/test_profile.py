@@ -14,8 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from layerskip import ConfidenceThreshold, DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip import (
+    ConfidenceThreshold,
+    DraftConfig,
+    DraftProfile,
+    FixedLength,
+    LayerSkipModel,
+    PromptLookup,
+    SkipSet,
+    generate,
+)
+from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.bridges import Bridge
+from layerskip.drafting.controller import ControlledDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
@@ -137,7 +148,7 @@ def test_profiles_that_differ_are_unequal():
 def test_a_saved_profile_is_json_that_people_can_read(tmp_path):
     a_profile().save(tmp_path / "profile.json")
     text = (tmp_path / "profile.json").read_text()
-    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 3,\n')
+    assert text.startswith('{\n  "format": "layerskip.draft-profile",\n  "version": 4,\n')
     assert text.endswith("}\n")
     fields = json.loads(text)
     assert fields["skip_set"] == {"num_layers": LAYERS, "attention": [1], "mlp": [2]}
@@ -199,8 +210,8 @@ MISSING = "required, but missing"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("version", value=4), "version: expected 1, 2 or 3, found 4"),
-        (put("version", value="1"), "version: expected 1, 2 or 3, found '1'"),
+        (put("version", value=5), "version: expected 1, 2, 3 or 4, found 5"),
+        (put("version", value="1"), "version: expected 1, 2, 3 or 4, found '1'"),
         (put("precision", value="int2"), "precision: expected 'full', 'int8' or 'int4', found 'int2'"),
         (put("format", value="zip"), "format: expected 'layerskip.draft-profile', found 'zip'"),
         (put("color", value=1), f"color: {UNKNOWN}"),
@@ -574,6 +585,26 @@ def test_a_profile_of_an_earlier_version_still_loads(tmp_path, version, missing)
         del fields[name]
     (tmp_path / "old.json").write_text(json.dumps(fields))
     assert DraftProfile.load(tmp_path / "old.json") == a_profile()
+
+
+def test_prompt_lookup_of_earlier_versions_copies_as_much_after_a_short_run(tmp_path):
+    fields = json.loads(a_profile().model_dump_json())
+    fields |= {"version": 3, "ngrams": {"shortest": 2, "longest": 4, "length": 7}}
+    (tmp_path / "old.json").write_text(json.dumps(fields))
+    loaded = DraftProfile.load(tmp_path / "old.json")
+    assert loaded.prompt_lookup == PromptLookup(2, 7, per_match=7)
+    loaded.save(tmp_path / "new.json")
+    assert DraftProfile.load(tmp_path / "new.json") == loaded
+
+
+def test_a_profile_with_costs_drafts_under_a_controller(tmp_path, llama):
+    costs = DraftRoundCosts((64, 512), ((0, 0), (0.01, 0.01)), (1, 2), ((0.02, 0.03), (0.02, 0.04)))
+    profile = profile_for(llama).model_copy(update={"costs": costs})
+    profile.save(tmp_path / "profile.json")
+    loaded = DraftProfile.load(tmp_path / "profile.json")
+    assert loaded.costs == costs
+    assert isinstance(loaded.drafter(llama), ControlledDrafter)
+    assert not isinstance(profile_for(llama).drafter(llama), ControlledDrafter)
 
 
 def test_a_profile_drafts_at_its_precision(llama):

@@ -179,7 +179,7 @@ def best_with(copies):
 
 def copying(places, drafted, right):
     """The same copies after the first so many tokens, whatever the setting."""
-    where = np.arange(TOKENS) < places
+    where = (np.arange(TOKENS) < places)[:, None] * np.ones(9, dtype=int)
     return lambda lookup: (where * drafted, where * right)
 
 
@@ -207,7 +207,8 @@ def test_of_prompt_lookups_that_pay_the_fastest_is_added():
 def test_prompt_lookup_is_part_of_a_policy_only_where_the_space_has_it():
     wrong = [stack_trace([LAST_RANK] * 20)] * 2
     lookups = SearchSpace(4, prompt_lookup=True).prompt_lookups
-    copied = {lookup: [LookupTrace(np.full(21, 3), np.minimum(3, 20 - np.arange(21)))] * 2 for lookup in lookups}
+    right = np.minimum(3, 20 - np.arange(21))[:, None] * np.ones(9, dtype=int)
+    copied = {lookup: [LookupTrace(np.full((21, 9), 3), right)] * 2 for lookup in lookups}
     simulator = Simulator(wrong, flat_costs(2), 21, copied)
     for has_lookup in (True, False):
         best = PolicyChoice(CONFIG, SearchSpace(4, prompt_lookup=has_lookup), simulator).best()

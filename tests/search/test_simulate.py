@@ -24,7 +24,7 @@ from tests.search.traces import stack_trace
 from tests.strategies import branches, draft_exits, fractions, skip_sets, tokens
 
 LONGEST, MOST = 9, 25
-LOOKUP = PromptLookup(1, 2, 3)
+LOOKUP = PromptLookup(1, 6)
 
 
 def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
@@ -66,9 +66,10 @@ def stack_costs(prefill, step, chains, trees):
 def copied_along(trace):
     """Some copies along a text, always the same for the same text, none of which is accepted past its end."""
     source = np.random.default_rng(trace.new_tokens * 10 + trace.prompt_length)
-    drafted = source.integers(0, 4, trace.new_tokens)
-    left = trace.new_tokens - 1 - np.arange(trace.new_tokens)
-    return LookupTrace(drafted, np.minimum(np.minimum(drafted, source.integers(0, 4, trace.new_tokens)), left))
+    shape = (trace.new_tokens, LONGEST + 1)
+    copied = source.integers(0, 4, shape) * source.integers(0, 2, shape)
+    left = trace.new_tokens - 1 - np.arange(trace.new_tokens)[:, None] - np.arange(LONGEST + 1)
+    return LookupTrace(copied, np.clip(np.minimum(copied, source.integers(0, 4, shape)), 0, np.maximum(left, 0)))
 
 
 def simulated(texts, tried, costs, limit):
@@ -81,9 +82,9 @@ def in_a_loop(trace, policy, row, step, costs, limit):
     seconds, drafted, accepted = costs.prefill[row], 0, 0
     copies = copied_along(trace) if policy.prompt_lookup else None
     while at < trace.new_tokens - 1:
-        copied = min(copies.drafted[at], limit - (at + 1) - 1) if copies else 0
+        copied = min(copies.copied[at, 0], limit - (at + 1) - 1) if copies else 0
         if copied > 0:
-            taken = min(copied, copies.accepted[at])
+            taken = min(copied, copies.accepted[at, 0])
             seconds += costs.trees[row, copied]
             unsure = unsure_after(trace, at + taken, policy)
             drafted, accepted, at = drafted + copied, accepted + taken, at + taken + 1
@@ -98,12 +99,20 @@ def in_a_loop(trace, policy, row, step, costs, limit):
         while taken < proposed and at + taken < len(trace.agrees) and trace.agrees[at + taken]:
             taken += 1
         widths = [*policy.tree, *[1] * proposed][:proposed]
-        verified = costs.trees if policy.tree else costs.chains
-        seconds += proposed * step[row] + verified[row, sum(widths)]
+        tail = 0
+        if copies and proposed:
+            room = min(limit - (at + 1) - 1 - proposed, LOOKUP.length - sum(widths))
+            tail = min(copies.copied[at, proposed], max(room, 0))
+        verified = costs.trees if policy.tree or tail else costs.chains
+        seconds += proposed * step[row] + verified[row, sum(widths) + tail]
+        on_the_main_path = taken == proposed
         if taken < proposed and at + taken < len(trace.agrees):
             taken += trace.ranks[0, at + taken] < widths[taken]
         if proposed:
             state.observe(proposed, taken)
+        if on_the_main_path and tail:
+            taken += min(tail, copies.accepted[at, proposed])
+        proposed += tail
         end = at + taken
         unsure = unsure_after(trace, end, policy)
         drafted, accepted, at = drafted + proposed, accepted + taken, end + 1

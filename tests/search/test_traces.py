@@ -1,7 +1,6 @@
 """Traces of prompt lookup and of draft heads."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from search.traces import trace_heads, trace_lookup
 from tests.models import random_heads
 
 HEADS = 3
-lookups = st.builds(lambda least, more, length: PromptLookup(least, least + more, length), *[st.integers(1, 3)] * 3)
+lookups = st.builds(PromptLookup, *[st.integers(1, 3)] * 3)
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12), lookups, st.integers(2, 14))
@@ -22,11 +21,11 @@ lookups = st.builds(lambda least, more, length: PromptLookup(least, least + more
 def test_copies_along_a_text_are_those_of_decoding(tiny, prompt, lookup, length):
     """Round by round, they draft and accept what a prompt-lookup drafter does."""
     [new] = batch_generate(tiny, [prompt], length)
-    trace = trace_lookup(lookup, record(tiny, prompt, new))
+    trace = trace_lookup(lookup, record(tiny, prompt, new), places=0)
     place = drafted = accepted = 0
     while place < len(new) - 1:
-        proposed = min(trace.drafted[place], length - place - 2)
-        taken = min(proposed, trace.accepted[place])
+        proposed = min(trace.copied[place, 0], length - place - 2)
+        taken = min(proposed, trace.accepted[place, 0])
         drafted, accepted, place = drafted + proposed, accepted + taken, place + taken + 1
     stats = generate(tiny, prompt, drafter=PromptLookupDrafter(lookup), max_new_tokens=length).stats
     assert (stats.drafted, stats.accepted) == (drafted, accepted)
@@ -34,9 +33,9 @@ def test_copies_along_a_text_are_those_of_decoding(tiny, prompt, lookup, length)
 
 @pytest.mark.parametrize("new", [[], [4]])
 def test_of_a_text_of_next_to_nothing_no_copies_are_accepted(llama, new):
-    trace = trace_lookup(PromptLookup(1), record(llama, [4, 4, 4], [*new, 4]))
-    assert trace.accepted[-1] == 0
-    assert torch.tensor(trace.drafted).shape == (len(new) + 1,)
+    trace = trace_lookup(PromptLookup(1), record(llama, [4, 4, 4], [*new, 4]), places=2)
+    assert not trace.accepted[-1].any()
+    assert trace.copied.shape == (len(new) + 1, 3)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2])

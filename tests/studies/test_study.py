@@ -204,7 +204,7 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
         )
     described = describe_study(storage, "s", 1)
     assert described["study"] == "s"
-    assert described["context"] == as_recorded(CONTEXT) | {"format": 4}
+    assert described["context"] == as_recorded(CONTEXT) | {"format": 5}
     assert described["trials"] == {"complete": 1, "pruned": 2, "fail": 1}
     assert described["measurements"] == 4
     assert described["best"] == [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layerskip import FixedLength, LayerSkipModel, PrefixCache, PromptLookup, Sampling, generate, stream_rounds
 from layerskip.drafting.head_drafter import HeadDrafter, HeadInput, through_layer
 from layerskip.drafting.heads import HEAD_KINDS
-from layerskip.drafting.prompt_lookup import FallbackDrafter, PromptLookupDrafter
+from layerskip.drafting.prompt_lookup import PromptLookupDrafter
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import EagerEngine, GraphEngine
 from layerskip.kv_cache import KVCache
@@ -145,10 +145,8 @@ def test_heads_read_what_the_layer_makes_of_the_whole_text(tiny, gate, captured,
 def test_it_sees_what_stood_of_copies_too(llama):
     """Rounds in which another drafter proposed count as much."""
     drafter = drafter_behind(llama, random_prefix(llama), FixedLength(2), cls=Watched)
-    copies = PromptLookupDrafter(PromptLookup(1, 2, 4))
-    stats = generate(
-        llama, [1, 5, 7, 1, 5], drafter=FallbackDrafter(copies, drafter), max_new_tokens=40, eos_token_ids=[]
-    ).stats
+    copying = PromptLookupDrafter(PromptLookup(1, 4), drafter)
+    stats = generate(llama, [1, 5, 7, 1, 5], drafter=copying, max_new_tokens=40, eos_token_ids=[]).stats
     assert 0 < len(drafter.read) < stats.rounds
     assert_read_of_the_whole_text(llama, drafter)
 

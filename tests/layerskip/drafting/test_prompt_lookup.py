@@ -12,10 +12,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from layerskip import DraftConfig, FixedLength, PromptLookup, Sampling, SkipSet, generate
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.layer_skip import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import FallbackDrafter, NGramIndex, PromptLookupDrafter
+from layerskip.drafting.prompt_lookup import PromptLookupDrafter, copy_from
+from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.errors import InvalidInputError
 from layerskip.generation import stream_rounds
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
+from layerskip.sampling import Draft, Draw
 from tests.layerskip.drafting.test_draft_layer import Watched, drafter_with_layers, from_scratch
 from tests.layerskip.test_sampling_exactness import (
     DOUBT,
@@ -29,66 +31,68 @@ from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # 
 from tests.models import LAYERS, VOCABULARY, near_tie_or_same, transformers_greedy
 from tests.strategies import skip_sets, tokens
 
-settings_of_ngrams = st.builds(
-    lambda shortest, more, length: PromptLookup(shortest, shortest + more, length),
-    st.integers(1, 3),
-    st.integers(0, 2),
-    st.integers(1, 6),
-)
+lookups = st.builds(PromptLookup, st.integers(1, 3), st.integers(1, 6), st.integers(1, 3))
 few_tokens = st.lists(st.integers(0, 2), max_size=20)
 
 
-def looked_up(text, ngrams, limit):
-    """The definition, by a search through the whole text."""
-    for size in range(ngrams.longest, ngrams.shortest - 1, -1):
-        for start in range(len(text) - size - 1, -1, -1):
-            if text[start : start + size] == text[len(text) - size :]:
-                copied = list(text)
-                for place in range(start + size, start + size + min(limit, ngrams.length)):
+def copied_by_definition(text, drafted, lookup, limit):
+    """By a search through the whole text: longest run first, and of its occurrences the last."""
+    whole = [*text, *drafted]
+    for size in range(len(whole), lookup.shortest - 1, -1):
+        for start in range(len(text) - size - (not drafted), -1, -1):
+            if text[start : start + size] == whole[len(whole) - size :]:
+                copied = list(whole)
+                for place in range(start + size, start + size + min(limit, size * lookup.per_match)):
                     copied.append(copied[place])
-                return copied[len(text) :]
+                return copied[len(whole) :]
     return []
 
 
-@given(few_tokens, settings_of_ngrams, st.integers(0, 8), st.integers(0, 20))
+@given(few_tokens, few_tokens, lookups, st.integers(0, 8), st.integers(0, 20))
 @settings(max_examples=300)
-def test_what_followed_the_longest_last_run_where_it_came_last_is_copied(text, ngrams, limit, cut):
-    index = NGramIndex(ngrams)
-    index.extend(text[:cut])
-    index.extend(text[cut:])
-    assert index.copy(limit) == looked_up(text, ngrams, limit)
+def test_what_followed_the_longest_last_run_where_it_came_last_is_copied(text, drafted, lookup, limit, cut):
+    known = SuffixAutomaton()
+    known.extend(text[:cut])
+    assert copy_from(known, lookup, limit) == copied_by_definition(text[:cut], [], lookup, limit)
+    assert copy_from(known, lookup, limit, drafted) == copied_by_definition(text[:cut], drafted, lookup, limit)
+    known.extend(text[cut:])
+    assert copy_from(known, lookup, limit) == copied_by_definition(text, [], lookup, limit)
 
 
 def test_a_text_that_repeats_itself_goes_on_repeating():
-    index = NGramIndex(PromptLookup(shortest=2, length=7))
-    index.extend([1, 2, 3, 1, 2])
-    assert index.copy(99) == [3, 1, 2, 3, 1, 2, 3]
+    known = SuffixAutomaton()
+    known.extend([1, 2, 3, 1, 2])
+    assert copy_from(known, PromptLookup(2, per_match=4), 7) == [3, 1, 2, 3, 1, 2, 3]
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), settings_of_ngrams, st.integers(1, 24))
+def test_the_longer_the_run_the_more_is_copied():
+    known = SuffixAutomaton()
+    known.extend([1, 2, 3, 4, 5, 6, 7, 8, 9, 3])
+    assert copy_from(known, PromptLookup(1, per_match=2), 99) == [4, 5]
+    known.extend([4])
+    assert copy_from(known, PromptLookup(1, per_match=2), 99) == [5, 6, 7, 8]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), lookups, st.integers(1, 24))
 @settings(max_examples=40)
-def test_greedy_output_is_that_of_transformers(tiny, prompt, ngrams, length):
-    ours = generate(tiny, prompt, drafter=PromptLookupDrafter(ngrams), max_new_tokens=length, eos_token_ids=[])
+def test_greedy_output_is_that_of_transformers(tiny, prompt, lookup, length):
+    ours = generate(tiny, prompt, drafter=PromptLookupDrafter(lookup), max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), settings_of_ngrams, skip_sets(), st.integers(1, 24))
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), lookups, skip_sets(), st.integers(1, 24))
 @settings(max_examples=25)
-def test_a_first_try_leaves_the_output_of_transformers(tiny, prompt, ngrams, skip_set, length):
-    drafter = FallbackDrafter(
-        PromptLookupDrafter(ngrams), LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=(2,)))
-    )
+def test_a_first_try_leaves_the_output_of_transformers(tiny, prompt, lookup, skip_set, length):
+    second = LayerSkipDrafter(tiny, DraftConfig(skip_set, stopping=FixedLength(3), tree=(2,)))
+    drafter = PromptLookupDrafter(lookup, second)
     ours = generate(tiny, prompt, drafter=drafter, max_new_tokens=length, eos_token_ids=[])
     near_tie_or_same(tiny.hf_model, prompt, ours.tokens, transformers_greedy(tiny.hf_model, prompt, length, set()))
 
 
 @pytest.mark.parametrize("combined", [False, True], ids=["alone", "as a first try"])
 def test_samples_follow_the_full_model(tiny_vocabulary, combined):  # noqa: F811
-    drafter = PromptLookupDrafter(PromptLookup(shortest=1, length=2))
-    if combined:
-        drafter = FallbackDrafter(
-            drafter, LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(2)))
-        )
+    second = LayerSkipDrafter(tiny_vocabulary, DraftConfig(SKIPPED, stopping=FixedLength(1), tree=(2,)))
+    drafter = PromptLookupDrafter(PromptLookup(shortest=1, length=3), second if combined else None)
     observed = samples(tiny_vocabulary, drafter, PLAIN)
     assert p_value(observed, distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
 
@@ -126,7 +130,7 @@ def test_copies_that_stand_save_rounds(llama):
 def test_a_layer_of_the_second_drafters_own_sees_what_the_first_drafted(tiny):
     """Its proposals are those of a pass over the whole text, whoever drafted it."""
     second = drafter_with_layers(tiny, {2: 2 * LAYERS}, FixedLength(3), cls=Watched)
-    drafter = FallbackDrafter(PromptLookupDrafter(PromptLookup(1, 2, 2)), second)
+    drafter = PromptLookupDrafter(PromptLookup(1, 2), second)
     stats = [generate(tiny, [first, 2, first, 2, 1], drafter=drafter, max_new_tokens=20).stats for first in range(3)]
     assert 0 < len(second.seen) < stats[-1].drafted
     for text, logits in second.seen:
@@ -134,9 +138,8 @@ def test_a_layer_of_the_second_drafters_own_sees_what_the_first_drafted(tiny):
 
 
 def test_a_copy_of_a_first_try_serves_a_generation_of_its_own(llama):
-    one = FallbackDrafter(
-        PromptLookupDrafter(), LayerSkipDrafter(llama, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(2)))
-    )
+    second = LayerSkipDrafter(llama, DraftConfig(SkipSet(LAYERS, (1,)), stopping=FixedLength(2)))
+    one = PromptLookupDrafter(drafter=second)
     other = copy.copy(one)
     expected = generate(llama, [1, 2, 1], drafter=one, max_new_tokens=9).tokens
     rounds = stream_rounds(llama, [1, 2, 1], drafter=one, max_new_tokens=9)
@@ -149,8 +152,8 @@ def test_a_copy_of_a_first_try_serves_a_generation_of_its_own(llama):
     ("values", "message"),
     [
         ((0,), "shortest: expected at least 1, got 0"),
-        ((2, 1), "longest: expected at least 2, got 1"),
-        ((2, 3, 0), "length: expected at least 1, got 0"),
+        ((2, 0), "length: expected at least 1, got 0"),
+        ((2, 3, 0), "per_match: expected at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(values, message):
@@ -161,26 +164,57 @@ def test_numbers_out_of_range_are_refused(values, message):
 
 @given(tokens(12))
 def test_a_text_without_repetition_gives_nothing(prompt):
-    index = NGramIndex(PromptLookup(shortest=1))
-    index.extend(list(dict.fromkeys(prompt)))
-    assert index.copy(5) == []
+    known = SuffixAutomaton()
+    known.extend(list(dict.fromkeys(prompt)))
+    assert copy_from(known, PromptLookup(shortest=1), 5) == []
 
 
 def test_a_draft_without_prompt_lookup_is_the_stacks_alone(llama):
     config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
     assert isinstance(make_drafter(llama, config), LayerSkipDrafter)
-    assert isinstance(make_drafter(llama, replace(config, prompt_lookup=PromptLookup())), FallbackDrafter)
+    assert isinstance(make_drafter(llama, replace(config, prompt_lookup=PromptLookup())), PromptLookupDrafter)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, seed=0)])
-def test_copied_tokens_are_a_chain_each_certain(sampling):
-    sampler = sampling.sampler(torch.device("cpu"))
-    draft = sampler.copied([5, 3, 5], torch.device("cpu"))
+def test_copied_tokens_are_a_chain_that_nothing_drew():
+    draft = Draft.certain([5, 3, 5], torch.device("cpu"))
     assert draft.tokens.tolist() == [5, 3, 5]
     assert draft.tree.is_chain
-    if draft.token_ids is None:
-        assert draft.distributions == (None,) * 3
-    else:
-        assert draft.token_ids.tolist() == [3, 5]
-        assert [row.tolist() for row in draft.distributions] == [[0, 1], [1, 0], [0, 1]]
-    assert len(sampler.copied([], torch.device("cpu"))) == 0
+    assert draft.distributions == (None,) * 3
+    assert len(Draft.certain([], torch.device("cpu"))) == 0
+
+
+def test_copies_continue_the_main_path_of_a_tree():
+    drawn = [torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.8])]
+    tokens = [torch.tensor([5, 6]), torch.tensor([7, 8, 9])]
+    draft = Draft.of([Draw(t, q) for t, q in zip(tokens, drawn, strict=True)], torch.device("cpu"))
+    longer = draft.continued([3, 4])
+    assert draft.main_path.tolist() == [5, 7]
+    assert longer.main_path.tolist() == [5, 7, 3, 4]
+    assert longer.tokens.tolist() == [*draft.tokens.tolist(), 3, 4]
+    assert [longer.distributions[at] is drawn[at] for at in range(2)] == [True, True]
+    assert longer.distributions[2:] == (None, None)
+    assert draft.continued([]) is draft
+
+
+class Recorded(LayerSkipDrafter):
+    """Keeps what it proposed."""
+
+    def propose(self, newest, cache, limit, sampler):
+        draft = super().propose(newest, cache, limit, sampler)
+        self.proposed = [*getattr(self, "proposed", []), len(draft)]
+        return draft
+
+
+def test_copies_that_continue_a_draft_save_rounds(llama):
+    """The model's own stack as its draft: every token that it drafts stands, and so do the copies after it."""
+    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
+    once = generate(llama, [5, 9], max_new_tokens=24, eos_token_ids=[]).tokens
+    prompt = [5, 9, *once, 5]
+    options = {"max_new_tokens": 24, "eos_token_ids": []}
+    whole = generate(llama, prompt, **options)
+    second = Recorded(llama, config)
+    drafted = generate(llama, prompt, drafter=PromptLookupDrafter(PromptLookup(2, 9, 4), second), **options)
+    alone = generate(llama, prompt, drafter=PromptLookupDrafter(PromptLookup(2, 9, 4)), **options)
+    assert drafted.tokens == whole.tokens == alone.tokens
+    assert drafted.stats.rounds < alone.stats.rounds
+    assert sum(second.proposed) < drafted.stats.drafted
