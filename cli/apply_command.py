@@ -12,6 +12,7 @@ import typer
 
 from cli.common import (
     CompileOption,
+    CorpusOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -58,6 +59,7 @@ def apply(
         bool,
         typer.Option("--show-drafted", help="With --interactive, colour text that was drafted and accepted."),
     ] = False,
+    corpus: CorpusOption = None,
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -88,6 +90,7 @@ def apply(
     from cli.chat_session import converse
     from layerskip import Chat, Sampling, StopStrings, generate, load_profile
     from layerskip.engine import EagerEngine, make_engine
+    from layerskip.tokenizer import encode_corpus
 
     quiet_libraries()
     if interactive:
@@ -100,7 +103,8 @@ def apply(
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = [] if interactive else _read_prompts(prompt, prompts)
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
-    drafter: Drafter | None = loaded.drafter(layers)  # also checks that the profile is for this model
+    known = None if corpus is None else encode_corpus(tokenizer, corpus)
+    drafter: Drafter | None = loaded.drafter(layers, known)  # also checks that the profile is for this model
     if not (loaded.pays or force or compare):
         drafter = None
         stderr.print("the profile was measured to be slower than plain decoding: not drafting; --force drafts")

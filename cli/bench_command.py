@@ -9,6 +9,7 @@ import typer
 
 from cli.common import (
     CompileOption,
+    CorpusOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -52,6 +53,7 @@ def bench(
             help="Maximum number of tokens for each prompt.", show_default="as in the profile's measurement", min=1
         ),
     ] = None,
+    corpus: CorpusOption = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -65,6 +67,7 @@ def bench(
     from layerskip import load_profile
     from layerskip.checkpoints import cache_folder
     from layerskip.engine import make_engine
+    from layerskip.tokenizer import encode_corpus
     from search.baseline import measure_transformers
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafters
@@ -75,7 +78,7 @@ def bench(
     to_measure = ToMeasure.read(prompts, suite, per_category)
     length = max_new_tokens or (loaded.measured.max_new_tokens if loaded.measured else _DEFAULT_LENGTH)
     layers, tokenizer = open_model_of(loaded, model, RunOptions(device, dtype, engine, compiled))
-    drafter = loaded.drafter(layers)
+    drafter = loaded.drafter(layers, None if corpus is None else encode_corpus(tokenizer, corpus))
     runner = make_engine(layers, engine, in_place=True)
     lock = MachineLock(cache_folder(), layers.device)
     with lock.shared():  # a search may be measuring

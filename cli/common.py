@@ -92,6 +92,12 @@ ModelOption = Annotated[
         autocompletion=completion.models,
     ),
 ]
+CorpusOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file that answers may repeat parts of, such as the code to edit: drafts are copied from it, too."
+    ),
+]
 ModelArgument = Annotated[
     str, typer.Argument(help="Alias, Hub id, folder or .gguf file.", autocompletion=completion.models)
 ]

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
 from layerskip.sublayers import AttentionSublayer, MLPSublayer, Stack
+from layerskip.utils import device_name, dtype_name
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+    from layerskip.model import LayerSkipModel
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
 # measured, the least that anything costs where the line through the measurements would say that it is free.
@@ -245,15 +248,20 @@ class DraftRoundCosts:
     """What rounds of one draft cost, in seconds, after texts of two lengths; after others, on the line through them.
 
     Args:
-        contexts: The two lengths.
-        drafting: Of drafting no, one, two and more places: a pair for each number.
+        device: What they were measured on.
+        dtype: In which floating-point type.
+        contexts: The two lengths, ascending.
+        drafting: Of drafting no, one, two and more places, less what verification saves by resuming from it: a pair for
+            each number.
         widths: Numbers of tokens in a verification, ascending from 1.
         verification: Of a verification of each width, likewise.
 
     Raises:
-        InvalidInputError: A number is negative, or the numbers of pairs and widths do not match.
+        InvalidInputError: A number is negative or none, a plain step takes no time, or numbers do not ascend or match.
     """
 
+    device: str
+    dtype: str
     contexts: tuple[float, float]
     drafting: tuple[tuple[float, float], ...]
     widths: tuple[int, ...]
@@ -261,36 +269,47 @@ class DraftRoundCosts:
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
 
     def __post_init__(self) -> None:
-        if not self.drafting or not self.widths or self.widths[0] != 1 or list(self.widths) != sorted(set(self.widths)):
-            raise InvalidInputError("costs: expected drafting of at least no places, and widths ascending from 1")
-        if len(self.verification) != len(self.widths):
+        if self.contexts[0] > self.contexts[1] or list(self.widths) != sorted({1, *self.widths}):
+            raise InvalidInputError("costs: expected contexts that ascend, and widths that ascend from 1")
+        if not self.drafting or len(self.verification) != len(self.widths):
             raise InvalidInputError(
-                f"costs: expected a pair of seconds for each of {len(self.widths)} widths, got {len(self.verification)}"
+                f"costs: expected a pair of seconds for each of {len(self.widths)} widths and for drafting nothing, "
+                f"got {len(self.verification)} and {len(self.drafting)}"
             )
         numbers = [*self.contexts, *chain.from_iterable((*self.drafting, *self.verification))]
         if not all(0 <= number < math.inf for number in numbers) or min(self.verification[0]) <= 0:
             raise InvalidInputError("costs: expected numbers from 0 on, and plain steps that take some time")
 
     @classmethod
-    def of(cls, costs: CostModel, drafting: Callable[[Costs, int], float], places: int) -> DraftRoundCosts:
+    def of(
+        cls, model: LayerSkipModel, costs: CostModel, drafting: Callable[[Costs, int], float], places: int
+    ) -> DraftRoundCosts:
         """From measured costs.
 
         Args:
+            model: The model that they were measured with.
             costs: What passes cost.
             drafting: Seconds of drafting so many places, from one on, at the costs after a text of some length.
             places: The most places of a draft.
         """
 
         def pairs(seconds: Callable[[Costs, int], float], numbers: Iterable[int]) -> Iterator[tuple[float, float]]:
-            return ((_rounded(seconds(costs.short, n)), _rounded(seconds(costs.long, n))) for n in numbers)
+            both = (costs.short, costs.long)
+            return ((_rounded(seconds(both[0], n)), _rounded(seconds(both[1], n))) for n in numbers)
 
         widths = tuple(sorted(costs.short.passes.sublayers))
         return cls(
+            device_name(model.device),
+            dtype_name(model.dtype),
             (costs.short.context, costs.long.context),
             ((0.0, 0.0), *pairs(drafting, range(1, places + 1))),
             widths,
             tuple(pairs(lambda at, width: at.passes.cost(width), widths)),
         )
+
+    def are_of(self, model: LayerSkipModel) -> bool:
+        """Whether they were measured on the kind of device that a model is on, and in its dtype."""
+        return (self.device, self.dtype) == (device_name(model.device), dtype_name(model.dtype))
 
     def plain_steps(self, context: int, *, places: int, tokens: int) -> float:
         """A round in units of a plain decoding step.
@@ -314,8 +333,8 @@ class DraftRoundCosts:
 
 
 def _rounded(seconds: float) -> float:
-    """To four digits: more of them were not measured."""
-    return float(f"{seconds:.4g}")
+    """To four digits, for more were not measured; from 0 on."""
+    return max(float(f"{seconds:.4g}"), 0.0)
 
 
 @cache

@@ -243,8 +243,9 @@ class ProcessorSampler:
             )
         if drafted is None:
             return sample(distribution, self._generator)
-        certain = torch.full_like(distribution, torch.nan)
-        drawn_from = certain if drafted.distribution is None else drafted.distribution
+        drawn_from = drafted.distribution
+        if drawn_from is None:  # certain
+            drawn_from = torch.full_like(distribution, torch.nan)
         return speculative_choice(drafted.tokens, drawn_from, distribution, self._generator)
 
 

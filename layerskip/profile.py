@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +39,7 @@ FORMAT: Literal["layerskip.draft-profile"] = "layerskip.draft-profile"
 VERSION: Literal[4] = 4
 PromptSet = Literal["held-out", "search"]
 PROFILE_NAME = "draft_profile.json"
-# Of prompt lookup, where profiles of version 3 or earlier give none.
+# The length of prompt lookup, where profiles of version 3 or earlier give none.
 _LENGTH_BEFORE = 8
 
 
@@ -170,8 +171,8 @@ class DraftProfile(_Part):
     )
     costs: DraftRoundCosts | None = Field(
         default=None,
-        description="What rounds cost where it was searched, so that drafting pauses where it does not pay; absent "
-        "never pauses.",
+        description="What rounds cost where it was searched, so that drafting pauses where it does not pay, on the "
+        "same kind of device and in the same dtype; absent never pauses.",
     )
     tensors: TensorsFile | None = Field(
         default=None, description="Bridges, draft layers, draft heads and draft vocabulary; absent without them."
@@ -235,15 +236,6 @@ class DraftProfile(_Part):
     def _written_as_the_newest(cls, version: int) -> int:
         return VERSION
 
-    @field_validator("prompt_lookup", mode="before")
-    @classmethod
-    def _looks_up_as_before(cls, lookup: object) -> object:
-        """Earlier versions limited the n-gram that they looked for, and copied as much after a short one."""
-        if not isinstance(lookup, dict) or "longest" not in lookup:
-            return lookup
-        lookup = {name: value for name, value in lookup.items() if name != "longest"}
-        return PromptLookup(**lookup, per_match=lookup.get("length", _LENGTH_BEFORE))
-
     @field_validator("tree")
     @classmethod
     def _tree_grows(cls, tree: tuple[int | tuple[int, ...], ...]) -> tuple[int | tuple[int, ...], ...]:
@@ -303,7 +295,7 @@ class DraftProfile(_Part):
         except ValueError as error:  # a name that no file can have
             raise InvalidProfileError(f"{shown(source)}: cannot read the draft profile: {error}") from error
         try:
-            profile = cls.model_validate_json(text, by_alias=True, by_name=False)
+            profile = cls.model_validate_json(_as_of_this_version(text), by_alias=True, by_name=False)
         except ValidationError as error:
             raise InvalidProfileError(f"{source}: {_in_one_line(error)}") from error
         for name in ("format", "version"):
@@ -412,8 +404,14 @@ class DraftProfile(_Part):
                 self.model.id,
             )
 
-    def drafter(self, model: LayerSkipModel) -> Drafter:
+    def drafter(self, model: LayerSkipModel, corpus: Sequence[int] | None = None) -> Drafter:
         """A drafter for :func:`layerskip.generate`: with heads where the profile has some, or else with the stack.
+
+        Args:
+            model: The model.
+            corpus: Token ids of a text that new ones may repeat parts of, such as the code that is being edited: drafts
+                are copied from it as from the text itself, by the profile's prompt lookup or by the default one. None
+                without one.
 
         Raises:
             InvalidProfileError: The profile is for another model, or drafts at a precision that cannot run here.
@@ -421,7 +419,11 @@ class DraftProfile(_Part):
         """
         self.check(model)
         self._check_precision(model)
-        return make_drafter(model, self.config, self.weights(model), costs=self.costs)
+        return make_drafter(model, self.config, self.weights(model), costs=self.costs_on(model), corpus=corpus)
+
+    def costs_on(self, model: LayerSkipModel) -> DraftRoundCosts | None:
+        """What rounds cost, if that was measured on the kind of device that the model is on, and in its dtype."""
+        return self.costs if self.costs is not None and self.costs.are_of(model) else None
 
     def _check_precision(self, model: LayerSkipModel) -> None:
         try:
@@ -499,6 +501,24 @@ class DraftProfile(_Part):
     def pays(self) -> bool:
         """Whether decoding with the profile was measured to be faster than plain decoding, or never measured."""
         return self.measured is None or self.measured.speedup > 1
+
+
+def _as_of_this_version(text: str) -> str:
+    """A profile's file as this version of the format has it, if that is what the file is.
+
+    Up to version 3 prompt lookup limited the run that it looked for, and copied as much after a short one.
+    """
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return text
+    lookup = fields.get("ngrams") if isinstance(fields, dict) and fields.get("version") in (1, 2, 3) else None
+    if not isinstance(lookup, dict) or "per_match" in lookup:
+        return text
+    length = lookup.get("length", _LENGTH_BEFORE)
+    fields["ngrams"] = {key: value for key, value in lookup.items() if key != "longest"}
+    fields["ngrams"] |= {"length": length, "per_match": length}
+    return json.dumps(fields)
 
 
 def _tensors_file(weights: DraftWeights, tensors: Mapping[str, Tensor]) -> TensorsFile:

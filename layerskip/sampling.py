@@ -196,7 +196,8 @@ class Sampling:
         temperature: 0 always takes the likeliest token; above, logits are divided by it before sampling.
         top_k: Sample among this many likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability, in ``(0, 1]``; 1 for all.
-        seed: Makes sampling repeatable, in ``[0, 2**64)``; None draws a new seed each time.
+        seed: Makes sampling repeatable, in ``[0, 2**64)``; None draws a new seed each time. What is drafted has a part
+            in what is drawn: a drafter that learns from each text, as that of a search's profile, has to be new, too.
 
     Raises:
         InvalidInputError: A value is out of its range.

@@ -123,6 +123,23 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text).input_ids)
 
 
+def encode_corpus(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[int]:
+    """Token ids of a file's text, as they would be inside of a text, to copy drafts from.
+
+    Raises:
+        InvalidInputError: The file cannot be read, is no text or is empty.
+    """
+    try:
+        text = text_of(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path}: not a text file; expected a text to copy drafts from") from error
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot read the corpus: {error.strerror}") from error
+    if not text.strip():
+        raise InvalidInputError(f"{path}: is empty; expected a text to copy drafts from")
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerskip.costs import CostModel, DraftParts, DraftRoundCosts
+from layerskip.costs import CostModel, Costs, DraftParts, DraftRoundCosts
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.drafter import Drafter
@@ -33,6 +33,25 @@ _FIT_POSITIONS = 2048
 def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_tokens: int) -> list[TargetText]:
     """The texts that drafts learn from, with hidden states at positions all over them."""
     return run.texts(prompts, max_new_tokens=max_new_tokens, states=max(_FIT_POSITIONS // len(prompts), 1))
+
+
+def stack_round_costs(model: LayerSkipModel, costs: CostModel, stack: Stack, config: DraftConfig) -> DraftRoundCosts:
+    """What rounds of a draft of the stack cost.
+
+    Args:
+        model: The model.
+        costs: What passes cost.
+        stack: The draft's.
+        config: How it drafts.
+    """
+    parts = DraftParts.of(stack)
+    share = 0.0 if config.tree else stack.shared / len(model.sublayers)
+
+    def drafting(at: Costs, places: int) -> float:
+        saved = at.verification(places + 1) - at.verification(places + 1, share)
+        return places * at.draft_step(parts) - saved
+
+    return DraftRoundCosts.of(model, costs, drafting, config.stopping.new_state().max_length)
 
 
 class DraftBuilder:
@@ -87,9 +106,7 @@ class DraftBuilder:
 
     def round_costs(self, config: DraftConfig, costs: CostModel) -> DraftRoundCosts:
         """What rounds of a draft cost, by what passes cost."""
-        parts = DraftParts.of(self.stack(config))
-        places = config.stopping.new_state().max_length
-        return DraftRoundCosts.of(costs, lambda at, count: count * at.draft_step(parts), places)
+        return stack_round_costs(self._model, costs, self.stack(config), config)
 
     def num_bridges(self, masks: NDArray[np.bool_]) -> NDArray[np.intp]:
         """How many bridges are fitted for each of several drafts with bridges.

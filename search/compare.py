@@ -43,7 +43,8 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
     for name, profile in profiles.items():
         drafters = {name: profile.drafter(model)}
         if combine and profile.prompt_lookup is None:
-            drafters[f"{name} + {LOOKUP}"] = PromptLookupDrafter(drafter=profile.drafter(model))
+            own = profile.drafter(model)
+            drafters[f"{name} + {LOOKUP}"] = PromptLookupDrafter(drafter=own, costs=profile.costs_on(model))
         size = draft_bytes(model, profile.config, profile.weights(model))
         training_seconds = profile.provenance.training_seconds
         methods += [

@@ -450,7 +450,8 @@ class Search:
             weights,
             model=self.task.identity,
             measured=as_measured(best.summary, best.prompt_set, length, self._engine, draft_bytes=size),
-            costs=builder.round_costs(config, tools.costs),
+            # What was not measured with a controller does not get one.
+            costs=builder.round_costs(config, tools.costs) if best.prompt_set == "held-out" else None,
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,

@@ -208,7 +208,7 @@ class _Rounds:
     def _tabulate_trees(self, configs: Sequence[DraftConfig], places: int) -> None:
         """By tree: tokens and seconds of drafts by their places, and how many places of the longest are accepted."""
         trees = {tree: number for number, tree in enumerate(dict.fromkeys(config.tree for config in configs))}
-        shapes = [_shape(tree, places) for tree in trees]
+        shapes = [places_of(tree, places) for tree in trees]
         self._tree = np.array([[trees[config.tree]] for config in configs])
         self._branching = np.array([[bool(config.tree)] for config in configs])
         self._tokens = np.array([[0, *accumulate(map(sum, shape))] for shape in shapes])  # [trees, places + 1]
@@ -292,7 +292,7 @@ class _Rounds:
             self._threshold[row] = np.where(learns[row], moved, self._threshold[row])
 
 
-def _shape(tree: Branches, places: int) -> list[tuple[int, ...]]:
+def places_of(tree: Branches, places: int) -> list[tuple[int, ...]]:
     """How many tokens follow each token of the place before, for each of so many places."""
     widths = widths_of(tree)
     return [widths[place] if place < len(widths) else (1,) for place in range(places)]
@@ -303,7 +303,7 @@ def _accepted_places(ranks: Ints, shape: Sequence[tuple[int, ...]]) -> Ints:
 
     Args:
         ranks: ``[n, newest token, place]``, of the target's choices.
-        shape: As :func:`_shape` returns it.
+        shape: As :func:`places_of` returns it.
 
     Returns:
         ``[n, newest token]``.

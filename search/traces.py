@@ -12,8 +12,7 @@ from torch import Tensor
 
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.head_drafter import through_layer
-from layerskip.drafting.prompt_lookup import copy_from
-from layerskip.drafting.suffix_automaton import SuffixAutomaton
+from layerskip.drafting.prompt_lookup import LookupText
 from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
@@ -178,7 +177,7 @@ def trace_lookup(lookup: PromptLookup, text: TargetText, places: int) -> LookupT
         text: The text.
         places: ``k``, tokens of the longest draft that copies continue.
     """
-    tokens, known = text.tokens.tolist(), SuffixAutomaton()
+    tokens, known = text.tokens.tolist(), LookupText(lookup)
     known.extend(tokens[: text.prompt_length])
     copied, accepted = np.zeros((2, text.new_tokens, places + 1), dtype=int)
     for row in range(text.new_tokens):
@@ -186,7 +185,7 @@ def trace_lookup(lookup: PromptLookup, text: TargetText, places: int) -> LookupT
         known.extend(tokens[newest : newest + 1])
         for drafted in range(min(places, text.new_tokens - 1 - row) + 1):
             following = newest + 1 + drafted
-            copy = copy_from(known, lookup, lookup.length - drafted, tokens[newest + 1 : following])
+            copy = known.copy(lookup.length - drafted, tokens[newest + 1 : following])
             copied[row, drafted] = len(copy)
             accepted[row, drafted] = common_prefix_length(copy, tokens[following:])
     return LookupTrace(copied, accepted)

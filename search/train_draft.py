@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerskip.costs import CostModel, DraftParts, DraftRoundCosts
+from layerskip.costs import CostModel, DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.stopping import ConfidenceThreshold
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
+from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.skip_set import SkipSet
 from layerskip.target_texts import TargetText
@@ -38,6 +39,7 @@ from layerskip.training import (
     vocabulary_of,
 )
 from layerskip.utils import library_versions
+from search.builder import stack_round_costs
 from search.callbacks import (
     Evaluated,
     OnEvent,
@@ -55,7 +57,7 @@ from search.measure import Measurement, MeasuringPlan, Summary, as_measured, dra
 from search.policies import PolicyChoice
 from search.prompts import PromptSplit
 from search.reference import ReferenceRun
-from search.simulate import RoundCosts, Simulator
+from search.simulate import RoundCosts, Simulator, places_of
 from search.space import SearchSpace
 from search.traces import trace_early_exit, trace_heads, trace_lookups
 from search.untrained_drafts import HEADS_KINDS, KINDS, Kind, ideal_speedups, untrained_weights
@@ -300,7 +302,7 @@ class Tuning:
         return profile.model_copy(update={"measured": measured}), predicted
 
     def _choose_policy(self, weights: DraftWeights, lock: MachineLock) -> tuple[PolicyChoice, DraftRoundCosts]:
-        """The choice of the policy, and what rounds of the draft cost."""
+        """The choice of the policy, and what rounds of the best one cost."""
         limit = self._settings.max_new_tokens
         with lock.shared():
             run = ReferenceRun(self._model, self._folder, self._identity.fingerprint)
@@ -313,8 +315,11 @@ class Tuning:
         choice = trained_policy_choice(
             self._engine, self._skip_set, weights, space, texts, costs, head_costs, max_new_tokens=limit
         )
-        stack = self._model.stack_of(self._skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
-        return choice, _round_costs(costs, DraftParts.of(stack), head_costs, space.max_draft_length)
+        config = choice.best().config
+        if head_costs is None or weights.heads is None:
+            stack = self._model.stack_of(self._skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
+            return choice, stack_round_costs(self._model, costs, stack, config)
+        return choice, head_round_costs(self._model, costs, head_costs, config, at_once=weights.heads.at_once)
 
     def _measure(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
@@ -327,11 +332,23 @@ class Tuning:
         return summarize(measurements)
 
 
-def _round_costs(costs: CostModel, parts: DraftParts, head_costs: HeadCosts | None, places: int) -> DraftRoundCosts:
-    """What rounds of a trained draft cost: of its heads where it has some, or else of the parts of its stack."""
-    if head_costs is None:
-        return DraftRoundCosts.of(costs, lambda at, count: count * at.draft_step(parts), places)
-    return DraftRoundCosts.of(costs, lambda at, count: head_costs.seconds((1,) * count), places)
+def head_round_costs(
+    model: LayerSkipModel, costs: CostModel, heads: HeadCosts, config: DraftConfig, *, at_once: bool
+) -> DraftRoundCosts:
+    """What rounds of draft heads cost.
+
+    Args:
+        model: The model.
+        costs: What passes cost.
+        heads: What heads cost.
+        config: How they draft.
+        at_once: Whether all heads run before the first token of a draft is proposed.
+    """
+    longest = config.stopping.new_state().max_length
+    ways = [sum(map(bool, widths)) for widths in places_of(config.tree, longest)]
+    return DraftRoundCosts.of(
+        model, costs, lambda at, places: heads.seconds(ways if at_once else ways[:places]), longest
+    )
 
 
 def space_for(weights: DraftWeights, space: SearchSpace) -> SearchSpace:

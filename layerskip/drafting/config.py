@@ -44,7 +44,8 @@ class PromptLookup:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def __str__(self) -> str:
-        return f"prompt lookup from {self.shortest} on, up to {self.length} token{'s' * (self.length > 1)}"
+        tokens = f"{self.length} token{'s' * (self.length > 1)}"
+        return f"prompt lookup of runs from {self.shortest} on, up to {tokens}, {self.per_match} for each of the run"
 
 
 @dataclass(frozen=True, order=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerskip.checks import instance
 from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
@@ -10,6 +12,7 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.head_drafter import HeadDrafter
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookupDrafter
+from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.drafting.weights import DraftWeights
 from layerskip.model import LayerSkipModel
 
@@ -20,6 +23,7 @@ def make_drafter(
     weights: DraftWeights | None = None,
     *,
     costs: DraftRoundCosts | None = None,
+    corpus: Sequence[int] | None = None,
 ) -> Drafter:
     """A drafter for :func:`layerskip.generate`: with heads where the weights have some, else with the model's stack.
 
@@ -31,6 +35,9 @@ def make_drafter(
         weights: Bridges, draft layers, draft heads and draft vocabulary; None without any.
         costs: What its rounds cost; with them, drafting and copying pause where they do not pay. Such a drafter learns
             from every text, so that with one seed a text may differ from the same text after others.
+
+        corpus: Token ids of a text to copy from, too, by the configuration's prompt lookup or the default one; None
+            without one.
 
     Raises:
         InvalidInputError: The configuration or the weights are for another model.
@@ -44,6 +51,8 @@ def make_drafter(
         drafter = LayerSkipDrafter(model, config, weights)
     if costs is not None:
         drafter = ControlledDrafter(drafter, costs)
-    if config.prompt_lookup is None:
-        return drafter
-    return PromptLookupDrafter(config.prompt_lookup, drafter, costs)
+    if corpus is not None:
+        known = SuffixAutomaton()
+        known.extend(corpus)
+        return PromptLookupDrafter(config.prompt_lookup, drafter, costs, known)
+    return drafter if config.prompt_lookup is None else PromptLookupDrafter(config.prompt_lookup, drafter, costs)

@@ -17,25 +17,52 @@ from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
 
 
-def copy_from(text: SuffixAutomaton, lookup: PromptLookup, limit: int, drafted: Sequence[int] = ()) -> list[int]:
-    """What followed the longest run at the end of the text that occurred before.
-
-    Where it reaches the text's end it goes on with what was drafted and copied since, as in a text that repeats itself.
+class LookupText:
+    """A growing text, and maybe a corpus, from which what followed the text's end earlier is copied.
 
     Args:
-        text: The text so far.
         lookup: When to copy, and how much.
-        limit: Most tokens to copy.
-        drafted: Tokens after the text. The run then is one at their end, and occurs in the text itself.
+        corpus: Another text to copy from, which does not grow; None without one.
     """
-    match = text.match_after(drafted) if drafted else text.match
-    if match.length < lookup.shortest:
-        return []
-    count = max(min(limit, lookup.per_match * match.length), 0)
-    known, new = text.text, list(drafted)
-    for place in range(match.end, match.end + count):
-        new.append(known[place] if place < len(known) else new[place - len(known)])
-    return new[len(drafted) :]
+
+    def __init__(self, lookup: PromptLookup, corpus: SuffixAutomaton | None = None) -> None:
+        self._lookup = lookup
+        self._text = SuffixAutomaton()
+        self._corpus = [] if corpus is None else corpus.text
+        self._reader = None if corpus is None else corpus.reader()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append to the text."""
+        self._text.extend(tokens)
+        if self._reader is not None:
+            self._reader.extend(tokens)
+
+    def copy(self, limit: int, drafted: Sequence[int] = ()) -> list[int]:
+        """What followed the longest run at the end of the text that occurred before, or in the corpus if longer there.
+
+        Where it reaches the text's end it goes on with what was drafted and copied since, as in a text that repeats
+        itself.
+
+        Args:
+            limit: Most tokens to copy.
+            drafted: Tokens after the text. The run then is one at their end, and occurs in the text itself.
+        """
+        match = self._text.match_after(drafted) if drafted else self._text.match
+        source, repeats = self._text.text, True
+        if self._reader is not None:
+            elsewhere = self._reader.match_after(drafted)
+            if elsewhere.length > match.length:
+                match, source, repeats = elsewhere, self._corpus, False
+        if match.length < self._lookup.shortest:
+            return []
+        end = match.end + max(min(limit, self._lookup.per_match * match.length), 0)
+        copied = source[match.end : end]
+        if repeats:
+            following = [*drafted, *copied]
+            for place in range(end - match.end - len(copied)):
+                following.append(following[place])
+            copied = following[len(drafted) :]
+        return copied
 
 
 class PromptLookupDrafter:
@@ -51,6 +78,7 @@ class PromptLookupDrafter:
         lookup: When to copy, and how many tokens; None takes the defaults.
         drafter: Drafts where nothing can be copied; None drafts nothing there.
         costs: What rounds cost; with them, copying pauses where it does not pay.
+        corpus: Another text to copy from; None without one.
     """
 
     def __init__(
@@ -58,44 +86,59 @@ class PromptLookupDrafter:
         lookup: PromptLookup | None = None,
         drafter: Drafter | None = None,
         costs: DraftRoundCosts | None = None,
+        corpus: SuffixAutomaton | None = None,
     ) -> None:
         self._lookup = lookup or PromptLookup()
         self._drafter = drafter or NoDrafter()
         self._costs = costs
-        self._controller = Controller(costs)
+        self._corpus = corpus
+        self._controller = Controller()
 
     def __copy__(self) -> PromptLookupDrafter:
         """With a copy of the other drafter, so that the copy serves a generation of its own."""
-        return PromptLookupDrafter(self._lookup, copy.copy(self._drafter), self._costs)
+        return PromptLookupDrafter(self._lookup, copy.copy(self._drafter), self._costs, self._corpus)
 
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         self._drafter.start(engine, prompt, states)
-        self._text = SuffixAutomaton()
+        self._text = LookupText(self._lookup, self._corpus)
         self._text.extend(prompt.tolist())
         self._knows_newest = False
         self._controller.start()
-        self._copied = 0  # tokens of the last draft, where it was a copy
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         if not self._knows_newest:
             self._text.extend(newest.tolist())
             self._knows_newest = True
         self._context = cache.length
-        copied = copy_from(self._text, self._lookup, self._controller.limit(min(limit, self._lookup.length)))
+        self._drafted, self._tokens_drafted = 0, 0
+        copied = self._text.copy(self._allowed(min(limit, self._lookup.length)))
         self._copied = len(copied)
         if copied:
             return Draft.certain(copied, newest.device)
         draft = self._drafter.propose(newest, cache, limit, sampler)
-        if not len(draft):
+        self._drafted, self._tokens_drafted = draft.tree.depth, len(draft)
+        room = self._allowed(min(limit - self._drafted, self._lookup.length - len(draft)))
+        if not len(draft) or room < 1:
             return draft
-        room = min(limit - draft.tree.depth, self._lookup.length - len(draft))
-        path = draft.main_path.tolist()
-        return draft.continued(copy_from(self._text, self._lookup, self._controller.limit(room), path))
+        tail = self._text.copy(room, draft.main_path.tolist())
+        self._copied = len(tail)
+        return draft.continued(tail)
 
     def observe(self, outcome: RoundResult) -> None:
         self._text.extend(outcome.verdict.tokens)
-        if self._copied:
-            self._controller.observe(outcome, self._context, drafted=0, copied=self._copied)
-        else:
-            self._controller.rest()
+        if self._costs is not None:
+            self._control(outcome, self._costs)
         self._drafter.observe(outcome)
+
+    def _allowed(self, wanted: int) -> int:
+        return wanted if self._costs is None else self._controller.limit(wanted)
+
+    def _control(self, outcome: RoundResult, costs: DraftRoundCosts) -> None:
+        """Tell the controller what the copied tokens gained: of a draft that they continue, what they added to it."""
+        if not self._copied:
+            self._controller.rest()
+            return
+        accepted = max(outcome.verdict.accepted - self._drafted, 0)
+        cost = costs.plain_steps(self._context, places=0, tokens=self._tokens_drafted + self._copied + 1)
+        without = costs.plain_steps(self._context, places=0, tokens=self._tokens_drafted + 1)
+        self._controller.observe(accepted - (cost - without), proposed=self._copied, accepted=accepted)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+# Of all runs that the text ends with, so many states are told of each occurrence, longest runs first: in a text that
+# repeats one token there are as many as tokens. The others keep an earlier occurrence.
+_TOLD = 64
 
 
 @dataclass(frozen=True)
@@ -19,27 +23,11 @@ class Match:
     end: int
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class _State:
-    """All runs that occur at the same places of the text; each is an end of the longest of them.
-
-    Args:
-        length: Of the longest of the runs.
-        end: Where their last occurrence ends.
-        shorter: The state of their longest common end that occurs at other places, too; None for the empty run.
-        following: By a token, the state of these runs with that token after them.
-    """
-
-    length: int
-    end: int
-    shorter: _State | None
-    following: dict[int, _State] = field(default_factory=dict)
-
-
 class SuffixAutomaton:
     """A growing text, of which the longest run at its end that occurred before is known, however long that is.
 
-    A token is added in constant time on average, but for the marks of where runs occurred last.
+    Each state stands for runs that occur at the same places; they are suffixes of the longest of them. A token is added
+    in constant time on average.
 
     Source: Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985).
 
@@ -51,56 +39,99 @@ class SuffixAutomaton:
     def __init__(self) -> None:
         self.text: list[int] = []
         self.match = Match(0, 0)
-        self._empty = self._whole = _State(0, 0, None)
+        self._whole = 0  # the state of the text itself; state 0 is that of the empty run
+        # By state:
+        self._length = [0]  # of the longest run
+        self._end = [0]  # where it occurred last
+        self._suffix = [-1]  # the state of its longest suffix that occurs at other places, too
+        self._following: list[dict[int, int]] = [{}]  # by a token, the state of the runs with that token after them
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
         for token in tokens:
-            self._mark_ends()
+            self._tell_ends()
             self._append(token)
 
     def match_after(self, tokens: Sequence[int]) -> Match:
         """The longest run at the end of the text and further tokens, at least one, that occurs in the text itself."""
-        self._mark_ends()
-        state, length = self._whole, len(self.text)
-        for token in tokens:
-            while token not in state.following and state.shorter is not None:
-                state = state.shorter
-                length = state.length
-            if token in state.following:
-                state = state.following[token]
-                length += 1
-        return Match(length, state.end)
+        self._tell_ends()
+        state, length = self._walked(self._whole, len(self.text), tokens)
+        return Match(length, self._end[state])
 
-    def _mark_ends(self) -> None:
-        """Note of every run that the text ends with that it occurs there: something is about to follow it."""
-        state = self._whole.shorter
-        while state is not None and state.end < len(self.text):
-            state.end = len(self.text)
-            state = state.shorter
+    def reader(self) -> Reader:
+        """What finds the runs of another text in this one, which must not grow any more."""
+        self._tell_ends()
+        return Reader(self)
+
+    def _walked(self, state: int, length: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """The state and the length of the longest run that is left of one, with further tokens at its end."""
+        for token in tokens:
+            while state and token not in self._following[state]:
+                state = self._suffix[state]
+                length = self._length[state]
+            if token in self._following[state]:
+                state = self._following[state][token]
+                length += 1
+        return state, length
+
+    def _tell_ends(self) -> None:
+        """Tell the runs that the text ends with that they occur there: something is about to follow them."""
+        state = self._suffix[self._whole]
+        for _ in range(_TOLD):
+            if state <= 0 or self._end[state] == len(self.text):
+                return
+            self._end[state] = len(self.text)
+            state = self._suffix[state]
 
     def _append(self, token: int) -> None:
         self.text.append(token)
-        whole = _State(len(self.text), len(self.text), self._empty)
-        state: _State | None = self._whole
-        while state is not None and token not in state.following:
-            state.following[token] = whole
-            state = state.shorter
-        if state is not None:
-            whole.shorter = self._exactly_after(state, token)
+        whole = self._new_state(len(self.text), len(self.text), 0, {})
+        state = self._whole
+        while state >= 0 and token not in self._following[state]:
+            self._following[state][token] = whole
+            state = self._suffix[state]
+        if state >= 0:
+            self._suffix[whole] = self._exactly_after(state, token)
         self._whole = whole
-        assert whole.shorter is not None
-        self.match = Match(whole.shorter.length, whole.shorter.end)
+        before = self._suffix[whole]
+        self.match = Match(self._length[before], self._end[before])
 
-    def _exactly_after(self, state: _State, token: int) -> _State:
+    def _exactly_after(self, state: int, token: int) -> int:
         """The state whose longest run is that of ``state`` and the token; split off from a longer one if need be."""
-        found = state.following[token]
-        if found.length == state.length + 1:
+        found, length = self._following[state][token], self._length[state] + 1
+        if self._length[found] == length:
             return found
-        split = _State(state.length + 1, found.end, found.shorter, dict(found.following))
-        found.shorter = split
-        before: _State | None = state
-        while before is not None and before.following.get(token) is found:
-            before.following[token] = split
-            before = before.shorter
+        split = self._new_state(length, self._end[found], self._suffix[found], dict(self._following[found]))
+        self._suffix[found] = split
+        while state >= 0 and self._following[state].get(token) == found:
+            self._following[state][token] = split
+            state = self._suffix[state]
         return split
+
+    def _new_state(self, length: int, end: int, suffix: int, following: dict[int, int]) -> int:
+        self._length.append(length)
+        self._end.append(end)
+        self._suffix.append(suffix)
+        self._following.append(following)
+        return len(self._length) - 1
+
+
+class Reader:
+    """The longest run at the end of one text, which grows, that occurs in another one.
+
+    Args:
+        other: The other text.
+    """
+
+    def __init__(self, other: SuffixAutomaton) -> None:
+        self._other = other
+        self._state = self._length = 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append to the text."""
+        self._state, self._length = self._other._walked(self._state, self._length, tokens)
+
+    def match_after(self, tokens: Sequence[int] = ()) -> Match:
+        """The run at the end of the text and further tokens, where it occurred last in the other text."""
+        state, length = self._other._walked(self._state, self._length, tokens)
+        return Match(length, self._other._end[state])

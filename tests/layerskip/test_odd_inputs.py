@@ -105,7 +105,7 @@ def calls(model, tokenizer, folder):
     yield "ConfidenceThreshold: threshold", lambda odd: ConfidenceThreshold(odd)
     yield "ConfidenceThreshold: max_length", lambda odd: ConfidenceThreshold(0.5, odd)
     yield "AdaptiveThreshold", AdaptiveThreshold
-    for name in ("shortest", "longest", "length"):
+    for name in ("shortest", "length", "per_match"):
         yield f"PromptLookup: {name}", lambda odd, name=name: PromptLookup(**{name: odd})
     for name in ("skip_set", "stopping", "precision", "tree", "vocabulary_size", "prompt_lookup"):
         yield (

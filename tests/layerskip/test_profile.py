@@ -31,6 +31,7 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.profile import Measured, Provenance
+from layerskip.utils import device_name
 from tests.layerskip.test_utils_files import files_no_larger_than
 from tests.models import LAYERS, tiny_llama, transformers_greedy
 from tests.processes import processes
@@ -589,21 +590,43 @@ def test_a_profile_of_an_earlier_version_still_loads(tmp_path, version, missing)
 
 def test_prompt_lookup_of_earlier_versions_copies_as_much_after_a_short_run(tmp_path):
     fields = json.loads(a_profile().model_dump_json())
-    fields |= {"version": 3, "ngrams": {"shortest": 2, "longest": 4, "length": 7}}
-    (tmp_path / "old.json").write_text(json.dumps(fields))
-    loaded = DraftProfile.load(tmp_path / "old.json")
-    assert loaded.prompt_lookup == PromptLookup(2, 7, per_match=7)
-    loaded.save(tmp_path / "new.json")
-    assert DraftProfile.load(tmp_path / "new.json") == loaded
+    for ngrams, lookup in (
+        ({"shortest": 2, "longest": 4, "length": 7}, PromptLookup(2, 7, per_match=7)),
+        ({"shortest": 3}, PromptLookup(3, 8, per_match=8)),
+    ):
+        (tmp_path / "old.json").write_text(json.dumps(fields | {"version": 3, "ngrams": ngrams}))
+        loaded = DraftProfile.load(tmp_path / "old.json")
+        assert loaded.prompt_lookup == lookup
+        loaded.save(tmp_path / "new.json")
+        assert DraftProfile.load(tmp_path / "new.json") == loaded
+
+
+@pytest.mark.parametrize(
+    ("version", "ngrams", "message"),
+    [
+        (4, {"longest": 4}, "ngrams.longest: unknown field"),
+        (3, {"longest": 4, "deepest": 1}, "ngrams.deepest: unknown field"),
+        (3, {"length": True}, "ngrams.length: "),
+    ],
+)
+def test_prompt_lookup_that_no_version_has_is_refused(tmp_path, version, ngrams, message):
+    fields = json.loads(a_profile().model_dump_json()) | {"version": version, "ngrams": ngrams}
+    (tmp_path / "wrong.json").write_text(json.dumps(fields))
+    with pytest.raises(InvalidProfileError) as error:
+        DraftProfile.load(tmp_path / "wrong.json")
+    assert str(error.value).startswith(f"{tmp_path / 'wrong.json'}: {message}")
 
 
 def test_a_profile_with_costs_drafts_under_a_controller(tmp_path, llama):
-    costs = DraftRoundCosts((64, 512), ((0, 0), (0.01, 0.01)), (1, 2), ((0.02, 0.03), (0.02, 0.04)))
+    where = (device_name(llama.device), "float32", (64, 512))
+    costs = DraftRoundCosts(*where, ((0, 0), (0.01, 0.01)), (1, 2), ((0.02, 0.03), (0.02, 0.04)))
     profile = profile_for(llama).model_copy(update={"costs": costs})
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded.costs == costs
     assert isinstance(loaded.drafter(llama), ControlledDrafter)
+    elsewhere = profile.model_copy(update={"costs": replace(costs, device="another device")})
+    assert not isinstance(elsewhere.drafter(llama), ControlledDrafter)
     assert not isinstance(profile_for(llama).drafter(llama), ControlledDrafter)
 
 

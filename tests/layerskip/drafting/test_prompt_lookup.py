@@ -12,8 +12,9 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from layerskip import DraftConfig, FixedLength, PromptLookup, Sampling, SkipSet, generate
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.layer_skip import LayerSkipDrafter
-from layerskip.drafting.prompt_lookup import PromptLookupDrafter, copy_from
-from layerskip.drafting.suffix_automaton import SuffixAutomaton
+from layerskip.drafting.prompt_lookup import LookupText, PromptLookupDrafter
+from layerskip.drafting.suffix_automaton import Match, SuffixAutomaton
+from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError
 from layerskip.generation import stream_rounds
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
@@ -48,29 +49,71 @@ def copied_by_definition(text, drafted, lookup, limit):
     return []
 
 
+def known(lookup, text, corpus=None):
+    """What copies from a text, and from a corpus."""
+    other = None
+    if corpus is not None:
+        other = SuffixAutomaton()
+        other.extend(corpus)
+    lookup_text = LookupText(lookup, other)
+    lookup_text.extend(text)
+    return lookup_text
+
+
 @given(few_tokens, few_tokens, lookups, st.integers(0, 8), st.integers(0, 20))
 @settings(max_examples=300)
 def test_what_followed_the_longest_last_run_where_it_came_last_is_copied(text, drafted, lookup, limit, cut):
-    known = SuffixAutomaton()
-    known.extend(text[:cut])
-    assert copy_from(known, lookup, limit) == copied_by_definition(text[:cut], [], lookup, limit)
-    assert copy_from(known, lookup, limit, drafted) == copied_by_definition(text[:cut], drafted, lookup, limit)
-    known.extend(text[cut:])
-    assert copy_from(known, lookup, limit) == copied_by_definition(text, [], lookup, limit)
+    growing = known(lookup, text[:cut])
+    assert growing.copy(limit) == copied_by_definition(text[:cut], [], lookup, limit)
+    assert growing.copy(limit, drafted) == copied_by_definition(text[:cut], drafted, lookup, limit)
+    growing.extend(text[cut:])
+    assert growing.copy(limit) == copied_by_definition(text, [], lookup, limit)
 
 
 def test_a_text_that_repeats_itself_goes_on_repeating():
-    known = SuffixAutomaton()
-    known.extend([1, 2, 3, 1, 2])
-    assert copy_from(known, PromptLookup(2, per_match=4), 7) == [3, 1, 2, 3, 1, 2, 3]
+    assert known(PromptLookup(2, per_match=4), [1, 2, 3, 1, 2]).copy(7) == [3, 1, 2, 3, 1, 2, 3]
 
 
 def test_the_longer_the_run_the_more_is_copied():
-    known = SuffixAutomaton()
-    known.extend([1, 2, 3, 4, 5, 6, 7, 8, 9, 3])
-    assert copy_from(known, PromptLookup(1, per_match=2), 99) == [4, 5]
-    known.extend([4])
-    assert copy_from(known, PromptLookup(1, per_match=2), 99) == [5, 6, 7, 8]
+    growing = known(PromptLookup(1, per_match=2), [1, 2, 3, 4, 5, 6, 7, 8, 9, 3])
+    assert growing.copy(99) == [4, 5]
+    growing.extend([4])
+    assert growing.copy(99) == [5, 6, 7, 8]
+
+
+@given(few_tokens, few_tokens, few_tokens, lookups, st.integers(0, 8))
+@settings(max_examples=200)
+def test_a_corpus_is_copied_from_where_a_longer_run_occurs_in_it(corpus, text, drafted, lookup, limit):
+    whole = [*text, *drafted]
+    runs = [whole[len(whole) - size :] for size in range(len(whole), 0, -1)]
+    found = next(((r, p) for r in runs for p in range(len(corpus), -1, -1) if corpus[:p][-len(r) :] == r), ([], 0))
+    own_length = next((n for n in range(len(whole), 0, -1) if own_run(text, drafted, n)), 0)
+    copied = known(lookup, text, corpus).copy(limit, drafted)
+    if len(found[0]) > own_length:
+        end = found[1] + min(limit, lookup.per_match * len(found[0]))
+        assert copied == (corpus[found[1] : end] if len(found[0]) >= lookup.shortest else [])
+    else:
+        assert copied == known(lookup, text).copy(limit, drafted)
+
+
+def own_run(text, drafted, size):
+    """Whether the last tokens occurred in the text before, or with a draft after it, at all."""
+    whole = [*text, *drafted]
+    starts = range(len(text) - size + (1 if drafted else 0))
+    return any(text[start : start + size] == whole[len(whole) - size :] for start in starts)
+
+
+def test_a_corpus_leaves_the_output_and_saves_rounds(llama):
+    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
+    options = {"max_new_tokens": 24, "eos_token_ids": []}
+    plain = generate(llama, [5, 9], **options)
+    rounds = []
+    for corpus in ([7, 7], [3, 5, 9, *plain.tokens]):
+        drafter = make_drafter(llama, config, corpus=corpus)
+        ours = [generate(llama, [5, 9], drafter=drafter, **options) for _ in range(2)]  # a corpus serves every text
+        assert [generation.tokens for generation in ours] == [plain.tokens] * 2
+        rounds.append(ours[1].stats.rounds)
+    assert rounds[1] < rounds[0]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=16), lookups, st.integers(1, 24))
@@ -164,9 +207,7 @@ def test_numbers_out_of_range_are_refused(values, message):
 
 @given(tokens(12))
 def test_a_text_without_repetition_gives_nothing(prompt):
-    known = SuffixAutomaton()
-    known.extend(list(dict.fromkeys(prompt)))
-    assert copy_from(known, PromptLookup(shortest=1), 5) == []
+    assert known(PromptLookup(shortest=1), list(dict.fromkeys(prompt))).copy(5) == []
 
 
 def test_a_draft_without_prompt_lookup_is_the_stacks_alone(llama):
@@ -196,25 +237,32 @@ def test_copies_continue_the_main_path_of_a_tree():
     assert draft.continued([]) is draft
 
 
-class Recorded(LayerSkipDrafter):
-    """Keeps what it proposed."""
-
-    def propose(self, newest, cache, limit, sampler):
-        draft = super().propose(newest, cache, limit, sampler)
-        self.proposed = [*getattr(self, "proposed", []), len(draft)]
-        return draft
-
-
-def test_copies_that_continue_a_draft_save_rounds(llama):
+def test_copies_that_continue_a_draft_save_rounds(llama, monkeypatch):
     """The model's own stack as its draft: every token that it drafts stands, and so do the copies after it."""
-    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1))
+    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1), prompt_lookup=PromptLookup(2, 9, 4))
     once = generate(llama, [5, 9], max_new_tokens=24, eos_token_ids=[]).tokens
-    prompt = [5, 9, *once, 5]
-    options = {"max_new_tokens": 24, "eos_token_ids": []}
-    whole = generate(llama, prompt, **options)
-    second = Recorded(llama, config)
-    drafted = generate(llama, prompt, drafter=PromptLookupDrafter(PromptLookup(2, 9, 4), second), **options)
-    alone = generate(llama, prompt, drafter=PromptLookupDrafter(PromptLookup(2, 9, 4)), **options)
-    assert drafted.tokens == whole.tokens == alone.tokens
-    assert drafted.stats.rounds < alone.stats.rounds
-    assert sum(second.proposed) < drafted.stats.drafted
+    prompt, options = [5, 9, *once, 5], {"max_new_tokens": 24, "eos_token_ids": []}
+
+    def decoded():
+        return generate(llama, prompt, drafter=make_drafter(llama, config), **options)
+
+    continued = decoded()
+    monkeypatch.setattr(Draft, "continued", lambda self, tokens: self)
+    alone = decoded()
+    assert continued.tokens == alone.tokens == generate(llama, prompt, **options).tokens
+    assert continued.stats.rounds < alone.stats.rounds
+
+
+def test_samples_follow_the_full_model_with_a_draft_vocabulary(tiny_vocabulary):  # noqa: F811
+    """Of one draft, some tokens were drawn from a part of the vocabulary, and others are certain."""
+    config = DraftConfig(SKIPPED, stopping=FixedLength(1), prompt_lookup=PromptLookup(1, 3))
+    weights = DraftWeights(token_ids=torch.tensor([0, 2]))
+    observed = samples(tiny_vocabulary, make_drafter(tiny_vocabulary, config, weights), PLAIN)
+    assert p_value(observed, distribution_of_texts(tiny_vocabulary, PLAIN)) > DOUBT
+
+
+def test_an_automaton_is_told_of_a_repeated_token_in_steps_that_do_not_grow_with_the_text():
+    growing = SuffixAutomaton()
+    growing.extend([7] * 3000)
+    assert growing.match == Match(2999, 2999)
+    assert growing.match_after([7]) == Match(3000, 3000)
