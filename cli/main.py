@@ -30,6 +30,12 @@ from layerskip.notices import silence_notices
 # Characters of an error; users may give values of any length, which errors repeat.
 _LONGEST = 900
 
+_WHAT_TO_GIVE = {
+    "model": "give a Hub id, a folder, a .gguf file, or smollm2 to try it on a small model",
+    "profile": "give the file or folder of a draft profile, or a ready one, such as smollm2",
+    "study": "give its name; 'layerskip studies list' has the names",
+}
+
 app = typer.Typer(
     name="layerskip",
     help="Speculative decoding with a model's own sublayers: search for a draft, decode faster, with unchanged output.",
@@ -97,7 +103,7 @@ def _in_brief(message: str) -> str:
 def _explain(error: Exception) -> tuple[str, int]:
     """An error in one line, and the exit status for it."""
     if hasattr(error, "format_message"):  # Typer's own: unknown option, missing argument and the like
-        message = error.format_message()
+        message = _missing(error) or error.format_message()
         return f"{message} (see --help)" if message else "", WRONG_USAGE  # without a command, the help says it all
     if isinstance(error, LayerSkipError):
         return str(error), WRONG_USAGE if isinstance(error, InvalidInputError) else FAILED
@@ -105,3 +111,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     if shortage is not None:
         return shortage, FAILED
     return f"unexpected {type(error).__name__}: {first_line(error)} ({DEBUG} shows where)", FAILED
+
+
+def _missing(error: Exception) -> str:
+    """What to give where Typer misses an argument that everybody misses at first; empty for other errors."""
+    name = getattr(getattr(error, "param", None), "name", None)
+    is_missing = type(error).__name__ == "MissingParameter"
+    return f"no {name} given; {_WHAT_TO_GIVE[name]}" if is_missing and name in _WHAT_TO_GIVE else ""

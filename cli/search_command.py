@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    model: ModelArgument = "smollm2",
+    model: ModelArgument,
     trials: Annotated[int, typer.Option(help="Total candidates to evaluate, earlier runs included.")] = 200,
     timeout: Annotated[
         float | None,

@@ -328,3 +328,31 @@ print(status, *(name for name in sys.modules if name.startswith(("search.", "stu
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert done.stdout.splitlines()[-1] == "0 search.settings"
+
+
+# A corpus to copy from.
+
+
+def test_a_corpus_leaves_the_text_and_saves_passes(apply, profile, expected, text_of, tmp_path):
+    """The file has what the model is going to say."""
+    tokens = expected("Hello")
+    (tmp_path / "known.txt").write_text("Hello " + text_of(tokens), encoding="utf-8")
+    done = apply(profile, "Hello", "--corpus", tmp_path / "known.txt")
+    assert done.object["token_ids"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the corpus: No such file or directory"),
+        (b"", "is empty; expected a text to copy drafts from"),
+        (b"\xff\xfe\x00", "not a text file; expected a text to copy drafts from"),
+    ],
+)
+def test_a_corpus_that_is_no_text_is_one_line(layerskip, profile, tmp_path, content, message):
+    file = tmp_path / "corpus.txt"
+    if content is not None:
+        file.write_bytes(content)
+    done = layerskip("apply", profile, "Hello", "--corpus", file)
+    assert done.status == 2
+    assert done.err.splitlines()[-1] == f"layerskip: {file}: {message}"

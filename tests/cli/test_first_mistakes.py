@@ -214,3 +214,20 @@ def test_a_hub_that_knows_no_such_model_says_so(layerskip, hub):
     last = done.err.splitlines()[-1]
     assert "not found on the Hub: someone/some-model is not a local folder and is not a valid model" in last
     assert "is there a network" not in last
+
+
+# A forgotten argument.
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("search", "no model given; give a Hub id, a folder, a .gguf file, or smollm2 to try it on a small model"),
+        ("apply", "no profile given; give the file or folder of a draft profile, or a ready one, such as smollm2"),
+        ("report", "no study given; give its name; 'layerskip studies list' has the names"),
+    ],
+)
+def test_a_command_without_its_argument_says_what_to_give(layerskip, never_loads, command, message):
+    done = layerskip(command)
+    assert done.status == 2
+    assert done.err == f"layerskip: {message} (see --help)\n"
