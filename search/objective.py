@@ -24,6 +24,7 @@ from studies.ranking import (
     CONFIG_KEY,
     DRAFT_COST_KEY,
     FULLY_TRACED_KEY,
+    PREDICTED_HERE_KEY,
     PREDICTION_STEP,
     REVISITS_KEY,
     SOURCE_KEY,
@@ -79,7 +80,7 @@ class Objective:
         trial.report(speedup, PREDICTION_STEP)
         if trial.should_prune():
             raise optuna.TrialPruned
-        return self._measured(trial)
+        return self._measured(trial, speedup)
 
     def _suggested(self, trial: optuna.Trial) -> DraftConfig:
         try:
@@ -98,7 +99,7 @@ class Objective:
         _set_attributes(trial, _described(prediction))
         return prediction.speedup
 
-    def _measured(self, trial: optuna.Trial) -> float:
+    def _measured(self, trial: optuna.Trial, predicted: float) -> float:
         """Decode prompts in random order until all are done, or the candidate is clearly slower than the best one."""
         config = DraftConfig.from_json(trial.user_attrs[CONFIG_KEY])
         expected = [prompt.id for prompt in self.prompts], trial.user_attrs[_SECONDS_BY_TEXT_KEY]
@@ -116,10 +117,29 @@ class Objective:
                 if stopped:
                     break
         summary = summarize(measured)
-        _set_attributes(trial, asdict(summary) | {SECONDS_KEY: time.perf_counter() - started})
+        done = {measurement.prompt for measurement in measured}
+        places = [place for place, prompt in enumerate(self.prompts) if prompt.id in done]
+        share = share_of_speedup(self.predictor.plain_seconds(), trial.user_attrs[_SECONDS_BY_TEXT_KEY], places)
+        more = {SECONDS_KEY: time.perf_counter() - started, PREDICTED_HERE_KEY: predicted * share}
+        _set_attributes(trial, asdict(summary) | more)
         if stopped:
             raise optuna.TrialPruned
         return summary.speedup
+
+
+def share_of_speedup(plain: Sequence[float], draft: Sequence[float], places: Sequence[int]) -> float:
+    """The speedup on some texts, over that on all; 1 where none of them was predicted.
+
+    Args:
+        plain: Predicted seconds of plain decoding for each text.
+        draft: Of drafting, for the first of these texts, those that it was predicted on.
+        places: Some of them.
+    """
+    known = [place for place in places if place < len(draft)]
+    if not known:
+        return 1.0
+    here = sum(plain[place] for place in known) / sum(draft[place] for place in known)
+    return here * sum(draft) / sum(plain[: len(draft)])
 
 
 def _best_predicted(study: HasTrials) -> Sequence[float]:

@@ -28,6 +28,8 @@ DRAFT_COST_KEY = "draft_cost"
 CONFIG_KEY = "config"
 # the speedup of those prompts that were measured;
 SPEEDUP_KEY = "speedup"
+# the speedup that was predicted for these very prompts, which may be easier than all that predictions are for;
+PREDICTED_HERE_KEY = "predicted_on_measured_prompts"
 # whether it was traced on all texts, for one that cannot win is given up earlier;
 FULLY_TRACED_KEY = "fully_traced"
 # the warm start that proposed it, or another reason why it was enqueued;
@@ -66,6 +68,13 @@ def config_of(trial: FrozenTrial) -> DraftConfig:
 def prediction_of(trial: FrozenTrial) -> float:
     """The predicted speedup of a trial."""
     return trial.intermediate_values[PREDICTION_STEP]
+
+
+def measured_over_predicted(trial: FrozenTrial) -> float:
+    """The measured speedup of a trial over the one that was predicted for the prompts that it measured."""
+    measured: float = trial.user_attrs[SPEEDUP_KEY]
+    predicted: float = trial.user_attrs.get(PREDICTED_HERE_KEY, prediction_of(trial))
+    return measured / predicted
 
 
 def prompt_speedups(trial: FrozenTrial) -> Mapping[int, float]:

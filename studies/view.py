@@ -26,6 +26,7 @@ from studies.ranking import (
     candidate_key,
     config_of,
     is_stopped,
+    measured_over_predicted,
     measured_trials,
     predicted_trials,
     prediction_of,
@@ -103,7 +104,8 @@ class StudyView:
         num_layers: Decoder layers of the model.
         trials: Finished trials with a prediction, by number.
         ranked: The best trial of each candidate: finalists by their speedup on held-out prompts, then the others.
-        measured_over_predicted: Median of the measured ÷ the predicted speedups; None without measurements.
+        measured_over_predicted: Median of the measured ÷ the predicted speedups, both of the prompts that were
+            measured; None without measurements.
         measurements: Every measured prompt.
         single_sublayer_acceptance: Acceptance rate of drafts that skip a single sublayer, by its index in the stack.
         costs: What passes cost halfway between the lengths measured, in seconds; None if nothing was measured.
@@ -181,7 +183,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
 
 
 def _measured_over_predicted(study: Snapshot) -> float | None:
-    ratios = [trial.values[0] / prediction_of(trial) for trial in measured_trials(study)]
+    ratios = [measured_over_predicted(trial) for trial in measured_trials(study)]
     return statistics.median(ratios) if ratios else None
 
 

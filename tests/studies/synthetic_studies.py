@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from layerskip import SkipSet
 from layerskip.costs import best_speedup
 from layerskip.drafting.config import DraftConfig
-from studies.ranking import best_trials, prediction_of, speedup_of
+from studies.ranking import PREDICTED_HERE_KEY, best_trials, prediction_of, speedup_of
 from studies.records import MeasurementRecord
 from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, StudyContext, open_study
 
@@ -88,8 +88,11 @@ class StudyBuilder:
             self._add(number, parameters, attributes | proposer, speedup)
         return self
 
-    def measure(self, count, *, stopped=False, off=0.9):
-        """Measure the best that were not measured yet; measured speedups are ``off`` times the predicted ones."""
+    def measure(self, count, *, stopped=False, off=0.9, off_here=None):
+        """Measure the best that were not measured yet; measured speedups are ``off`` times the predicted ones.
+
+        And ``off_here`` times those that were predicted for the same prompts, where that is known.
+        """
         done = [trial.params for trial in self.trials if "revisits" in trial.user_attrs]
         predicted = [trial for trial in self.trials if trial.params not in done]
         for trial in sorted(predicted, key=prediction_of, reverse=True)[:count]:
@@ -97,6 +100,8 @@ class StudyBuilder:
             own = {"source": f"trial {trial.number}, to be measured", "revisits": trial.number, "speedup": value}
             attributes = trial.user_attrs | own | {"speedup_low": 0.9 * value, "speedup_high": 1.1 * value}
             attributes.pop("sampler", None)
+            if off_here is not None:
+                attributes[PREDICTED_HERE_KEY] = value / off_here
             self._add(number, trial.params, attributes, prediction_of(trial), value, stopped=stopped)
             self._record(number, "search", value, 6)
         return self

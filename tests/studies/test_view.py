@@ -44,6 +44,12 @@ def test_measured_over_predicted_is_the_median_of_the_trials_measured_on_all_pro
     assert view_study(storage, "s").measured_over_predicted == pytest.approx(0.9)
 
 
+def test_predictions_for_the_prompts_that_were_measured_count(storage):
+    """Which may be easier than all that predictions are for."""
+    StudyBuilder(storage).predict(2).measure(1, off=0.9, off_here=1.02)
+    assert view_study(storage, "s").measured_over_predicted == pytest.approx(1.02)
+
+
 def test_held_out_measurements_belong_to_the_candidate_whichever_of_its_trials_was_measured(storage):
     builder = StudyBuilder(storage).predict(1).measure_finalists(1).measure(1)
     look, measured = view_study(storage, "s").trials
