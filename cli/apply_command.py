@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,11 +123,12 @@ def apply(
     _check_lengths(encoded, layers.context_length)
     decode = partial(generate, layers, engine=runner, sampling=sampling, max_new_tokens=max_new_tokens, stop=stopping)
     if compare:  # the first passes of a process are slow
-        for warmed in (drafter, None):
+        for warmed in (copy(drafter), None):
             decode(encoded[0], drafter=warmed, max_new_tokens=max_new_tokens if runner.captures else _WARM_UP_TOKENS)
     results = []
     for ids in encoded:
-        drafting = partial(decode, ids, drafter=drafter)
+        # With a seed a text shall not depend on those before it, from which a drafter learns.
+        drafting = partial(decode, ids, drafter=copy(drafter) if temperature else drafter)
         generation = drafting() if json else _print_text(drafting, tokenizer)
         text = str(tokenizer.decode(generation.tokens, skip_special_tokens=True))
         result = describe_generation(generation, text, speculative=drafter is not None)

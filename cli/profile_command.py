@@ -43,6 +43,8 @@ def show(profile: ProfileArgument, json: JsonOption = False, debug: DebugOption 
     )
     stdout.print(f"skipped   {loaded.skip_set} ({len(loaded.skip_set)} of {2 * model.num_layers} sublayers)")
     stdout.print(f"draft     {loaded.draft}")
+    if loaded.costs is not None:
+        stdout.print(f"pauses    where it does not pay, by the costs of {loaded.costs.device}, {loaded.costs.dtype}")
     if loaded.measured is None:
         stdout.print("measured  never")
     else:

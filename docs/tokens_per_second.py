@@ -23,8 +23,8 @@ def bars(title: str, entries: list[dict[str, Any]], top: int) -> tuple[list[str]
     y = top + 26
     for entry in entries:
         length = (WIDTH - LABEL - 170) * entry["tokens_per_second"] / fastest
-        plain = entry["speedup"] == 1.0
-        figures = f"{entry['tokens_per_second']:.1f} tokens/s" + ("" if plain else f" · {entry['speedup']:.2f}×")
+        plain = entry["acceptance_rate"] is None
+        figures = f"{entry['tokens_per_second']:.1f} tokens/s · {entry['speedup']:.2f}×"
         lines += [
             f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(entry["name"])}</text>',
             f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{COLOURS[not plain]}"/>',

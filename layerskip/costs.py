@@ -17,7 +17,7 @@ from layerskip.utils import device_name, dtype_name
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from layerskip.model import LayerSkipModel
+    from layerskip.engine.base import Engine
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
 # measured, the least that anything costs where the line through the measurements would say that it is free.
@@ -250,9 +250,10 @@ class DraftRoundCosts:
     Args:
         device: What they were measured on.
         dtype: In which floating-point type.
+        engine: The name of the engine that ran the passes.
         contexts: The two lengths, ascending.
-        drafting: Of drafting no, one, two and more places, less what verification saves by resuming from it: a pair for
-            each number.
+        drafting: Of drafting no, one, two and more places: a pair for each number.
+        saved: What verification saves where it resumes from a draft of so many places, likewise.
         widths: Numbers of tokens in a verification, ascending from 1.
         verification: Of a verification of each width, likewise.
 
@@ -262,8 +263,10 @@ class DraftRoundCosts:
 
     device: str
     dtype: str
+    engine: str
     contexts: tuple[float, float]
     drafting: tuple[tuple[float, float], ...]
+    saved: tuple[tuple[float, float], ...]
     widths: tuple[int, ...]
     verification: tuple[tuple[float, float], ...]
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how DraftProfile reads it from JSON
@@ -271,57 +274,68 @@ class DraftRoundCosts:
     def __post_init__(self) -> None:
         if self.contexts[0] > self.contexts[1] or list(self.widths) != sorted({1, *self.widths}):
             raise InvalidInputError("costs: expected contexts that ascend, and widths that ascend from 1")
-        if not self.drafting or len(self.verification) != len(self.widths):
+        counts = (len(self.widths), len(self.verification), len(self.drafting), len(self.saved))
+        if counts[0] != counts[1] or counts[2] != counts[3] or not self.drafting:
             raise InvalidInputError(
-                f"costs: expected a pair of seconds for each of {len(self.widths)} widths and for drafting nothing, "
-                f"got {len(self.verification)} and {len(self.drafting)}"
+                "costs: expected as many pairs of seconds for verification as widths, and for drafting as for what it "
+                f"saves, got {counts[1]} for {counts[0]}, and {counts[2]} for {counts[3]}"
             )
-        numbers = [*self.contexts, *chain.from_iterable((*self.drafting, *self.verification))]
+        numbers = [*self.contexts, *chain.from_iterable((*self.drafting, *self.saved, *self.verification))]
         if not all(0 <= number < math.inf for number in numbers) or min(self.verification[0]) <= 0:
             raise InvalidInputError("costs: expected numbers from 0 on, and plain steps that take some time")
 
     @classmethod
     def of(
-        cls, model: LayerSkipModel, costs: CostModel, drafting: Callable[[Costs, int], float], places: int
+        cls,
+        engine: Engine,
+        costs: CostModel,
+        places: int,
+        drafting: Callable[[Costs, int], float],
+        saved: Callable[[Costs, int], float] = lambda at, places: 0.0,
     ) -> DraftRoundCosts:
         """From measured costs.
 
         Args:
-            model: The model that they were measured with.
+            engine: Ran the passes.
             costs: What passes cost.
-            drafting: Seconds of drafting so many places, from one on, at the costs after a text of some length.
             places: The most places of a draft.
+            drafting: Seconds of drafting so many places, from one on, at the costs after a text of some length.
+            saved: Seconds that verification saves where it resumes from so many places.
         """
 
         def pairs(seconds: Callable[[Costs, int], float], numbers: Iterable[int]) -> Iterator[tuple[float, float]]:
-            both = (costs.short, costs.long)
-            return ((_rounded(seconds(both[0], n)), _rounded(seconds(both[1], n))) for n in numbers)
+            return ((_rounded(seconds(costs.short, n)), _rounded(seconds(costs.long, n))) for n in numbers)
 
         widths = tuple(sorted(costs.short.passes.sublayers))
         return cls(
-            device_name(model.device),
-            dtype_name(model.dtype),
+            device_name(engine.model.device),
+            dtype_name(engine.model.dtype),
+            engine.name,
             (costs.short.context, costs.long.context),
             ((0.0, 0.0), *pairs(drafting, range(1, places + 1))),
+            ((0.0, 0.0), *pairs(saved, range(1, places + 1))),
             widths,
             tuple(pairs(lambda at, width: at.passes.cost(width), widths)),
         )
 
-    def are_of(self, model: LayerSkipModel) -> bool:
-        """Whether they were measured on the kind of device that a model is on, and in its dtype."""
-        return (self.device, self.dtype) == (device_name(model.device), dtype_name(model.dtype))
+    def are_of(self, engine: Engine) -> bool:
+        """Whether they were measured with such an engine, on such a device and in the dtype of its model."""
+        here = (device_name(engine.model.device), dtype_name(engine.model.dtype), engine.name)
+        return (self.device, self.dtype, self.engine) == here
 
-    def plain_steps(self, context: int, *, places: int, tokens: int) -> float:
+    def plain_steps(self, context: int, *, places: int, tokens: int, resuming: bool = False) -> float:
         """A round in units of a plain decoding step.
 
         Args:
             context: The text's length.
             places: Places that the model drafts.
             tokens: Tokens to verify: the text's last and the drafted ones. Beyond the widest pass, that counts.
+            resuming: Whether verification resumes from what drafting computed.
         """
         wide_enough = [at for at, width in enumerate(self.widths) if width >= tokens] or [-1]
         verification = min(self._at(self.verification[at], context) for at in wide_enough)
-        drafting = self._at(self.drafting[min(places, len(self.drafting) - 1)], context)
+        place = min(places, len(self.drafting) - 1)
+        drafting = self._at(self.drafting[place], context) - resuming * self._at(self.saved[place], context)
         return (drafting + verification) / self._at(self.verification[0], context)
 
     def _at(self, pair: tuple[float, float], context: int) -> float:

@@ -171,8 +171,8 @@ class DraftProfile(_Part):
     )
     costs: DraftRoundCosts | None = Field(
         default=None,
-        description="What rounds cost where it was searched, so that drafting pauses where it does not pay, on the "
-        "same kind of device and in the same dtype; absent never pauses.",
+        description="What rounds cost where it was searched, so that drafting pauses where it does not pay, with "
+        "the same engine, device and dtype; absent never pauses.",
     )
     tensors: TensorsFile | None = Field(
         default=None, description="Bridges, draft layers, draft heads and draft vocabulary; absent without them."
@@ -419,11 +419,7 @@ class DraftProfile(_Part):
         """
         self.check(model)
         self._check_precision(model)
-        return make_drafter(model, self.config, self.weights(model), costs=self.costs_on(model), corpus=corpus)
-
-    def costs_on(self, model: LayerSkipModel) -> DraftRoundCosts | None:
-        """What rounds cost, if that was measured on the kind of device that the model is on, and in its dtype."""
-        return self.costs if self.costs is not None and self.costs.are_of(model) else None
+        return make_drafter(model, self.config, self.weights(model), costs=self.costs, corpus=corpus)
 
     def _check_precision(self, model: LayerSkipModel) -> None:
         try:
@@ -510,7 +506,7 @@ def _as_of_this_version(text: str) -> str:
     """
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # which reading it as a profile names
         return text
     lookup = fields.get("ngrams") if isinstance(fields, dict) and fields.get("version") in (1, 2, 3) else None
     if not isinstance(lookup, dict) or "per_match" in lookup:

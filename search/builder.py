@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerskip.costs import CostModel, Costs, DraftParts, DraftRoundCosts
+from layerskip.costs import CostModel, DraftParts, DraftRoundCosts
 from layerskip.drafting.bridges import Bridge, BridgeFitter, without_outliers
 from layerskip.drafting.config import DraftConfig, DraftLayerRef
 from layerskip.drafting.drafter import Drafter
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.vocabulary import draft_vocabulary, emission_frequencies
 from layerskip.drafting.weights import DraftWeights
+from layerskip.engine import Engine
 from layerskip.model import LayerSkipModel
 from layerskip.names import Precision
 from layerskip.sublayers import Stack, Step
@@ -35,23 +36,23 @@ def fit_texts(run: ReferenceRun, prompts: Sequence[EncodedPrompt], *, max_new_to
     return run.texts(prompts, max_new_tokens=max_new_tokens, states=max(_FIT_POSITIONS // len(prompts), 1))
 
 
-def stack_round_costs(model: LayerSkipModel, costs: CostModel, stack: Stack, config: DraftConfig) -> DraftRoundCosts:
+def stack_round_costs(engine: Engine, costs: CostModel, stack: Stack, config: DraftConfig) -> DraftRoundCosts:
     """What rounds of a draft of the stack cost.
 
     Args:
-        model: The model.
+        engine: Runs the passes.
         costs: What passes cost.
         stack: The draft's.
         config: How it drafts.
     """
-    parts = DraftParts.of(stack)
-    share = 0.0 if config.tree else stack.shared / len(model.sublayers)
-
-    def drafting(at: Costs, places: int) -> float:
-        saved = at.verification(places + 1) - at.verification(places + 1, share)
-        return places * at.draft_step(parts) - saved
-
-    return DraftRoundCosts.of(model, costs, drafting, config.stopping.new_state().max_length)
+    parts, share = DraftParts.of(stack), stack.shared / len(engine.model.sublayers)
+    return DraftRoundCosts.of(
+        engine,
+        costs,
+        config.stopping.new_state().max_length,
+        drafting=lambda at, places: places * at.draft_step(parts),
+        saved=lambda at, places: at.verification(places + 1) - at.verification(places + 1, share),
+    )
 
 
 class DraftBuilder:
@@ -104,9 +105,9 @@ class DraftBuilder:
         """The drafter of a configuration; with costs, it pauses where drafting does not pay."""
         return make_drafter(self._model, config, self.weights(config), costs=costs)
 
-    def round_costs(self, config: DraftConfig, costs: CostModel) -> DraftRoundCosts:
-        """What rounds of a draft cost, by what passes cost."""
-        return stack_round_costs(self._model, costs, self.stack(config), config)
+    def round_costs(self, engine: Engine, config: DraftConfig, costs: CostModel) -> DraftRoundCosts:
+        """What rounds of a draft cost with an engine, by what its passes cost."""
+        return stack_round_costs(engine, costs, self.stack(config), config)
 
     def num_bridges(self, masks: NDArray[np.bool_]) -> NDArray[np.intp]:
         """How many bridges are fitted for each of several drafts with bridges.

@@ -44,7 +44,7 @@ def layerskip_methods(engine: Engine, profiles: Mapping[str, DraftProfile], *, c
         drafters = {name: profile.drafter(model)}
         if combine and profile.prompt_lookup is None:
             own = profile.drafter(model)
-            drafters[f"{name} + {LOOKUP}"] = PromptLookupDrafter(drafter=own, costs=profile.costs_on(model))
+            drafters[f"{name} + {LOOKUP}"] = PromptLookupDrafter(drafter=own, costs=profile.costs)
         size = draft_bytes(model, profile.config, profile.weights(model))
         training_seconds = profile.provenance.training_seconds
         methods += [

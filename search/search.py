@@ -423,7 +423,7 @@ class Search:
         if not best:
             return
         self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
-        drafters = {str(trial.number): _controlled(config_of(trial), tools) for trial in best}
+        drafters = {str(trial.number): self._controlled(config_of(trial), tools) for trial in best}
         plan = MeasuringPlan(self._prompts.held_out, self.task.settings.max_new_tokens, _HELD_OUT_REPEATS)
         measured: dict[str, Mapping[str, Measurement]] = {}
         try:
@@ -440,6 +440,10 @@ class Search:
         for finalist in finalists:
             self._on_event(FinalistMeasured(finalist.trial, finalist.summary.speedup))
 
+    def _controlled(self, config: DraftConfig, tools: Tools) -> Drafter:
+        """The drafter of a configuration as its profile has it."""
+        return tools.builder.drafter(config, tools.builder.round_costs(self._engine, config, tools.costs))
+
     def _profile(self, best: Finalist, tools: Tools) -> DraftProfile:
         config, builder = config_of(best.trial), tools.builder
         weights = builder.weights(config)
@@ -451,7 +455,7 @@ class Search:
             model=self.task.identity,
             measured=as_measured(best.summary, best.prompt_set, length, self._engine, draft_bytes=size),
             # What was not measured with a controller does not get one.
-            costs=builder.round_costs(config, tools.costs) if best.prompt_set == "held-out" else None,
+            costs=builder.round_costs(self._engine, config, tools.costs) if best.prompt_set == "held-out" else None,
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,
@@ -460,11 +464,6 @@ class Search:
                 training_seconds=builder.training_seconds(config),
             ),
         )
-
-
-def _controlled(config: DraftConfig, tools: Tools) -> Drafter:
-    """The drafter of a configuration as its profile has it."""
-    return tools.builder.drafter(config, tools.builder.round_costs(config, tools.costs))
 
 
 def _file_name(id: str) -> str:

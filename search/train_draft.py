@@ -18,7 +18,6 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
-from layerskip.model import LayerSkipModel
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.skip_set import SkipSet
 from layerskip.target_texts import TargetText
@@ -318,8 +317,8 @@ class Tuning:
         config = choice.best().config
         if head_costs is None or weights.heads is None:
             stack = self._model.stack_of(self._skip_set, stand_ins=weights.steps, token_ids=weights.token_ids)
-            return choice, stack_round_costs(self._model, costs, stack, config)
-        return choice, head_round_costs(self._model, costs, head_costs, config, at_once=weights.heads.at_once)
+            return choice, stack_round_costs(self._engine, costs, stack, config)
+        return choice, head_round_costs(self._engine, costs, head_costs, config)
 
     def _measure(self, profile: DraftProfile, lock: MachineLock) -> Summary:
         drafter = profile.drafter(self._model)
@@ -332,23 +331,18 @@ class Tuning:
         return summarize(measurements)
 
 
-def head_round_costs(
-    model: LayerSkipModel, costs: CostModel, heads: HeadCosts, config: DraftConfig, *, at_once: bool
-) -> DraftRoundCosts:
-    """What rounds of draft heads cost.
+def head_round_costs(engine: Engine, costs: CostModel, heads: HeadCosts, config: DraftConfig) -> DraftRoundCosts:
+    """What rounds of draft heads cost, where a draft is as long as was asked for.
 
     Args:
-        model: The model.
+        engine: Runs the passes.
         costs: What passes cost.
         heads: What heads cost.
         config: How they draft.
-        at_once: Whether all heads run before the first token of a draft is proposed.
     """
     longest = config.stopping.new_state().max_length
     ways = [sum(map(bool, widths)) for widths in places_of(config.tree, longest)]
-    return DraftRoundCosts.of(
-        model, costs, lambda at, places: heads.seconds(ways if at_once else ways[:places]), longest
-    )
+    return DraftRoundCosts.of(engine, costs, longest, lambda at, places: heads.seconds(ways[:places]))
 
 
 def space_for(weights: DraftWeights, space: SearchSpace) -> SearchSpace:

@@ -71,10 +71,9 @@ def prediction_of(trial: FrozenTrial) -> float:
 
 
 def measured_over_predicted(trial: FrozenTrial) -> float:
-    """The measured speedup of a trial over the one that was predicted for the prompts that it measured."""
-    measured: float = trial.user_attrs[SPEEDUP_KEY]
+    """The value of a measured trial over the speedup that was predicted for the prompts that it measured."""
     predicted: float = trial.user_attrs.get(PREDICTED_HERE_KEY, prediction_of(trial))
-    return measured / predicted
+    return trial.values[0] / predicted
 
 
 def prompt_speedups(trial: FrozenTrial) -> Mapping[int, float]:

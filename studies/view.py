@@ -16,6 +16,7 @@ from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     ACCEPTANCE_KEY,
     DRAFT_COST_KEY,
+    PREDICTED_HERE_KEY,
     REVISITS_KEY,
     SOURCE_KEY,
     Basis,
@@ -50,6 +51,7 @@ class TrialSummary:
         basis: Whether its speedup was measured or predicted.
         speedup: That speedup, with its interval if it was measured on several prompts.
         predicted: Its predicted speedup.
+        predicted_here: The one predicted for the prompts that it measured; without measurements, ``predicted``.
         acceptance: The one-step acceptance rate α of its prediction.
         draft_cost: c, the cost of a draft step in units of a plain step; None if that was not stored.
         config: How it drafts.
@@ -64,6 +66,7 @@ class TrialSummary:
     basis: Basis
     speedup: Speedup
     predicted: float
+    predicted_here: float
     acceptance: float | None
     draft_cost: float | None
     config: DraftConfig
@@ -195,6 +198,7 @@ def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup]) -> TrialSummar
         basis=basis_of(trial),
         speedup=Speedup(value, attributes.get("speedup_low", value), attributes.get("speedup_high", value)),
         predicted=prediction_of(trial),
+        predicted_here=attributes.get(PREDICTED_HERE_KEY, prediction_of(trial)),
         acceptance=attributes.get(ACCEPTANCE_KEY),
         draft_cost=attributes.get(DRAFT_COST_KEY),
         config=config_of(trial),

@@ -72,7 +72,7 @@ class Controller:
 
 
 class ControlledDrafter:
-    """A drafter under a controller.
+    """A drafter under a controller, with engines and on devices like those that its costs were measured on.
 
     Args:
         drafter: Drafts.
@@ -91,13 +91,16 @@ class ControlledDrafter:
     def start(self, engine: Engine, prompt: Tensor, states: Tensor) -> None:
         self._drafter.start(engine, prompt, states)
         self._controller.start()
+        self._is_measured = self._costs.are_of(engine)
         self._places = 0  # of the last draft
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        context = cache.length
-        draft = self._drafter.propose(newest, cache, self._controller.limit(limit), sampler)
+        context, most = cache.length, self._controller.limit(limit) if self._is_measured else limit
+        draft = self._drafter.propose(newest, cache, most, sampler)
         self._places = draft.tree.depth
-        self._cost = self._costs.plain_steps(context, places=self._places, tokens=len(draft) + 1)
+        self._cost = self._costs.plain_steps(
+            context, places=self._places, tokens=len(draft) + 1, resuming=draft.shared is not None
+        )
         return draft
 
     def observe(self, outcome: RoundResult) -> None:

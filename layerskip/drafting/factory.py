@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
-from layerskip.checks import instance
+from layerskip.checks import instance, shown
 from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.controller import ControlledDrafter
@@ -14,6 +16,7 @@ from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.prompt_lookup import PromptLookupDrafter
 from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.drafting.weights import DraftWeights
+from layerskip.errors import InvalidInputError
 from layerskip.model import LayerSkipModel
 
 
@@ -40,7 +43,7 @@ def make_drafter(
             without one.
 
     Raises:
-        InvalidInputError: The configuration or the weights are for another model.
+        InvalidInputError: The configuration or the weights are for another model, or the corpus has other token ids.
     """
     instance("model", model, LayerSkipModel, "; wrap it: LayerSkipModel(model)")
     instance("config", config, DraftConfig)
@@ -53,6 +56,18 @@ def make_drafter(
         drafter = ControlledDrafter(drafter, costs)
     if corpus is not None:
         known = SuffixAutomaton()
-        known.extend(corpus)
+        known.extend(_checked_ids(corpus, model.vocab_size))
         return PromptLookupDrafter(config.prompt_lookup, drafter, costs, known)
     return drafter if config.prompt_lookup is None else PromptLookupDrafter(config.prompt_lookup, drafter, costs)
+
+
+def _checked_ids(corpus: Any, vocab_size: int) -> list[int]:
+    """Token ids that were given as a row of numbers, of Python's, numpy's or torch's types."""
+    try:
+        ids = [index(token) for token in (corpus.tolist() if hasattr(corpus, "tolist") else corpus)]
+    except TypeError as error:
+        raise InvalidInputError(f"corpus: expected a row of token ids, got {shown(corpus)}") from error
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InvalidInputError(f"corpus: token id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}")
+    return ids

@@ -51,7 +51,7 @@ class LookupText:
         source, repeats = self._text.text, True
         if self._reader is not None:
             elsewhere = self._reader.match_after(drafted)
-            if elsewhere.length > match.length:
+            if elsewhere.length > match.length and elsewhere.end < len(self._corpus):  # or nothing follows it
                 match, source, repeats = elsewhere, self._corpus, False
         if match.length < self._lookup.shortest:
             return []
@@ -104,19 +104,21 @@ class PromptLookupDrafter:
         self._text.extend(prompt.tolist())
         self._knows_newest = False
         self._controller.start()
+        self._costs_here = self._costs if self._costs is not None and self._costs.are_of(engine) else None
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
         if not self._knows_newest:
             self._text.extend(newest.tolist())
             self._knows_newest = True
         self._context = cache.length
-        self._drafted, self._tokens_drafted = 0, 0
+        self._drafted, self._tokens_drafted, self._resuming = 0, 0, False
         copied = self._text.copy(self._allowed(min(limit, self._lookup.length)))
         self._copied = len(copied)
         if copied:
             return Draft.certain(copied, newest.device)
         draft = self._drafter.propose(newest, cache, limit, sampler)
         self._drafted, self._tokens_drafted = draft.tree.depth, len(draft)
+        self._resuming = draft.shared is not None
         room = self._allowed(min(limit - self._drafted, self._lookup.length - len(draft)))
         if not len(draft) or room < 1:
             return draft
@@ -126,12 +128,12 @@ class PromptLookupDrafter:
 
     def observe(self, outcome: RoundResult) -> None:
         self._text.extend(outcome.verdict.tokens)
-        if self._costs is not None:
-            self._control(outcome, self._costs)
+        if self._costs_here is not None:
+            self._control(outcome, self._costs_here)
         self._drafter.observe(outcome)
 
     def _allowed(self, wanted: int) -> int:
-        return wanted if self._costs is None else self._controller.limit(wanted)
+        return wanted if self._costs_here is None else self._controller.limit(wanted)
 
     def _control(self, outcome: RoundResult, costs: DraftRoundCosts) -> None:
         """Tell the controller what the copied tokens gained: of a draft that they continue, what they added to it."""
@@ -139,6 +141,7 @@ class PromptLookupDrafter:
             self._controller.rest()
             return
         accepted = max(outcome.verdict.accepted - self._drafted, 0)
-        cost = costs.plain_steps(self._context, places=0, tokens=self._tokens_drafted + self._copied + 1)
-        without = costs.plain_steps(self._context, places=0, tokens=self._tokens_drafted + 1)
+        drafted, context = self._tokens_drafted + 1, self._context
+        cost = costs.plain_steps(context, places=self._drafted, tokens=drafted + self._copied)
+        without = costs.plain_steps(context, places=self._drafted, tokens=drafted, resuming=self._resuming)
         self._controller.observe(accepted - (cost - without), proposed=self._copied, accepted=accepted)

@@ -60,7 +60,6 @@ class SuffixAutomaton:
 
     def reader(self) -> Reader:
         """What finds the runs of another text in this one, which must not grow any more."""
-        self._tell_ends()
         return Reader(self)
 
     def _walked(self, state: int, length: int, tokens: Sequence[int]) -> tuple[int, int]:

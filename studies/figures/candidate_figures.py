@@ -248,13 +248,13 @@ def predictions(view: StudyView) -> Picture:
     )
     ratio = view.measured_over_predicted
     if ratio is not None:
-        caption += f" Dashed: measured ÷ predicted on the search's prompts, median {ratio:.2f}."
+        caption += f" Dashed: measured ÷ predicted for the prompts that were measured, median {ratio:.2f}."
     drawn = _draw_predictions(searched, held_out, ratio)
     return Picture("predictions", title, caption, drawn, _predictions_table(searched, held_out))
 
 
 def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured], ratio: float | None) -> go.Figure:
-    predicted = [trial.predicted for trial, _ in (*searched, *held_out)]
+    predicted = [*(trial.predicted_here for trial, _ in searched), *(trial.predicted for trial, _ in held_out)]
     ends = [end for _, speedup in (*searched, *held_out) for end in (speedup.low, speedup.high)]
     low, high = 0.95 * min(*predicted, *ends), 1.05 * max(*predicted, *ends)
     drawn = empty_figure(
@@ -268,19 +268,21 @@ def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured]
     for name, slope, line in lines:
         x, y = [low, high], [slope * low, slope * high]
         drawn.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
-    for name, measured, marker in (
-        ("search's prompts", searched, MEASURED),
-        ("held-out prompts", held_out, HELD_OUT),
+    for name, measured, places, marker in (
+        ("search's prompts", searched, predicted[: len(searched)], MEASURED),
+        ("held-out prompts", held_out, predicted[len(searched) :], HELD_OUT),
     ):
         if measured:
-            _add_measured(drawn, measured, name, marker)
+            _add_measured(drawn, measured, places, name, marker)
     return drawn
 
 
-def _add_measured(drawn: go.Figure, measured: Sequence[Measured], name: str, marker: dict[str, Any]) -> None:
+def _add_measured(
+    drawn: go.Figure, measured: Sequence[Measured], predicted: Sequence[float], name: str, marker: dict[str, Any]
+) -> None:
     drawn.add_trace(
         go.Scatter(
-            x=[trial.predicted for trial, _ in measured],
+            x=predicted,
             y=[speedup.value for _, speedup in measured],
             error_y={
                 "array": [speedup.high - speedup.value for _, speedup in measured],
@@ -292,8 +294,8 @@ def _add_measured(drawn: go.Figure, measured: Sequence[Measured], name: str, mar
             marker=marker,
             name=name,
             text=[
-                f"trial {trial.number}: predicted {format_speedup(trial.predicted)}, measured {speedup}"
-                for trial, speedup in measured
+                f"trial {trial.number}: predicted {format_speedup(at)}, measured {speedup}"
+                for (trial, speedup), at in zip(measured, predicted, strict=True)
             ],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -305,7 +307,7 @@ def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured
         (
             str(trial.number),
             prompt_set,
-            format_speedup(trial.predicted),
+            format_speedup(trial.predicted_here if prompt_set == "search" else trial.predicted),
             format_speedup(speedup.value),
             f"{speedup.low:.2f} to {speedup.high:.2f}",
         )
@@ -332,7 +334,8 @@ def history(view: StudyView) -> Picture:
         "the best predicted and the best measured so far."
     )
     if view.measured_over_predicted is not None:
-        caption += f" Measured speedups were {view.measured_over_predicted:.2f} times the predicted ones (median)."
+        ratio = f"{view.measured_over_predicted:.2f}"
+        caption += f" Measured speedups were {ratio} times those predicted for the same prompts (median)."
     return Picture("history", "History", caption, _draw_history(view), _history_table(view.trials))
 
 

@@ -333,12 +333,15 @@ print(status, *(name for name in sys.modules if name.startswith(("search.", "stu
 # A corpus to copy from.
 
 
-def test_a_corpus_leaves_the_text_and_saves_passes(apply, profile, expected, text_of, tmp_path):
-    """The file has what the model is going to say."""
+def test_a_corpus_is_copied_from_and_leaves_the_text(apply, make_profile, expected, text_of, tmp_path):
+    """The file has what the model is going to say; a draft at whose every place there is a copy drafts more."""
     tokens = expected("Hello")
-    (tmp_path / "known.txt").write_text("Hello " + text_of(tokens), encoding="utf-8")
-    done = apply(profile, "Hello", "--corpus", tmp_path / "known.txt")
-    assert done.object["token_ids"] == tokens
+    (tmp_path / "known.txt").write_text(3 * (text_of(tokens) + " "), encoding="utf-8")
+    profile = make_profile(None)
+    with_corpus = apply(profile, "Hello", "--corpus", tmp_path / "known.txt", "--force").object
+    without = apply(profile, "Hello", "--force").object
+    assert with_corpus["token_ids"] == without["token_ids"] == tokens
+    assert with_corpus["acceptance_rate"] != without["acceptance_rate"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerskip import DraftProfile
+from layerskip.costs import DraftRoundCosts
 
 
 def test_show_prints_what_a_profile_holds(layerskip, profile, model_folder):
@@ -23,6 +24,15 @@ def test_show_prints_that_a_profile_was_never_measured(layerskip, make_profile):
     assert done.status == 0
     assert "measured  never" in done.out
     assert "from      made by hand" in done.out
+
+
+def test_show_prints_whose_costs_pause_a_draft(layerskip, make_profile):
+    path = make_profile(None)
+    assert "pauses" not in layerskip("profile", "show", path).out
+    costs = DraftRoundCosts("a machine", "float32", "eager", (64, 512), ((0, 0),), ((0, 0),), (1,), ((1, 1),))
+    DraftProfile.load(path).model_copy(update={"costs": costs}).save(path)
+    shown = layerskip("profile", "show", path).out
+    assert "pauses    where it does not pay, by the costs of a machine, float32" in shown
 
 
 def test_show_prints_that_a_profile_was_trained(layerskip, make_profile):
@@ -66,7 +76,7 @@ def test_check_says_whether_a_profile_is_for_a_model(layerskip, profile, model_f
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda entry: entry | {"version": 4}, "version: expected 1, 2 or 3, found 4"),
+        (lambda entry: entry | {"version": 5}, "version: expected 1, 2, 3 or 4, found 5"),
         (lambda entry: entry | {"colour": "red"}, "colour: unknown field"),
         (lambda entry: entry | {"skip_set": {"num_layers": 4, "attention": [9]}}, "layer 9 is out of range"),
         (lambda entry: [entry], "expected"),

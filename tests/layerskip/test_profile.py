@@ -31,9 +31,8 @@ from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError
 from layerskip.fingerprint import ModelIdentity, identify
 from layerskip.profile import Measured, Provenance
-from layerskip.utils import device_name
 from tests.layerskip.test_utils_files import files_no_larger_than
-from tests.models import LAYERS, tiny_llama, transformers_greedy
+from tests.models import LAYERS, VOCABULARY, tiny_llama, transformers_greedy
 from tests.processes import processes
 from tests.strategies import draft_exits, precisions, skip_sets
 
@@ -618,16 +617,29 @@ def test_prompt_lookup_that_no_version_has_is_refused(tmp_path, version, ngrams,
 
 
 def test_a_profile_with_costs_drafts_under_a_controller(tmp_path, llama):
-    where = (device_name(llama.device), "float32", (64, 512))
-    costs = DraftRoundCosts(*where, ((0, 0), (0.01, 0.01)), (1, 2), ((0.02, 0.03), (0.02, 0.04)))
+    pairs = ((0, 0), (0.01, 0.01))
+    costs = DraftRoundCosts("cpu", "float32", "eager", (64, 512), pairs, pairs, (1, 2), ((0.02, 0.03), (0.02, 0.04)))
     profile = profile_for(llama).model_copy(update={"costs": costs})
     profile.save(tmp_path / "profile.json")
     loaded = DraftProfile.load(tmp_path / "profile.json")
     assert loaded.costs == costs
     assert isinstance(loaded.drafter(llama), ControlledDrafter)
-    elsewhere = profile.model_copy(update={"costs": replace(costs, device="another device")})
-    assert not isinstance(elsewhere.drafter(llama), ControlledDrafter)
     assert not isinstance(profile_for(llama).drafter(llama), ControlledDrafter)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ([3, VOCABULARY], f"corpus: token id {VOCABULARY} is outside the vocabulary, 0 to {VOCABULARY - 1}"),
+        ("a text", "corpus: expected a row of token ids, got 'a text'"),
+        ([[1, 2]], "corpus: expected a row of token ids, got [[1, 2]]"),
+    ],
+)
+def test_a_corpus_that_is_no_row_of_token_ids_is_refused(llama, corpus, message):
+    with pytest.raises(InvalidInputError) as error:
+        profile_for(llama).drafter(llama, corpus=corpus)
+    assert str(error.value) == message
+    assert profile_for(llama).drafter(llama, corpus=torch.tensor([3, 4]))
 
 
 def test_a_profile_drafts_at_its_precision(llama):

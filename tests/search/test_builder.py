@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layerskip import FixedLength, SkipSet
+from layerskip.costs import DraftParts
 from layerskip.drafting.bridges import BridgeFitter
 from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.drafter import RoundResult
@@ -17,7 +18,7 @@ from search.prompts import SearchPrompts
 from search.reference import record
 from search.settings import SearchSettings
 from tests.models import LAYERS, VOCABULARY
-from tests.search.searches import random_prompts
+from tests.search.searches import known_costs, random_prompts
 
 MIDDLE = SkipSet(LAYERS, attention=(1, 2), mlp=(1, 2))
 
@@ -78,3 +79,20 @@ def test_with_few_prompts_all_do_everything():
     prompts = prompts_of(3, prompts_per_trial=3)
     assert prompts.scored == prompts.fitted == prompts.measured
     assert len(prompts_of(1, prompts_per_trial=6).scored) == 1
+
+
+@pytest.mark.parametrize("skip_set", [SkipSet(LAYERS), SkipSet(LAYERS, attention=(2,))])
+def test_round_costs_are_those_that_simulation_counts_with(llama, makers, skip_set):
+    engine, costs, config = EagerEngine(llama), known_costs(), DraftConfig(skip_set, stopping=FixedLength(3))
+    rounds, parts = makers.round_costs(engine, config, costs), DraftParts.of(makers.stack(config))
+    share = makers.stack(config).shared / (2 * LAYERS)
+    for context in (8, 30, 48):
+        at = costs.at(context)
+        for places in (1, 2, 3):
+            drafting = places * at.draft_step(parts)
+            whole, resumed = at.verification(places + 1), at.verification(places + 1, share)
+            found = rounds.plain_steps(context, places=places, tokens=places + 1)
+            assert found == pytest.approx((drafting + whole) / at.plain_step, rel=0.01)
+            found = rounds.plain_steps(context, places=places, tokens=places + 1, resuming=True)
+            assert found == pytest.approx((drafting + resumed) / at.plain_step, rel=0.01)
+    assert rounds.are_of(engine)

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,17 +13,18 @@ from layerskip import DraftConfig, FixedLength, PromptLookup, Sampling, SkipSet,
 from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.controller import ControlledDrafter, Controller
 from layerskip.errors import InvalidInputError
+from layerskip.utils import device_name
 from tests.layerskip.test_sampling_exactness import DOUBT, PLAIN, SKIPPED, distribution_of_texts, p_value, samples
 from tests.layerskip.test_sampling_exactness import model as tiny_vocabulary  # noqa: F401
 from tests.models import LAYERS, near_tie_or_same, transformers_greedy
 from tests.strategies import skip_sets
 
-WHERE = ("any device", "float32", (64, 512))
+WHERE = (device_name(torch.device("cpu")), "float32", "eager", (64, 512))
 # A draft step takes half a plain step, a verification of several tokens 1.7: a single drafted token gains nothing.
 DRAFTING = tuple((0.5 * places, 0.5 * places) for places in range(9))
-COSTS = DraftRoundCosts(*WHERE, DRAFTING, (1, 2, 24), ((1, 1), (1.7, 1.7), (1.7, 1.7)))
-FREE = DraftRoundCosts(*WHERE, ((0, 0),), (1, 24), ((1, 1), (1, 1)))
-EXPENSIVE = DraftRoundCosts(*WHERE, ((0, 0), (9, 9)), (1, 24), ((1, 1), (9, 9)))
+COSTS = DraftRoundCosts(*WHERE, DRAFTING, DRAFTING, (1, 2, 24), ((1, 1), (1.7, 1.7), (1.7, 1.7)))
+FREE = DraftRoundCosts(*WHERE, ((0, 0),), ((0, 0),), (1, 24), ((1, 1), (1, 1)))
+EXPENSIVE = DraftRoundCosts(*WHERE, ((0, 0), (9, 9)), ((0, 0), (0, 0)), (1, 24), ((1, 1), (9, 9)))
 MOST_CREDIT = 6.0
 
 
@@ -148,9 +150,12 @@ def test_a_copy_has_a_controller_of_its_own(llama):
 
 
 def test_costs_are_on_the_line_through_two_texts():
-    costs = DraftRoundCosts("cpu", "float32", (100, 200), ((0, 0), (1, 2)), (1, 4, 8), ((2, 2), (3, 4), (6, 5)))
+    costs = DraftRoundCosts(
+        "cpu", "float32", "eager", (100, 200), ((0, 0), (1, 2)), ((0, 0), (1, 1)), (1, 4, 8), ((2, 2), (3, 4), (6, 5))
+    )
     assert costs.plain_steps(100, places=1, tokens=2) == (1 + 3) / 2
     assert costs.plain_steps(300, places=1, tokens=4) == (3 + 5) / 2
+    assert costs.plain_steps(300, places=1, tokens=4, resuming=True) == (3 - 1 + 5) / 2
     assert costs.plain_steps(50, places=0, tokens=1) == 1
     assert costs.plain_steps(900, places=9, tokens=8) == (9 + 5) / 2  # longer drafts count as the longest, noise stays
     assert costs.plain_steps(100, places=0, tokens=99) == 3
@@ -161,16 +166,30 @@ def test_costs_are_on_the_line_through_two_texts():
     [
         ({"widths": (2, 4)}, "costs: expected contexts that ascend, and widths that ascend from 1"),
         ({"contexts": (2, 1)}, "costs: expected contexts that ascend, and widths that ascend from 1"),
-        (
-            {"widths": (1,)},
-            "costs: expected a pair of seconds for each of 1 widths and for drafting nothing, got 2 and 1",
-        ),
+        ({"widths": (1,)}, "costs: expected as many pairs of seconds for verification as widths, and for drafting as "),
+        ({"saved": ()}, "costs: expected as many pairs of seconds for verification as widths, and for drafting as "),
         ({"drafting": ((0, -1),)}, "costs: expected numbers from 0 on, and plain steps that take some time"),
     ],
 )
 def test_costs_that_cannot_be_are_refused(change, message):
-    fields = {"device": "cpu", "dtype": "float32", "contexts": (1, 2), "drafting": ((0, 0),)}
-    fields |= {"widths": (1, 4), "verification": ((1, 1), (2, 2))}
+    fields = {"device": "cpu", "dtype": "float32", "engine": "eager", "contexts": (1, 2), "drafting": ((0, 0),)}
+    fields |= {"saved": ((0, 0),), "widths": (1, 4), "verification": ((1, 1), (2, 2))}
     with pytest.raises(InvalidInputError) as error:
         DraftRoundCosts(**fields | change)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("change", [{"device": "another"}, {"dtype": "bfloat16"}, {"engine": "packed"}])
+def test_costs_that_were_measured_elsewhere_pause_nothing(llama, change):
+    config = DraftConfig(SkipSet(LAYERS), stopping=FixedLength(1), prompt_lookup=PromptLookup(1, 3))
+    drafter = make_drafter(llama, config, costs=replace(EXPENSIVE, **change))
+    stats = generate(llama, [1, 2, 3], drafter=drafter, max_new_tokens=60, eos_token_ids=[]).stats
+    assert stats.drafted > 30
+
+
+def test_the_longest_pause_is_shorter_at_the_start_of_a_text():
+    controller = Controller()
+    proposals(controller, 8, 2000, lambda number: False)
+    assert controller._pause > 64
+    controller.start()
+    assert controller._pause == 64

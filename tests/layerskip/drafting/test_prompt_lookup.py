@@ -86,12 +86,15 @@ def test_the_longer_the_run_the_more_is_copied():
 def test_a_corpus_is_copied_from_where_a_longer_run_occurs_in_it(corpus, text, drafted, lookup, limit):
     whole = [*text, *drafted]
     runs = [whole[len(whole) - size :] for size in range(len(whole), 0, -1)]
-    found = next(((r, p) for r in runs for p in range(len(corpus), -1, -1) if corpus[:p][-len(r) :] == r), ([], 0))
+    ends = range(len(corpus), 0, -1)
+    longest = next((run for run in runs for end in ends if corpus[:end][-len(run) :] == run), [])
+    # Where it occurred last, but at the corpus's end, where nothing follows.
+    end = next((end for end in ends[1:] if longest and corpus[:end][-len(longest) :] == longest), None)
     own_length = next((n for n in range(len(whole), 0, -1) if own_run(text, drafted, n)), 0)
     copied = known(lookup, text, corpus).copy(limit, drafted)
-    if len(found[0]) > own_length:
-        end = found[1] + min(limit, lookup.per_match * len(found[0]))
-        assert copied == (corpus[found[1] : end] if len(found[0]) >= lookup.shortest else [])
+    if end is not None and len(longest) > own_length:
+        count = min(limit, lookup.per_match * len(longest))
+        assert copied == (corpus[end : end + count] if len(longest) >= lookup.shortest else [])
     else:
         assert copied == known(lookup, text).copy(limit, drafted)
 
@@ -266,3 +269,9 @@ def test_an_automaton_is_told_of_a_repeated_token_in_steps_that_do_not_grow_with
     growing.extend([7] * 3000)
     assert growing.match == Match(2999, 2999)
     assert growing.match_after([7]) == Match(3000, 3000)
+    assert sum(end >= 2990 for end in growing._end) < 100  # the others have an earlier occurrence
+
+
+def test_what_a_corpus_ends_with_is_copied_from_where_it_came_before():
+    assert known(PromptLookup(2, 9, 1), [5, 1, 2], [1, 2, 3, 4, 1, 2]).copy(9) == [3, 4]
+    assert known(PromptLookup(1, 9, 1), [2, 7, 9, 1, 2], [1, 2]).copy(9) == [7]  # nothing follows it there
