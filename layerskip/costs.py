@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from layerskip.errors import InvalidInputError
 from layerskip.names import PRECISIONS, Precision
@@ -17,7 +17,7 @@ from layerskip.utils import device_name, dtype_name
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from layerskip.engine.base import Engine
+    from layerskip.model import LayerSkipModel
 
 # Least share of a pass that its sublayers take, should a noisy moment say that its head took all of it; and of what was
 # measured, the least that anything costs where the line through the measurements would say that it is free.
@@ -243,6 +243,13 @@ class CostModel:
         return _adapter().validate_json(text)
 
 
+class _Engine(Protocol):
+    """What is asked of an engine here."""
+
+    name: str
+    model: LayerSkipModel
+
+
 @dataclass(frozen=True)
 class DraftRoundCosts:
     """What rounds of one draft cost, in seconds, after texts of two lengths; after others, on the line through them.
@@ -287,7 +294,7 @@ class DraftRoundCosts:
     @classmethod
     def of(
         cls,
-        engine: Engine,
+        engine: _Engine,
         costs: CostModel,
         places: int,
         drafting: Callable[[Costs, int], float],
@@ -318,7 +325,7 @@ class DraftRoundCosts:
             tuple(pairs(lambda at, width: at.passes.cost(width), widths)),
         )
 
-    def are_of(self, engine: Engine) -> bool:
+    def are_of(self, engine: _Engine) -> bool:
         """Whether they were measured with such an engine, on such a device and in the dtype of its model."""
         here = (device_name(engine.model.device), dtype_name(engine.model.dtype), engine.name)
         return (self.device, self.dtype, self.engine) == here

@@ -72,8 +72,9 @@ def prediction_of(trial: FrozenTrial) -> float:
 
 def measured_over_predicted(trial: FrozenTrial) -> float:
     """The value of a measured trial over the speedup that was predicted for the prompts that it measured."""
+    measured: float = trial.values[0]
     predicted: float = trial.user_attrs.get(PREDICTED_HERE_KEY, prediction_of(trial))
-    return trial.values[0] / predicted
+    return measured / predicted
 
 
 def prompt_speedups(trial: FrozenTrial) -> Mapping[int, float]:
