@@ -65,12 +65,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         InvalidInputError: The file cannot be read, has no prompt, or a line is not a prompt. The message names the file
             and the line.
     """
-    try:
-        text = text_of(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path}: not a text file; expected one prompt per line") from error
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot read the prompts: {error.strerror}") from error
+    text = _read(path, "the prompts", "one prompt per line")
     # Not splitlines(): it also splits at characters that a prompt may contain.
     lines = enumerate(text.split("\n"), start=1)
     filled = ((number, line) for number, line in lines if line.strip())
@@ -79,6 +74,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise InvalidInputError(f"{path}: has no prompt; expected one per line")
     return prompts
+
+
+def _read(path: Path, what: str, expected: str) -> str:
+    """A file's text as :func:`text_of` has it."""
+    try:
+        return text_of(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path}: not a text file; expected {expected}") from error
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot read {what}: {error.strerror}") from error
 
 
 def _from_jsonl(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Prompt]:
@@ -129,12 +134,7 @@ def encode_corpus(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[int]:
     Raises:
         InvalidInputError: The file cannot be read, is no text or is empty.
     """
-    try:
-        text = text_of(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path}: not a text file; expected a text to copy drafts from") from error
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot read the corpus: {error.strerror}") from error
+    text = _read(path, "the corpus", "a text to copy drafts from")
     if not text.strip():
         raise InvalidInputError(f"{path}: is empty; expected a text to copy drafts from")
     return list(tokenizer(text, add_special_tokens=False).input_ids)
