@@ -217,17 +217,9 @@ class CostModel:
 
     def at(self, context: float) -> Costs:
         """After a text of any length."""
-        near, far = self.short.context, self.long.context
-        if near == far:
-            return replace(self.short, context=context)
-        nearest = min(max(context, near), far)
-
-        def on_the_line(short: float, long: float) -> float:
-            # What seems to get cheaper the longer a text is does so by noise: that is not drawn out.
-            place = nearest if long < short else context
-            return max(short + (long - short) * (place - near) / (far - near), _LEAST_SHARE * min(short, long))
-
-        return replace(_combined(self.short, self.long, on_the_line), context=context)
+        contexts = (self.short.context, self.long.context)
+        combined = _combined(self.short, self.long, lambda a, b: _on_the_line((a, b), contexts, context))
+        return replace(combined, context=context)
 
     def to_json(self) -> str:
         """The model as text, for a study."""
@@ -339,18 +331,24 @@ class DraftRoundCosts:
             tokens: Tokens to verify: the text's last and the drafted ones. Beyond the widest pass, that counts.
             resuming: Whether verification resumes from what drafting computed.
         """
-        wide_enough = [at for at, width in enumerate(self.widths) if width >= tokens] or [-1]
-        verification = min(self._at(self.verification[at], context) for at in wide_enough)
+        wide_enough = [pair for width, pair in zip(self.widths, self.verification, strict=True) if width >= tokens]
+        passes = [self._at(pair, context) for pair in wide_enough or self.verification[-1:]]
         place = min(places, len(self.drafting) - 1)
         drafting = self._at(self.drafting[place], context) - resuming * self._at(self.saved[place], context)
-        return (drafting + verification) / self._at(self.verification[0], context)
+        return (drafting + min(passes)) / self._at(self.verification[0], context)
 
     def _at(self, pair: tuple[float, float], context: int) -> float:
-        (short, long), (near, far) = pair, self.contexts
-        place = max(context, near)
-        if long <= short:  # what seems to get cheaper the longer a text is does so by noise
-            place = min(place, far)
-        return short + (long - short) * (place - near) / (far - near) if far > near else short
+        return _on_the_line(pair, self.contexts, context)
+
+
+def _on_the_line(costs: tuple[float, float], contexts: tuple[float, float], context: float) -> float:
+    """What something costs after a text of any length, by what it costs after texts of two lengths."""
+    (short, long), (near, far) = costs, contexts
+    if near == far:
+        return short
+    # What seems to get cheaper the longer a text is does so by noise: that is not drawn out.
+    place = min(max(context, near), far) if long < short else context
+    return max(short + (long - short) * (place - near) / (far - near), _LEAST_SHARE * min(short, long))
 
 
 def _rounded(seconds: float) -> float:

@@ -95,8 +95,10 @@ class ControlledDrafter:
         self._places = 0  # of the last draft
 
     def propose(self, newest: Tensor, cache: KVCache, limit: int, sampler: Sampler) -> Draft:
-        context, most = cache.length, self._controller.limit(limit) if self._is_measured else limit
-        draft = self._drafter.propose(newest, cache, most, sampler)
+        if not self._is_measured:
+            return self._drafter.propose(newest, cache, limit, sampler)
+        context = cache.length
+        draft = self._drafter.propose(newest, cache, self._controller.limit(limit), sampler)
         self._places = draft.tree.depth
         self._cost = self._costs.plain_steps(
             context, places=self._places, tokens=len(draft) + 1, resuming=draft.shared is not None

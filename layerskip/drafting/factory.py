@@ -38,7 +38,6 @@ def make_drafter(
         weights: Bridges, draft layers, draft heads and draft vocabulary; None without any.
         costs: What its rounds cost; with them, drafting and copying pause where they do not pay. Such a drafter learns
             from every text, so that with one seed a text may differ from the same text after others.
-
         corpus: Token ids of a text to copy from, too, by the configuration's prompt lookup or the default one; None
             without one.
 
