@@ -12,7 +12,8 @@ from torch import Tensor
 
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.head_drafter import through_layer
-from layerskip.drafting.prompt_lookup import LookupText
+from layerskip.drafting.prompt_lookup import copied
+from layerskip.drafting.suffix_automaton import SuffixAutomaton
 from layerskip.drafting.weights import DraftWeights
 from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
@@ -21,6 +22,8 @@ from layerskip.skip_set import SkipSet
 from layerskip.sublayers import Stack
 from layerskip.target_texts import TargetText, likeliest
 from search.reference import CHUNK
+
+Ints = NDArray[np.int_]
 
 # No token tree uses a rank beyond this.
 LAST_RANK = 64
@@ -169,30 +172,39 @@ class LookupTrace:
     accepted: NDArray[np.int_]
 
 
-def trace_lookup(lookup: PromptLookup, text: TargetText, places: int) -> LookupTrace:
-    """The trace of prompt lookup along a text.
+def trace_lookups(
+    lookups: Sequence[PromptLookup], texts: Sequence[TargetText], places: int
+) -> dict[PromptLookup, list[LookupTrace]]:
+    """The traces of several settings of prompt lookup along several texts.
 
     Args:
-        lookup: When to copy, and how much.
-        text: The text.
+        lookups: When to copy, and how much.
+        texts: The texts.
         places: ``k``, tokens of the longest draft that copies continue.
     """
-    tokens, known = text.tokens.tolist(), LookupText(lookup)
+    longest = max((lookup.length for lookup in lookups), default=0)
+    matches = [_trace_matches(text, places, longest) for text in texts] if lookups else []
+    return {lookup: [_trace_lookup(lookup, *found) for found in matches] for lookup in lookups}
+
+
+def _trace_matches(text: TargetText, places: int, longest: int) -> tuple[Ints, Ints]:
+    """``[m, k + 1]``, how long the matches are from which would be copied, and how many tokens after them are right."""
+    tokens, known = text.tokens.tolist(), SuffixAutomaton()
     known.extend(tokens[: text.prompt_length])
-    copied, accepted = np.zeros((2, text.new_tokens, places + 1), dtype=int)
+    lengths, right = np.zeros((2, text.new_tokens, places + 1), dtype=int)
     for row in range(text.new_tokens):
         newest = text.prompt_length + row
         known.extend(tokens[newest : newest + 1])
         for drafted in range(min(places, text.new_tokens - 1 - row) + 1):
             following = newest + 1 + drafted
-            copy = known.copy(lookup.length - drafted, tokens[newest + 1 : following])
-            copied[row, drafted] = len(copy)
-            accepted[row, drafted] = common_prefix_length(copy, tokens[following:])
-    return LookupTrace(copied, accepted)
+            draft = tokens[newest + 1 : following]
+            match = known.match_after(draft) if draft else known.match
+            lengths[row, drafted] = match.length
+            right[row, drafted] = common_prefix_length(copied(known, match, longest, draft), tokens[following:])
+    return lengths, right
 
 
-def trace_lookups(
-    lookups: Sequence[PromptLookup], texts: Sequence[TargetText], places: int
-) -> dict[PromptLookup, list[LookupTrace]]:
-    """The traces of several settings of prompt lookup along several texts, as :func:`trace_lookup` makes each."""
-    return {lookup: [trace_lookup(lookup, text, places) for text in texts] for lookup in lookups}
+def _trace_lookup(lookup: PromptLookup, lengths: Ints, right: Ints) -> LookupTrace:
+    room = np.maximum(lookup.length - np.arange(lengths.shape[1]), 0)  # by drafted tokens
+    count = np.where(lengths >= lookup.shortest, np.minimum(lookup.per_match * lengths, room), 0)
+    return LookupTrace(count, np.minimum(count, right))

@@ -11,7 +11,7 @@ from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.config import PromptLookup
 from layerskip.drafting.controller import Controller
 from layerskip.drafting.drafter import Drafter, NoDrafter, RoundResult
-from layerskip.drafting.suffix_automaton import SuffixAutomaton
+from layerskip.drafting.suffix_automaton import Match, SuffixAutomaton
 from layerskip.engine import Engine
 from layerskip.kv_cache import KVCache
 from layerskip.sampling import Draft, Sampler
@@ -40,29 +40,34 @@ class LookupText:
     def copy(self, limit: int, drafted: Sequence[int] = ()) -> list[int]:
         """What followed the longest run at the end of the text that occurred before, or in the corpus if longer there.
 
-        Where it reaches the text's end it goes on with what was drafted and copied since, as in a text that repeats
-        itself.
-
         Args:
             limit: Most tokens to copy.
             drafted: Tokens after the text. The run then is one at their end, and occurs in the text itself.
         """
         match = self._text.match_after(drafted) if drafted else self._text.match
-        source, repeats = self._text.text, True
         if self._reader is not None:
             elsewhere = self._reader.match_after(drafted)
             if elsewhere.length > match.length and elsewhere.end < len(self._corpus):  # or nothing follows it
-                match, source, repeats = elsewhere, self._corpus, False
-        if match.length < self._lookup.shortest:
-            return []
-        end = match.end + max(min(limit, self._lookup.per_match * match.length), 0)
-        copied = source[match.end : end]
-        if repeats:
-            following = [*drafted, *copied]
-            for place in range(end - match.end - len(copied)):
-                following.append(following[place])
-            copied = following[len(drafted) :]
-        return copied
+                return self._corpus[elsewhere.end : elsewhere.end + tokens_to_copy(self._lookup, elsewhere, limit)]
+        return copied(self._text, match, tokens_to_copy(self._lookup, match, limit), drafted)
+
+
+def tokens_to_copy(lookup: PromptLookup, match: Match, limit: int) -> int:
+    """How many tokens are copied from after a match, at most ``limit``."""
+    return max(min(limit, lookup.per_match * match.length), 0) if match.length >= lookup.shortest else 0
+
+
+def copied(text: SuffixAutomaton, match: Match, count: int, drafted: Sequence[int] = ()) -> list[int]:
+    """So many tokens from after a match in the text itself.
+
+    At the text's end they continue with the drafted tokens after it and with the first of their own, as in a text that
+    repeats itself.
+    """
+    following = [*drafted, *text.text[match.end : match.end + count]]
+    missing = len(drafted) + count - len(following)
+    for place in range(missing):
+        following.append(following[place])
+    return following[len(drafted) :]
 
 
 class PromptLookupDrafter:
@@ -112,10 +117,10 @@ class PromptLookupDrafter:
             self._knows_newest = True
         self._context = cache.length
         self._drafted, self._tokens_drafted, self._resuming = 0, 0, False
-        copied = self._text.copy(self._allowed(min(limit, self._lookup.length)))
-        self._copied = len(copied)
-        if copied:
-            return Draft.certain(copied, newest.device)
+        found = self._text.copy(self._allowed(min(limit, self._lookup.length)))
+        self._copied = len(found)
+        if found:
+            return Draft.certain(found, newest.device)
         draft = self._drafter.propose(newest, cache, limit, sampler)
         self._drafted, self._tokens_drafted = draft.tree.depth, len(draft)
         self._resuming = draft.shared is not None
