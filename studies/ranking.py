@@ -70,11 +70,10 @@ def prediction_of(trial: FrozenTrial) -> float:
     return trial.intermediate_values[PREDICTION_STEP]
 
 
-def measured_over_predicted(trial: FrozenTrial) -> float:
-    """The value of a measured trial over the speedup that was predicted for the prompts that it measured."""
-    measured: float = trial.values[0]
+def prediction_for_measured_prompts(trial: FrozenTrial) -> float:
+    """The speedup that was predicted for the prompts that a trial measured; without any, its prediction."""
     predicted: float = trial.user_attrs.get(PREDICTED_HERE_KEY, prediction_of(trial))
-    return measured / predicted
+    return predicted
 
 
 def prompt_speedups(trial: FrozenTrial) -> Mapping[int, float]:

@@ -16,7 +16,6 @@ from layerskip.drafting.config import DraftConfig
 from studies.ranking import (
     ACCEPTANCE_KEY,
     DRAFT_COST_KEY,
-    PREDICTED_HERE_KEY,
     REVISITS_KEY,
     SOURCE_KEY,
     Basis,
@@ -27,9 +26,9 @@ from studies.ranking import (
     candidate_key,
     config_of,
     is_stopped,
-    measured_over_predicted,
     measured_trials,
     predicted_trials,
+    prediction_for_measured_prompts,
     prediction_of,
     speedup_of,
 )
@@ -186,7 +185,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
 
 
 def _measured_over_predicted(study: Snapshot) -> float | None:
-    ratios = [measured_over_predicted(trial) for trial in measured_trials(study)]
+    ratios = [trial.values[0] / prediction_for_measured_prompts(trial) for trial in measured_trials(study)]
     return statistics.median(ratios) if ratios else None
 
 
@@ -198,7 +197,7 @@ def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup]) -> TrialSummar
         basis=basis_of(trial),
         speedup=Speedup(value, attributes.get("speedup_low", value), attributes.get("speedup_high", value)),
         predicted=prediction_of(trial),
-        predicted_here=attributes.get(PREDICTED_HERE_KEY, prediction_of(trial)),
+        predicted_here=prediction_for_measured_prompts(trial),
         acceptance=attributes.get(ACCEPTANCE_KEY),
         draft_cost=attributes.get(DRAFT_COST_KEY),
         config=config_of(trial),

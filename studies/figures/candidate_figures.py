@@ -231,15 +231,15 @@ def _prompts_table(groups: Sequence[PromptGroup]) -> DataTable:
     return DataTable(("trial", "prompts", "prompt", "speedup", "95 %"), rows)
 
 
-# Predicted and measured speedup.
-Measured = tuple[TrialSummary, Speedup]
+# A trial, the speedup that was predicted for the prompts that it was measured on, and that it had there.
+Measured = tuple[TrialSummary, float, Speedup]
 
 
 def predictions(view: StudyView) -> Picture:
     """The predicted speedups of candidates and the measured ones, on the search's and on held-out prompts."""
     title = "Predicted and measured speedup"
-    searched = [(t, t.speedup) for t in view.measured if not t.stopped]
-    held_out = [(t, t.held_out) for t in view.ranked if t.held_out is not None]
+    searched = [(t, t.predicted_here, t.speedup) for t in view.measured if not t.stopped]
+    held_out = [(t, t.predicted, t.held_out) for t in view.ranked if t.held_out is not None]
     if not searched and not held_out:
         caption = "No candidate was measured yet: all speedups of this study are predicted."
         return Picture("predictions", title, caption, None)
@@ -254,8 +254,8 @@ def predictions(view: StudyView) -> Picture:
 
 
 def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured], ratio: float | None) -> go.Figure:
-    predicted = [*(trial.predicted_here for trial, _ in searched), *(trial.predicted for trial, _ in held_out)]
-    ends = [end for _, speedup in (*searched, *held_out) for end in (speedup.low, speedup.high)]
+    predicted = [at for _, at, _ in (*searched, *held_out)]
+    ends = [end for _, _, speedup in (*searched, *held_out) for end in (speedup.low, speedup.high)]
     low, high = 0.95 * min(*predicted, *ends), 1.05 * max(*predicted, *ends)
     drawn = empty_figure(
         height=460,
@@ -268,25 +268,23 @@ def _draw_predictions(searched: Sequence[Measured], held_out: Sequence[Measured]
     for name, slope, line in lines:
         x, y = [low, high], [slope * low, slope * high]
         drawn.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"))
-    for name, measured, places, marker in (
-        ("search's prompts", searched, predicted[: len(searched)], MEASURED),
-        ("held-out prompts", held_out, predicted[len(searched) :], HELD_OUT),
+    for name, measured, marker in (
+        ("search's prompts", searched, MEASURED),
+        ("held-out prompts", held_out, HELD_OUT),
     ):
         if measured:
-            _add_measured(drawn, measured, places, name, marker)
+            _add_measured(drawn, measured, name, marker)
     return drawn
 
 
-def _add_measured(
-    drawn: go.Figure, measured: Sequence[Measured], predicted: Sequence[float], name: str, marker: dict[str, Any]
-) -> None:
+def _add_measured(drawn: go.Figure, measured: Sequence[Measured], name: str, marker: dict[str, Any]) -> None:
     drawn.add_trace(
         go.Scatter(
-            x=predicted,
-            y=[speedup.value for _, speedup in measured],
+            x=[at for _, at, _ in measured],
+            y=[speedup.value for _, _, speedup in measured],
             error_y={
-                "array": [speedup.high - speedup.value for _, speedup in measured],
-                "arrayminus": [speedup.value - speedup.low for _, speedup in measured],
+                "array": [speedup.high - speedup.value for _, _, speedup in measured],
+                "arrayminus": [speedup.value - speedup.low for _, _, speedup in measured],
                 "thickness": 1.5,
                 "width": 4,
             },
@@ -295,7 +293,7 @@ def _add_measured(
             name=name,
             text=[
                 f"trial {trial.number}: predicted {format_speedup(at)}, measured {speedup}"
-                for (trial, speedup), at in zip(measured, predicted, strict=True)
+                for trial, at, speedup in measured
             ],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -307,12 +305,12 @@ def _predictions_table(searched: Sequence[Measured], held_out: Sequence[Measured
         (
             str(trial.number),
             prompt_set,
-            format_speedup(trial.predicted_here if prompt_set == "search" else trial.predicted),
+            format_speedup(at),
             format_speedup(speedup.value),
             f"{speedup.low:.2f} to {speedup.high:.2f}",
         )
         for prompt_set, measured in (("search", searched), ("held-out", held_out))
-        for trial, speedup in measured
+        for trial, at, speedup in measured
     ]
     return DataTable(("trial", "prompts", "predicted", "measured", "95 %"), rows)
 
