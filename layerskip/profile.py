@@ -415,7 +415,8 @@ class DraftProfile(_Part):
 
         Raises:
             InvalidProfileError: The profile is for another model, or drafts at a precision that cannot run here.
-            InvalidInputError: The model is not wrapped, or the draft's weights do not fit it.
+            InvalidInputError: The model is not wrapped, the draft's weights do not fit it, or the corpus has other
+                token ids than the model's.
         """
         self.check(model)
         self._check_precision(model)
