@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial
 
+from layerskip.costs import DraftRoundCosts
 from layerskip.profile import PromptSet
 from search.measure import Summary
 from search.space import SearchSpace
@@ -16,11 +17,19 @@ from studies.ranking import best_trials, config_of, measured_trials
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial whose candidate was measured, and on which prompts."""
+    """A trial whose candidate was measured.
+
+    Args:
+        trial: The trial.
+        summary: What was measured.
+        prompt_set: On which prompts.
+        costs: What its rounds cost, by which its drafting paused meanwhile; None if it never paused.
+    """
 
     trial: FrozenTrial
     summary: Summary
     prompt_set: PromptSet
+    costs: DraftRoundCosts | None = None
 
 
 @dataclass(frozen=True)

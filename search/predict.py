@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
+from layerskip.sublayers import Stack
 from search.acceptance_tracer import AcceptanceTracer
 from search.builder import DraftBuilder
 from search.policies import PolicyChoice
@@ -103,10 +104,25 @@ class SpeedupPredictor:
         parts = self._tracer.trace(stack)
         while True:
             traces += next(parts)
-            costs = RoundCosts.of_stack(self._costs, stack, self._engine, traces, self._space.most_drafted)
-            simulator = Simulator(traces, costs, self._max_new_tokens, self._lookups)
+            simulator = self._simulator(stack, traces)
             choice = PolicyChoice(config, self._space, simulator)
             simulated = choice.best()
             complete = len(traces) == self._tracer.num_texts
             if complete or _cannot_win(simulated.seconds, to_beat):
-                return Prediction(acceptance(traces), costs.draft_cost, choice.expected_speedup(), simulated, complete)
+                draft_cost = simulator.costs.draft_cost
+                return Prediction(acceptance(traces), draft_cost, choice.expected_speedup(), simulated, complete)
+
+    def controlled_share(self, config: DraftConfig) -> float:
+        """The speedup of a configuration under a controller, as a share of its speedup without one.
+
+        It was chosen because it pays on these texts, so a controller can hardly gain anything on them: the rest is what
+        is paid for losing little on texts that are unlike them.
+        """
+        stack = self._builder.stack(config)
+        simulator = self._simulator(stack, [trace for part in self._tracer.trace(stack) for trace in part])
+        [free], [controlled] = (one.simulate([config]) for one in (simulator, replace(simulator, controlled=True)))
+        return controlled.speedup / free.speedup
+
+    def _simulator(self, stack: Stack, traces: Sequence[Trace]) -> Simulator:
+        costs = RoundCosts.of_stack(self._costs, stack, self._engine, traces, self._space.most_drafted)
+        return Simulator(traces, costs, self._max_new_tokens, self._lookups)

@@ -16,9 +16,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from layerskip.checkpoints import cache_folder
-from layerskip.costs import CostModel
+from layerskip.costs import CostModel, DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
-from layerskip.drafting.drafter import Drafter
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import ModelIdentity
@@ -77,6 +76,8 @@ from studies.trial_loop import run_trials
 
 # Each finalist decodes each held-out prompt so often, at different times: a busy moment rarely hits all.
 _HELD_OUT_REPEATS = 2
+# A controller that would cost more of the speedup on the search's own texts is left out of the profile.
+_LEAST_SHARE_CONTROLLED = 0.98
 
 
 @dataclass(frozen=True)
@@ -423,7 +424,8 @@ class Search:
         if not best:
             return
         self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
-        drafters = {str(trial.number): self._controlled(config_of(trial), tools) for trial in best}
+        costs = {trial.number: self._round_costs(config_of(trial), tools) for trial in best}
+        drafters = {str(t.number): tools.builder.drafter(config_of(t), costs[t.number]) for t in best}
         plan = MeasuringPlan(self._prompts.held_out, self.task.settings.max_new_tokens, _HELD_OUT_REPEATS)
         measured: dict[str, Mapping[str, Measurement]] = {}
         try:
@@ -436,13 +438,15 @@ class Search:
                     of_trial = [by_trial[str(trial.number)] for by_trial in measured.values()]
                     for measurement in of_trial:
                         self._storage.records.add(as_record(measurement, self._name, trial.number, "held-out"))
-                    finalists.append(Finalist(trial, summarize(of_trial), "held-out"))
+                    finalists.append(Finalist(trial, summarize(of_trial), "held-out", costs[trial.number]))
         for finalist in finalists:
             self._on_event(FinalistMeasured(finalist.trial, finalist.summary.speedup))
 
-    def _controlled(self, config: DraftConfig, tools: Tools) -> Drafter:
-        """The drafter of a configuration as its profile has it."""
-        return tools.builder.drafter(config, tools.builder.round_costs(self._engine, config, tools.costs))
+    def _round_costs(self, config: DraftConfig, tools: Tools) -> DraftRoundCosts | None:
+        """What rounds of a configuration cost, by which its drafting pauses; None where that would cost too much."""
+        if tools.predictor.controlled_share(config) < _LEAST_SHARE_CONTROLLED:
+            return None
+        return tools.builder.round_costs(self._engine, config, tools.costs)
 
     def _profile(self, best: Finalist, tools: Tools) -> DraftProfile:
         config, builder = config_of(best.trial), tools.builder
@@ -454,8 +458,7 @@ class Search:
             weights,
             model=self.task.identity,
             measured=as_measured(best.summary, best.prompt_set, length, self._engine, draft_bytes=size),
-            # What was not measured with a controller does not get one.
-            costs=builder.round_costs(self._engine, config, tools.costs) if best.prompt_set == "held-out" else None,
+            costs=best.costs,
             provenance=Provenance(
                 study=self._name,
                 trial=best.trial.number,

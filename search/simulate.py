@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 
 from layerskip.costs import CostModel, DraftParts
 from layerskip.drafting.config import DraftConfig, PromptLookup
+from layerskip.drafting.controller import Controller
 from layerskip.drafting.stopping import AdaptiveThreshold
 from layerskip.engine import Engine
 from layerskip.sublayers import Stack
 from layerskip.token_tree import Branches, widths_of
 from search.head_costs import HeadCosts
 from search.traces import LAST_RANK, LookupTrace, Trace
+
+# The sources of proposals, each with controllers of its own.
+_COPYING, _DRAFTING = 0, 1
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int_]
@@ -133,12 +137,15 @@ class Simulator:
         costs: What its rounds cost.
         max_new_tokens: Most new tokens of a generation.
         lookups: Traces of prompt lookup on at least these texts, by its settings, for drafts as long as any policy's.
+        controlled: Whether copying and drafting pause where they do not pay, each under a :class:`Controller` that has
+            seen no other text.
     """
 
     traces: Sequence[Trace]
     costs: RoundCosts
     max_new_tokens: int
     lookups: Mapping[PromptLookup, Sequence[LookupTrace]] = field(default_factory=dict)
+    controlled: bool = False
 
     def simulate(self, configs: Sequence[DraftConfig]) -> list[SimulatedSpeedup]:
         """Simulate the policies of several configurations, all of this draft."""
@@ -183,6 +190,7 @@ class _Rounds:
         self._tabulate(traces, places)
         self._tabulate_trees(configs, places)
         self._tabulate_lookups(configs, simulator.lookups, places)
+        self._controllers = (_Controllers(shape), _Controllers(shape)) if simulator.controlled else None
         self._target = np.ones(shape)  # the target's confidence at the end of the last round
         self._newest = np.zeros(shape, dtype=int)
         self.drafted = np.zeros(shape, dtype=int)
@@ -249,30 +257,42 @@ class _Rounds:
     def _round(self, active: NDArray[np.bool_]) -> None:
         at = np.minimum(self._newest, self._last)  # [s, n]
         room = np.maximum(self._room - at - 1, 0)
-        copied = np.minimum(self._copied[self._lookup, self._text, at, 0], room)
+        copied = np.minimum(self._copied[self._lookup, self._text, at, 0], self._allowed(_COPYING, room))
         copies = copied > 0
-        requested = np.where(copies | (self._target < self._target_threshold), 0, np.minimum(self._longest, room))
+        most = np.minimum(self._longest, self._allowed(_DRAFTING, room))
+        requested = np.where(copies | (self._target < self._target_threshold), 0, most)
         asked = np.minimum(requested, self._stops_after(at))
         right = np.minimum(asked, self._acceptable[self._tree, self._text, at])
-        tokens = np.where(copies, copied, self._tokens[self._tree, asked])
+        tokens = self._tokens[self._tree, asked]
         # What continues a wrong draft is not known; it costs what would continue the right one, and is rejected.
-        space = np.minimum(room - asked, self._longest_copy - tokens)
-        tail = np.where(
-            asked > 0, np.clip(self._copied[self._lookup, self._text, at, asked], 0, np.maximum(space, 0)), 0
-        )
+        space = self._allowed(_COPYING, np.maximum(np.minimum(room - asked, self._longest_copy - tokens), 0))
+        tail = np.where(asked > 0, np.minimum(self._copied[self._lookup, self._text, at, asked], space), 0)
+        copied = np.where(copies, copied, tail)
         goes_on = self._agreeing[self._text, at] >= asked
-        tail_right = np.where(~goes_on, 0, self._copied_accepted[self._lookup, self._text, at, asked])
-        copied_right = np.minimum(copied, self._copied_accepted[self._lookup, self._text, at, 0])
-        accepted = np.where(copies, copied_right, right + np.minimum(tail, tail_right))
+        copied_right = np.where(
+            goes_on, np.minimum(copied, self._copied_accepted[self._lookup, self._text, at, asked]), 0
+        )
+        accepted = right + copied_right
         drafting = self._drafting[self._tree, self._text, requested if self._costs.at_once else asked]
-        chains, trees = (by_tokens[self._text, tokens + tail] for by_tokens in (self._costs.chains, self._costs.trees))
-        verification = np.where(copies | self._branching | (tail > 0), trees, chains)
-        self.seconds += active * (np.where(copies, 0.0, drafting) + verification)
-        self.drafted += active * (copied + asked + tail)
+        of_draft = np.where(
+            self._branching, self._costs.trees[self._text, tokens], self._costs.chains[self._text, tokens]
+        )
+        verification = np.where(copied > 0, self._costs.trees[self._text, tokens + copied], of_draft)
+        self.seconds += active * (drafting + verification)
+        self.drafted += active * (asked + copied)
         self.accepted += active * accepted
+        if self._controllers:
+            plain = self._costs.chains[:, 0]
+            added = copied_right - (verification - of_draft) / plain
+            self._controllers[_COPYING].observe(active, added, copied, copied_right)
+            self._controllers[_DRAFTING].observe(active, right + 1 - (drafting + of_draft) / plain, asked, right)
         self._adapt(active & (asked > 0), asked, right)
         self._target = self._target_confidence[self._text, at + accepted]
         self._newest = np.where(active, at + accepted + 1, self._newest)
+
+    def _allowed(self, source: int, wanted: Ints) -> Ints:
+        """How many of the tokens wanted the controllers of a source of proposals allow."""
+        return self._controllers[source].limit(wanted) if self._controllers else wanted
 
     def _stops_after(self, at: Ints) -> Ints:
         """Places after which the stopping rules end drafts."""
@@ -290,6 +310,29 @@ class _Rounds:
             moved = rule.threshold_momentum * self._threshold[row] + (1 - rule.threshold_momentum) * wanted
             self._rate[row] = np.where(learns[row], rate, self._rate[row])
             self._threshold[row] = np.where(learns[row], moved, self._threshold[row])
+
+
+class _Controllers:
+    """A controller for each of ``s`` policies on ``n`` texts."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._controllers = np.array([[Controller() for _ in range(shape[1])] for _ in range(shape[0])])
+
+    def limit(self, wanted: Ints) -> Ints:
+        """Of the tokens wanted, ``[s, n]``, how many may be proposed."""
+        limits = [
+            controller.limit(tokens) for controller, tokens in zip(self._controllers.flat, wanted.flat, strict=True)
+        ]
+        return np.array(limits).reshape(wanted.shape)
+
+    def observe(self, active: NDArray[np.bool_], gain: Floats, proposed: Ints, accepted: Ints) -> None:
+        """Learn from the rounds of the texts that have not ended, each ``[s, n]``."""
+        for index in zip(*np.nonzero(active), strict=True):
+            controller = self._controllers[index]
+            if proposed[index]:
+                controller.observe(gain[index], proposed=proposed[index], accepted=accepted[index])
+            else:
+                controller.rest()
 
 
 def places_of(tree: Branches, places: int) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -13,7 +14,7 @@ from optuna.exceptions import DuplicatedStudyError, StorageInternalError, Update
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
@@ -76,6 +77,9 @@ class ReconnectingStorage(BaseStorage):
         self.retry = RetryOnDisconnect(self.engine.url, retry_seconds)
         self.records = MeasurementTable(self.engine, self.retry)
         self.heartbeats = Heartbeats(self.engine, self.retry, heartbeat_seconds)
+        self._state_change = threading.local()
+        if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "begin", self._lock_before_reading)
         self._backend = get_storage(database)  # with Optuna's cache of finished trials
 
     @property
@@ -120,14 +124,26 @@ class ReconnectingStorage(BaseStorage):
         """As Optuna's; a trial finished when the connection was lost is not reported as finished by another."""
 
         def store(repeated: bool) -> bool:
+            self._state_change.begins = True
             try:
                 return self._backend.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
                 if repeated and self._is_stored(trial_id, state, values):
                     return True
                 raise
+            finally:
+                self._state_change.begins = False
 
         return self.retry(store)
+
+    def _lock_before_reading(self, connection: Connection) -> None:
+        """Let a transaction that changes a trial's state read it when no other can change it any more.
+
+        Optuna reads the state "for update", which SQLite does not know: two processes would both find a trial waiting,
+        and both take it.
+        """
+        if getattr(self._state_change, "begins", False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def _is_stored(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
         trial = self._backend.get_trial(trial_id)

@@ -1,11 +1,14 @@
 """Racing: who is looked at to the end, and who is given up."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import SkipSet
+from layerskip import FixedLength, SkipSet
+from layerskip.costs import CostModel
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import EagerEngine
 from search.acceptance_tracer import AcceptanceTracer
@@ -78,3 +81,19 @@ def test_a_hopeless_candidate_costs_the_first_texts_alone(parts):
 def test_the_policy_is_one_of_the_space(parts):
     candidate = DraftConfig(SkipSet(LAYERS, mlp=(2,)))
     assert parts[2].predict(candidate).simulated.config in SPACE.policies(candidate)
+
+
+@pytest.mark.parametrize(
+    ("skip_set", "draft_step", "pays"),
+    [(SkipSet(LAYERS), 0.01, True), (SkipSet(LAYERS, mlp=range(LAYERS)), 1e3, False)],
+)
+def test_a_controller_costs_little_where_drafts_pay_and_saves_where_they_do_not(
+    llama, parts, skip_set, draft_step, pays
+):
+    known = known_costs()
+    steps = (replace(at.step, fixed=draft_step * at.plain_step) for at in (known.short, known.long))
+    costs = CostModel(*(replace(at, step=step) for at, step in zip((known.short, known.long), steps, strict=True)))
+    tracer, builder, _ = parts
+    predictor = SpeedupPredictor(EagerEngine(llama), SPACE, builder, tracer, costs, max_new_tokens=LIMIT)
+    share = predictor.controlled_share(DraftConfig(skip_set, stopping=FixedLength(1)))
+    assert 0.9 < share <= 1 if pays else share > 1.5

@@ -313,6 +313,13 @@ def test_a_search_reports_its_progress(finished):
     assert [event.done for event in log.of(PromptMeasured) if event.trial == measured[0]] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("share", "is_controlled"), [(0.99, True), (0.97, False)])
+def test_drafting_pauses_where_that_costs_little(llama, storage, monkeypatch, share, is_controlled):
+    monkeypatch.setattr(search_module.SpeedupPredictor, "controlled_share", lambda *_: share)
+    result = small_search(llama, storage, trials=STARTS, measuring_share=0.0).run()
+    assert (result.profile.costs is not None) == is_controlled
+
+
 def test_a_search_that_may_not_measure_measures_finalists_alone(llama, storage):
     result = small_search(llama, storage, trials=STARTS + 3, measuring_share=0.0).run()
     assert (result.trials, result.measured) == (STARTS + 3, 0)
@@ -668,6 +675,7 @@ def test_ctrl_c_after_a_measurement_gives_the_best_profile_so_far(llama, storage
     measured = measured_trials(load_study(storage, result.study))
     assert result.measured == len(measured) >= 1
     assert result.profile.measured.prompt_set == "search"
+    assert result.profile.costs is None  # the search measures without pauses
     assert result.profile.measured.speedup == max(trial.value for trial in measured)
     assert result.profile.provenance.trial in [trial.number for trial in measured]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, PromptLookup, SkipSet, generate
 from layerskip.costs import DraftParts
+from layerskip.drafting.controller import Controller
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.engine import EagerEngine
 from layerskip.target_texts import batch_generate
@@ -25,6 +26,7 @@ from tests.strategies import branches, draft_exits, fractions, skip_sets, tokens
 
 LONGEST, MOST = 9, 25
 LOOKUP = PromptLookup(1, 6)
+COPYING, DRAFTING = 0, 1
 
 
 def policy_of(stopping, threshold=0.0, tree=(), prompt_lookup=None):
@@ -72,25 +74,39 @@ def copied_along(trace):
     return LookupTrace(copied, np.clip(np.minimum(copied, source.integers(0, 4, shape)), 0, np.maximum(left, 0)))
 
 
-def simulated(texts, tried, costs, limit):
-    return Simulator(texts, costs, limit, {LOOKUP: [copied_along(trace) for trace in texts]}).simulate(tried)
+def simulated(texts, tried, costs, limit, *, controlled=False):
+    lookups = {LOOKUP: [copied_along(trace) for trace in texts]}
+    return Simulator(texts, costs, limit, lookups, controlled).simulate(tried)
 
 
-def in_a_loop(trace, policy, row, step, costs, limit):
+def in_a_loop(trace, policy, row, step, costs, limit, controllers=None):
     """Seconds, drafted and accepted tokens of one text under one policy, round by round."""
     state, unsure, at = policy.stopping.new_state(), False, 0
     seconds, drafted, accepted = costs.prefill[row], 0, 0
     copies = copied_along(trace) if policy.prompt_lookup else None
+
+    def allowed(source, wanted):
+        return controllers[source].limit(wanted) if controllers else wanted
+
+    def learn(source, gain, proposed, accepted):
+        if controllers and proposed:
+            controllers[source].observe(gain, proposed=proposed, accepted=accepted)
+        elif controllers:
+            controllers[source].rest()
+
     while at < trace.new_tokens - 1:
-        copied = min(copies.copied[at, 0], limit - (at + 1) - 1) if copies else 0
+        copied = min(copies.copied[at, 0], allowed(COPYING, limit - (at + 1) - 1)) if copies else 0
         if copied > 0:
             taken = min(copied, copies.accepted[at, 0])
             seconds += costs.trees[row, copied]
             unsure = unsure_after(trace, at + taken, policy)
             drafted, accepted, at = drafted + copied, accepted + taken, at + taken + 1
+            gain = taken - (costs.trees[row, copied] - costs.chains[row, 0]) / costs.chains[row, 0]
+            learn(COPYING, gain, copied, taken)
+            learn(DRAFTING, 0, 0, 0)
             continue
-        proposed = 0
-        while proposed < min(limit - (at + 1) - 1, state.max_length) and not unsure:
+        proposed, most = 0, allowed(DRAFTING, limit - (at + 1) - 1)
+        while proposed < min(most, state.max_length) and not unsure:
             asked = at + proposed
             proposed += 1
             if state.stops_after(trace.confidence[0, asked] if asked < len(trace.agrees) else 1.0):
@@ -102,7 +118,7 @@ def in_a_loop(trace, policy, row, step, costs, limit):
         tail = 0
         if copies and proposed:
             room = min(limit - (at + 1) - 1 - proposed, LOOKUP.length - sum(widths))
-            tail = min(copies.copied[at, proposed], max(room, 0))
+            tail = min(copies.copied[at, proposed], allowed(COPYING, max(room, 0)))
         verified = costs.trees if policy.tree or tail else costs.chains
         seconds += proposed * step[row] + verified[row, sum(widths) + tail]
         on_the_main_path = taken == proposed
@@ -110,8 +126,11 @@ def in_a_loop(trace, policy, row, step, costs, limit):
             taken += trace.ranks[0, at + taken] < widths[taken]
         if proposed:
             state.observe(proposed, taken)
-        if on_the_main_path and tail:
-            taken += min(tail, copies.accepted[at, proposed])
+        alone = (costs.trees if policy.tree else costs.chains)[row, sum(widths)]
+        learn(DRAFTING, taken + 1 - (proposed * step[row] + alone) / costs.chains[row, 0], proposed, taken)
+        right = min(tail, copies.accepted[at, proposed]) if on_the_main_path and tail else 0
+        learn(COPYING, right - (verified[row, sum(widths) + tail] - alone) / costs.chains[row, 0], tail, right)
+        taken += right
         proposed += tail
         end = at + taken
         unsure = unsure_after(trace, end, policy)
@@ -123,13 +142,16 @@ def unsure_after(trace, place, policy):
     return (trace.target_confidence[place] if place < len(trace.agrees) else 1.0) < policy.target_confidence_threshold
 
 
-@given(simulations(), policies)
+@given(simulations(), policies, st.booleans())
 @settings(max_examples=300)
-def test_it_does_what_a_loop_with_the_real_stopping_rules_does(drawn, policy):
+def test_it_does_what_a_loop_with_the_real_stopping_rules_and_controllers_does(drawn, policy, controlled):
     texts, step, costs, limit = drawn
-    rounds = [in_a_loop(trace, policy, row, step, costs, limit) for row, trace in enumerate(texts)]
+    rounds = [
+        in_a_loop(trace, policy, row, step, costs, limit, (Controller(), Controller()) if controlled else None)
+        for row, trace in enumerate(texts)
+    ]
     plain = [costs.prefill[row] + (trace.new_tokens - 1) * costs.chains[row, 0] for row, trace in enumerate(texts)]
-    [found] = simulated(texts, [policy], costs, limit)
+    [found] = simulated(texts, [policy], costs, limit, controlled=controlled)
     drafted, accepted = sum(d for _, d, _ in rounds), sum(a for _, _, a in rounds)
     assert found.config == policy
     assert math.isclose(found.speedup, sum(plain) / sum(seconds for seconds, _, _ in rounds))

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip import ConfidenceThreshold, DraftConfig, FixedLength, SkipSet, generate
+from layerskip import ConfidenceThreshold, DraftConfig, FixedLength, PromptLookup, SkipSet, generate
+from layerskip.costs import DraftRoundCosts
 from layerskip.drafting.factory import make_drafter
 from layerskip.drafting.heads import HEAD_KINDS
 from layerskip.drafting.weights import DraftWeights
 from layerskip.target_texts import batch_generate
+from layerskip.utils import device_name
 from search.head_costs import HeadCosts
 from search.reference import record
 from search.simulate import RoundCosts, Simulator
@@ -96,6 +98,33 @@ def test_simulated_rounds_of_heads_after_a_layer_are_those_of_decoding(tiny, tex
         assert simulated.seconds == (stats.rounds,)
         if isinstance(stopping, FixedLength):
             assert simulated.acceptance_rate == pytest.approx(stats.acceptance_rate)
+
+
+@given(
+    length=st.integers(1, 3),
+    drafting=st.sampled_from([0.1, 0.6, 2.0]),
+    scale=st.sampled_from([0.0, 0.02]),
+    lookup=st.sampled_from([None, PromptLookup(1, 1)]),
+)
+@settings(max_examples=25)
+def test_simulated_pauses_are_those_of_decoding(tiny, texts, length, drafting, scale, lookup):
+    """Of drafts that pay or do not; a copy of one token continues none."""
+    weights = DraftWeights(heads=random_heads(tiny, "medusa", HEADS, scale=scale))
+    policy = policy_of(FixedLength(length), prompt_lookup=lookup)
+    per_place = tuple((drafting * places, drafting * places) for places in range(HEADS + 1))
+    passes = tuple((1 + 0.25 * drafted, 1 + 0.25 * drafted) for drafted in range(HEADS + 1))
+    where = (device_name(tiny.device), "float32", "eager", (64, 512))
+    costs = DraftRoundCosts(*where, per_place, ((0, 0),) * len(per_place), tuple(range(1, HEADS + 2)), passes)
+    simulated_costs = costs_of([drafting] * HEADS, [1 + 0.25 * drafted for drafted in range(64)], at_once=False)
+    for text in texts:
+        prompt, drafter = text.tokens[: text.prompt_length], make_drafter(tiny, policy, weights, costs=costs)
+        stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
+        lookups = trace_lookups([lookup] if lookup else [], [text], HEADS)
+        traces = trace_heads(tiny, weights, [text])
+        [simulated] = Simulator(traces, simulated_costs, LIMIT, lookups, controlled=True).simulate([policy])
+        if lookup is None:  # or some of what was drafted cost nothing
+            assert simulated.seconds[0] == pytest.approx(stats.rounds + (0.25 + drafting) * stats.drafted)
+        assert simulated.acceptance_rate == pytest.approx(stats.acceptance_rate)
 
 
 def test_rounds_cost_what_their_places_and_passes_cost():

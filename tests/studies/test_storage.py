@@ -2,7 +2,9 @@
 
 import os
 import sqlite3
+import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import optuna
@@ -10,6 +12,7 @@ import pytest
 import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 
 from layerskip.errors import LayerSkipError, MissingDependencyError
 from studies.storage import StorageError, is_there, open_existing_storage, open_storage, redacted
@@ -220,3 +223,22 @@ def test_a_file_is_found_by_a_uri_as_well(tmp_path, options):
     assert [s.study_name for s in optuna.get_all_study_summaries(open_existing_storage(url))] == ["s"]
     assert is_there("sqlite:///:memory:")
     assert is_there("sqlite:///file:shared?mode=memory&cache=shared&uri=true")
+
+
+def test_a_waiting_trial_goes_to_one_of_those_that_want_it_at_the_same_moment(database):
+    study = optuna.create_study(study_name="queue", storage=open_storage(database))
+    for number in range(40):
+        study.enqueue_trial({"x": number})
+    ids = [trial._trial_id for trial in study.trials]
+    together = threading.Barrier(2)
+
+    def take_all(storage):
+        taken = []
+        for trial_id in ids:
+            together.wait(60)
+            taken.append(storage.set_trial_state_values(trial_id, TrialState.RUNNING))
+        return taken
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(take_all, [open_storage(database), open_storage(database)])
+    assert [a != b for a, b in zip(one, other, strict=True)] == [True] * len(ids)
