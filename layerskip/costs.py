@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -218,7 +218,7 @@ class CostModel:
     def at(self, context: float) -> Costs:
         """After a text of any length."""
         contexts = (self.short.context, self.long.context)
-        combined = _combined(self.short, self.long, lambda a, b: _on_the_line((a, b), contexts, context))
+        combined = _combined(self.short, self.long, lambda a, b: on_the_line((a, b), contexts, context))
         return replace(combined, context=context)
 
     def to_json(self) -> str:
@@ -338,10 +338,10 @@ class DraftRoundCosts:
         return (drafting + min(passes)) / self._at(self.verification[0], context)
 
     def _at(self, pair: tuple[float, float], context: int) -> float:
-        return _on_the_line(pair, self.contexts, context)
+        return on_the_line(pair, self.contexts, context)
 
 
-def _on_the_line(costs: tuple[float, float], contexts: tuple[float, float], context: float) -> float:
+def on_the_line(costs: tuple[float, float], contexts: Sequence[float], context: float) -> float:
     """What something costs after a text of any length, by what it costs after texts of two lengths."""
     (short, long), (near, far) = costs, contexts
     if near == far:

@@ -6,15 +6,17 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from layerskip.checkpoints import cache_folder
-from layerskip.costs import CostModel, Costs, PassCosts, StepCosts
+from layerskip.costs import CostModel, Costs, PassCosts, StepCosts, on_the_line
 from layerskip.drafting.bridges import blank_bridge
 from layerskip.engine.base import Engine
+from layerskip.kv_cache import KVCache
 from layerskip.model import LayerSkipModel
 from layerskip.names import Precision
 from layerskip.skip_set import SkipSet
@@ -29,9 +31,12 @@ _CONTEXT = 128
 _REPEATS = 7
 # Changes when the same passes would be measured as something else, so that costs of earlier versions are not used.
 _METHOD = 3
-# The lengths of a cost model, and its repeats. Prompts cost much more than steps, and less depends on them.
-_CONTEXTS = (64, 512)
+# The lengths of a cost model, and its repeats. The longer one is long, for the line through both is drawn out to the
+# end of the model's context.
+_CONTEXTS = (64, 2048)
 _MODEL_REPEATS = 11
+# Prompts cost much more than steps, and less depends on them.
+_PROMPTS = (64, 512)
 _PREFILL_REPEATS = 3
 
 
@@ -82,7 +87,8 @@ def measure_passes(engine: Engine, widths: Sequence[int] = WIDTHS) -> PassCosts:
         widths: Numbers of tokens to measure; 1 is among them.
     """
     context = _fitting(engine.model, _CONTEXT, widths)
-    _, seconds = _seconds_after(engine, context, widths, {}, _REPEATS)
+    cache = _filled_cache(engine, context, widths)
+    [seconds] = _seconds_after(engine, cache, [context], widths, {}, _REPEATS)
     return _pass_costs(widths, seconds)
 
 
@@ -107,31 +113,33 @@ def measure_costs(
     Raises:
         InvalidInputError: The model cannot draft at one of them here.
     """
-    lower = [precision for precision in precisions if precision != "full"]
+    lower: list[Precision] = [precision for precision in precisions if precision != "full"]
+    measured: list[Precision] = ["full", *lower]
     needed = range(1, most_drafted + 2)
     widths = sorted({1, *(needed if engine.costs is None else map(engine.costs.cheapest_width, needed))})
-    contexts = [_fitting(engine.model, context, widths) for context in _CONTEXTS]
-    short, long = (_costs_after(engine, context, widths, list(vocabularies), lower) for context in contexts)
-    return CostModel(short, long)
+    model, vocabularies = engine.model, list(vocabularies)
+    contexts, prompts = ([_fitting(model, n, widths) for n in lengths] for lengths in (_CONTEXTS, _PROMPTS))
+    cache = _filled_cache(engine, max(contexts), widths)
+    prefill = _prefill_seconds(engine, cache, prompts)
+    stacks = {
+        f"{precision} {name}": stack
+        for precision in measured
+        for name, stack in _sample_stacks(model, vocabularies, precision).items()
+    }
+    cache.advance(max(contexts) - cache.length)
+    seconds_after = _seconds_after(engine, cache, contexts, widths, stacks, _MODEL_REPEATS)
+
+    def costs_after(context: int, seconds: Mapping[str, float]) -> Costs:
+        full, *copies = (_step_costs(model.num_layers, vocabularies, _of(seconds, p)) for p in measured)
+        prompt = on_the_line(prefill, prompts, context)
+        return Costs(context, full, _pass_costs(widths, seconds), prompt, dict(zip(lower, copies, strict=True)))
+
+    return CostModel(*map(costs_after, contexts, seconds_after))
 
 
 def _fitting(model: LayerSkipModel, context: int, widths: Sequence[int]) -> int:
     """The length of a text that leaves the model's context room for passes of these widths."""
     return max(min(context, model.context_length - max(widths)), 1)
-
-
-def _costs_after(
-    engine: Engine, context: int, widths: Sequence[int], vocabularies: Sequence[int], lower: Sequence[Precision]
-) -> Costs:
-    model = engine.model
-    stacks = {
-        f"{precision} {name}": stack
-        for precision in ("full", *lower)
-        for name, stack in _sample_stacks(model, vocabularies, precision).items()
-    }
-    prefill, seconds = _seconds_after(engine, context, widths, stacks, _MODEL_REPEATS)
-    full, *copies = (_step_costs(model.num_layers, vocabularies, _of(seconds, p)) for p in ("full", *lower))
-    return Costs(context, full, _pass_costs(widths, seconds), prefill, dict(zip(lower, copies, strict=True)))
 
 
 def _of(seconds: Mapping[str, float], precision: Precision) -> dict[str, float]:
@@ -185,35 +193,71 @@ def _step_costs(num_layers: int, vocabularies: Sequence[int], seconds: Mapping[s
     )
 
 
-def _seconds_after(
-    engine: Engine, context: int, widths: Sequence[int], stacks: Mapping[str, Stack], repeats: int
-) -> tuple[float, dict[str, float]]:
-    """Seconds of running a text, and after it of draft steps, and of verifications and heads by width.
+def _filled_cache(engine: Engine, context: int, widths: Sequence[int]) -> KVCache:
+    """A cache with a text of some length, and room for passes after it.
 
-    Of a stack without steps, its head is run alone.
-
-    All interleaved, so that a machine that is slower for a while is slower for every part; see
-    :func:`comparable_seconds`.
+    What a pass costs does not depend on the text, so most of it is its first position over and over.
     """
     model = engine.model
     cache = engine.new_cache(context + max(widths))
-    tokens = torch.zeros(max(context, *widths), dtype=torch.long, device=model.device)
-    prefill = []
-    for _ in range(_PREFILL_REPEATS if stacks else 1):
+    written = min(context, *_PROMPTS)
+    engine.prefill(torch.zeros(written, dtype=torch.long, device=model.device), cache)
+    cache.advance(context - written)
+    for part in cache.written():
+        part[:, :, written:] = part[:, :, :1]
+    return cache
+
+
+def _prefill_seconds(engine: Engine, cache: KVCache, prompts: Sequence[int]) -> tuple[float, float]:
+    """Seconds of running a shorter and a longer prompt; the cache then holds the longer one."""
+    tokens = torch.zeros(max(prompts), dtype=torch.long, device=engine.model.device)
+
+    def run(length: int) -> float:
         cache.rollback(0)
-        prefill.append(_seconds(model, lambda: engine.prefill(tokens[:context], cache)))
-    states = model.embed(tokens[: max(widths)])
+        return _seconds(engine.model, lambda: engine.prefill(tokens[:length], cache))
+
+    short, long = (min(run(length) for _ in range(_PREFILL_REPEATS)) for length in prompts)
+    return short, long
+
+
+def _seconds_after(
+    engine: Engine,
+    cache: KVCache,
+    contexts: Sequence[int],
+    widths: Sequence[int],
+    stacks: Mapping[str, Stack],
+    repeats: int,
+) -> list[dict[str, float]]:
+    """Seconds of draft steps, and of verifications and heads by width, after texts of some lengths.
+
+    Of a stack without steps, its head is run alone.
+
+    All interleaved, so that a machine that is slower for a while is slower for every part and after every text; see
+    :func:`comparable_seconds`.
+
+    Args:
+        engine: Runs them.
+        cache: Holds the longest text.
+        contexts: The lengths.
+        widths: Numbers of tokens to verify.
+        stacks: What draft steps run, by name.
+        repeats: How often each is run.
+
+    Returns:
+        One for each length.
+    """
+    model = engine.model
+    tokens = torch.zeros(max(widths), dtype=torch.long, device=model.device)
+    states = model.embed(tokens)
 
     def step(stack: Stack) -> None:
         engine.draft_step(tokens[:1], cache, stack)
-        cache.rollback(context)
 
     def score(head: Stack) -> None:
         model.logits(states[:, :1], head)
 
     def verify(width: int) -> None:
         engine.verify(tokens[:width], cache)
-        cache.rollback(context)
 
     runs: dict[str, Callable[[], object]] = {
         name: partial(step if stack.steps else score, stack) for name, stack in stacks.items()
@@ -223,12 +267,19 @@ def _seconds_after(
     runs["step before"] = partial(verify, 1)
     runs |= {f"verify {width}": partial(verify, width) for width in widths}
     runs |= {f"head {width}": partial(engine.passes.logits, states[:, :width]) for width in widths}
+
+    def seconds_after(context: int, run: Callable[[], object]) -> float:
+        cache.rollback(min(context, cache.length))
+        cache.advance(context - cache.length)
+        return _seconds(model, run)
+
     rounds: list[list[float]] = []
     with _exact_widths(engine):
         for _ in range(repeats + 1):
-            rounds.append([_seconds(model, run) for run in runs.values()])
+            rounds.append([seconds_after(context, run) for context in contexts for run in runs.values()])
     # The first run of a pass is slow: buffers are made, or a graph is captured.
-    return min(prefill), dict(zip(runs, comparable_seconds(rounds[1:]), strict=True))
+    seconds = iter(comparable_seconds(rounds[1:]))
+    return [dict(zip(runs, islice(seconds, len(runs)), strict=True)) for _ in contexts]
 
 
 def comparable_seconds(rounds: Sequence[Sequence[float]]) -> list[float]:
