@@ -80,7 +80,10 @@ class ProgressDisplay:
             case StudyOpened():
                 self._open(event.name, event.progress)
             case PhaseStarted("reference"):
-                self._print(f"decoding {counted(event.total, 'reference prompt')}")
+                self._print(
+                    f"decoding {counted(event.total, 'reference prompt')}: what the model writes shows which drafts it "
+                    "would accept"
+                )
                 self._start("reference prompts", event.total)
             case ReferenceDecoded():
                 self._advance(event.done)
@@ -88,10 +91,14 @@ class ProgressDisplay:
                 if event.found:
                     self._print(f"{counted(event.found, 'reference text')} reused from an earlier search")
             case PhaseStarted("costs"):
-                self._print("measuring the costs of passes on this device")
+                self._print("measuring the costs of passes on this device, which takes half a minute or more")
             case PhaseStarted("trials"):
+                self._print("trying candidates: each is predicted, the most promising ones are measured by decoding")
                 self._start(_CANDIDATES, self._trials, self._search.evaluated if self._search else 0)
             case PhaseStarted("finalists"):
+                self._print(
+                    "measuring the best candidates on held-out prompts: the best of many looks better than it is"
+                )
                 self._start("held-out prompts", event.total)
             case PhaseStarted("baseline"):
                 self._print("timing transformers' plain decoding of a few prompts")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
     from search.search import SearchResult
     from search.workers import Workers
+
+# What may make a draft pay where none does.
+_WHAT_HELPS = (
+    "prompts of yours that repeat themselves (--prompts), drafts at every --precision, heads that 'layerskip tune' "
+    "trains, a larger model, a GPU"
+)
 
 
 def search(
@@ -92,7 +100,7 @@ def search(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help="Precision of drafts: full, int8 or int4; repeatable. Lower ones need memory for copies.",
+            help="Precision of drafts: full, int8 or int4; repeatable. Lower ones keep rounded copies of the weights.",
             show_default="all that run here",
             autocompletion=completion.one_of(*PRECISIONS),
         ),
@@ -160,7 +168,8 @@ def search(
     tuned = load_profiles(draft_layer or (), device, dtype)
     database = open_storage(storage)
     stderr.print(f"loading {model}")
-    layers, tokenizer = open_model(model, RunOptions(places[0], dtype, engine, compiled))
+    options = RunOptions(places[0], dtype, engine, compiled)
+    layers, tokenizer = open_model(model, options)
     for each in chosen:
         layers.copies.check(each)
     identity = identify(layers, model)
@@ -196,7 +205,7 @@ def search(
         ).run()
     if result.profile is not None:
         result.profile.save(out)
-    _report(result, out, saved, json)
+    _report(result, ProfileUse(out, options, runner.name), saved, json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -223,7 +232,39 @@ def _places(workers: int, devices: str | None, device: str) -> list[str]:
     return places
 
 
-def _report(result: SearchResult, out: Path, saved: float | None, json: bool) -> None:
+@dataclass(frozen=True)
+class ProfileUse:
+    """How a new profile is used.
+
+    Args:
+        file: The profile.
+        options: How passes ran, as it was asked for.
+        engine: The engine that this came to.
+    """
+
+    file: Path
+    options: RunOptions
+    engine: str
+
+    def lines(self) -> list[str]:
+        """For the shell, for Python and for transformers."""
+        from layerskip.engine import PackedEngine
+
+        asked = {"--device": self.options.device, "--dtype": self.options.dtype, "--engine": self.options.engine}
+        given = "".join(f" {name} {value}" for name, value in asked.items() if value != "auto")
+        given += " --compile" * self.options.compiled
+        path = dumps(str(self.file), ensure_ascii=False)
+        # What transformers decodes with is packed on request alone: that takes the model's memory again.
+        packed = ', engine="packed"' * (self.engine == PackedEngine.name)
+        return [
+            f'apply     layerskip apply {quote(str(self.file))} "your prompt"{given}',
+            f"Python    drafter = DraftProfile.load({path}).drafter(model)",
+            f'          generate(model, ids, drafter=drafter, engine=make_engine(model, "{self.options.engine}"))',
+            f"or        hf_model.generate(**inputs, custom_generate=layerskip.speculate({path}{packed}))",
+        ]
+
+
+def _report(result: SearchResult, use: ProfileUse, saved: float | None, json: bool) -> None:
     profile = result.profile
     bfloat16 = None
     if profile is not None and profile.measured is not None:
@@ -232,14 +273,15 @@ def _report(result: SearchResult, out: Path, saved: float | None, json: bool) ->
         figures = ("speedup", "speedup_low", "speedup_high", "prompt_set", "near_ties", "disturbed")
         print_json(
             {
-                "profile": None if profile is None else str(out),
+                "profile": None if profile is None else str(use.file),
                 "study": result.study,
                 "trials": result.trials,
                 "measured": result.measured,
                 **{figure: getattr(profile and profile.measured, figure, None) for figure in figures},
                 "transformers": None if result.transformers is None else asdict(result.transformers),
-                "without_copies": None if result.without_copies is None else asdict(result.without_copies),
+                "full_precision": None if result.full_precision is None else asdict(result.full_precision),
                 "bfloat16": bfloat16,
+                "why_slower": None if result.shortfall is None else result.shortfall.describe(),
                 "interrupted": result.interrupted,
             }
         )
@@ -247,9 +289,14 @@ def _report(result: SearchResult, out: Path, saved: float | None, json: bool) ->
         why = "the search ended before a candidate was measured" if result.trials else "no trial was completed"
         stdout.print(f"study {result.study}: no profile, because {why}; the same command resumes the search")
     else:
-        _report_profile(profile, result, out)
+        _report_profile(profile, result, use.file)
         if bfloat16:
             stdout.print(f"bfloat16  {bfloat16}")
+        if profile.pays:
+            for line in use.lines():
+                stdout.print(line)
+        if result.interrupted:
+            stdout.print("Interrupted: the same command resumes the search.")
 
 
 def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> None:
@@ -264,8 +311,9 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")
     if result.transformers is not None:
         stdout.print(f"baseline  {result.transformers.describe(measured.speedup)}")
-    without = result.without_copies
-    if without is not None and profile.precision != "full":
-        stdout.print(f"without copies: {without.speedup:.2f}× with {without.draft} (trial {without.trial})")
-    if result.interrupted:
-        stdout.print("Interrupted: the same command resumes the search.")
+    full = result.full_precision
+    if full is not None and profile.precision != "full":
+        stdout.print(f"full precision: {full.speedup:.2f}× with {full.draft} (trial {full.trial})")
+    if result.shortfall is not None:
+        stdout.print(f"why       {result.shortfall.describe()}")
+        stdout.print(f"what may change that: {_WHAT_HELPS}")

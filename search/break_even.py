@@ -48,6 +48,35 @@ class DraftBreakEven:
 
 
 @dataclass(frozen=True)
+class Shortfall:
+    """Why a draft that was measured does not pay.
+
+    Args:
+        acceptance: Its one-step acceptance rate α.
+        needed: What a draft at its cost would need.
+        verification: Cost v of verifying a draft of the length at which it needs least, in units of a plain step.
+    """
+
+    acceptance: float
+    needed: DraftBreakEven
+    verification: float
+
+    def describe(self) -> str:
+        """Human-readable."""
+        needed = self.needed
+        costs = (
+            f"a draft step costs {needed.cost:.2f} of a plain step here, and verifying {needed.length + 1} tokens "
+            f"{self.verification:.2f}"
+        )
+        if needed.break_even is None:
+            return f"{costs}: even a draft that is always right would be slower"
+        right = f"{self.acceptance:.0%} of its tokens are right, of {needed.break_even:.0%} that it would need"
+        if self.acceptance < needed.break_even:
+            return f"{right}: {costs}"
+        return f"by its costs it should pay ({right}: {costs}), so held-out prompts are harder, or the machine was busy"
+
+
+@dataclass(frozen=True)
 class BreakEven:
     """Whether speculation can pay for a model on a machine.
 

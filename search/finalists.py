@@ -33,8 +33,8 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class WithoutCopies:
-    """The best candidate that needs no copies of the model at lower precision.
+class AtFullPrecision:
+    """The best candidate that needs no rounded copy of the weights.
 
     Args:
         trial: Its trial's number.
@@ -48,7 +48,7 @@ class WithoutCopies:
 
 
 def choose_finalists(study: optuna.Study, count: int, space: SearchSpace) -> list[FrozenTrial]:
-    """The best trials; where precisions are searched, also the best one that needs no copies.
+    """The best trials; where precisions are searched, also the best one at full precision.
 
     Args:
         study: The study.
@@ -58,19 +58,19 @@ def choose_finalists(study: optuna.Study, count: int, space: SearchSpace) -> lis
     ranked = best_trials(study, len(study.get_trials(deepcopy=False)))
     best = ranked[:count]
     if len(space.precisions) > 1:
-        without_copies = next((trial for trial in ranked if config_of(trial).precision == "full"), None)
-        if without_copies is not None and without_copies not in best:
-            best.append(without_copies)
+        full_precision = next((trial for trial in ranked if config_of(trial).precision == "full"), None)
+        if full_precision is not None and full_precision not in best:
+            best.append(full_precision)
     return best
 
 
-def best_without_copies(finalists: Sequence[Finalist], space: SearchSpace) -> WithoutCopies | None:
-    """The best finalist that needs no copies; None where none does, or the search tried one precision alone."""
+def best_at_full_precision(finalists: Sequence[Finalist], space: SearchSpace) -> AtFullPrecision | None:
+    """The best finalist at full precision; None where none is, or the search tried one precision alone."""
     full = [finalist for finalist in finalists if config_of(finalist.trial).precision == "full"]
     if len(space.precisions) == 1 or not full:
         return None
     best = max(full, key=lambda finalist: finalist.summary.speedup)
-    return WithoutCopies(best.trial.number, best.summary.speedup, str(config_of(best.trial)))
+    return AtFullPrecision(best.trial.number, best.summary.speedup, str(config_of(best.trial)))
 
 
 def measured_in_search(study: optuna.Study) -> list[Finalist]:

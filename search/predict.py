@@ -13,6 +13,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine
 from layerskip.sublayers import Stack
 from search.acceptance_tracer import AcceptanceTracer
+from search.break_even import DraftBreakEven, Shortfall
 from search.builder import DraftBuilder
 from search.policies import PolicyChoice
 from search.simulate import RoundCosts, SimulatedSpeedup, Simulator
@@ -118,10 +119,21 @@ class SpeedupPredictor:
         It was chosen because it pays on these texts, so a controller can hardly gain anything on them: the rest is what
         is paid for losing little on texts that are unlike them.
         """
-        stack = self._builder.stack(config)
-        simulator = self._simulator(stack, [trace for part in self._tracer.trace(stack) for trace in part])
+        simulator = self._simulator_on_all_texts(config)
         [free], [controlled] = (one.simulate([config]) for one in (simulator, replace(simulator, controlled=True)))
         return controlled.speedup / free.speedup
+
+    def shortfall(self, config: DraftConfig) -> Shortfall:
+        """How often a configuration's draft is right, and how often it would have to be."""
+        simulator = self._simulator_on_all_texts(config)
+        chains = simulator.costs.chains.sum(axis=0)
+        verification = {drafted + 1: chains[drafted] / chains[0] for drafted in range(self._space.max_draft_length + 1)}
+        needed = DraftBreakEven.of(str(config), simulator.costs.draft_cost, verification)
+        return Shortfall(acceptance(simulator.traces), needed, verification[needed.length + 1])
+
+    def _simulator_on_all_texts(self, config: DraftConfig) -> Simulator:
+        stack = self._builder.stack(config)
+        return self._simulator(stack, [trace for part in self._tracer.trace(stack) for trace in part])
 
     def _simulator(self, stack: Stack, traces: Sequence[Trace]) -> Simulator:
         costs = RoundCosts.of_stack(self._costs, stack, self._engine, traces, self._space.most_drafted)

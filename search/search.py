@@ -25,6 +25,7 @@ from layerskip.profile import DraftProfile, Provenance
 from layerskip.utils import dtype_name, library_versions
 from search.acceptance_tracer import AcceptanceTracer
 from search.baseline import TransformersBaseline, measure_transformers
+from search.break_even import Shortfall
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,
@@ -41,7 +42,7 @@ from search.callbacks import (
 )
 from search.decoding_methods import PLAIN
 from search.draft_layers import TrainedDraftLayer
-from search.finalists import Finalist, WithoutCopies, best_without_copies, choose_finalists, measured_in_search
+from search.finalists import AtFullPrecision, Finalist, best_at_full_precision, choose_finalists, measured_in_search
 from search.machine_lock import MachineLock
 from search.measure import (
     ExpectedSeconds,
@@ -123,9 +124,10 @@ class SearchResult:
         measured: Candidates that were measured on all prompts.
         profile: The best candidate's profile; None if none was measured.
         interrupted: Whether Ctrl-C ended the search early.
-        without_copies: The best candidate at full precision, where the search tried others too and it was measured on
+        full_precision: The best candidate at full precision, where the search tried others too and it was measured on
             held-out prompts.
         transformers: transformers' plain decoding, where it was timed.
+        shortfall: Why the best candidate does not pay; None where it does, or Ctrl-C ended the search.
     """
 
     study: str
@@ -133,8 +135,9 @@ class SearchResult:
     measured: int
     profile: DraftProfile | None
     interrupted: bool
-    without_copies: WithoutCopies | None = None
+    full_precision: AtFullPrecision | None = None
     transformers: TransformersBaseline | None = None
+    shortfall: Shortfall | None = None
 
 
 @dataclass(frozen=True)
@@ -242,14 +245,19 @@ class Search:
             length = self.task.settings.max_new_tokens
             transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)
         best = max(finalists or measured_in_search(study), key=lambda finalist: finalist.summary.speedup, default=None)
+        shortfall = None
+        if best and tools and best.summary.speedup <= 1 and not interrupted:
+            with self._lock.shared():
+                shortfall = tools.predictor.shortfall(config_of(best.trial))
         return SearchResult(
             study=study.study_name,
             trials=len(evaluated_trials(study)),
             measured=len(measured_trials(study)),
             profile=self._profile(best, tools) if best and tools else None,
-            without_copies=best_without_copies(finalists, self.task.space),
+            full_precision=best_at_full_precision(finalists, self.task.space),
             interrupted=interrupted,
             transformers=transformers,
+            shortfall=shortfall,
         )
 
     def open(self) -> optuna.Study:
@@ -423,8 +431,8 @@ class Search:
         best = choose_finalists(study, self.task.settings.finalists, self.task.space)
         if not best:
             return
-        self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
         costs = {trial.number: self._round_costs(config_of(trial), tools) for trial in best}
+        self._on_event(PhaseStarted("finalists", len(self._prompts.held_out) * _HELD_OUT_REPEATS))
         drafters = {str(t.number): tools.builder.drafter(config_of(t), costs[t.number]) for t in best}
         plan = MeasuringPlan(self._prompts.held_out, self.task.settings.max_new_tokens, _HELD_OUT_REPEATS)
         measured: dict[str, Mapping[str, Measurement]] = {}
@@ -444,9 +452,11 @@ class Search:
 
     def _round_costs(self, config: DraftConfig, tools: Tools) -> DraftRoundCosts | None:
         """What rounds of a configuration cost, by which its drafting pauses; None where that would cost too much."""
-        if tools.predictor.controlled_share(config) < _LEAST_SHARE_CONTROLLED:
-            return None
-        return tools.builder.round_costs(self._engine, config, tools.costs)
+        with self._lock.shared():  # another search may be measuring
+            share = tools.predictor.controlled_share(config)
+        return (
+            tools.builder.round_costs(self._engine, config, tools.costs) if share >= _LEAST_SHARE_CONTROLLED else None
+        )
 
     def _profile(self, best: Finalist, tools: Tools) -> DraftProfile:
         config, builder = config_of(best.trial), tools.builder

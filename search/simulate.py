@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from layerskip.token_tree import Branches, widths_of
 from search.head_costs import HeadCosts
 from search.traces import LAST_RANK, LookupTrace, Trace
 
-# The sources of proposals, each with controllers of its own.
+# Sources of proposals: indices of their controllers.
 _COPYING, _DRAFTING = 0, 1
 
 Floats = NDArray[np.float64]
@@ -138,7 +138,7 @@ class Simulator:
         max_new_tokens: Most new tokens of a generation.
         lookups: Traces of prompt lookup on at least these texts, by its settings, for drafts as long as any policy's.
         controlled: Whether copying and drafting pause where they do not pay, each under a :class:`Controller` that has
-            seen no other text.
+            seen the text before this one (the last one before the first).
     """
 
     traces: Sequence[Trace]
@@ -151,6 +151,9 @@ class Simulator:
         """Simulate the policies of several configurations, all of this draft."""
         rounds = _Rounds(self, configs)
         rounds.run()
+        if rounds.controllers:
+            rounds = _Rounds(self, configs, [controllers.at_the_next_text() for controllers in rounds.controllers])
+            rounds.run()
         tokens = np.array([trace.new_tokens for trace in self.traces])
         plain = (self.costs.prefill + (tokens - 1) * self.costs.chains[:, 0]).sum()
         drafted, accepted = rounds.drafted.sum(axis=1), rounds.accepted.sum(axis=1)
@@ -173,7 +176,9 @@ class _Rounds:
     confident and rejected.
     """
 
-    def __init__(self, simulator: Simulator, configs: Sequence[DraftConfig]) -> None:
+    def __init__(
+        self, simulator: Simulator, configs: Sequence[DraftConfig], controllers: Sequence[_Controllers] = ()
+    ) -> None:
         traces, self._costs = simulator.traces, simulator.costs
         states = [config.stopping.new_state() for config in configs]
         places = min(max(state.max_length for state in states), traces[0].places)
@@ -190,7 +195,8 @@ class _Rounds:
         self._tabulate(traces, places)
         self._tabulate_trees(configs, places)
         self._tabulate_lookups(configs, simulator.lookups, places)
-        self._controllers = (_Controllers(shape), _Controllers(shape)) if simulator.controlled else None
+        new = [_Controllers.new(shape) for _ in (_COPYING, _DRAFTING)] if simulator.controlled else ()
+        self.controllers = controllers or new
         self._target = np.ones(shape)  # the target's confidence at the end of the last round
         self._newest = np.zeros(shape, dtype=int)
         self.drafted = np.zeros(shape, dtype=int)
@@ -274,6 +280,7 @@ class _Rounds:
         )
         accepted = right + copied_right
         drafting = self._drafting[self._tree, self._text, requested if self._costs.at_once else asked]
+        drafting = np.where(copies, 0.0, drafting)
         of_draft = np.where(
             self._branching, self._costs.trees[self._text, tokens], self._costs.chains[self._text, tokens]
         )
@@ -281,18 +288,18 @@ class _Rounds:
         self.seconds += active * (drafting + verification)
         self.drafted += active * (asked + copied)
         self.accepted += active * accepted
-        if self._controllers:
+        if self.controllers:
             plain = self._costs.chains[:, 0]
             added = copied_right - (verification - of_draft) / plain
-            self._controllers[_COPYING].observe(active, added, copied, copied_right)
-            self._controllers[_DRAFTING].observe(active, right + 1 - (drafting + of_draft) / plain, asked, right)
+            self.controllers[_COPYING].observe(active, added, copied, copied_right)
+            self.controllers[_DRAFTING].observe(active, right + 1 - (drafting + of_draft) / plain, asked, right)
         self._adapt(active & (asked > 0), asked, right)
         self._target = self._target_confidence[self._text, at + accepted]
         self._newest = np.where(active, at + accepted + 1, self._newest)
 
     def _allowed(self, source: int, wanted: Ints) -> Ints:
         """How many of the tokens wanted the controllers of a source of proposals allow."""
-        return self._controllers[source].limit(wanted) if self._controllers else wanted
+        return self.controllers[source].limit(wanted) if self.controllers else wanted
 
     def _stops_after(self, at: Ints) -> Ints:
         """Places after which the stopping rules end drafts."""
@@ -315,22 +322,31 @@ class _Rounds:
 class _Controllers:
     """A controller for each of ``s`` policies on ``n`` texts."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._controllers = np.array([[Controller() for _ in range(shape[1])] for _ in range(shape[0])])
+    def __init__(self, controllers: Sequence[Sequence[Controller]]) -> None:
+        self._controllers = controllers
+
+    @classmethod
+    def new(cls, shape: tuple[int, int]) -> _Controllers:
+        """Those that have seen nothing yet."""
+        return cls([[Controller() for _ in range(shape[1])] for _ in range(shape[0])])
+
+    def at_the_next_text(self) -> _Controllers:
+        """The same, each at the start of the text after its own."""
+        for controller in chain.from_iterable(self._controllers):
+            controller.start()
+        return _Controllers([[row[-1], *row[:-1]] for row in self._controllers])
 
     def limit(self, wanted: Ints) -> Ints:
         """Of the tokens wanted, ``[s, n]``, how many may be proposed."""
-        limits = [
-            controller.limit(tokens) for controller, tokens in zip(self._controllers.flat, wanted.flat, strict=True)
-        ]
-        return np.array(limits).reshape(wanted.shape)
+        rows = zip(self._controllers, wanted.tolist(), strict=True)
+        return np.array([[c.limit(tokens) for c, tokens in zip(*row, strict=True)] for row in rows])
 
     def observe(self, active: NDArray[np.bool_], gain: Floats, proposed: Ints, accepted: Ints) -> None:
         """Learn from the rounds of the texts that have not ended, each ``[s, n]``."""
-        for index in zip(*np.nonzero(active), strict=True):
-            controller = self._controllers[index]
-            if proposed[index]:
-                controller.observe(gain[index], proposed=proposed[index], accepted=accepted[index])
+        for policy, text in zip(*np.nonzero(active), strict=True):
+            controller, at = self._controllers[policy][text], (policy, text)
+            if proposed[at]:
+                controller.observe(float(gain[at]), proposed=int(proposed[at]), accepted=int(accepted[at]))
             else:
                 controller.rest()
 

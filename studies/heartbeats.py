@@ -91,8 +91,8 @@ class Heartbeats:
     def claim(self, study: str, trial: int) -> bool:
         """Whether this process is to fail a stale trial: of several that try at the same moment, one is.
 
-        SQLite lets two processes read that a trial is running before either has failed it, so that its own state does
-        not tell them apart. A row can be deleted once. If the process that deleted it dies before the trial has failed,
+        A trial fails once, but a process that repeats its write after a lost connection cannot tell its own from
+        another's. A row can be deleted once. If the process that deleted it dies before the trial has failed,
         the trial is given a heartbeat again, and is stale once more.
 
         Raises:

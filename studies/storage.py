@@ -53,6 +53,12 @@ def _retried(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[A
     return retried
 
 
+class _Thread(threading.local):
+    """What a thread is doing with a storage."""
+
+    changes_state = False  # of a trial
+
+
 class ReconnectingStorage(BaseStorage):
     """An Optuna storage that retries what a lost connection cut off; its errors are one-line :class:`StorageError`.
 
@@ -77,7 +83,7 @@ class ReconnectingStorage(BaseStorage):
         self.retry = RetryOnDisconnect(self.engine.url, retry_seconds)
         self.records = MeasurementTable(self.engine, self.retry)
         self.heartbeats = Heartbeats(self.engine, self.retry, heartbeat_seconds)
-        self._state_change = threading.local()
+        self._thread = _Thread()
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "begin", self._lock_before_reading)
         self._backend = get_storage(database)  # with Optuna's cache of finished trials
@@ -124,7 +130,7 @@ class ReconnectingStorage(BaseStorage):
         """As Optuna's; a trial finished when the connection was lost is not reported as finished by another."""
 
         def store(repeated: bool) -> bool:
-            self._state_change.begins = True
+            self._thread.changes_state = True
             try:
                 return self._backend.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
@@ -132,7 +138,7 @@ class ReconnectingStorage(BaseStorage):
                     return True
                 raise
             finally:
-                self._state_change.begins = False
+                self._thread.changes_state = False
 
         return self.retry(store)
 
@@ -142,7 +148,7 @@ class ReconnectingStorage(BaseStorage):
         Optuna reads the state "for update", which SQLite does not know: two processes would both find a trial waiting,
         and both take it.
         """
-        if getattr(self._state_change, "begins", False):
+        if self._thread.changes_state:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def _is_stored(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:

@@ -153,7 +153,7 @@ class FakeHub:
                 return {}, b""
             case "GET" | "HEAD", [owner, name, "resolve", revision, *file]:
                 return self._file(f"{owner}/{name}", revision, "/".join(file))
-        raise AssertionError(f"the client asks for something that the fake hub does not know: {method} {path}")
+        raise RefusalError(404)  # an error of the server's own would be asked again for half a minute
 
     def _repository(self, name):
         repository = self.repositories.get(name)

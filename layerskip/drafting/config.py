@@ -44,8 +44,8 @@ class PromptLookup:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def __str__(self) -> str:
-        tokens = f"{self.length} token{'s' * (self.length > 1)}"
-        return f"prompt lookup of runs from {self.shortest} on, up to {tokens}, {self.per_match} for each of the run"
+        matching = f"{self.shortest} matching token{'s' * (self.shortest > 1)}"
+        return f"prompt lookup from {matching} on, {self.per_match} copied for each, at most {self.length}"
 
 
 @dataclass(frozen=True, order=True)

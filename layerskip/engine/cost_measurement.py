@@ -32,8 +32,8 @@ _REPEATS = 7
 # Changes when the same passes would be measured as something else, so that costs of earlier versions are not used.
 _METHOD = 3
 # The lengths of a cost model, and its repeats. The longer one is long, for the line through both is drawn out to the
-# end of the model's context.
-_CONTEXTS = (64, 2048)
+# end of the model's context; with the widest pass and a tree's leaves it fits a bucket of 2,048 positions.
+_CONTEXTS = (64, 1900)
 _MODEL_REPEATS = 11
 # Prompts cost much more than steps, and less depends on them.
 _PROMPTS = (64, 512)
@@ -126,7 +126,8 @@ def measure_costs(
         for precision in measured
         for name, stack in _sample_stacks(model, vocabularies, precision).items()
     }
-    cache.advance(max(contexts) - cache.length)
+    # The graph engine's one cache, with what it holds: its passes then read the buckets that a short text needs.
+    engine.new_cache(min(contexts) + max(widths))
     seconds_after = _seconds_after(engine, cache, contexts, widths, stacks, _MODEL_REPEATS)
 
     def costs_after(context: int, seconds: Mapping[str, float]) -> Costs:
@@ -200,7 +201,7 @@ def _filled_cache(engine: Engine, context: int, widths: Sequence[int]) -> KVCach
     """
     model = engine.model
     cache = engine.new_cache(context + max(widths))
-    written = min(context, *_PROMPTS)
+    written = min(context, _CONTEXTS[0])
     engine.prefill(torch.zeros(written, dtype=torch.long, device=model.device), cache)
     cache.advance(context - written)
     for part in cache.written():
@@ -237,7 +238,7 @@ def _seconds_after(
 
     Args:
         engine: Runs them.
-        cache: Holds the longest text.
+        cache: Was filled with the longest text.
         contexts: The lengths.
         widths: Numbers of tokens to verify.
         stacks: What draft steps run, by name.

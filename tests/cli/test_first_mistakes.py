@@ -137,8 +137,8 @@ def test_an_engine_that_cannot_be_had_is_refused_before_anything_is_loaded(
 
 
 def test_out_of_memory_says_what_to_lower(profile, tmp_path):
-    """Keys and values of 32 KB a token grow with the text, in a process that may have 128 MB more than it has."""
-    wide = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 256}
+    """Keys and values of 64 KB a token grow with the text, in a process that may have 128 MB more than it has."""
+    wide = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 512}
     folder = save_model(tmp_path / "Long", seed=0, max_position_embeddings=10_000_000, **wide)
     model = LayerSkipModel(load_checkpoint(str(folder), device="cpu", dtype="float32").model)
     long = DraftProfile.load(profile).model_copy(update={"model": identify(model, str(folder))})

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli import search_command
+from cli.common import RunOptions
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.weights import DraftWeights
 from search.search import SearchResult
@@ -58,8 +60,9 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert re.match("trial 0: (predicted|measured) ", first)
     assert first.endswith("  [nothing skipped: int4]")
     # With few prompts, all do everything.
-    reference = said.index("decoding 8 reference prompts")
-    assert said[reference + 1] == "measuring the costs of passes on this device"
+    [reference] = [number for number, line in enumerate(said) if line.startswith("decoding 8 reference prompts: ")]
+    assert said[reference + 1].startswith("measuring the costs of passes on this device, ")
+    assert said[reference + 2].startswith("trying candidates: ")
     assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
@@ -74,8 +77,10 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert lines[1] == f"skipped   {profile.skip_set}"
     assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× on 1 held-out prompt: ")
     assert "profile   found.json" in lines
-    said = any(line.startswith("No candidate beat plain decoding;") for line in lines)
-    assert said == (profile.measured.speedup <= 1)
+    slower = profile.measured.speedup <= 1
+    assert any(line.startswith("No candidate beat plain decoding;") for line in lines) == slower
+    assert any(line.startswith("why       ") for line in lines) == slower
+    assert any(line == 'apply     layerskip apply found.json "your prompt"' for line in lines) != slower
 
 
 @pytest.mark.parametrize(
@@ -89,9 +94,23 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
 def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys, speedup, prompts, said):
     profile = DraftProfile.load(make_profile(speedup))
     profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
-    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), Path("found.json"), None, json=False)
+    use = search_command.ProfileUse(Path("found.json"), RunOptions("auto", "auto", "auto", False), "eager")
+    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), use, None, json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("profile   found.json") + 1 :] == said
+    assert lines[lines.index("profile   found.json") + 1 :] == [*said, *use.lines()]
+
+
+def test_a_profile_is_used_as_it_was_searched():
+    use = search_command.ProfileUse(
+        Path("my profiles/it's.json"), RunOptions("cpu", "bfloat16", "packed", True), "packed"
+    )
+    shell, python, _, transformers = use.lines()
+    assert shlex.split(shell)[1:] == [
+        "layerskip", "apply", "my profiles/it's.json", "your prompt", "--device", "cpu", "--dtype", "bfloat16",
+        "--engine", "packed", "--compile",
+    ]  # fmt: skip
+    assert python == """Python    drafter = DraftProfile.load("my profiles/it's.json").drafter(model)"""
+    assert transformers.endswith("""layerskip.speculate("my profiles/it's.json", engine="packed"))""")
 
 
 def test_the_same_command_with_more_trials_resumes(layerskip, options):

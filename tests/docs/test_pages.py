@@ -81,11 +81,11 @@ def test_the_samplers_that_are_described_are_those_of_the_command():
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(SAMPLERS)
 
 
-# The tables of expectations.md, computed anew.
+# The tables of how-fast.md, computed anew.
 
 
 def table_under(heading, number):
-    text = (DOCS / "expectations.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    text = (DOCS / "how-fast.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[number].splitlines()]
     return [cell.split()[-1] for cell in header], rows

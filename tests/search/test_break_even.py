@@ -12,6 +12,7 @@ from layerskip.engine import make_engine
 from search.break_even import (
     BreakEven,
     DraftBreakEven,
+    Shortfall,
     break_even,
     measure_break_even,
     typical_drafts,
@@ -72,6 +73,31 @@ def test_speculation_can_pay_where_some_draft_breaks_even_at_a_rate_that_drafts_
     assert not a_found(None, 0.99).can_pay
     assert a_found(None, None).best is None
     assert not a_found(None, None).can_pay
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "needed", "words"),
+    [
+        (
+            0.62,
+            0.793,
+            "62% of its tokens are right, of 79% that it would need: a draft step costs 0.50 of a plain step",
+        ),
+        (
+            1.0,
+            None,
+            "a draft step costs 0.50 of a plain step here, and verifying 5 tokens 1.38: even a draft that is al",
+        ),
+        (
+            0.9,
+            0.7,
+            "by its costs it should pay (90% of its tokens are right, of 70% that it would need: a draft step co",
+        ),
+    ],
+)
+def test_why_a_draft_does_not_pay_is_said_in_figures(acceptance, needed, words):
+    shortfall = Shortfall(acceptance, DraftBreakEven("4 tokens", 0.5, needed, 4, {}), 1.38)
+    assert shortfall.describe().startswith(words)
 
 
 def test_typical_drafts_are_parts_of_the_model():

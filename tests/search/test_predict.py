@@ -97,3 +97,12 @@ def test_a_controller_costs_little_where_drafts_pay_and_saves_where_they_do_not(
     predictor = SpeedupPredictor(EagerEngine(llama), SPACE, builder, tracer, costs, max_new_tokens=LIMIT)
     share = predictor.controlled_share(DraftConfig(skip_set, stopping=FixedLength(1)))
     assert 0.9 < share <= 1 if pays else share > 1.5
+
+
+def test_why_a_draft_does_not_pay_is_by_its_own_costs(parts):
+    candidate = DraftConfig(SkipSet(LAYERS, mlp=(2,)), stopping=FixedLength(2))
+    shortfall, prediction = parts[2].shortfall(candidate), parts[2].predict(candidate)
+    assert shortfall.acceptance == prediction.acceptance
+    assert shortfall.needed.cost == prediction.draft_cost
+    costs = known_costs().at(5).relative()
+    assert shortfall.verification == pytest.approx(costs.verification(shortfall.needed.length + 1), rel=0.05)

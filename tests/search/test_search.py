@@ -274,6 +274,7 @@ def test_the_profile_is_that_of_the_fastest_finalist(finished):
         by_trial.setdefault(record.trial, []).append(record)
     assert len(by_trial) == 2
     assert result.profile.provenance.trial == max(by_trial, key=lambda trial: ratio(by_trial[trial]))
+    assert (result.shortfall is None) == (result.profile.measured.speedup > 1)
 
 
 def test_the_profile_can_be_saved_loaded_and_decoded_with(finished, llama, tmp_path):
@@ -820,7 +821,7 @@ def test_a_rich_study_can_be_resumed_and_is_not_a_plain_one(llama, rich, storage
     assert small_search(llama, storage, trials=1).run().study != first.study
 
 
-def test_a_search_finds_drafts_at_lower_precision_and_the_best_without_copies(llama, storage, tmp_path):
+def test_a_search_finds_drafts_at_lower_precision_and_the_best_at_full_precision(llama, storage, tmp_path):
     space = SearchSpace(LAYERS, precisions=("full", "int8", "int4"))
     result = small_search(llama, storage, space=space, trials=STARTS + 4, finalists=1).run()
     study = load_study(storage, result.study)
@@ -828,7 +829,7 @@ def test_a_search_finds_drafts_at_lower_precision_and_the_best_without_copies(ll
     assert [config.precision for config in (first, second)] == ["int4", "int8"]
     assert not len(first.skip_set)
     assert not len(second.skip_set)
-    best, without = result.profile, result.without_copies
+    best, without = result.profile, result.full_precision
     promising = max(predicted_trials(study), key=prediction_of)
     assert config_of(promising).precision != "full"  # copies cost half here, and agree
     assert without is not None
@@ -843,4 +844,4 @@ def test_a_search_finds_drafts_at_lower_precision_and_the_best_without_copies(ll
 
 
 def test_a_search_at_one_precision_has_nothing_to_say_of_others(finished):
-    assert finished[0].without_copies is None
+    assert finished[0].full_precision is None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def in_a_loop(trace, policy, row, step, costs, limit, controllers=None):
             seconds += costs.trees[row, copied]
             unsure = unsure_after(trace, at + taken, policy)
             drafted, accepted, at = drafted + copied, accepted + taken, at + taken + 1
-            gain = taken - (costs.trees[row, copied] - costs.chains[row, 0]) / costs.chains[row, 0]
+            alone = (costs.trees if policy.tree else costs.chains)[row, 0]
+            gain = taken - (costs.trees[row, copied] - alone) / costs.chains[row, 0]
             learn(COPYING, gain, copied, taken)
             learn(DRAFTING, 0, 0, 0)
             continue
@@ -146,10 +148,17 @@ def unsure_after(trace, place, policy):
 @settings(max_examples=300)
 def test_it_does_what_a_loop_with_the_real_stopping_rules_and_controllers_does(drawn, policy, controlled):
     texts, step, costs, limit = drawn
-    rounds = [
-        in_a_loop(trace, policy, row, step, costs, limit, (Controller(), Controller()) if controlled else None)
-        for row, trace in enumerate(texts)
-    ]
+    controllers = [(Controller(), Controller()) if controlled else None for _ in texts]
+
+    def decode(row):
+        return in_a_loop(texts[row], policy, row, step, costs, limit, controllers[row])
+
+    rounds = [decode(row) for row in range(len(texts))]
+    if controlled:  # they have seen the text before
+        controllers = controllers[-1:] + controllers[:-1]
+        for controller in chain.from_iterable(controllers):
+            controller.start()
+        rounds = [decode(row) for row in range(len(texts))]
     plain = [costs.prefill[row] + (trace.new_tokens - 1) * costs.chains[row, 0] for row, trace in enumerate(texts)]
     [found] = simulated(texts, [policy], costs, limit, controlled=controlled)
     drafted, accepted = sum(d for _, d, _ in rounds), sum(a for _, _, a in rounds)

@@ -17,7 +17,7 @@ from search.head_costs import HeadCosts
 from search.reference import record
 from search.simulate import RoundCosts, Simulator
 from search.space import SearchSpace
-from search.traces import LAST_RANK, trace_heads, trace_lookups
+from search.traces import LAST_RANK, LookupTrace, trace_heads, trace_lookups
 from tests.models import LAYERS, random_heads, random_prefix
 from tests.search.traces import head_trace
 from tests.strategies import bushes
@@ -118,7 +118,8 @@ def test_simulated_pauses_are_those_of_decoding(tiny, texts, length, drafting, s
     simulated_costs = costs_of([drafting] * HEADS, [1 + 0.25 * drafted for drafted in range(64)], at_once=False)
     for text in texts:
         prompt, drafter = text.tokens[: text.prompt_length], make_drafter(tiny, policy, weights, costs=costs)
-        stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
+        for _ in range(2):  # the controllers have seen the text before
+            stats = generate(tiny, prompt, drafter=drafter, max_new_tokens=LIMIT, eos_token_ids=[]).stats
         lookups = trace_lookups([lookup] if lookup else [], [text], HEADS)
         traces = trace_heads(tiny, weights, [text])
         [simulated] = Simulator(traces, simulated_costs, LIMIT, lookups, controlled=True).simulate([policy])
@@ -138,6 +139,17 @@ def test_rounds_cost_what_their_places_and_passes_cost():
     # One draft in vain, then eight plain steps; plain decoding takes the prompt and nine steps.
     assert rests.seconds == (pytest.approx(1.0 + 0.3 + 1.2 + 8 * 1.0),)
     assert rests.speedup == pytest.approx(10.0 / rests.seconds[0])
+
+
+def test_copies_cost_nothing_to_draft():
+    """The heads that would have drafted are not asked."""
+    trace = head_trace([LAST_RANK] * 9)
+    copies = LookupTrace(np.ones((10, 2), dtype=int), np.zeros((10, 2), dtype=int))
+    heads = HeadCosts(5.0, [[1.0]], [1])
+    costs = RoundCosts(np.zeros(1), lambda ways: np.array([heads.seconds(ways)]), np.ones((1, 3)), np.ones((1, 3)))
+    policy = policy_of(FixedLength(1), prompt_lookup=PromptLookup(1, 1))
+    [simulated] = Simulator([trace], costs, 10, {policy.prompt_lookup: [copies]}).simulate([policy])
+    assert simulated.seconds[0] == pytest.approx(8 + 6)  # eight rounds with a copy, and one without room for any
 
 
 def test_heads_that_run_at_once_cost_as_much_however_early_a_draft_ends():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.costs import DraftParts
@@ -15,7 +16,7 @@ from layerskip.engine import (
     measure_costs,
     measure_passes,
 )
-from layerskip.engine.cost_measurement import _step_costs, comparable_seconds
+from layerskip.engine.cost_measurement import _filled_cache, _step_costs, comparable_seconds
 from layerskip.names import PRECISIONS
 from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, tiny_llama
@@ -144,6 +145,46 @@ def test_lengths_are_those_that_the_model_has_room_for(measured):
         60,
     )  # 64 positions, and the widest verification of four
     assert measured.at(1).step == measured.at(999).step
+
+
+class LengthsEngine(EagerEngine):
+    """Keeps the length of the text before each pass after it."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.lengths = []
+
+    def draft_step(self, tokens, cache, stack):
+        self.lengths.append(cache.length)
+        return super().draft_step(tokens, cache, stack)
+
+    def verify(self, tokens, cache, shared=None, tree=None):
+        self.lengths.append(cache.length)
+        return super().verify(tokens, cache, shared, tree)
+
+
+def test_all_passes_are_measured_after_a_short_and_a_long_text_in_turn():
+    engine = LengthsEngine(LayerSkipModel(tiny_llama(max_position_embeddings=4096)))
+    costs = measure_costs(engine, most_drafted=1)
+    assert (costs.short.context, costs.long.context) == (64, 1900)
+    half = len(engine.lengths) // 24  # of a round: after one of the two texts
+    assert engine.lengths == ([64] * half + [1900] * half) * 12
+    assert costs.long.prefill >= costs.short.prefill
+
+
+def test_a_long_text_is_filled_in_without_running_it():
+    engine = EagerEngine(LayerSkipModel(tiny_llama(max_position_embeddings=4096)))
+    cache = _filled_cache(engine, 1900, [4])
+    assert cache.length == 1900
+    for part in cache.written():
+        assert part.shape[2] == 1900
+        assert torch.equal(part[:, :, 64:], part[:, :, :1].expand_as(part[:, :, 64:]))
+
+
+def test_on_captured_passes_a_short_text_reads_a_small_bucket():
+    engine = GraphEngine(LayerSkipModel(tiny_llama(max_position_embeddings=4096)), call_directly)
+    measure_costs(engine, most_drafted=1)
+    assert {bucket for _, bucket in engine._verifications} == {256, 2048}
 
 
 def test_the_widths_that_the_engine_would_choose_are_measured(llama, measured):
