@@ -110,7 +110,7 @@ class StudyView:
             measured; None without measurements.
         measurements: Every measured prompt.
         single_sublayer_acceptance: Acceptance rate of drafts that skip a single sublayer, by its index in the stack.
-        costs: What passes cost halfway between the lengths measured, in seconds; None if nothing was measured.
+        costs: What passes cost after the shorter of the texts measured, in seconds; None if nothing was measured.
         states: Number of trials in each state.
         began: Start of its first trial; None if none started.
         ended: End of its last trial so far.
@@ -209,7 +209,7 @@ def _summary(trial: FrozenTrial, held_out: Mapping[str, Speedup]) -> TrialSummar
 
 
 def costs_from(kept: str | None) -> Costs | None:
-    """Costs halfway between the two text lengths at which a search measured them.
+    """Costs after the shorter of the two texts after which a search measured them, which is about as long as its own.
 
     Args:
         kept: The JSON of a :class:`layerskip.costs.CostModel`.
@@ -218,8 +218,7 @@ def costs_from(kept: str | None) -> Costs | None:
         None where nothing was kept, or another form.
     """
     try:
-        model = CostModel.from_json(kept or "")
-        return model.at((model.short.context + model.long.context) / 2)
+        return CostModel.from_json(kept or "").short
     except (ValueError, KeyError, ZeroDivisionError):
         return None
 

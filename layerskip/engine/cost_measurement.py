@@ -161,8 +161,11 @@ def _sample_stacks(model: LayerSkipModel, vocabularies: Sequence[int], precision
     no_mlp = SkipSet(model.num_layers, mlp=every_second)
     bridge = blank_bridge(model)
     no_attention, bridges = SkipSet(model.num_layers, attention=every_second), {2 * n + 1: bridge for n in every_second}
+    whole = model.stack_of(nothing_skipped, precision=precision)
     stacks = {
-        "whole": model.stack_of(nothing_skipped, precision=precision),
+        # As when drafting, the processor's cache has of a step's weights what the step before left there.
+        "before": whole,
+        "whole": whole,
         "half of attention": model.stack_of(no_attention, precision=precision),
         "half of mlp": model.stack_of(no_mlp, precision=precision),
         "bridged": model.stack_of(no_mlp, stand_ins=bridges, precision=precision),

@@ -35,10 +35,10 @@ def snippets_of(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_first_snippet_decodes_with_a_profile(folder, capsys, page):
     names = {"folder": folder}
-    exec(snippets_of(DOCS.parent / page)[0], names)
-    plain = generate(names["model"], names["tokenizer"]("Once upon a time").input_ids, max_new_tokens=100)
+    exec(snippets_of(DOCS.parent / page)[0].replace('"smollm2"', "folder"), names)
+    plain = generate(names["model"], names["ids"], max_new_tokens=100)
     assert names["generation"].tokens == plain.tokens
-    assert names["tokenizer"].decode(plain.tokens) in capsys.readouterr().out
+    assert tiny_tokenizer().decode(plain.tokens) in capsys.readouterr().out
 
 
 def test_the_snippet_without_a_profile_makes_a_drafter_with_bridges(folder):

@@ -70,9 +70,9 @@ def test_studies_of_others_and_of_newer_versions_are_refused(storage):
         view_study(storage, "s")
 
 
-def test_costs_are_those_halfway_between_the_lengths_measured():
+def test_costs_are_those_after_the_shorter_text():
     costs = costs_from(costs_of(10))
-    assert costs.context == (64 + 512) / 2
+    assert costs.context == 64
     relative = costs.relative()
     # A draft step that skips nothing is a plain step.
     assert relative.draft_step(DraftParts(10, 10)) == pytest.approx(relative.plain_step) == 1
