@@ -258,9 +258,10 @@ class ProfileUse:
         packed = ', engine="packed"' * (self.engine == PackedEngine.name)
         return [
             f'apply     layerskip apply {quote(str(self.file))} "your prompt"{given}',
-            f"Python    drafter = DraftProfile.load({path}).drafter(model)",
+            f"Python    drafter = DraftProfile.load({path}).drafter(model)  # all of it: docs/python.md",
             f'          generate(model, ids, drafter=drafter, engine=make_engine(model, "{self.options.engine}"))',
-            f"or        hf_model.generate(**inputs, custom_generate=layerskip.speculate({path}{packed}))",
+            f"or        hf_model.generate(**inputs, max_new_tokens=100, "
+            f"custom_generate=layerskip.speculate({path}{packed}))",
         ]
 
 

@@ -109,7 +109,7 @@ def test_a_profile_is_used_as_it_was_searched():
         "layerskip", "apply", "my profiles/it's.json", "your prompt", "--device", "cpu", "--dtype", "bfloat16",
         "--engine", "packed", "--compile",
     ]  # fmt: skip
-    assert python == """Python    drafter = DraftProfile.load("my profiles/it's.json").drafter(model)"""
+    assert python.startswith("""Python    drafter = DraftProfile.load("my profiles/it's.json").drafter(model)""")
     assert transformers.endswith("""layerskip.speculate("my profiles/it's.json", engine="packed"))""")
 
 
