@@ -68,6 +68,7 @@ class FakeHub:
         url: Where it listens, for ``HF_ENDPOINT``.
         repositories: By ``owner/name``.
         requests: Method and path of every request.
+        unknown: Those of them that it has no answer to; a test with any fails at its end.
         before_commit: Called when a commit arrives, as somebody else who is faster would be.
     """
 
@@ -100,7 +101,7 @@ class FakeHub:
                 pass
 
         self.repositories, self.requests, self.large, self.before_commit = {}, [], {}, lambda: None
-        self.authorized = False
+        self.authorized, self.unknown = False, []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -153,6 +154,7 @@ class FakeHub:
                 return {}, b""
             case "GET" | "HEAD", [owner, name, "resolve", revision, *file]:
                 return self._file(f"{owner}/{name}", revision, "/".join(file))
+        self.unknown.append((method, path))
         raise RefusalError(404)  # an error of the server's own would be asked again for half a minute
 
     def _repository(self, name):
@@ -251,3 +253,4 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # files go through the LFS endpoints
         yield fake
+    assert fake.unknown == []

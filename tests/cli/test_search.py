@@ -60,9 +60,11 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert re.match("trial 0: (predicted|measured) ", first)
     assert first.endswith("  [nothing skipped: int4]")
     # With few prompts, all do everything.
-    [reference] = [number for number, line in enumerate(said) if line.startswith("decoding 8 reference prompts: ")]
-    assert said[reference + 1].startswith("measuring the costs of passes on this device, ")
-    assert said[reference + 2].startswith("trying candidates: ")
+    reference = said.index("decoding 8 reference prompts: what the model writes shows which drafts it would accept")
+    assert said[reference + 1 : reference + 3] == [
+        "measuring the costs of passes on this device, which takes half a minute or more",
+        "trying candidates: each is predicted, the most promising ones are measured by decoding",
+    ]
     assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
@@ -104,13 +106,19 @@ def test_a_profile_is_used_as_it_was_searched():
     use = search_command.ProfileUse(
         Path("my profiles/it's.json"), RunOptions("cpu", "bfloat16", "packed", True), "packed"
     )
-    shell, python, _, transformers = use.lines()
+    shell, python, generation, transformers = use.lines()
     assert shlex.split(shell)[1:] == [
         "layerskip", "apply", "my profiles/it's.json", "your prompt", "--device", "cpu", "--dtype", "bfloat16",
         "--engine", "packed", "--compile",
     ]  # fmt: skip
-    assert python.startswith("""Python    drafter = DraftProfile.load("my profiles/it's.json").drafter(model)""")
-    assert transformers.endswith("""layerskip.speculate("my profiles/it's.json", engine="packed"))""")
+    assert python == (
+        """Python    drafter = DraftProfile.load("my profiles/it's.json").drafter(model)  # all of it: docs/python.md"""
+    )
+    assert generation == '          generate(model, ids, drafter=drafter, engine=make_engine(model, "packed"))'
+    assert transformers == (
+        "or        hf_model.generate(**inputs, max_new_tokens=100, "
+        """custom_generate=layerskip.speculate("my profiles/it's.json", engine="packed"))"""
+    )
 
 
 def test_the_same_command_with_more_trials_resumes(layerskip, options):

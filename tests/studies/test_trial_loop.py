@@ -137,7 +137,7 @@ def test_ctrl_c_is_raised_though_storing_something_because_of_it_fails(storage):
 
 
 def test_of_workers_that_find_a_trial_dead_at_the_same_moment_one_queues_it_again(storage, monkeypatch):
-    """Both may read that it is running before either has failed it, so that the database takes both for the first."""
+    """Both may be told that theirs was the failure, where a write is repeated after a lost connection."""
     study = optuna.create_study(storage=storage)
     study.ask()
     storage.heartbeats.record(study.study_name, 0)

@@ -169,7 +169,6 @@ def test_all_passes_are_measured_after_a_short_and_a_long_text_in_turn():
     assert (costs.short.context, costs.long.context) == (64, 1900)
     half = len(engine.lengths) // 24  # of a round: after one of the two texts
     assert engine.lengths == ([64] * half + [1900] * half) * 12
-    assert costs.long.prefill >= costs.short.prefill
 
 
 def test_a_long_text_is_filled_in_without_running_it():
