@@ -260,7 +260,7 @@ class ProfileUse:
             f'apply     layerskip apply {quote(str(self.file))} "your prompt"{given}',
             f"Python    drafter = DraftProfile.load({path}).drafter(model)  # all of it: docs/python.md",
             f'          generate(model, ids, drafter=drafter, engine=make_engine(model, "{self.options.engine}"))',
-            f"or        hf_model.generate(**inputs, max_new_tokens=100, "
+            "or        hf_model.generate(**inputs, max_new_tokens=100, "
             f"custom_generate=layerskip.speculate({path}{packed}))",
         ]
 
