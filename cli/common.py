@@ -258,7 +258,7 @@ def print_measured_profile(profile: DraftProfile, out: Path, if_slower: str) -> 
         if measured.near_ties:
             stdout.print(f"near-ties {describe_near_ties(measured.near_ties)}")
         if measured.disturbed:
-            stdout.print(f"uncertain {describe_disturbed(measured.disturbed, measured.prompts)}")
+            stdout.print(f"uncertain {describe_disturbed(measured.disturbed, measured.prompts)} ('layerskip bench')")
     stdout.print(f"profile   {out}")
     if not profile.pays:
         stdout.print(f"{if_slower} 'layerskip apply' will not draft with this profile unless --force is given.")

@@ -37,7 +37,7 @@ from search.callbacks import (
     TrainingStarted,
     TrialFinished,
 )
-from studies.ranking import PREDICTION_STEP, SOURCE_KEY, basis_of, is_stopped, speedup_of
+from studies.ranking import PREDICTION_STEP, SOURCE_KEY, basis_of, config_of, is_stopped, speedup_of
 
 # The phase that a time limit ends.
 _CANDIDATES = "candidates"
@@ -96,6 +96,7 @@ class ProgressDisplay:
                 self._print("trying candidates: each is predicted, the most promising ones are measured by decoding")
                 self._start(_CANDIDATES, self._trials, self._search.evaluated if self._search else 0)
             case PhaseStarted("finalists"):
+                self._say_what_ended_the_trials()
                 self._print(
                     "measuring the best candidates on held-out prompts: the best of many looks better than it is"
                 )
@@ -134,12 +135,19 @@ class ProgressDisplay:
             case HeldOutPromptMeasured():
                 self._advance(event.done)
             case FinalistMeasured():
-                self._print(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}×")
+                precision = config_of(event.trial).precision
+                at = "full precision" if precision == "full" else precision
+                self._print(f"trial {event.trial.number} on held-out prompts: {event.speedup:.3f}× at {at}")
 
     def _open(self, study: str, progress: callbacks.Progress) -> None:
         candidates = counted(self._trials, "candidate")
         self._print(f"study {study}: {progress.evaluated} of {candidates} evaluated, {progress.measured} measured")
         self._search, self._highest_prediction = progress, progress.best or 0.0
+
+    def _say_what_ended_the_trials(self) -> None:
+        if self._timeout is not None and self._search is not None and self._search.evaluated < self._trials:
+            candidates = f"{self._search.evaluated} of {counted(self._trials, 'candidate')}"
+            self._print(f"--timeout {self._timeout:g} ended the trials after {candidates}")
 
     def _trial_finished(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 # What may make a draft pay where none does.
 _WHAT_HELPS = (
     "prompts of yours that repeat themselves (--prompts), drafts at every --precision, heads that 'layerskip tune' "
-    "trains, a larger model, a GPU"
+    "trains, a larger model, or on a CPU, a GPU"
 )
 
 
@@ -205,7 +205,7 @@ def search(
         ).run()
     if result.profile is not None:
         result.profile.save(out)
-    _report(result, ProfileUse(out, options, runner.name), saved, json)
+    _report(result, ProfileUse(out, options, runner.name, storage), saved, json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -234,17 +234,19 @@ def _places(workers: int, devices: str | None, device: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ProfileUse:
-    """How a new profile is used.
+    """How a new profile is used, and the study that it comes from.
 
     Args:
         file: The profile.
         options: How passes ran, as it was asked for.
         engine: The engine that this came to.
+        storage: Where the study is.
     """
 
     file: Path
     options: RunOptions
     engine: str
+    storage: str = DEFAULT_STORAGE
 
     def lines(self) -> list[str]:
         """For the shell, for Python and for transformers."""
@@ -263,6 +265,13 @@ class ProfileUse:
             "or        hf_model.generate(**inputs, max_new_tokens=100, "
             f"custom_generate=layerskip.speculate({path}{packed}))",
         ]
+
+    def report_line(self, study: str) -> str:
+        """For the shell: the report of the study."""
+        from studies.storage_errors import redacted
+
+        storage = "" if self.storage == DEFAULT_STORAGE else f" --storage {quote(redacted(self.storage))}"
+        return f"report    layerskip report {quote(study)}{storage}"
 
 
 def _report(result: SearchResult, use: ProfileUse, saved: float | None, json: bool) -> None:
@@ -296,6 +305,7 @@ def _report(result: SearchResult, use: ProfileUse, saved: float | None, json: bo
         if profile.pays:
             for line in use.lines():
                 stdout.print(line)
+        stdout.print(use.report_line(result.study))
         if result.interrupted:
             stdout.print("Interrupted: the same command resumes the search.")
 
@@ -314,7 +324,10 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
         stdout.print(f"baseline  {result.transformers.describe(measured.speedup)}")
     full = result.full_precision
     if full is not None and profile.precision != "full":
-        stdout.print(f"full precision: {full.speedup:.2f}× with {full.draft} (trial {full.trial})")
+        slower = ", slower than plain decoding" * (full.speedup < 1)
+        stdout.print(
+            f"precision at full precision the best is {full.speedup:.2f}×{slower}: {full.draft} (trial {full.trial})"
+        )
     if result.shortfall is not None:
         stdout.print(f"why       {result.shortfall.describe()}")
-        stdout.print(f"what may change that: {_WHAT_HELPS}")
+        stdout.print(f"try       {_WHAT_HELPS}")

@@ -19,7 +19,7 @@ class Progress:
 
     Args:
         evaluated: Candidates predicted.
-        measured: Candidates measured on all prompts.
+        measured: Candidates measured, if only on some prompts.
         best: The best speedup so far; None without any.
         basis: Whether it was measured or predicted.
     """

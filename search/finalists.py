@@ -12,7 +12,7 @@ from layerskip.costs import DraftRoundCosts
 from layerskip.profile import PromptSet
 from search.measure import Summary
 from search.space import SearchSpace
-from studies.ranking import best_trials, config_of, measured_trials
+from studies.ranking import best_trials, completed_trials, config_of
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,5 @@ def measured_in_search(study: optuna.Study) -> list[Finalist]:
     names = Summary.__dataclass_fields__
     return [
         Finalist(trial, Summary(**{name: trial.user_attrs[name] for name in names}), "search")
-        for trial in measured_trials(study)
+        for trial in completed_trials(study)
     ]

@@ -19,8 +19,8 @@ from studies.ranking import (
     Snapshot,
     basis_of,
     candidate_key,
+    completed_trials,
     evaluated_trials,
-    measured_trials,
     predicted_trials,
     prediction_of,
     prompt_speedups,
@@ -113,7 +113,7 @@ def next_to_measure(study: HasTrials, running: FrozenTrial | None = None) -> Fro
     if running is not None and running.user_attrs.get(FULLY_TRACED_KEY):
         candidates.insert(0, running)
     best = best_unmeasured(candidates, study)
-    fastest = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
+    fastest = max(completed_trials(study), key=lambda trial: trial.values[0], default=None)
     if best is None or (fastest is not None and prediction_of(best) < _NEAR * prediction_of(fastest)):
         return None
     return best
@@ -146,7 +146,7 @@ def hopeless(speedups: Mapping[int, float], best: Mapping[int, float]) -> bool:
 
 def _best_measured(study: HasTrials) -> Mapping[int, float]:
     """The speedup of each prompt with the best candidate that was measured so far."""
-    best = max(measured_trials(study), key=lambda trial: trial.values[0], default=None)
+    best = max(completed_trials(study), key=lambda trial: trial.values[0], default=None)
     return {} if best is None else prompt_speedups(best)
 
 

@@ -121,7 +121,7 @@ class SearchResult:
     Args:
         study: The study's name.
         trials: Candidates that were evaluated.
-        measured: Candidates that were measured on all prompts.
+        measured: Candidates that were measured, if only on some prompts.
         profile: The best candidate's profile; None if none was measured.
         interrupted: Whether Ctrl-C ended the search early.
         full_precision: The best candidate at full precision, where the search tried others too and it was measured on

@@ -92,9 +92,14 @@ def evaluated_trials(study: HasTrials) -> list[FrozenTrial]:
     return [trial for trial in predicted_trials(study) if REVISITS_KEY not in trial.user_attrs]
 
 
-def measured_trials(study: HasTrials) -> list[FrozenTrial]:
+def completed_trials(study: HasTrials) -> list[FrozenTrial]:
     """The trials that were measured on all prompts."""
     return [trial for trial in predicted_trials(study) if trial.state == TrialState.COMPLETE]
+
+
+def measured_trials(study: HasTrials) -> list[FrozenTrial]:
+    """The trials that were measured, if only on some prompts."""
+    return [trial for trial in predicted_trials(study) if basis_of(trial) == "measured"]
 
 
 def is_stopped(trial: FrozenTrial) -> bool:

@@ -24,9 +24,9 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    completed_trials,
     config_of,
     is_stopped,
-    measured_trials,
     predicted_trials,
     prediction_for_measured_prompts,
     prediction_of,
@@ -185,7 +185,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
 
 
 def _measured_over_predicted(study: Snapshot) -> float | None:
-    ratios = [trial.values[0] / prediction_for_measured_prompts(trial) for trial in measured_trials(study)]
+    ratios = [trial.values[0] / prediction_for_measured_prompts(trial) for trial in completed_trials(study)]
     return statistics.median(ratios) if ratios else None
 
 

@@ -16,7 +16,7 @@ from cli.common import RunOptions
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.weights import DraftWeights
 from search.search import SearchResult
-from studies.ranking import evaluated_trials, measured_trials
+from studies.ranking import completed_trials, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.cli.conftest import COMMAND, ENVIRONMENT
@@ -65,7 +65,9 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
         "measuring the costs of passes on this device, which takes half a minute or more",
         "trying candidates: each is predicted, the most promising ones are measured by decoding",
     ]
-    assert any(line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ") for line in said)
+    precision = "full precision" if profile.precision == "full" else profile.precision
+    [held_out] = [line for line in said if line.startswith(f"trial {profile.provenance.trial} on held-out prompts: ")]
+    assert held_out.endswith(f"{profile.measured.speedup:.3f}× at {precision}")
     applied = layerskip("apply", "draft_profile.json", "hello", "--max-new-tokens", 4, "--force", "--json")
     assert applied.object["speculative"] is True
 
@@ -99,7 +101,7 @@ def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys
     use = search_command.ProfileUse(Path("found.json"), RunOptions("auto", "auto", "auto", False), "eager")
     search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), use, None, json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("profile   found.json") + 1 :] == [*said, *use.lines()]
+    assert lines[lines.index("profile   found.json") + 1 :] == [*said, *use.lines(), "report    layerskip report s"]
 
 
 def test_a_profile_is_used_as_it_was_searched():
@@ -119,6 +121,16 @@ def test_a_profile_is_used_as_it_was_searched():
         "or        hf_model.generate(**inputs, max_new_tokens=100, "
         """custom_generate=layerskip.speculate("my profiles/it's.json", engine="packed"))"""
     )
+
+
+def test_the_report_of_a_study_is_a_line_to_copy_that_gives_no_password_away():
+    def line(storage):
+        options = RunOptions("auto", "auto", "auto", False)
+        return search_command.ProfileUse(Path("found.json"), options, "eager", storage).report_line("my study")
+
+    assert line(STORAGE) == "report    layerskip report 'my study'"
+    assert line("sqlite:///demo.db") == "report    layerskip report 'my study' --storage sqlite:///demo.db"
+    assert "secret" not in line("postgresql://me:secret@host/db")
 
 
 def test_the_same_command_with_more_trials_resumes(layerskip, options):
@@ -258,6 +270,7 @@ def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
     done = layerskip("search", *options, "--trials", 1000, "--timeout", 0.5, "--json")
     assert done.status == 0
     assert 1 <= done.object["trials"] < 1000
+    assert f"--timeout 0.5 ended the trials after {done.object['trials']} of 1000 candidates" in done.err.splitlines()
     assert done.object["interrupted"] is False
 
 
@@ -377,10 +390,10 @@ def test_ctrl_c_and_sigterm_keep_finished_trials_and_resume(layerskip, options, 
     assert 1 <= result["trials"] < 40
     study = load_study(open_storage(STORAGE), result["study"])
     assert len(evaluated_trials(study)) == result["trials"]
-    measured = measured_trials(study)
-    assert result["measured"] == len(measured)
-    assert (result["profile"] is None) == (not measured)  # the profile reports what was measured, or is not there
-    if measured:
+    assert result["measured"] == len(measured_trials(study))
+    completed = completed_trials(study)
+    assert (result["profile"] is None) == (not completed)  # the profile reports what was measured, or is not there
+    if completed:
         assert result["prompt_set"] == "search"
 
     arguments[arguments.index("40")] = str(result["trials"] + 2)

@@ -43,6 +43,7 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    completed_trials,
     config_of,
     evaluated_trials,
     is_stopped,
@@ -120,7 +121,7 @@ def with_no_starts(study):
 def test_a_search_predicts_as_many_candidates_as_it_was_asked_for(finished):
     result, _, _, _, study = finished
     assert result.trials == len(evaluated_trials(study)) == STARTS + 8
-    assert result.measured == len(measured_trials(study)) >= 1
+    assert result.measured == len(measured_trials(study)) >= len(completed_trials(study)) >= 1
     assert not result.interrupted
 
 
@@ -128,7 +129,7 @@ def test_optuna_alone_tells_the_best_measured_speedup_and_every_prediction(finis
     result, storage, _, _, study = finished
     plain = optuna.load_study(study_name=result.study, storage=str(storage.engine.url))
     best = plain.best_trial
-    assert best.value == max(trial.value for trial in measured_trials(study)) == plain.best_value
+    assert best.value == max(trial.value for trial in completed_trials(study)) == plain.best_value
     assert math.isclose(best.value, ratio(records(storage, result.study, prompt_set="search", trial=best.number)))
     for trial in plain.trials:
         steps = list(trial.intermediate_values)
@@ -170,18 +171,18 @@ def test_a_promising_candidate_that_was_pruned_is_measured_by_a_second_trial(lla
     result = small_search(llama, storage, trials=STARTS, **MEASURING).run()
     study = load_study(storage, result.study)
     assert result.trials == STARTS
-    for trial in measured_trials(study):
+    for trial in completed_trials(study):
         earlier = study.trials[trial.user_attrs[REVISITS_KEY]]
         assert (earlier.state, earlier.params) == (TrialState.PRUNED, trial.params)
         assert trial.user_attrs[SOURCE_KEY] == f"trial {earlier.number}, to be measured"
         assert prediction_of(trial) == prediction_of(earlier)
         for key in ("config", "draft", "acceptance", "draft_cost", "skip_set"):
             assert trial.user_attrs[key] == earlier.user_attrs[key]
-    assert measured_trials(study)[0].params == max(evaluated_trials(study), key=prediction_of).params
+    assert completed_trials(study)[0].params == max(evaluated_trials(study), key=prediction_of).params
 
 
 def test_no_candidate_is_measured_twice(finished):
-    measured = [candidate_key(trial) for trial in measured_trials(finished[4])]
+    measured = [candidate_key(trial) for trial in completed_trials(finished[4])]
     assert len(set(measured)) == len(measured)
 
 
@@ -193,7 +194,7 @@ def test_a_trial_records_its_candidate_and_its_result(finished):
         assert trial.user_attrs["draft"] == config.details
         assert SPACE.parameters(config) == trial.params
         assert 0 <= trial.user_attrs["acceptance"] <= 1
-    for trial in measured_trials(study):
+    for trial in completed_trials(study):
         summary = summary_of(trial)
         recorded = records(storage, result.study, prompt_set="search", trial=trial.number)
         drafted = sum(record.drafted for record in recorded)
@@ -302,7 +303,7 @@ def test_a_search_reports_its_progress(finished):
         progress = event.progress
         so_far = [trial for trial in study.trials if trial.number <= event.trial.number]
         assert progress.evaluated == sum(REVISITS_KEY not in trial.user_attrs for trial in so_far)
-        assert progress.measured == sum(trial.state == TrialState.COMPLETE for trial in so_far)
+        assert progress.measured == sum(basis_of(trial) == "measured" for trial in so_far)
         assert progress.best in [speedup_of(trial) for trial in so_far if basis_of(trial) == progress.basis]
     assert kinds.index("finalists") > max(i for i, kind in enumerate(kinds) if kind == TrialFinished)
     assert log.of("finalists") == [PhaseStarted("finalists", 4)]  # two prompts, twice
@@ -310,7 +311,7 @@ def test_a_search_reports_its_progress(finished):
     finalists = log.of(FinalistMeasured)
     assert {event.trial.number for event in finalists} == {trial.number for trial in best_trials(study, 2)}
     assert max(event.speedup for event in finalists) == result.profile.measured.speedup
-    measured = [trial.number for trial in measured_trials(study)]
+    measured = [trial.number for trial in completed_trials(study)]
     assert [event.done for event in log.of(PromptMeasured) if event.trial == measured[0]] == [0, 1, 2, 3]
 
 
@@ -673,8 +674,9 @@ def test_ctrl_c_after_a_measurement_gives_the_best_profile_so_far(llama, storage
     settings = {"trials": STARTS + 6, **MEASURING}
     result = small_search(llama, storage, on_event=CtrlC(TrialFinished, STARTS + 1), **settings).run()
     assert result.interrupted
-    measured = measured_trials(load_study(storage, result.study))
-    assert result.measured == len(measured) >= 1
+    study = load_study(storage, result.study)
+    measured = completed_trials(study)
+    assert result.measured == len(measured_trials(study)) >= len(measured) >= 1
     assert result.profile.measured.prompt_set == "search"
     assert result.profile.costs is None  # the search measures without pauses
     assert result.profile.measured.speedup == max(trial.value for trial in measured)

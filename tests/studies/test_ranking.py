@@ -12,9 +12,9 @@ from studies.ranking import (
     basis_of,
     best_trials,
     candidate_key,
+    completed_trials,
     evaluated_trials,
     is_stopped,
-    measured_trials,
     predicted_trials,
     prediction_of,
     prompt_speedups,
@@ -88,7 +88,7 @@ def test_what_was_predicted_from_some_texts_alone_comes_last():
 @settings(max_examples=30)
 def test_the_best_trial_is_what_optuna_calls_so(drawn):
     study = study_of(drawn)
-    measured = measured_trials(study)
+    measured = completed_trials(study)
     assert len(measured) == sum(kind == "measured" for *_, kind in drawn)
     if measured:
         assert best_trials(study, 1)[0].value == study.best_value
