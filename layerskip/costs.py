@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -222,8 +223,8 @@ class CostModel:
         return replace(combined, context=context)
 
     def to_json(self) -> str:
-        """The model as text, for a study."""
-        return _adapter().dump_json(self).decode()
+        """The model as text, for a study; with spaces, where pages that show it may break its lines."""
+        return json.dumps(_adapter().dump_python(self, mode="json"))
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
