@@ -263,7 +263,7 @@ class ProfileUse:
             f"Python    drafter = DraftProfile.load({path}).drafter(model)  # all of it: docs/python.md",
             f'          generate(model, ids, drafter=drafter, engine=make_engine(model, "{self.options.engine}"))',
             "or        hf_model.generate(**inputs, max_new_tokens=100, "
-            f"custom_generate=layerskip.speculate({path}{packed}))",
+            f"custom_generate=layerskip.speculate({path}{packed}))  # docs/transformers.md",
         ]
 
     def report_line(self, study: str) -> str:
@@ -324,10 +324,8 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
         stdout.print(f"baseline  {result.transformers.describe(measured.speedup)}")
     full = result.full_precision
     if full is not None and profile.precision != "full":
-        slower = ", slower than plain decoding" * (full.speedup < 1)
-        stdout.print(
-            f"precision at full precision the best is {full.speedup:.2f}×{slower}: {full.draft} (trial {full.trial})"
-        )
+        draft = full.draft if full.speedup > 1 else "slower than plain decoding"
+        stdout.print(f"precision at full precision the best is {full.speedup:.2f}×: {draft} (trial {full.trial})")
     if result.shortfall is not None:
         stdout.print(f"why       {result.shortfall.describe()}")
         stdout.print(f"try       {_WHAT_HELPS}")

@@ -22,8 +22,6 @@ from cli.common import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-_STATES = {"complete": "completed", "waiting": "queued", "fail": "failed or interrupted"}
-
 app = typer.Typer(help="List and show studies.", no_args_is_help=True)
 
 
@@ -63,7 +61,7 @@ def show(
     column of their own.
     """
     from studies.storage import open_existing_storage
-    from studies.study import describe_study
+    from studies.study import describe_study, describe_trials
 
     described = describe_study(open_existing_storage(storage), study, best)
     if json:
@@ -77,15 +75,15 @@ def show(
             f"prompts   {context['prompts_per_trial']} per measurement, "
             f"at most {counted(context['max_new_tokens'], 'token')} each"
         )
-    counts = ", ".join(f"{count} {_STATES.get(state, state)}" for state, count in described["trials"].items())
-    stdout.print(f"trials    {counts or 'none'}; {counted(described['measurements'], 'prompt')} measured")
-    stdout.print(_table(described["best"]))
+    counts = [described[key] for key in ("evaluated", "measured", "trials", "measurements")]
+    stdout.print(f"trials    {describe_trials(*counts)}")
+    print_untruncated(_table(described["best"]))
 
 
 def _table(trials: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table("trial", "speedup", "basis", "held-out", "acceptance", "skipped", "draft", box=None)
+    table = Table("trial", "speedup", "basis", "held-out", "one-step acceptance", "skipped", "draft", box=None)
     for trial in trials:
         table.add_row(
             str(trial["number"]),

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from studies.figures import DataTable, Picture, study_figures
 from studies.statistics import CROSSES_ONE, Speedup
+from studies.study import describe_trials
 from studies.view import StudyView
 
 
@@ -52,7 +53,7 @@ def facts(view: StudyView) -> list[tuple[str, str]]:
         ("machine", f"{context['device']}, {context['dtype']}"),
         ("versions", "; ".join(map(_versions, view.versions)) or "not recorded"),
         ("prompts", prompts),
-        ("trials", _trials(view)),
+        ("trials", describe_trials(len(view.evaluated), len(view.measured), view.states, len(view.measurements))),
         ("searched", _when(view)),
     ]
 
@@ -63,13 +64,6 @@ def _speedup(speedup: Speedup) -> str:
 
 def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _trials(view: StudyView) -> str:
-    counts = [f"{len(view.evaluated)} candidates evaluated", f"{len(view.measured)} measured"]
-    names = {"fail": "failed or interrupted", "waiting": "queued", "running": "running", "pruned": "pruned"}
-    counts += [f"{view.states[state]} {name}" for state, name in names.items() if view.states.get(state)]
-    return f"{', '.join(counts)}; {len(view.measurements)} prompts measured"
 
 
 def _when(view: StudyView) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -267,10 +267,27 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
     return {
         "study": name,
         "context": context,
+        "evaluated": len(evaluated_trials(study)),
+        "measured": len(measured_trials(study)),
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
         "measurements": len(records),
         "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
     }
+
+
+def describe_trials(evaluated: int, measured: int, states: Mapping[str, int], measurements: int) -> str:
+    """What a study's trials came to, in a line.
+
+    Args:
+        evaluated: Candidates that were predicted.
+        measured: Those of them that were measured by decoding.
+        states: Trials by their state in Optuna.
+        measurements: Prompts that were measured, on held-out prompts too.
+    """
+    counts = [f"{evaluated} candidates evaluated, {measured} of them measured by decoding"]
+    names = {"fail": "failed or interrupted", "waiting": "still queued", "running": "running"}
+    counts += [f"{states[state]} {name}" for state, name in names.items() if states.get(state)]
+    return f"{'; '.join(counts)}; {measurements} measurements of a prompt in all"
 
 
 def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:

@@ -152,7 +152,7 @@ def _skip_map_label(trial: TrialSummary) -> str:
 
 def _skip_map_table(best: Sequence[TrialSummary]) -> DataTable:
     return DataTable(
-        ("trial", "speedup", "95 %", "basis", "predicted", "acceptance", "skipped", "draft", "proposed by"),
+        ("trial", "speedup", "95 %", "basis", "predicted", "one-step acceptance", "skipped", "draft", "proposed by"),
         [
             (
                 str(trial.number),

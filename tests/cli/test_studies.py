@@ -85,7 +85,7 @@ def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(la
     assert "model     makers/tiny (float32 on " in done.out
     assert "prompts   1 per measurement, at most 4 tokens each" in done.out
     [header] = [line for line in done.out.splitlines() if "basis" in line]
-    assert header.split() == ["trial", "speedup", "basis", "held-out", "acceptance", "skipped", "draft"]
+    assert header.split() == ["trial", "speedup", "basis", "held-out", "one-step", "acceptance", "skipped", "draft"]
     for trial in (first, last):
         cells = [str(trial["number"]), f"{trial['speedup']:.3f}×", trial["basis"]]
         if trial["held_out_speedup"] is not None:

@@ -44,7 +44,7 @@ def test_the_first_snippet_decodes_with_a_profile(folder, capsys, page):
 def test_the_snippet_without_a_profile_makes_a_drafter_with_bridges(folder):
     first, without_a_profile, _ = snippets_of(DOCS / "python.md")
     names = {"folder": folder, "written": [f"the {number}th of some texts" for number in range(40)]}
-    exec(first, names)
+    exec(first.replace('"smollm2"', "folder"), names)
     exec(without_a_profile, names)
     arguments = {"prompt": [1, 2, 3], "max_new_tokens": 20}
     drafted = generate(names["model"], drafter=names["drafter"], **arguments)

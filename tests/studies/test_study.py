@@ -206,6 +206,7 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
     assert described["study"] == "s"
     assert described["context"] == as_recorded(CONTEXT) | {"format": 5}
     assert described["trials"] == {"complete": 1, "pruned": 2, "fail": 1}
+    assert (described["evaluated"], described["measured"]) == (3, 1)
     assert described["measurements"] == 4
     assert described["best"] == [
         {"number": 2, "speedup": 1.2, "basis": "measured", "predicted_speedup": 1.5, "held_out_speedup": 1.5}
