@@ -29,7 +29,8 @@ from layerskip.utils import device_seconds
 from search.machine_lock import MachineLock
 from search.measure import MeasuringPlan, measure_drafters, summarize
 from search.prompts import PromptSplit, SearchPrompts, built_in_prompts, split_prompts
-from search.search import Search, SearchTask, Tools
+from search.search import Search, Tools
+from search.search_task import SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
 from studies.storage import open_storage

@@ -43,7 +43,8 @@ from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from layerskip.utils import library_versions
 from search.prompts import PromptSplit
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import STARTED_KEY

@@ -42,7 +42,7 @@ from search.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from layerskip.profile import DraftProfile
-    from search.search import SearchResult
+    from search.search_result import SearchResult
     from search.workers import Workers
 
 # What may make a draft pay where none does.
@@ -140,11 +140,13 @@ def search(
     from layerskip.tokenizer import read_prompts
     from search.draft_layers import trained_draft_layers
     from search.loading import load_for_worker, load_profiles
-    from search.prompts import built_in_prompts, split_prompts
-    from search.search import Search, SearchTask
+    from search.prompts import HOLD_OUT_EVERY, built_in_prompts, split_prompts
+    from search.search import Search
+    from search.search_task import SearchTask
     from search.settings import SearchSettings
     from search.space import SearchSpace
     from search.workers import Workers
+    from studies.statistics import FEWEST_PROMPTS
     from studies.storage import open_storage
 
     quiet_libraries()
@@ -185,6 +187,11 @@ def search(
         prompt_lookup=prompt_lookup,
         draft_layers=[layer.ref for layer in trained],
     )
+    if len(split.held_out) < FEWEST_PROMPTS:
+        stderr.print(
+            f"{counted(len(split.held_out), 'prompt')} held out, too few to show a gain: "
+            f"that takes {FEWEST_PROMPTS}, of {HOLD_OUT_EVERY * FEWEST_PROMPTS} prompts"
+        )
     saved = seconds_saved_by_bfloat16(layers)  # of plain weights, which are packed now
     runner = make_engine(layers, engine, in_place=True)
     task = SearchTask(identity, split, settings, space, study)
@@ -324,7 +331,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
         stdout.print(f"baseline  {result.transformers.describe(measured.speedup)}")
     full = result.full_precision
     if full is not None and profile.precision != "full":
-        draft = full.draft if full.speedup > 1 else "slower than plain decoding"
+        draft = full.draft if full.speedup > 1 else "no faster than plain decoding"
         stdout.print(f"precision at full precision the best is {full.speedup:.2f}×: {draft} (trial {full.trial})")
     if result.shortfall is not None:
         stdout.print(f"why       {result.shortfall.describe()}")

@@ -46,7 +46,8 @@ class MeasuringPruner(BasePruner):
     measured few.
 
     Args:
-        share: Largest share of the search's time that may go into measuring, from 0 to 1.
+        share: Largest share of the search's time that may go into measuring, from 0 to 1; but for 0, the best candidate
+            of a search that measured none is measured at its end, whatever it takes.
         seconds: Expected duration of one measurement.
         trials: Candidates that the search evaluates.
         earlier: Numbers of the trials that finished before this search began.
@@ -79,6 +80,8 @@ class MeasuringPruner(BasePruner):
             enqueue_to_measure(study, best)
 
     def _has_time(self, study: HasTrials) -> bool:
+        if len(evaluated_trials(study)) >= self._trials and not _measured(study):
+            return self._share > 0
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         spent = [
             float(trial.user_attrs[SECONDS_KEY])

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import optuna
@@ -20,12 +19,10 @@ from layerskip.costs import CostModel, DraftRoundCosts
 from layerskip.drafting.config import DraftConfig
 from layerskip.engine import Engine, measure_costs
 from layerskip.errors import InvalidInputError
-from layerskip.fingerprint import ModelIdentity
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.utils import dtype_name, library_versions
 from search.acceptance_tracer import AcceptanceTracer
-from search.baseline import TransformersBaseline, measure_transformers
-from search.break_even import Shortfall
+from search.baseline import measure_transformers
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,
@@ -42,7 +39,7 @@ from search.callbacks import (
 )
 from search.decoding_methods import PLAIN
 from search.draft_layers import TrainedDraftLayer
-from search.finalists import AtFullPrecision, Finalist, best_at_full_precision, choose_finalists, measured_in_search
+from search.finalists import Finalist, best_at_full_precision, choose_finalists, measured_in_search
 from search.machine_lock import MachineLock
 from search.measure import (
     ExpectedSeconds,
@@ -58,12 +55,13 @@ from search.measure import (
 )
 from search.objective import Objective
 from search.predict import SpeedupPredictor
-from search.prompts import EncodedPrompt, PromptSplit, SearchPrompts
+from search.prompts import EncodedPrompt, SearchPrompts
 from search.pruner import MeasuringPruner, is_to_be_measured
 from search.reference import ReferenceRun
 from search.samplers import DraftCosts, NoRepeats, make_sampler
-from search.settings import SEEDS, SearchSettings
-from search.space import SearchSpace
+from search.search_result import SearchResult
+from search.search_task import SearchTask
+from search.settings import SEEDS
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
 from studies.ranking import (
     Snapshot,
@@ -79,65 +77,6 @@ from studies.trial_loop import run_trials
 _HELD_OUT_REPEATS = 2
 # A controller that would cost more of the speedup on the search's own texts is left out of the profile.
 _LEAST_SHARE_CONTROLLED = 0.98
-
-
-@dataclass(frozen=True)
-class SearchTask:
-    """What a search has to do; it can be sent to another process.
-
-    Args:
-        identity: The model's identity.
-        prompts: The prompts to search with, and those held out.
-        settings: How long and how thoroughly to search.
-        space: The search space.
-        study: The study's name; None makes one of the model's id and of all that values depend on, so that the same
-            search finds its study again and another search gets another one.
-        folder: Where reference texts and locks are kept; None is :func:`layerskip.checkpoints.cache_folder`.
-        ends: Time on the machine's monotonic clock from which on no trial starts; None leaves it to the settings.
-        worker: Number of the process, where several work on one study; 0 is the first, which plans what is tried.
-
-    Raises:
-        InvalidInputError: The study's name is empty.
-    """
-
-    identity: ModelIdentity
-    prompts: PromptSplit
-    settings: SearchSettings
-    space: SearchSpace
-    study: str | None = None
-    folder: Path | None = None
-    ends: float | None = None
-    worker: int = 0
-
-    def __post_init__(self) -> None:
-        if self.study is not None and not self.study.strip():
-            raise InvalidInputError("study: the name is empty; leave --study out for a name made of the search itself")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Args:
-        study: The study's name.
-        trials: Candidates that were evaluated.
-        measured: Candidates that were measured, if only on some prompts.
-        profile: The best candidate's profile; None if none was measured.
-        interrupted: Whether Ctrl-C ended the search early.
-        full_precision: The best candidate at full precision, where the search tried others too and it was measured on
-            held-out prompts.
-        transformers: transformers' plain decoding, where it was timed.
-        shortfall: Why the best candidate does not pay; None where it does, or Ctrl-C ended the search.
-    """
-
-    study: str
-    trials: int
-    measured: int
-    profile: DraftProfile | None
-    interrupted: bool
-    full_precision: AtFullPrecision | None = None
-    transformers: TransformersBaseline | None = None
-    shortfall: Shortfall | None = None
 
 
 @dataclass(frozen=True)
@@ -385,6 +324,7 @@ class Search:
             alone,
             space,
             2 * settings.workers,  # a worker that finds none waiting would propose a candidate of its own
+            settings.trials,
             self._lock,
         )
         starts(study)

@@ -27,7 +27,8 @@ class SearchSettings:
         prompts_per_trial: Prompts that a measured candidate decodes; a hopeless one stops earlier.
         finalists: Best candidates to measure again on held-out prompts.
         held_out_prompts: Most held-out prompts to measure each finalist on.
-        measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1.
+        measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1; above 0
+            one is measured in any case.
         sampler: What proposes candidates: one of ``SAMPLERS``, or any sampler of Optuna's.
         workers: Processes of this machine that work on the study together.
         seed: Makes the proposals repeatable (measured speeds never are).

@@ -28,7 +28,7 @@ from search.starting_skip_sets import (
     skipping_few,
 )
 from search.traces import acceptance
-from studies.ranking import SOURCE_KEY
+from studies.ranking import REVISITS_KEY, SOURCE_KEY
 from studies.study import SINGLE_SUBLAYER_KEY
 
 # A study that has this attribute got all of them.
@@ -62,11 +62,14 @@ class SingleSublayerAcceptance:
 class WarmStartPlan:
     """A callback for a study: enqueues the next starts when few are waiting, so that the first need not wait for all.
 
+    It enqueues no more than the search has to evaluate: at its end, promising candidates are measured once none waits.
+
     Args:
         starts: Candidates with their sources, computed as they are taken.
         alone: Acceptance rates of single sublayers that they ask for; the study keeps them.
         space: Gives their parameters.
         ahead: How many starts to keep waiting.
+        trials: Candidates that the search evaluates.
         lock: Keeps other workers from measuring meanwhile.
     """
 
@@ -76,17 +79,19 @@ class WarmStartPlan:
         alone: SingleSublayerAcceptance,
         space: SearchSpace,
         ahead: int,
+        trials: int,
         lock: MachineLock,
     ) -> None:
         self._starts = starts
         self._alone = alone
         self._space = space
         self._ahead = ahead
+        self._trials = trials
         self._lock = lock
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """Enqueue as many starts as are missing."""
-        while _waiting(study) < self._ahead and not study.user_attrs.get(STARTED_KEY):
+        while self._are_missing(study) and not study.user_attrs.get(STARTED_KEY):
             with self._lock.shared():
                 start = next(self._starts, None)
             if len(study.user_attrs.get(SINGLE_SUBLAYER_KEY, ())) < len(self._alone.known):
@@ -98,9 +103,11 @@ class WarmStartPlan:
             parameters = self._space.parameters(candidate)
             study.enqueue_trial(parameters, user_attrs={SOURCE_KEY: source}, skip_if_exists=True)
 
-
-def _waiting(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+    def _are_missing(self, study: optuna.Study) -> bool:
+        trials = study.get_trials(deepcopy=False)
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        failed_or_measuring = [t for t in trials if t.state == TrialState.FAIL or REVISITS_KEY in t.user_attrs]
+        return len(waiting) < self._ahead and len(trials) - len(failed_or_measuring) < self._trials
 
 
 def warm_starts(

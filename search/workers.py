@@ -20,7 +20,8 @@ from layerskip.engine import Engine
 from layerskip.errors import LayerSkipError, out_of_memory
 from search import worker_process
 from search.draft_layers import TrainedDraftLayer
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from studies.storage import open_storage
 
 # A worker may be in the middle of a long pass when it is asked to end; if it takes longer than this, it is killed.

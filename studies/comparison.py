@@ -214,7 +214,7 @@ def _described(entry: Entry) -> dict[str, Any]:
 # The columns of the table, and what they mean.
 COLUMNS: Mapping[str, str] = {
     "tokens/s": "by the fastest repeat of each prompt, prefill included",
-    "range": "slowest and fastest repeat",
+    "whole repeats": "tokens/s of the slowest and of the fastest repeat as a whole",
     "speedup": "against layerskip's plain decoding",
     "95 %": "the speedup's interval, from resampling prompts",
     "÷ transformers": "tokens/s against those of transformers' plain decoding",
@@ -241,15 +241,15 @@ def _cells(entry: Entry) -> dict[str, str]:
     has_interval = entry.speedup.low < entry.speedup.high
     return {
         "tokens/s": f"{entry.tokens_per_second:.1f}",
-        "range": f"{entry.lowest:.1f} to {entry.highest:.1f}" if entry.lowest < entry.highest else "",
+        "whole repeats": f"{entry.lowest:.1f} to {entry.highest:.1f}" if entry.lowest < entry.highest else "",
         "speedup": f"{entry.speedup.value:.2f}×",
         "95 %": f"{entry.speedup.low:.2f} to {entry.speedup.high:.2f}" if has_interval else "",
         "α": "" if entry.acceptance_rate is None else f"{entry.acceptance_rate:.0%}",
         "τ": f"{entry.tokens_per_pass:.2f}",
         "c": "" if entry.draft_cost is None else f"{entry.draft_cost:.2f}",
         "drafting": f"{entry.draft_share:.0%}" if entry.draft_cost is not None else "",
-        "memory": _megabytes(entry.draft_bytes) if entry.draft_bytes else "",
-        "peak": "" if entry.peak_bytes is None else _megabytes(entry.peak_bytes),
+        "memory": _mebibytes(entry.draft_bytes) if entry.draft_bytes else "",
+        "peak": "" if entry.peak_bytes is None else _mebibytes(entry.peak_bytes),
         "training": "" if entry.training_seconds is None else duration(entry.training_seconds),
         "output": _output(entry),
     }
@@ -271,8 +271,8 @@ def _shared_cells(comparison: Comparison, entry: Entry) -> dict[str, str]:
     }
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def _output(entry: Entry) -> str:

@@ -137,6 +137,15 @@ def test_no_product_code_imports_the_tests():
     assert [found for package in PACKAGES for found in imports_of(package, {"tests", "pytest", "hypothesis"})] == []
 
 
+def test_a_script_in_the_folder_that_holds_the_clone_finds_the_package(tmp_path):
+    (tmp_path / "layerskip").mkdir()  # as a clone is, a folder of the package's name that is no package
+    done = subprocess.run(
+        [sys.executable, "-c", "import layerskip; print(layerskip.__file__)"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert Path(done.stdout.strip()) == REPOSITORY / "layerskip" / "__init__.py"
+
+
 def test_importing_the_runtime_loads_neither_search_nor_its_libraries():
     code = """
 import sys, layerskip

@@ -14,7 +14,8 @@ from layerskip import LayerSkipModel
 from layerskip.fingerprint import identify
 from search.callbacks import Event, TrialFinished
 from search.prompts import PromptSplit
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
 from studies.ranking import best_trials, config_of

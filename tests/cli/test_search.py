@@ -15,7 +15,7 @@ from cli import search_command
 from cli.common import RunOptions
 from layerskip import DraftProfile, LayerSkipModel, SkipSet, load_checkpoint
 from layerskip.drafting.weights import DraftWeights
-from search.search import SearchResult
+from search.search_result import SearchResult
 from studies.ranking import completed_trials, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
@@ -60,6 +60,7 @@ def test_a_search_writes_a_profile_that_can_be_applied(layerskip, options, model
     assert re.match("trial 0: (predicted|measured) ", first)
     assert first.endswith("  [nothing skipped: int4]")
     # With few prompts, all do everything.
+    assert said[1] == "1 prompt held out, too few to show a gain: that takes 6, of 24 prompts"
     reference = said.index("decoding 8 reference prompts: what the model writes shows which drafts it would accept")
     assert said[reference + 1 : reference + 3] == [
         "measuring the costs of passes on this device, which takes half a minute or more",

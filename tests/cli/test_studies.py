@@ -17,7 +17,8 @@ from optuna.trial import create_trial
 from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
 from studies.ranking import prediction_of

@@ -9,7 +9,8 @@ from layerskip.engine import EagerEngine
 from layerskip.fingerprint import identify
 from search.callbacks import PhaseStarted
 from search.prompts import EncodedPrompt, PromptSplit
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from search.settings import SearchSettings
 from search.space import SearchSpace
 from tests.models import VOCABULARY

@@ -33,7 +33,8 @@ from search.measure import Summary
 from search.objective import Objective
 from search.predict import SpeedupPredictor
 from search.pruner import MeasuringPruner, next_to_measure
-from search.search import Search, SearchTask
+from search.search import Search
+from search.search_task import SearchTask
 from search.settings import SAMPLERS, SearchSettings
 from search.space import SearchSpace
 from search.warm_starts import warm_starts
@@ -489,8 +490,8 @@ def test_a_resumed_search_makes_only_the_missing_trials(llama, database):
     after = load_study(open_storage(database), first.study).trials
     assert (second.study, second.trials) == (first.study, 4)
     assert after[:2] == before[:2]
-    assert before[2].state == TrialState.WAITING  # the last of the starts
-    assert after[2].params == before[2].system_attrs["fixed_params"]
+    assert len(before) == 2  # none waits
+    assert [SOURCE_KEY in trial.user_attrs for trial in after] == [True, True, True, False]  # the starts are done first
     assert [event.trial.number for event in log.of(TrialFinished)] == [2, 3]
     [opened] = log.of(StudyOpened)
     assert (opened.progress.evaluated, opened.progress.best) == (2, max(prediction_of(trial) for trial in before[:2]))
@@ -513,6 +514,15 @@ def test_warm_starts_are_queued_once_however_often_a_search_is_resumed(llama, st
     named = [trial for trial in trials if SOURCE_KEY in trial.user_attrs]
     assert [trial.number for trial in named] == list(range(STARTS))
     assert len({candidate_key(trial) for trial in trials}) == len(trials) == STARTS + 1
+
+
+def test_a_short_search_without_time_measures_its_best_candidate_and_leaves_no_warm_start_waiting(llama, storage):
+    result = small_search(llama, storage, trials=STARTS - 1, measuring_share=1e-9).run()
+    study = load_study(storage, result.study)
+    assert (result.trials, result.measured) == (STARTS - 1, 1)
+    assert not study.get_trials(states=(TrialState.WAITING,))
+    [measured] = completed_trials(study)
+    assert prediction_of(measured) == max(map(prediction_of, evaluated_trials(study)))
 
 
 def test_warm_starts_that_a_kill_kept_from_being_queued_are_queued_later(llama, storage, monkeypatch):

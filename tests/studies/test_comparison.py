@@ -125,7 +125,7 @@ def test_empty_columns_are_left_out():
     columns, rows = table(comparison(every, theirs, memory=MemoryLimit(1, 100.0)))
     assert columns == ("", *COLUMNS)
     cells = dict(zip(columns, rows[1], strict=True))
-    assert (cells["peak"], cells["memory"], cells["training"]) == ("2.5 MB", "0.1 MB", "3 min 20 s")
+    assert (cells["peak"], cells["memory"], cells["training"]) == ("2.4 MiB", "0.1 MiB", "3 min 20 s")
     assert (cells["α"], cells["τ"], cells["c"], cells["drafting"]) == ("50%", "2.00", "0.25", "40%")
 
 
