@@ -58,7 +58,7 @@ class ProgressDisplay:
         self._timeout = timeout
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
-            console=stderr,
+            console=stderr, transient=True, disable=not stderr.is_terminal,
         )  # fmt: skip
         self._task: TaskID | None = None
         self._started = time.monotonic()
@@ -147,7 +147,7 @@ class ProgressDisplay:
     def _say_what_ended_the_trials(self) -> None:
         if self._timeout is not None and self._search is not None and self._search.evaluated < self._trials:
             candidates = f"{self._search.evaluated} of {counted(self._trials, 'candidate')}"
-            self._print(f"--timeout {self._timeout:g}, the seconds for trials alone, ended them after {candidates}")
+            self._print(f"--timeout {self._timeout:g} ended the trials after {candidates}")
 
     def _trial_finished(self, trial: FrozenTrial) -> None:
         basis, speedup = basis_of(trial), speedup_of(trial)

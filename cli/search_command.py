@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 # What may make a draft pay where none does.
 _WHAT_HELPS = (
     "prompts of yours that repeat themselves (--prompts), drafts at every --precision, heads that 'layerskip tune' "
-    "trains, a larger model, or on a CPU, a GPU"
+    "trains, a larger model, or a GPU in place of a CPU"
 )
 
 
@@ -212,7 +213,7 @@ def search(
         ).run()
     if result.profile is not None:
         result.profile.save(out)
-    _report(result, ProfileUse(out, options, runner.name, storage), saved, json)
+    _report(result, ProfileUse(out, options, runner.name), storage, saved, json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -241,19 +242,17 @@ def _places(workers: int, devices: str | None, device: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ProfileUse:
-    """How a new profile is used, and the study that it comes from.
+    """How a new profile is used.
 
     Args:
         file: The profile.
         options: How passes ran, as it was asked for.
         engine: The engine that this came to.
-        storage: Where the study is.
     """
 
     file: Path
     options: RunOptions
     engine: str
-    storage: str = DEFAULT_STORAGE
 
     def lines(self) -> list[str]:
         """For the shell, for Python and for transformers."""
@@ -273,15 +272,17 @@ class ProfileUse:
             f"custom_generate=layerskip.speculate({path}{packed}))  # docs/transformers.md",
         ]
 
-    def report_line(self, study: str) -> str:
-        """For the shell: the report of the study."""
-        from studies.storage_errors import redacted
 
-        storage = "" if self.storage == DEFAULT_STORAGE else f" --storage {quote(redacted(self.storage))}"
-        return f"report    layerskip report {quote(study)}{storage}"
+def report_line(study: str, storage: str) -> str:
+    """For the shell: the report of a study. What the environment says of the storage needs no option."""
+    from studies.storage_errors import redacted
+
+    usual = os.environ.get("LAYERSKIP_STORAGE", DEFAULT_STORAGE)
+    option = "" if storage == usual else f" --storage {quote(redacted(storage))}"
+    return f"report    layerskip report {quote(study)}{option}"
 
 
-def _report(result: SearchResult, use: ProfileUse, saved: float | None, json: bool) -> None:
+def _report(result: SearchResult, use: ProfileUse, storage: str, saved: float | None, json: bool) -> None:
     profile = result.profile
     bfloat16 = None
     if profile is not None and profile.measured is not None:
@@ -312,7 +313,7 @@ def _report(result: SearchResult, use: ProfileUse, saved: float | None, json: bo
         if profile.pays:
             for line in use.lines():
                 stdout.print(line)
-        stdout.print(use.report_line(result.study))
+        stdout.print(report_line(result.study, storage))
         if result.interrupted:
             stdout.print("Interrupted: the same command resumes the search.")
 
@@ -332,7 +333,7 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     full = result.full_precision
     if full is not None and profile.precision != "full":
         draft = full.draft if full.speedup > 1 else "no faster than plain decoding"
-        stdout.print(f"precision at full precision the best is {full.speedup:.2f}×: {draft} (trial {full.trial})")
+        stdout.print(f"full      the best at full precision is {full.speedup:.2f}×: {draft} (trial {full.trial})")
     if result.shortfall is not None:
         stdout.print(f"why       {result.shortfall.describe()}")
         stdout.print(f"try       {_WHAT_HELPS}")

@@ -75,8 +75,10 @@ def show(
             f"prompts   {context['prompts_per_trial']} per measurement, "
             f"at most {counted(context['max_new_tokens'], 'token')} each"
         )
-    counts = [described[key] for key in ("evaluated", "measured", "trials", "measurements")]
-    stdout.print(f"trials    {describe_trials(*counts)}")
+    evaluated, measured = described["evaluated"], described["measured"]
+    states, measurements = described["trials"], described["measurements"]
+    others = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+    stdout.print(f"trials    {describe_trials(evaluated, measured, states, measurements) if context else others}")
     print_untruncated(_table(described["best"]))
 
 

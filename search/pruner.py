@@ -46,8 +46,8 @@ class MeasuringPruner(BasePruner):
     measured few.
 
     Args:
-        share: Largest share of the search's time that may go into measuring, from 0 to 1; but for 0, the best candidate
-            of a search that measured none is measured at its end, whatever it takes.
+        share: Largest share of the search's time that may go into measuring, from 0 to 1; unless it is 0, the
+            best candidate of a search that measured none is measured at its end, whatever it takes.
         seconds: Expected duration of one measurement.
         trials: Candidates that the search evaluates.
         earlier: Numbers of the trials that finished before this search began.
@@ -71,16 +71,20 @@ class MeasuringPruner(BasePruner):
     def revisit(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """A callback for a study: enqueue the candidate to be measured next, if nothing else is under way."""
         now = Snapshot(study)
-        if _busy(now) or not self._has_time(now):
+        has_to_wait = bool(_waiting(now)) and not self._is_over(now)  # by then a better candidate may be known
+        if _is_measuring(now) or has_to_wait or not self._has_time(now):
             return
         best = next_to_measure(now)
-        if best is None and len(evaluated_trials(now)) >= self._trials and len(_measured(now)) < _LEAST_MEASURED:
+        if best is None and self._is_over(now) and len(_measured(now)) < _LEAST_MEASURED:
             best = best_unmeasured(predicted_trials(now), now)
         if best is not None:
             enqueue_to_measure(study, best)
 
+    def _is_over(self, study: HasTrials) -> bool:
+        return len(evaluated_trials(study)) >= self._trials
+
     def _has_time(self, study: HasTrials) -> bool:
-        if len(evaluated_trials(study)) >= self._trials and not _measured(study):
+        if self._is_over(study) and not _measured(study):
             return self._share > 0
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         spent = [
@@ -101,8 +105,7 @@ def enqueue_to_measure(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def is_to_be_measured(study: HasTrials) -> bool:
     """Whether a pruned candidate is enqueued to be measured."""
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    return any(REVISITS_KEY in trial.user_attrs for trial in waiting)
+    return any(REVISITS_KEY in trial.user_attrs for trial in _waiting(study))
 
 
 def next_to_measure(study: HasTrials, running: FrozenTrial | None = None) -> FrozenTrial | None:
@@ -153,7 +156,11 @@ def _best_measured(study: HasTrials) -> Mapping[int, float]:
     return {} if best is None else prompt_speedups(best)
 
 
-def _busy(study: HasTrials) -> bool:
-    """Whether a measurement is under way, or would have to wait for other trials; by then a better one may be known."""
+def _is_measuring(study: HasTrials) -> bool:
+    """Whether a measurement is under way or enqueued."""
     open_trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
-    return any(trial.state == TrialState.WAITING or REVISITS_KEY in trial.user_attrs for trial in open_trials)
+    return any(REVISITS_KEY in trial.user_attrs for trial in open_trials)
+
+
+def _waiting(study: HasTrials) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))

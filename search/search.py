@@ -63,12 +63,7 @@ from search.search_result import SearchResult
 from search.search_task import SearchTask
 from search.settings import SEEDS
 from search.warm_starts import SingleSublayerAcceptance, WarmStartPlan, warm_starts
-from studies.ranking import (
-    Snapshot,
-    config_of,
-    evaluated_trials,
-    measured_trials,
-)
+from studies.ranking import Snapshot, config_of, evaluated_trials, measured_trials
 from studies.storage import ReconnectingStorage
 from studies.study import COSTS_KEY, StudyContext, open_study
 from studies.trial_loop import run_trials
@@ -244,7 +239,7 @@ class Search:
             tools: From :meth:`prepare`.
         """
         settings = self.task.settings
-        if len(evaluated_trials(study)) >= settings.trials:
+        if len(evaluated_trials(study)) >= settings.trials and not is_to_be_measured(study):
             return
         study.sampler = self._sampler(study, tools)
         study.pruner = pruner = self._pruner(study, tools)

@@ -65,7 +65,7 @@ CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
 def describe_disturbed(disturbed: int, prompts: int) -> str:
     """What to say of times that were never confirmed."""
     which = "all prompts" if disturbed == prompts else f"{disturbed} of {prompts} prompts"
-    return f"something else seems to run on the machine: the times of {which} are uncertain; measure again later"
+    return f"something else seems to be running on the machine: the times of {which} are uncertain; measure again later"
 
 
 def speedup_of_prompt(times: PromptTimes) -> float:

@@ -280,14 +280,14 @@ def describe_trials(evaluated: int, measured: int, states: Mapping[str, int], me
 
     Args:
         evaluated: Candidates that were predicted.
-        measured: Those of them that were measured by decoding.
+        measured: Those that trials measured.
         states: Trials by their state in Optuna.
-        measurements: Prompts that were measured, on held-out prompts too.
+        measurements: Single measurements of prompts, held-out ones included.
     """
-    counts = [f"{evaluated} candidates evaluated, {measured} of them measured by decoding"]
+    counts = [f"{evaluated} candidate{'s' * (evaluated != 1)} evaluated, {measured} measured in trials"]
     names = {"fail": "failed or interrupted", "waiting": "still queued", "running": "running"}
     counts += [f"{states[state]} {name}" for state, name in names.items() if states.get(state)]
-    return f"{'; '.join(counts)}; {measurements} measurements of a prompt in all"
+    return f"{'; '.join(counts)}; prompts decoded to measure, held-out ones included: {measurements}"
 
 
 def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:

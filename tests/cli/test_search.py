@@ -100,7 +100,7 @@ def test_a_search_says_where_the_best_speedup_shows_no_gain(make_profile, capsys
     profile = DraftProfile.load(make_profile(speedup))
     profile = profile.model_copy(update={"measured": profile.measured.model_copy(update={"prompts": prompts})})
     use = search_command.ProfileUse(Path("found.json"), RunOptions("auto", "auto", "auto", False), "eager")
-    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), use, None, json=False)
+    search_command._report(SearchResult("s", 3, 1, profile, interrupted=False), use, STORAGE, None, json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("profile   found.json") + 1 :] == [*said, *use.lines(), "report    layerskip report s"]
 
@@ -124,14 +124,14 @@ def test_a_profile_is_used_as_it_was_searched():
     )
 
 
-def test_the_report_of_a_study_is_a_line_to_copy_that_gives_no_password_away():
-    def line(storage):
-        options = RunOptions("auto", "auto", "auto", False)
-        return search_command.ProfileUse(Path("found.json"), options, "eager", storage).report_line("my study")
-
-    assert line(STORAGE) == "report    layerskip report 'my study'"
-    assert line("sqlite:///demo.db") == "report    layerskip report 'my study' --storage sqlite:///demo.db"
-    assert "secret" not in line("postgresql://me:secret@host/db")
+def test_the_report_of_a_study_is_a_line_to_copy_that_gives_no_password_away(monkeypatch):
+    line, secret = search_command.report_line, "postgresql://me:secret@host/db"
+    assert line("my study", STORAGE) == "report    layerskip report 'my study'"
+    assert line("s", "sqlite:///demo.db") == "report    layerskip report s --storage sqlite:///demo.db"
+    assert line("s", secret) == "report    layerskip report s --storage 'postgresql://me:***@host/db'"
+    monkeypatch.setenv("LAYERSKIP_STORAGE", secret)
+    assert line("s", secret) == "report    layerskip report s"
+    assert line("s", STORAGE) == f"report    layerskip report s --storage {STORAGE}"
 
 
 def test_the_same_command_with_more_trials_resumes(layerskip, options):
@@ -272,8 +272,7 @@ def test_a_time_limit_ends_a_search_with_what_it_has(layerskip, options):
     assert done.status == 0
     assert 1 <= done.object["trials"] < 1000
     evaluated = done.object["trials"]
-    ended = f"--timeout 0.5, the seconds for trials alone, ended them after {evaluated} of 1000 candidates"
-    assert ended in done.err.splitlines()
+    assert f"--timeout 0.5 ended the trials after {evaluated} of 1000 candidates" in done.err.splitlines()
     assert done.object["interrupted"] is False
 
 

@@ -441,7 +441,8 @@ def test_a_measurement_that_cannot_win_stops_early_and_is_pruned(llama, storage,
     nearly_nothing = SkipSet(LAYERS, mlp=tuple(range(LAYERS)))  # never right, and eight steps long
     for skip_set in (SkipSet(LAYERS), nearly_nothing):
         study.enqueue_trial(SPACE.parameters(DraftConfig(skip_set)))
-    small_search(llama, storage, trials=2, **settings, **MEASURING).run()
+    result = small_search(llama, storage, trials=2, **settings, **MEASURING).run()
+    assert result.measured == 2
     best, hopeless = load_study(storage, "s").trials
     assert (best.state, hopeless.state) == (TrialState.COMPLETE, TrialState.PRUNED)
     assert is_stopped(hopeless)
@@ -523,6 +524,24 @@ def test_a_short_search_without_time_measures_its_best_candidate_and_leaves_no_w
     assert not study.get_trials(states=(TrialState.WAITING,))
     [measured] = completed_trials(study)
     assert prediction_of(measured) == max(map(prediction_of, evaluated_trials(study)))
+
+
+def test_a_candidate_that_ctrl_c_kept_from_being_measured_is_measured_by_the_same_search(llama, storage):
+    settings = {"trials": STARTS, "measuring_share": 1e-9}
+    interrupted = small_search(llama, storage, on_event=CtrlC(PromptMeasured), **settings).run()
+    assert (interrupted.interrupted, interrupted.trials, interrupted.measured) == (True, STARTS, 0)
+    resumed = small_search(llama, storage, **settings).run()
+    assert (resumed.interrupted, resumed.trials, resumed.measured) == (False, STARTS, 1)
+
+
+def test_a_start_left_waiting_by_a_longer_search_keeps_no_candidate_from_being_measured(llama, storage):
+    settings = {"measuring_share": 1e-9, "study": "s"}
+    study = new_study(storage, model=llama, study="s")
+    with_no_starts(study)
+    for layer in range(3):
+        study.enqueue_trial(SPACE.parameters(DraftConfig(SkipSet(LAYERS, attention=(layer,)))))
+    result = small_search(llama, storage, trials=1, **settings).run()
+    assert (result.measured, result.trials) == (1, 3)
 
 
 def test_warm_starts_that_a_kill_kept_from_being_queued_are_queued_later(llama, storage, monkeypatch):
