@@ -83,6 +83,7 @@ def bench(
     lock = MachineLock(cache_folder(), layers.device)
     with lock.shared():  # a search may be measuring
         encoded = to_measure.encoded(runner, tokenizer, length)
+    to_measure.announce(len(encoded), "with and without the draft", repeats)
     plan = MeasuringPlan(encoded, length, repeats)
     measured: dict[str, Measurement] = {}
     with step_bar("decoding", len(encoded) * repeats) as show_done:

@@ -19,6 +19,7 @@ from cli.common import (
     RepeatsOption,
     RunOptions,
     check_writable,
+    counted,
     open_model,
     print_json,
     print_table,
@@ -98,6 +99,7 @@ def compare(
     lock = MachineLock(cache_folder(), layers.device)
     with lock.shared():  # a search may be measuring
         encoded = to_measure.encoded(runner, tokenizer, max_new_tokens)
+    to_measure.announce(len(encoded), f"with {counted(len(methods), 'method')}", repeats)
     usable, failed = usable_methods(methods, encoded[0])
     plan = MeasuringPlan(encoded, max_new_tokens, repeats)
     memory = measure_memory_limit(layers, lock)

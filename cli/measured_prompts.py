@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.common import stderr
+from cli.common import counted, stderr
 from layerskip.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ class ToMeasure:
             names = ", ".join(suite.left_out)
             stderr.print(f"too long for the model's context, and left out: {names}", style="dim")
         return suite.prompts
+
+    def announce(self, prompts: int, methods: str, repeats: int) -> None:
+        """Say on stderr what is about to be decoded: it may take minutes."""
+        times = f"{repeats} times" if repeats > 1 else "once"
+        stderr.print(f"decoding {counted(prompts, self.what)} {methods}, {times} each")
 
     @property
     def what(self) -> str:

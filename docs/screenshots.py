@@ -1,4 +1,4 @@
-"""Take the README's pictures of a study: ``python docs/screenshots.py STUDY --storage sqlite:///layerskip.db``.
+"""Take the documentation's pictures of a study: ``python docs/screenshots.py STUDY --storage sqlite:///layerskip.db``.
 
 Needs Chromium on the PATH and the ``test`` extra. The storage is given what ``layerskip dashboard`` attaches.
 """
@@ -33,7 +33,7 @@ def take(
     folder: Annotated[Path, typer.Option(help="Where to put the pictures.")] = FOLDER,
     profile: Annotated[list[Path] | None, typer.Option(help="Draft profile to attach in the dashboard.")] = None,
 ) -> None:
-    """Write report.png, skip-map.png and dashboard.png."""
+    """Write report.png and dashboard.png."""
     folder.mkdir(parents=True, exist_ok=True)
     database = open_existing_storage(storage)
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -55,7 +55,6 @@ def _take_report(browser: Any, url: str, folder: Path) -> None:
     page.goto(url)
     page.locator(DRAWN).first.wait_for()
     page.screenshot(path=folder / "report.png")
-    page.locator("#skip-map").screenshot(path=folder / "skip-map.png")
     page.close()
 
 

@@ -1,5 +1,6 @@
 """``layerskip compare``."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def compare(layerskip, prompts, model_folder):
 def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare, profile, make_profile):
     other = make_profile(None, name="other.json")
     done = compare("--profile", profile, "--profile", other, "--combine", "-o", "compared.html")
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0
+    [decoding] = done.err.splitlines()
+    assert re.fullmatch(r"decoding 3 prompts with \d+ methods, 2 times each", decoding)
     lines = done.out.splitlines()
     assert lines[3].startswith("prompts   3 of at most 12 tokens, each 2 times")  # the repeated one counts once
     begins = [line.strip() for line in lines]
@@ -50,7 +53,8 @@ def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare
 
 def test_one_object_has_all_the_figures(compare, profile):
     done = compare("--profile", profile, "--json", "--no-transformers")
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0
+    assert done.err.splitlines() == ["decoding 3 prompts with 3 methods, 2 times each"]
     result = done.object
     assert [one["name"] for one in result["entries"]] == ["plain decoding", "prompt lookup", "profile"]
     assert (result["prompts"], result["repeats"], result["max_new_tokens"]) == (3, 2, 12)
