@@ -18,6 +18,7 @@ from layerskip.drafting.config import DraftConfig
 from layerskip.drafting.draft_layer import DraftLayer
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, UnsupportedModelError
+from layerskip.kv_cache import CACHE_NAMES
 from layerskip.model import LayerSkipModel
 from layerskip.shared_copies import shared_copy
 from layerskip.sublayers import AttentionSublayer, PassContext, Stack, Step
@@ -118,11 +119,11 @@ class _Layer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: Any = None,
-        past_key_values: Any = None,
         **others: Any,
     ) -> Tensor:
         """Hidden states ``[b, n, hidden_size]`` after the layer, of those before it."""
-        context = PassContext({self._rotary: position_embeddings}, {self._window: attention_mask}, past_key_values)
+        cache: Any = next((others[name] for name in CACHE_NAMES if name in others), None)
+        context = PassContext({self._rotary: position_embeddings}, {self._window: attention_mask}, cache)
         for step in self._steps:
             hidden_states = step(hidden_states, context)
         return hidden_states

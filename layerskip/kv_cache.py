@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor
+
+# What transformers calls a model's cache: the one from 5.24 on, the other before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 class KVCache:
@@ -17,7 +21,7 @@ class KVCache:
     draft leaves gaps in the layers that it skips. They come after the length it is rolled back to, so verification
     fills them before anything reads them.
 
-    Attention modules see this object as ``past_key_values`` and call :meth:`update`. The target model never writes to
+    Attention modules get this object as their cache and call :meth:`update`. The target model never writes to
     the slots after those of its layers: they belong to the draft's own layers.
 
     Args:
@@ -40,13 +44,14 @@ class KVCache:
         self._num_layers = num_layers
         self._verified = 0  # positions whose keys and values in the model's layers are not written again
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         """Write the new positions of one layer; return all its positions, old and new.
 
         Args:
             keys: ``[1, heads, n, dim]``, the keys of the ``n`` positions after ``length``.
             values: Likewise.
             layer: The layer's index, or that of a slot after the model's layers.
+            _: What attention modules were called with besides, which transformers passes on from 5.24 on.
 
         Returns:
             Keys and values, each a view of shape ``[1, heads, length + n, dim]``.

@@ -71,9 +71,8 @@ def attend(
     cache: Any,
 ) -> Tensor:
     """``x + after(self_attn(before(x)))``; ``cache`` has the ``update`` that the attention module calls."""
-    change, _ = attention(
-        hidden_states=before(x), position_embeddings=rotary, attention_mask=mask, past_key_values=cache
-    )
+    # By position: transformers calls the cache past_key_values until 5.23, and cache from 5.24 on.
+    change, _ = attention(before(x), rotary, mask, cache)
     out: Tensor = x + after(change)
     return out
 

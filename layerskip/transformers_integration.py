@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
 import weakref
@@ -33,6 +34,7 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine, Engine, GraphEngine, PackedEngine, on_one_cuda_device
 from layerskip.errors import InvalidInputError
 from layerskip.generation import DecodingStats, Generation, generate
+from layerskip.kv_cache import CACHE_NAMES
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.model import LayerSkipModel
 from layerskip.model_state import ModelState
@@ -116,14 +118,16 @@ def _engine(model: LayerSkipModel, name: EngineName) -> Engine:
 
 
 # Prepared by generate() for the model's own forward; layerskip computes positions, masks and cache itself.
-_PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+_PREPARED = frozenset({"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep"})
+
+_PASSED_THROUGH = ("layerskip", "transformers", "torch")
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """The output of ``generate`` with ``return_dict_in_generate=True``: transformers' own, and counters.
 
-    ``past_key_values`` is None: layerskip keeps a cache of its own kind for the generation.
+    The cache is None: layerskip keeps a cache of its own kind for the generation.
 
     Args:
         stats: Tokens drafted and accepted, and times.
@@ -316,9 +320,10 @@ def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     expected = torch.arange(input_ids.shape[1])
     if positions is not None and not torch.equal(positions.cpu(), expected[None]):
         raise InvalidInputError("position_ids: layerskip counts positions from 0 without gaps; leave them out")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        raise InvalidInputError("past_key_values: layerskip keeps a cache of its own; leave it out")
+    for name in CACHE_NAMES:
+        cache = model_kwargs.get(name)
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+            raise InvalidInputError(f"{name}: layerskip keeps a cache of its own; leave it out")
 
 
 def _max_new_tokens(criteria: StoppingCriteriaList, input_ids: Tensor, model: LayerSkipModel) -> int:
@@ -337,8 +342,19 @@ def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
         warnings.warn(
             f"the text ends after {len(generation.tokens)} new tokens because the model's context of "
             f"{model.context_length} is full; generate by itself would continue beyond it",
-            stacklevel=5,  # where generate was called
+            stacklevel=_level_of_caller(),
         )
+
+
+def _level_of_caller() -> int:
+    """The stack level of who called ``generate``, for a warning that the caller of this function gives.
+
+    How many frames of transformers and torch are in between depends on their versions.
+    """
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_THROUGH:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _output(

@@ -90,6 +90,6 @@ class _NotCompiled:
         self._cache = cache
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         updated: tuple[Tensor, Tensor] = self._cache.update(keys, values, layer)
         return updated

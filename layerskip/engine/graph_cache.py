@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class GraphCache(KVCache):
     def _store_address(self) -> int:
         return 0 if self._store is None else self._store.untyped_storage().data_ptr()
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         if self._positions is None:
             return super().update(keys, values, layer)
         for buffers, new in ((self._keys, keys), (self._values, values)):

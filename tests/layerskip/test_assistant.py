@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from layerskip import AdaptiveThreshold, ConfidenceThreshold, FixedLength, LayerSkipModel, SkipSet
 from layerskip.drafting.bridges import fit_bridges
 from layerskip.drafting.weights import DraftWeights
 from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
+from layerskip.kv_cache import CACHE_NAMES
 from tests.layerskip.test_transformers_integration import profile_for, state_of
 from tests.models import (
     EVERY_FAMILY,
@@ -76,6 +78,15 @@ def test_it_generates_by_itself_with_and_without_its_cache(model):
         for cached in (True, False)
     ]
     assert texts[0].tolist() == texts[1].tolist()
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@torch.no_grad()
+def test_a_layer_of_it_writes_to_the_cache_by_whatever_name_transformers_calls_it(model, name):
+    body = profile_for(model, SKIPPED).as_assistant(model).model
+    x, cache = torch.ones(1, 3, model.config.hidden_size), DynamicCache()
+    body.layers[0](x, position_embeddings=body.rotary_emb(x, torch.arange(3)[None]), **{name: cache})
+    assert cache.get_seq_length() == 3
 
 
 def test_an_assistant_that_skips_nothing_is_always_right(model):

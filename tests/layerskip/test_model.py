@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel, SkipSet
 from layerskip.errors import InvalidInputError, UnsupportedModelError
+from layerskip.kv_cache import KVCache
+from layerskip.sublayers import attend
 from tests.models import CONTEXT, EVERY_FAMILY, LAYERS, VOCABULARY, WINDOW, reference_logits, tiny_gemma2, tiny_llama
 from tests.strategies import skip_sets, tokens
 
@@ -53,6 +55,30 @@ def test_with_nothing_skipped_the_logits_are_those_of_transformers(each_family, 
 def test_a_text_longer_than_the_window_may_be_read_in_passes_of_any_width(each_family, width):
     widths = [width] * (len(TEXT) // width) + [len(TEXT) % width] * bool(len(TEXT) % width)
     assert_close(logits_of(each_family, TEXT, widths=widths), transformers_logits(each_family.hf_model, TEXT))
+
+
+class CallsItPastKeyValues(torch.nn.Module):
+    """An attention as transformers has them until 5.23, which keeps what it was called with."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **others):
+        self.called_with = position_embeddings, attention_mask, past_key_values, others
+        return hidden_states, None
+
+
+class CallsItCache(torch.nn.Module):
+    """The same from 5.24 on."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **others):
+        self.called_with = position_embeddings, attention_mask, cache, others
+        return hidden_states, None
+
+
+@pytest.mark.parametrize("kind", [CallsItPastKeyValues, CallsItCache])
+def test_attention_gets_the_cache_by_whatever_name_transformers_calls_it(kind):
+    same, attention, x, cache = torch.nn.Identity(), kind(), torch.ones(1, 2, 3), KVCache(LAYERS, 4)
+    rotary, mask = (x, x), torch.zeros(1, 1, 2, 2)
+    assert torch.equal(attend(same, attention, same, x, rotary, mask, cache), 2 * x)
+    assert attention.called_with == (rotary, mask, cache, {})
 
 
 def test_an_empty_skip_set_skips_nothing(each_family):

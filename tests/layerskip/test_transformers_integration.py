@@ -588,8 +588,8 @@ def used_cache():
         ({"prompt": torch.tensor([[0, 2, 3]])}, "attention_mask: hides"),  # 0 is the padding token
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds: "),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids: "),
-        ({"past_key_values": DynamicCache()}, "past_key_values: "),
-        ({"past_key_values": used_cache()}, "past_key_values: "),
+        ({"past_key_values": DynamicCache()}, "(past_key_values|cache): "),  # transformers renames it from 5.24 on
+        ({"past_key_values": used_cache()}, "(past_key_values|cache): "),
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions: "),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states: "),
     ],
