@@ -135,7 +135,7 @@ def test_what_has_not_changed_is_not_written_again(storage, monkeypatch):
 def test_a_note_follows_the_study_until_somebody_else_writes_it(storage):
     builder = StudyBuilder(storage).predict(1)
     attach_figures(storage, "s")
-    assert "1 candidates evaluated" in optuna_dashboard.get_note(builder.study)
+    assert "1 candidate evaluated" in optuna_dashboard.get_note(builder.study)
     builder.predict(2)
     attach_figures(storage, "s")
     assert "3 candidates evaluated" in optuna_dashboard.get_note(builder.study)
