@@ -287,7 +287,8 @@ def describe_trials(evaluated: int, measured: int, states: Mapping[str, int], me
     counts = [f"{evaluated} candidate{'s' * (evaluated != 1)} evaluated, {measured} measured in trials"]
     names = {"fail": "failed or interrupted", "waiting": "still queued", "running": "running"}
     counts += [f"{states[state]} {name}" for state, name in names.items() if states.get(state)]
-    return f"{'; '.join(counts)}; {measurements} measurement{'s' * (measurements != 1)} of a prompt, held-out ones included"
+    prompts = f"{measurements} measurement{'s' * (measurements != 1)} of a prompt, held-out ones included"
+    return f"{'; '.join(counts)}; {prompts}"
 
 
 def held_out_speedups(study: HasTrials, records: Sequence[MeasurementRecord]) -> dict[str, Speedup]:
