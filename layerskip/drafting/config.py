@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -162,8 +161,8 @@ class DraftConfig:
         return f"{self.skip_set} · {self.details}"
 
     def to_json(self) -> str:
-        """The configuration as text; with spaces, where pages that show it may break its lines."""
-        return json.dumps(_adapter().dump_python(self, mode="json"))
+        """The configuration as text."""
+        return _adapter().dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> DraftConfig:

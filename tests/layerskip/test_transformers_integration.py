@@ -1,6 +1,7 @@
 """``generate(custom_generate=speculate(profile))`` gives what ``generate`` gives, and leaves the model as it was."""
 
 import gc
+import inspect
 import threading
 import weakref
 
@@ -22,12 +23,14 @@ from transformers import (
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from layerskip import DraftProfile, FixedLength, LayerSkipModel, SkipSet, speculate
 from layerskip.drafting.weights import DraftWeights
 from layerskip.engine import load_costs
 from layerskip.errors import InvalidInputError, InvalidProfileError, UnsupportedModelError
 from layerskip.fingerprint import identify
+from layerskip.kv_cache import CACHE_NAMES
 from layerskip.packed_linear import packing_available
 from tests.layerskip.test_profile import a_profile
 from tests.models import CONTEXT, FAMILIES, LAYERS, VOCABULARY, tiny_llama, tiny_tokenizer
@@ -570,6 +573,10 @@ def test_generations_at_the_same_time_do_not_disturb_one_another(llama_model):
 # What cannot be
 
 
+# As the installed transformers calls it.
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
+
+
 def used_cache():
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
@@ -588,8 +595,8 @@ def used_cache():
         ({"prompt": torch.tensor([[0, 2, 3]])}, "attention_mask: hides"),  # 0 is the padding token
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds: "),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids: "),
-        ({"past_key_values": DynamicCache()}, "(past_key_values|cache): "),  # transformers renames it from 5.24 on
-        ({"past_key_values": used_cache()}, "(past_key_values|cache): "),
+        ({CACHE: DynamicCache()}, f"^{CACHE}: "),
+        ({CACHE: used_cache()}, f"^{CACHE}: "),
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions: "),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states: "),
     ],

@@ -183,7 +183,7 @@ def test_a_promising_candidate_that_was_pruned_is_measured_by_a_second_trial(lla
 
 
 def test_no_candidate_is_measured_twice(finished):
-    measured = [candidate_key(trial) for trial in completed_trials(finished[4])]
+    measured = [candidate_key(trial) for trial in measured_trials(finished[4])]
     assert len(set(measured)) == len(measured)
 
 
@@ -493,6 +493,7 @@ def test_a_resumed_search_makes_only_the_missing_trials(llama, database):
     assert after[:2] == before[:2]
     assert len(before) == 2  # none waits
     assert [SOURCE_KEY in trial.user_attrs for trial in after] == [True, True, True, False]  # the starts are done first
+    assert len({candidate_key(trial) for trial in after}) == 4
     assert [event.trial.number for event in log.of(TrialFinished)] == [2, 3]
     [opened] = log.of(StudyOpened)
     assert (opened.progress.evaluated, opened.progress.best) == (2, max(prediction_of(trial) for trial in before[:2]))

@@ -13,7 +13,7 @@ import search.search as search_module
 from search.callbacks import TrialFinished
 from search.space import SearchSpace
 from search.workers import Workers
-from studies.ranking import SOURCE_KEY, candidate_key, completed_trials, evaluated_trials
+from studies.ranking import SOURCE_KEY, candidate_key, evaluated_trials, measured_trials
 from studies.storage import open_storage
 from studies.study import load_study
 from tests.models import LAYERS
@@ -96,7 +96,7 @@ def test_three_workers_look_at_candidates_and_measure_without_getting_in_each_ot
     assert len(enqueued) == len({candidate_key(trial) for trial in enqueued}) == STARTS
     # Two workers may propose the same at the same moment; neither waits for the other.
     assert len({candidate_key(trial) for trial in looked_at}) >= len(looked_at) - 4
-    measured = [candidate_key(trial) for trial in completed_trials(study)]
+    measured = [candidate_key(trial) for trial in measured_trials(study)]
     assert len(set(measured)) == len(measured)
     errors = capfd.readouterr().err
     assert "Trial" not in errors  # where the first worker's Optuna is silent, all are
