@@ -29,6 +29,7 @@ from cli.common import (
     quiet_libraries,
     stderr,
     stdout,
+    times_each,
 )
 from cli.measured_prompts import MeasuredPromptsOption, PerCategoryOption, SuiteOption, ToMeasure
 
@@ -131,9 +132,10 @@ def _report(result: dict[str, Any], transformers: TransformersBaseline | None, w
     prompts = counted(result["prompts"], what)
     from studies.statistics import describe_disturbed
 
-    times = f"{result['repeats']} times each" if result["repeats"] > 1 else "once each"
     stdout.print(f"profile   {result['profile']}, for {result['model']}")
-    stdout.print(f"prompts   {prompts} of at most {counted(result['max_new_tokens'], 'token')}, {times}")
+    stdout.print(
+        f"prompts   {prompts} of at most {counted(result['max_new_tokens'], 'token')}, {times_each(result['repeats'])}"
+    )
     stdout.print(f"here      {result['device']}, {result['dtype']}")
     stdout.print(
         f"speed     {result['plain_tokens_per_second']:.1f} tokens/s plain, "

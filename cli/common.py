@@ -57,7 +57,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")
 ]
 StorageOption = Annotated[
-    str, typer.Option(help="Database of studies: any Optuna storage URL.", envvar="LAYERSKIP_STORAGE")
+    str, typer.Option(help="Database of studies: any Optuna storage URL.", envvar=completion.STORAGE_VARIABLE)
 ]
 DeviceOption = Annotated[
     str,
@@ -184,6 +184,11 @@ def write_page(out: Path, page: str) -> None:
 def counted(number: int, noun: str) -> str:
     """A number of things, as ``1 token`` or ``2 tokens``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def times_each(repeats: int) -> str:
+    """How often each prompt is decoded, as ``once each`` or ``2 times each``."""
+    return f"{repeats} times each" if repeats > 1 else "once each"
 
 
 def describe_speedup(measured: dict[str, Any]) -> str:

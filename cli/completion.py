@@ -14,6 +14,7 @@ import layerskip
 from layerskip.names import ALIASES
 
 DEFAULT_STORAGE = "sqlite:///layerskip.db"
+STORAGE_VARIABLE = "LAYERSKIP_STORAGE"
 
 Completer = Callable[[str], list[str]]
 
@@ -37,10 +38,15 @@ def profiles(incomplete: str) -> list[str]:
     return _beginning(_ready_names(), incomplete) + _paths(incomplete, ".json")
 
 
+def usual_storage() -> str:
+    """The storage of commands without ``--storage``."""
+    return os.environ.get(STORAGE_VARIABLE, DEFAULT_STORAGE)
+
+
 def studies(context: typer.Context, incomplete: str) -> list[str]:
     """Complete names of studies in the database that the command line or the environment names, if it is SQLite."""
     given = context.params.get("storage")
-    url = given if isinstance(given, str) else os.environ.get("LAYERSKIP_STORAGE", DEFAULT_STORAGE)
+    url = given if isinstance(given, str) else usual_storage()
     file = Path(url.removeprefix("sqlite:///"))
     if not url.startswith("sqlite:///") or not file.is_file():
         return []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.common import counted, stderr
+from cli.common import counted, stderr, times_each
 from layerskip.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ class ToMeasure:
 
     def announce(self, prompts: int, methods: str, repeats: int) -> None:
         """Say on stderr what is about to be decoded: it may take minutes."""
-        times = f"{repeats} times" if repeats > 1 else "once"
-        stderr.print(f"decoding {counted(prompts, self.what)} {methods}, {times} each")
+        stderr.print(f"decoding {counted(prompts, self.what)} {methods}, {times_each(repeats)}")
 
     @property
     def what(self) -> str:

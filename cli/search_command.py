@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,7 +70,7 @@ def search(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
     prompts_per_trial: Annotated[int, typer.Option(help="Prompts that a measured candidate decodes.")] = 6,
-    finalists: Annotated[int, typer.Option(help="Best candidates to measure again on held-out prompts.")] = 3,
+    finalists: Annotated[int, typer.Option(help="Best candidates to measure on held-out prompts.")] = 3,
     sampler: Annotated[
         str,
         typer.Option(help=f"Proposes candidates: {', '.join(SAMPLERS)}.", autocompletion=completion.one_of(*SAMPLERS)),
@@ -274,11 +273,10 @@ class ProfileUse:
 
 
 def report_line(study: str, storage: str) -> str:
-    """For the shell: the report of a study. What the environment says of the storage needs no option."""
+    """For the shell: the report of a study."""
     from studies.storage_errors import redacted
 
-    usual = os.environ.get("LAYERSKIP_STORAGE", DEFAULT_STORAGE)
-    option = "" if storage == usual else f" --storage {quote(redacted(storage))}"
+    option = "" if storage == completion.usual_storage() else f" --storage {quote(redacted(storage))}"
     return f"report    layerskip report {quote(study)}{option}"
 
 

@@ -75,10 +75,12 @@ def show(
             f"prompts   {context['prompts_per_trial']} per measurement, "
             f"at most {counted(context['max_new_tokens'], 'token')} each"
         )
-    evaluated, measured = described["evaluated"], described["measured"]
-    states, measurements = described["trials"], described["measurements"]
-    others = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
-    stdout.print(f"trials    {describe_trials(evaluated, measured, states, measurements) if context else others}")
+    states = described["trials"]
+    if context:
+        trials = describe_trials(described["evaluated"], described["measured"], states, described["measurements"])
+    else:
+        trials = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+    stdout.print(f"trials    {trials}")
     print_untruncated(_table(described["best"]))
 
 

@@ -120,8 +120,6 @@ def _engine(model: LayerSkipModel, name: EngineName) -> Engine:
 # Prepared by generate() for the model's own forward; layerskip computes positions, masks and cache itself.
 _PREPARED = frozenset({"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep"})
 
-_PASSED_THROUGH = ("layerskip", "transformers", "torch")
-
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
@@ -344,6 +342,10 @@ def _warn_if_full(generation: Generation, model: LayerSkipModel) -> None:
             f"{model.context_length} is full; generate by itself would continue beyond it",
             stacklevel=_level_of_caller(),
         )
+
+
+# Packages whose frames are between our caller and us.
+_PASSED_THROUGH = ("layerskip", "transformers", "torch")
 
 
 def _level_of_caller() -> int:

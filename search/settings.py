@@ -25,7 +25,7 @@ class SearchSettings:
         timeout: Seconds after which no new trial starts; None for no limit. Finalists are measured afterwards.
         max_new_tokens: Tokens to generate for each prompt.
         prompts_per_trial: Prompts that a measured candidate decodes; a hopeless one stops earlier.
-        finalists: Best candidates to measure again on held-out prompts.
+        finalists: Best candidates to measure on held-out prompts.
         held_out_prompts: Most held-out prompts to measure each finalist on.
         measuring_share: Most of the search's time that may go into decoding promising candidates, from 0 to 1; above 0
             one is measured in any case.

@@ -105,9 +105,9 @@ class WarmStartPlan:
 
     def _are_missing(self, study: optuna.Study) -> bool:
         trials = study.get_trials(deepcopy=False)
-        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
-        failed_or_measuring = [t for t in trials if t.state == TrialState.FAIL or REVISITS_KEY in t.user_attrs]
-        return len(waiting) < self._ahead and len(trials) - len(failed_or_measuring) < self._trials
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        begun = sum(trial.state != TrialState.FAIL and REVISITS_KEY not in trial.user_attrs for trial in trials)
+        return waiting < self._ahead and begun < self._trials
 
 
 def warm_starts(

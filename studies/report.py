@@ -47,14 +47,13 @@ def facts(view: StudyView) -> list[tuple[str, str]]:
             ("skipped", skipped),
             ("draft", best.config.details or "not recorded"),
         ]
-    evaluated = sum(not trial.revisits for trial in view.trials)
     prompts = f"{context['prompts_per_trial']} a measurement, at most {context['max_new_tokens']} new tokens each"
     return [
         *lines,
         ("machine", f"{context['device']}, {context['dtype']}"),
         ("versions", "; ".join(map(_versions, view.versions)) or "not recorded"),
         ("prompts", prompts),
-        ("trials", describe_trials(evaluated, len(view.measured), view.states, len(view.measurements))),
+        ("trials", describe_trials(len(view.evaluated), len(view.measured), view.states, len(view.measurements))),
         ("searched", _when(view)),
     ]
 

@@ -132,11 +132,8 @@ class StudyView:
 
     @property
     def evaluated(self) -> Sequence[TrialSummary]:
-        """The first trial of each candidate."""
-        first: dict[str, TrialSummary] = {}
-        for trial in self.trials:
-            first.setdefault(trial.candidate, trial)
-        return list(first.values())
+        """Trials that predicted a candidate, and not those that measure one that an earlier trial predicted."""
+        return [trial for trial in self.trials if not trial.revisits]
 
     @property
     def measured(self) -> Sequence[TrialSummary]:
