@@ -25,6 +25,7 @@ from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.names import DEVICES, DTYPES, ENGINES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from layerskip import DraftProfile, LayerSkipModel
@@ -328,9 +329,24 @@ def open_model(
     check_engine(options.engine, resolve_device(options.device))
     checkpoint = load_checkpoint(source, device=options.device, dtype=options.dtype, revision=revision)
     model = LayerSkipModel(checkpoint.model)
+    if note := slow_dtype_note(model.device.type, model.dtype):
+        stderr.print(note)
     if options.compiled:
         compile_sublayers(model)
     return model, checkpoint.tokenizer
+
+
+def slow_dtype_note(device_type: str, dtype: torch.dtype) -> str | None:
+    """One line on a type in which this processor verifies slowly; None where it does not."""
+    from layerskip.packed_linear import has_kernels_for, packing_available
+    from layerskip.utils import dtype_name
+
+    if device_type != "cpu" or not packing_available() or has_kernels_for(dtype):
+        return None
+    return (
+        f"this processor has no kernels for {dtype_name(dtype)}: a pass over several tokens takes several times as "
+        "long as over one, so that drafts hardly pay; with --dtype float32 they can"
+    )
 
 
 def open_model_of(

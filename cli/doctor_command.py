@@ -29,12 +29,15 @@ from cli.common import (
     open_model,
     print_json,
     quiet_libraries,
+    slow_dtype_note,
     stderr,
     stdout,
 )
 from layerskip.errors import LayerSkipError, first_line
 
 if TYPE_CHECKING:
+    import torch
+
     from search.break_even import BreakEven
 
 
@@ -134,16 +137,22 @@ def _dtype_advice(device: str, dtype: str) -> dict[str, Any]:
     from layerskip.utils import dtype_name
 
     where = resolve_device(device)
-    chosen = dtype_name(resolve_dtype(dtype, where))
-    return {"device": str(where), "dtype": chosen, "advice": _advice(where.type, chosen)}
+    chosen = resolve_dtype(dtype, where)
+    return {"device": str(where), "dtype": dtype_name(chosen), "advice": _advice(where.type, chosen)}
 
 
-def _advice(device_type: str, dtype: str) -> str:
-    if dtype == "float32" and device_type == "cuda":
-        return "output is identical to plain decoding; bfloat16 is about twice as fast"
-    if dtype == "float32":
-        return "output is identical to plain decoding; 'layerskip doctor MODEL' measures what bfloat16 would gain"
-    return "near-ties may be resolved differently, with or without a draft"
+def _advice(device_type: str, dtype: torch.dtype) -> str:
+    import torch
+
+    if dtype != torch.float32:
+        note = slow_dtype_note(device_type, dtype)
+        return "near-ties may be resolved differently, with or without a draft" + (f"; {note}" if note else "")
+    if device_type == "cuda":
+        gain = "bfloat16 is about twice as fast"
+    else:
+        note = slow_dtype_note(device_type, torch.bfloat16)
+        gain = "drafts pay in no shorter type here" if note else "'layerskip doctor MODEL' measures what bfloat16 gains"
+    return f"output is identical to plain decoding; {gain}"
 
 
 def _cache() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Draft steps are a row wide, and there the kernels are as fast as the bytes of a weight can be read. Wide passes (traces,
 prompts) are faster on weights that are dequantized for the pass: on an x86 CPU with AMX and 1024 rows, by a factor of
-15 at 8 bits and of 3 at 4 bits.
+15 at 8 bits and of 3 at 4 bits. On a CPU without kernels for bfloat16 they are in float32, six times as fast there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerskip.drafting.rounding import GROUP, MIDDLE, rounded_to_int4, rounded_to_int8
+from layerskip.packed_linear import has_kernels_for
 
 # What the kernels compute in. Others take float32 too, but need seven times as long with it.
 COMPUTE_DTYPE = torch.bfloat16
@@ -54,7 +55,8 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).to(COMPUTE_DTYPE)
         if self._padding:
             rows = functional.pad(rows, (0, self._padding))
-        product = self._narrow(rows) if len(rows) <= self.most_rows else self._wide(rows)
+        few = len(rows) <= self.most_rows
+        product = self._narrow(rows) if few else self._wide(rows.to(_wide_dtype(rows.device.type)))
         out = product.view(*x.shape[:-1], -1).to(self._dtype)
         return out if self.bias is None else out + self.bias
 
@@ -151,6 +153,12 @@ class Int4Linear(QuantizedLinear):
         scales, zeros = self.scales_and_zeros[:, rows].float().permute(2, 1, 0)[..., None]
         weight = torch.addcmul(zeros - MIDDLE * scales, numbers.float(), scales).flatten(1)
         return weight[: self.outputs - start]
+
+
+@cache
+def _wide_dtype(device_type: str) -> torch.dtype:
+    """What products with dequantized weights are computed in."""
+    return COMPUTE_DTYPE if device_type != "cpu" or has_kernels_for(COMPUTE_DTYPE) else torch.float32
 
 
 def _padded(weight: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from layerskip.checkpoints import cache_folder
 from layerskip.engine.cost_measurement import comparable_seconds
 from layerskip.model import LayerSkipModel
-from layerskip.packed_linear import PackedWeights, can_be_packed, packing_available
+from layerskip.packed_linear import PackedWeights, can_be_packed, has_kernels_for
 from layerskip.utils import device_name, digest, library_versions, measured_once
 
 # A plain step, and a verification of usual width.
@@ -117,9 +117,9 @@ def seconds_saved_by_bfloat16(model: LayerSkipModel, folder: Path | None = None)
         folder: As there.
 
     Returns:
-        None if the model is not in float32, or nothing of it can be packed here.
+        None if the model is not in float32, if nothing of it can be packed, or this CPU has no bfloat16 kernels.
     """
-    if model.dtype != torch.float32 or not packing_available():
+    if model.dtype != torch.float32 or not has_kernels_for(torch.bfloat16):
         return None
     own, shorter = (load_kernel_seconds(model, folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     if own is None or shorter is None:

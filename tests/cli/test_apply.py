@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from layerskip import generate
+from layerskip.packed_linear import packing_available
 from layerskip.tokenizer import encode_prompt, encode_raw
 from tests.cli.conftest import ENVIRONMENT
 
@@ -74,6 +75,11 @@ def test_the_text_is_streamed_to_stdout_and_its_figures_to_stderr(layerskip, pro
 def test_raw_prompts_do_without_the_chat_template(apply, profile, expected):
     assert expected("hello") != expected("hello", raw=True)
     assert apply(profile, "hello", "--raw").object["token_ids"] == expected("hello", raw=True)
+
+
+@pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+def test_a_type_without_kernels_on_this_processor_is_named(apply, profile):
+    assert "this processor has no kernels for float16" in apply(profile, "hello", "--dtype", "float16").err
 
 
 def test_the_prompt_may_come_from_stdin(apply, profile, expected, stdin):

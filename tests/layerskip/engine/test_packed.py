@@ -22,7 +22,7 @@ from layerskip.engine import (
 from layerskip.engine.fused_sublayers import FusedAttention, FusedMLP
 from layerskip.errors import InvalidInputError
 from layerskip.fingerprint import fingerprint
-from layerskip.packed_linear import PackedLinear, packing_available
+from layerskip.packed_linear import DTYPES, PackedLinear, has_kernels_for, packing_available
 from tests.models import (
     CONTEXT,
     EVERY_FAMILY,
@@ -174,6 +174,7 @@ def test_what_computes_something_else_runs_as_the_model_has_it():
     assert FusedAttention in steps_of("smollm3")  # only layers with a rotary embedding
 
 
+@pytest.mark.skipif(not has_kernels_for(torch.bfloat16), reason="needs a processor with kernels for bfloat16")
 def test_in_bfloat16_the_first_difference_lies_at_a_near_tie():
     hf_model = tiny_llama().bfloat16()
     model = LayerSkipModel(hf_model)
@@ -245,7 +246,7 @@ def test_layers_with_an_adapter_are_left_as_they_are_and_the_others_are_packed()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", filter(has_kernels_for, DTYPES))
 def test_copies_at_lower_precision_run_in_fewer_operators_and_draft_the_same(precision, dtype):
     model = LayerSkipModel(tiny_llama().to(dtype))
     engine, eager = PackedEngine(model, plain_one_row=True), EagerEngine(model)

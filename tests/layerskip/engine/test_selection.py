@@ -9,7 +9,7 @@ import torch
 from layerskip import LayerSkipModel
 from layerskip.engine import EagerEngine, PackedEngine, compile_sublayers, kernel_measurement, make_engine
 from layerskip.engine.kernel_measurement import KernelSeconds, load_kernel_seconds
-from layerskip.packed_linear import PackedLinear, packing_available
+from layerskip.packed_linear import PackedLinear, has_kernels_for, packing_available
 from tests.models import tiny_llama
 
 needs_packing = pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
@@ -107,10 +107,19 @@ def test_what_bfloat16_would_save_is_that_of_all_weights(own_cache, monkeypatch)
         return KernelSeconds(plain={1: 2 * seconds, 5: 1.0}, packed={1: seconds, 5: 1.0}, weights=2)
 
     monkeypatch.setattr(kernel_measurement, "measure_kernels", measured)
+    monkeypatch.setattr(kernel_measurement, "has_kernels_for", lambda dtype: True)
     whole = sum(linear.weight.numel() for linear in linears_of(model)) + model.hf_model.lm_head.weight.numel()
     assert kernel_measurement.seconds_saved_by_bfloat16(model) == pytest.approx(1.5e-6 * whole)
     assert all(linear.weight.dtype == torch.float32 for linear in linears_of(model))  # copies were measured
     assert kernel_measurement.seconds_saved_by_bfloat16(LayerSkipModel(tiny_llama().bfloat16())) is None
+
+
+@needs_packing
+def test_nothing_is_measured_in_bfloat16_where_the_processor_has_no_kernels_for_it(own_cache):
+    """As on an x86 processor without AVX-512."""
+    saved = kernel_measurement.seconds_saved_by_bfloat16(LayerSkipModel(tiny_llama()))
+    assert (saved is not None) == has_kernels_for(torch.bfloat16)
+    assert len(list(own_cache.iterdir())) == (0 if saved is None else 2)
 
 
 def test_auto_is_eager_where_a_model_cannot_be_packed():
