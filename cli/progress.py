@@ -81,8 +81,8 @@ class ProgressDisplay:
                 self._open(event.name, event.progress)
             case PhaseStarted("reference"):
                 self._print(
-                    f"decoding {counted(event.total, 'reference prompt')}: what the model writes shows which drafts it "
-                    "would accept"
+                    f"{counted(event.total, 'reference prompt')}: what the model writes shows which drafts it would "
+                    "accept"
                 )
                 self._start("reference prompts", event.total)
             case ReferenceDecoded():
@@ -98,7 +98,8 @@ class ProgressDisplay:
             case PhaseStarted("finalists"):
                 self._say_what_ended_the_trials()
                 self._print(
-                    "measuring the best candidates on held-out prompts: the best of many looks better than it is"
+                    "measuring the best candidates on held-out prompts, which takes a minute or more: the best of many "
+                    "looks better than it is"
                 )
                 self._start("held-out prompts", event.total)
             case PhaseStarted("baseline"):

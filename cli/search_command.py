@@ -147,7 +147,7 @@ def search(
     from search.space import SearchSpace
     from search.workers import Workers
     from studies.statistics import FEWEST_PROMPTS
-    from studies.storage import open_storage
+    from studies.storage import check_storage, open_storage
 
     quiet_libraries()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -168,10 +168,11 @@ def search(
     )
     given = read_prompts(prompts) if prompts else built_in_prompts()
     tuned = load_profiles(draft_layer or (), device, dtype)
-    database = open_storage(storage)
+    check_storage(storage)
     stderr.print(f"loading {model}")
     options = RunOptions(places[0], dtype, engine, compiled)
     layers, tokenizer = open_model(model, options)
+    database = open_storage(storage)  # not before: a mistyped model leaves no empty file
     for each in chosen:
         layers.copies.check(each)
     identity = identify(layers, model)

@@ -30,7 +30,7 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
     """List the studies in a database."""
     from rich.table import Table
 
-    from studies.storage import open_existing_storage
+    from studies.storage import open_existing_storage, redacted
     from studies.study import list_studies
 
     summaries = list_studies(open_existing_storage(storage))
@@ -38,7 +38,7 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, json: JsonOption = False, de
         print_json({"studies": [asdict(summary) for summary in summaries]})
         return
     if not summaries:
-        stdout.print("no studies yet")
+        stdout.print(f"no studies in {redacted(storage)}; --storage names another database")
         return
     table = Table("study", "model", "candidates", "measured", "best speedup", box=None)
     for summary in summaries:
@@ -55,10 +55,10 @@ def show(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a study's best candidates by their speedup on the search prompts: measured, or else predicted.
+    """Show a study's best candidates: finalists by their speedup on held-out prompts, then measured, then predicted.
 
-    Predictions are corrected by what measured candidates showed. The finalists' speedups on held-out prompts are in a
-    column of their own.
+    Those that were given up, after some texts or some prompts, come last: what they did on these says little.
+    Predictions are corrected by what measured candidates showed.
     """
     from studies.storage import open_existing_storage
     from studies.study import describe_study, describe_trials
@@ -92,7 +92,7 @@ def _table(trials: list[dict[str, Any]]) -> Table:
         table.add_row(
             str(trial["number"]),
             f"{trial['speedup']:.3f}×",
-            trial["basis"],
+            trial["basis"] + ", given up" * trial["given_up"],
             "" if trial["held_out_speedup"] is None else f"{trial['held_out_speedup']:.3f}×",
             "" if trial["acceptance"] is None else f"{trial['acceptance']:.0%}",
             str(trial["skip_set"]),

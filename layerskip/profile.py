@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -290,6 +291,9 @@ class DraftProfile(_Part):
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InvalidProfileError(f"{source}: not a text file; expected a draft profile in JSON") from error
+        except FileNotFoundError as error:
+            advice = _instead_of_missing(path)
+            raise InvalidProfileError(f"{source}: cannot read the draft profile: {error.strerror}; {advice}") from error
         except OSError as error:
             raise InvalidProfileError(f"{source}: cannot read the draft profile: {error.strerror}") from error
         except ValueError as error:  # a name that no file can have
@@ -532,6 +536,16 @@ def _tensors_file(weights: DraftWeights, tensors: Mapping[str, Tensor]) -> Tenso
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number > 1)}"
+
+
+def _instead_of_missing(path: Path) -> str:
+    """Advice on a profile that is not there."""
+    similar = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.json")], n=1)
+    if similar:
+        return f"did you mean '{path.with_name(similar[0])}'?"
+    if len(path.parts) == 1 and not path.suffix:
+        return "layerskip.load_profile takes names of ready profiles, too"
+    return "'layerskip search MODEL' makes one"
 
 
 def _in_one_line(error: ValidationError) -> str:

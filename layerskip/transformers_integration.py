@@ -34,6 +34,7 @@ from layerskip.drafting.drafter import Drafter
 from layerskip.engine import EagerEngine, Engine, GraphEngine, PackedEngine, on_one_cuda_device
 from layerskip.errors import InvalidInputError
 from layerskip.generation import DecodingStats, Generation, generate
+from layerskip.hub import load_profile
 from layerskip.kv_cache import CACHE_NAMES
 from layerskip.logits_processing import GenerationHistory, ProcessorSampling
 from layerskip.model import LayerSkipModel
@@ -151,7 +152,8 @@ def speculate(
     ``generate`` does not hand its streamer and its tokenizer to a callable, so give them here.
 
     Args:
-        profile: A profile, or the path of one.
+        profile: A profile, or what :func:`layerskip.load_profile` takes: its file, the name of a ready one, or a
+            repository on the Hub.
         streamer: Gets the prompt, then each token as it is generated. Give it here *instead of* to ``generate``.
         tokenizer: Needed only with ``generate(stop_strings=...)``.
         engine: ``eager``; ``cuda-graphs``, which ``auto`` takes for a model on one CUDA device, and ``eager`` for
@@ -159,10 +161,11 @@ def speculate(
             much memory again.
 
     Raises:
-        InvalidProfileError: The file cannot be read or is not a valid profile.
+        InvalidProfileError: There is no such profile, or it is not valid.
+        HubError: The repository cannot be downloaded.
     """
     if not isinstance(profile, DraftProfile):
-        profile = DraftProfile.load(profile)
+        profile = load_profile(profile)
     return Speculation(profile, streamer, tokenizer, engine)
 
 

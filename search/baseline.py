@@ -50,19 +50,17 @@ class TransformersBaseline:
 def measure_transformers(
     engine: Engine, prompts: Sequence[EncodedPrompt], max_new_tokens: int, lock: MachineLock
 ) -> TransformersBaseline | None:
-    """Time transformers' plain decoding; None where packed weights took the plain ones' place, or it cannot decode.
+    """Time transformers' plain decoding; None where it cannot decode.
 
     Whatever it raises, and Ctrl-C, ends in None: it comes after what was asked for.
 
     Args:
-        engine: Runs our plain decoding.
+        engine: Runs our plain decoding, of a model that :func:`has_plain_weights`.
         prompts: Of which a few are decoded, spread evenly, and no conversations: layerskip keeps their keys and values.
         max_new_tokens: Most tokens for each.
         lock: As in :func:`search.measure.measure_methods`.
     """
     model = engine.model
-    if _is_packed(model):
-        return None
     theirs = transformers_method(TRANSFORMERS_PLAIN, model)
     single = [prompt for prompt in prompts if not prompt.earlier] or list(prompts)
     few = single[:: max(len(single) // _PROMPTS, 1)][:_PROMPTS]
@@ -76,5 +74,6 @@ def measure_transformers(
     return TransformersBaseline(summary.draft_tokens_per_second, summary.speedup, len(few))
 
 
-def _is_packed(model: LayerSkipModel) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.hf_model.modules())
+def has_plain_weights(model: LayerSkipModel) -> bool:
+    """Whether transformers runs a model's modules as it has them: no packed weights took the plain ones' place."""
+    return not any(isinstance(module, PackedLinear) for module in model.hf_model.modules())

@@ -55,7 +55,7 @@ def choose_finalists(study: optuna.Study, count: int, space: SearchSpace) -> lis
         count: How many of the best.
         space: What was searched.
     """
-    ranked = best_trials(study, len(study.get_trials(deepcopy=False)))
+    ranked = best_trials(study)
     best = ranked[:count]
     if len(space.precisions) > 1:
         full_precision = next((trial for trial in ranked if config_of(trial).precision == "full"), None)

@@ -22,7 +22,7 @@ from layerskip.errors import InvalidInputError
 from layerskip.profile import DraftProfile, Provenance
 from layerskip.utils import dtype_name, library_versions
 from search.acceptance_tracer import AcceptanceTracer
-from search.baseline import measure_transformers
+from search.baseline import has_plain_weights, measure_transformers
 from search.builder import DraftBuilder, fit_texts
 from search.callbacks import (
     FinalistMeasured,
@@ -174,7 +174,7 @@ class Search:
             self._measure_finalists(study, tools, finalists)
         except KeyboardInterrupt:
             interrupted = True
-        if finalists and not interrupted:
+        if finalists and not interrupted and has_plain_weights(self._engine.model):
             self._on_event(PhaseStarted("baseline"))
             length = self.task.settings.max_new_tokens
             transformers = measure_transformers(self._engine, self._prompts.held_out, length, self._lock)

@@ -150,19 +150,24 @@ def advice(comparison: Comparison) -> str:
         speedup = best.speedup
         interval = f"95 %: {speedup.low:.2f} to {speedup.high:.2f}"
         return f"Use {best.name} here: {speedup.value:.2f}× the speed of plain decoding ({interval})."
-    return f"Use plain decoding here: {FEW_PROMPTS if comparison.prompts < FEWEST_PROMPTS else NOTHING_FASTER}."
+    if comparison.prompts < FEWEST_PROMPTS:
+        return f"No clear gain: {FEW_PROMPTS}."
+    return f"Use plain decoding here: {NOTHING_FASTER}."
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """The conditions of a comparison, as (name, value)."""
-    times = f"{comparison.repeats} times" if comparison.repeats > 1 else "once"
+    often = f"each {comparison.repeats if comparison.repeats > 1 else 'one'} or more times, interleaved"
     disturbed = max((entry.disturbed for entry in comparison.entries), default=0)
     memory = comparison.memory
     return [
         ("model", comparison.model),
         ("machine", f"{comparison.device}, {comparison.dtype}, {comparison.engine} engine"),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
-        ("prompts", f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens, each {times}, interleaved"),
+        (
+            "prompts",
+            f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens, {often}",
+        ),
         *[("bandwidth", _describe(limit)) for limit in [memory] if limit is not None],
         *[("uncertain", describe_disturbed(disturbed, comparison.prompts))] * (disturbed > 0),
     ]

@@ -107,6 +107,11 @@ def is_stopped(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.PRUNED and bool(prompt_speedups(trial))
 
 
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a candidate was given up, after the prediction for some texts or the measurement of some prompts."""
+    return is_stopped(trial) or not trial.user_attrs.get(FULLY_TRACED_KEY, True)
+
+
 def basis_of(trial: FrozenTrial) -> Basis:
     """Whether a trial's speedup was measured, if only on some prompts, or predicted."""
     return "measured" if trial.state == TrialState.COMPLETE or is_stopped(trial) else "predicted"
@@ -124,8 +129,8 @@ def candidate_key(trial: FrozenTrial) -> str:
     return json.dumps(trial.params, sort_keys=True)
 
 
-def best_trials(study: HasTrials, count: int) -> list[FrozenTrial]:
-    """The best candidates, best first, one trial for each.
+def best_trials(study: HasTrials, count: int | None = None) -> list[FrozenTrial]:
+    """The best candidates, best first, one trial for each; None gives all.
 
     Those measured on all prompts come first, by their speedups, then those only predicted. Those that were given up,
     after some texts or some prompts, come last: what they did on these says little.
@@ -143,5 +148,4 @@ def _certainty(trial: FrozenTrial) -> tuple[bool, bool, float]:
 
 
 def _rank(trial: FrozenTrial) -> tuple[bool, bool, float]:
-    given_up = is_stopped(trial) or not trial.user_attrs.get(FULLY_TRACED_KEY, True)
-    return trial.state == TrialState.COMPLETE, not given_up, speedup_of(trial)
+    return trial.state == TrialState.COMPLETE, not is_given_up(trial), speedup_of(trial)

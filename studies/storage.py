@@ -25,7 +25,15 @@ from studies.records import MeasurementTable, Table
 from studies.retry import RETRY_SECONDS, RetryOnDisconnect
 from studies.storage_errors import MALFORMED, NO_URL, StorageError, causes, redacted, storage_error
 
-__all__ = ["ReconnectingStorage", "StorageError", "is_there", "open_existing_storage", "open_storage", "redacted"]
+__all__ = [
+    "ReconnectingStorage",
+    "StorageError",
+    "check_storage",
+    "is_there",
+    "open_existing_storage",
+    "open_storage",
+    "redacted",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -205,6 +213,23 @@ def open_existing_storage(url: str) -> ReconnectingStorage:
     return open_storage(url)
 
 
+def check_storage(url: str) -> None:
+    """Check that a storage can be opened, and do not create a SQLite file.
+
+    Raises:
+        StorageError: It cannot be opened, or its file cannot be created.
+        MissingDependencyError: As :func:`open_storage`.
+    """
+    if is_there(url):
+        open_storage(url).engine.dispose()
+        return
+    folder = Path(_sqlite_file(_parsed(url)) or "").absolute().parent
+    if not folder.is_dir():
+        raise StorageError(f"storage '{redacted(url)}': cannot create the file: no such folder: {folder}")
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"storage '{redacted(url)}': cannot create the file: the folder {folder} is not writable")
+
+
 def is_there(url: str) -> bool:
     """Whether there is a storage to open, as far as can be told without connecting: a SQLite file has to exist.
 
@@ -285,4 +310,4 @@ def _parsed(url: str) -> URL:
     try:
         return make_url(url)
     except MALFORMED as error:
-        raise StorageError(f"storage '(malformed)': {NO_URL}") from error
+        raise StorageError(f"storage '{redacted(url)}': {NO_URL}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import sqlalchemy
@@ -11,6 +12,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from layerskip.errors import LayerSkipError, first_line
 
 NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
+# What a file's name may look like, and no URL with a password.
+_PATH = re.compile(r"[\w./~-]+")
 MALFORMED = (ArgumentError, ValueError)  # a ValueError: the port is not a number
 # Options of drivers that hold no secret. Any other may: odbc_connect contains a password, and drivers have tokens.
 _HARMLESS_OPTIONS = (
@@ -48,7 +51,7 @@ def redacted(url: str | URL) -> str:
     try:
         parsed = make_url(url)
     except MALFORMED:
-        return "(malformed)"
+        return url if isinstance(url, str) and _PATH.fullmatch(url) else "(malformed)"
     stars = {name: "***" for name in parsed.query if name.lower() not in _HARMLESS_OPTIONS}
     return parsed.update_query_dict(stars).render_as_string(hide_password=True).replace("%2A", "*")
 

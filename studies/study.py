@@ -22,6 +22,7 @@ from studies.ranking import (
     best_trials,
     candidate_key,
     evaluated_trials,
+    is_given_up,
     measured_trials,
     predicted_trials,
     prediction_of,
@@ -29,7 +30,7 @@ from studies.ranking import (
 )
 from studies.records import MeasurementRecord
 from studies.statistics import Speedup, speedup_of_all
-from studies.storage import ReconnectingStorage
+from studies.storage import ReconnectingStorage, redacted
 
 _CONTEXT_KEY = "layerskip"
 # Attributes of a trial that a study's description includes.
@@ -231,8 +232,10 @@ def load_study(storage: ReconnectingStorage, name: str) -> optuna.Study:
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
-        names = ", ".join(sorted(optuna.get_all_study_names(storage=storage))) or "none"
-        raise InvalidInputError(f"study '{name}': no such study in this storage; studies there: {names}") from error
+        names = sorted(optuna.get_all_study_names(storage=storage))
+        there = ", ".join(names) if names else "none; --storage names another database"
+        where = redacted(storage.engine.url)
+        raise InvalidInputError(f"study '{name}': no such study in {where}; studies there: {there}") from error
 
 
 def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[str, Any]:
@@ -261,6 +264,7 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
             "basis": basis_of(trial),
             "predicted_speedup": prediction_of(trial),
             "held_out_speedup": speedup.value if speedup else None,
+            "given_up": is_given_up(trial),
             **{key: trial.user_attrs.get(key) for key in _DESCRIBED},
         }
 
@@ -271,8 +275,23 @@ def describe_study(storage: ReconnectingStorage, name: str, best: int) -> dict[s
         "measured": len(measured_trials(study)),
         "trials": dict(Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))),
         "measurements": len(records),
-        "best": [described(trial) for trial in (best_trials(study, best) if _maximizes(study) else [])],
+        "best": [described(trial) for trial in (ranked_trials(study, held_out)[:best] if _maximizes(study) else [])],
     }
+
+
+def ranked_trials(study: HasTrials, held_out: Mapping[str, Speedup]) -> list[FrozenTrial]:
+    """The best trial of each candidate: finalists by their speedup on held-out prompts, then the others.
+
+    Args:
+        study: The study, or a snapshot of it.
+        held_out: From :func:`held_out_speedups`.
+    """
+
+    def on_held_out(trial: FrozenTrial) -> float:
+        speedup = held_out.get(candidate_key(trial))
+        return speedup.value if speedup else 0.0
+
+    return sorted(best_trials(study), key=on_held_out, reverse=True)  # the sort is stable
 
 
 def describe_trials(evaluated: int, measured: int, states: Mapping[str, int], measurements: int) -> str:

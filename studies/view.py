@@ -22,7 +22,6 @@ from studies.ranking import (
     BestBasis,
     Snapshot,
     basis_of,
-    best_trials,
     candidate_key,
     completed_trials,
     config_of,
@@ -35,7 +34,15 @@ from studies.ranking import (
 from studies.records import MeasurementRecord
 from studies.statistics import Speedup
 from studies.storage import ReconnectingStorage
-from studies.study import COSTS_KEY, SINGLE_SUBLAYER_KEY, VERSIONS_KEY, context_of, held_out_speedups, load_study
+from studies.study import (
+    COSTS_KEY,
+    SINGLE_SUBLAYER_KEY,
+    VERSIONS_KEY,
+    context_of,
+    held_out_speedups,
+    load_study,
+    ranked_trials,
+)
 
 _KINDS = ("attn", "mlp")
 
@@ -166,11 +173,7 @@ def view_study(storage: ReconnectingStorage, name: str) -> StudyView:
         versions=attributes.get(VERSIONS_KEY, []),
         num_layers=num_layers,
         trials=list(summaries.values()),
-        ranked=sorted(
-            (summaries[trial.number] for trial in best_trials(now, len(summaries))),
-            key=lambda trial: trial.held_out.value if trial.held_out else 0.0,
-            reverse=True,  # finalists first; the sort is stable
-        ),
+        ranked=[summaries[trial.number] for trial in ranked_trials(now, held_out)],
         measured_over_predicted=_measured_over_predicted(now),
         measurements=records,
         single_sublayer_acceptance=_by_index(attributes.get(SINGLE_SUBLAYER_KEY, {})),

@@ -70,8 +70,8 @@ def _skip_map_caption(best: Sequence[TrialSummary]) -> str:
     if len(best) == 1:
         return f"{caption}There is one candidate so far."
     return (
-        f"{caption}Best first: speedups on held-out prompts, then the other measured ones, then the predicted ones. "
-        "Candidates whose measurement was stopped early come last."
+        f"{caption}Best first: speedups on held-out prompts, then the other measured ones, then the predicted ones, "
+        "last those that were given up after some texts or prompts."
     )
 
 

@@ -15,6 +15,7 @@ HERE = {
     "max_new_tokens": 48,
     "repeats": 3,
     "device": "a processor",
+    "engine": "packed",
     "dtype": "float32",
     "plain_tokens_per_second": 10.0,
     "draft_tokens_per_second": 12.0,

@@ -31,7 +31,7 @@ def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare
     assert done.status == 0
     assert done.err.splitlines() == ["decoding 3 prompts with 11 methods, 2 times each"]
     lines = done.out.splitlines()
-    assert lines[3].startswith("prompts   3 of at most 12 tokens, each 2 times")  # the repeated one counts once
+    assert lines[3].startswith("prompts   3 of at most 12 tokens, each 2 or more times")  # the repeated one counts once
     begins = [line.strip() for line in lines]
     ways = [
         "plain decoding",
@@ -45,7 +45,7 @@ def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare
     for way in [*ways, "transformers assistant (profile)", "transformers assistant (other)"]:
         assert any(line.startswith(f"{way} ") and line.endswith("same") for line in begins), way
     assert lines[-2] == "report    compared.html"
-    assert lines[-1].startswith("Use ")
+    assert lines[-1].startswith("No clear gain: fewer than 6 prompts ")
     assert lines[-1] in Path("compared.html").read_text()
 
 
@@ -66,8 +66,8 @@ def test_one_object_has_all_the_figures(compare, profile):
     assert (plain["speedup"], plain["acceptance_rate"]) == (1, None)
     assert 0 <= drafted["acceptance_rate"] <= 1
     assert drafted["draft_cost"] > 0
-    assert result["best"] in [None, "prompt lookup", "profile"]
-    assert result["advice"].startswith(f"Use {result['best'] or 'plain decoding'} here: ")
+    assert result["best"] is None
+    assert result["advice"].startswith("No clear gain: fewer than 6 prompts ")
 
 
 def test_ready_profiles_of_the_model_are_included(compare, profile, tmp_path, monkeypatch):

@@ -143,7 +143,9 @@ def test_wrong_usage_is_one_line_that_names_what_is_wrong(layerskip, command, na
 def test_a_failure_is_one_line_and_its_traceback_is_shown_on_request(layerskip):
     done = layerskip("profile", "show", "missing.json")
     assert done.status == 1
-    assert done.error == "missing.json: cannot read the draft profile: No such file or directory"
+    assert done.error == (
+        "missing.json: cannot read the draft profile: No such file or directory; 'layerskip search MODEL' makes one"
+    )
 
     shown = layerskip("profile", "show", "missing.json", "--debug")
     assert (shown.status, shown.out) == (1, "")

@@ -83,7 +83,7 @@ def anothers(elsewhere):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["x"], "study 'x': no such study in this storage; studies there: theirs"),
+        (["x"], f"study 'x': no such study in {STORAGE}; studies there: theirs"),
         (["theirs"], "study 'theirs': was not made by this version of layerskip; search anew"),
         (["theirs", "-o", "no/report.html"], "--out no/report.html: no such folder: "),
         (["theirs", "--out", "."], "--out .: is a folder; expected a file name"),

@@ -99,14 +99,14 @@ def test_show_prints_the_best_candidates_first_and_whether_they_were_measured(la
 
 def test_a_storage_without_studies_has_none(layerskip, elsewhere):
     open_storage(URL)
-    assert layerskip("studies", "list").out == "no studies yet\n"
+    assert layerskip("studies", "list").out == f"no studies in {URL}; --storage names another database\n"
     assert layerskip("studies", "list", "--json").object == {"studies": []}
 
 
 def test_an_unknown_study_is_wrong_usage_and_the_known_ones_are_listed(layerskip, searched):
     done = layerskip("studies", "show", "x")
     assert done.status == 2
-    assert done.error == "study 'x': no such study in this storage; studies there: s"
+    assert done.error == f"study 'x': no such study in {URL}; studies there: s"
 
 
 @pytest.mark.parametrize("command", [["studies", "list"], ["studies", "show", "s"], ["dashboard"]])

@@ -114,7 +114,7 @@ def test_a_subfolder_is_looked_into(tmp_path):
 def test_what_is_not_there_is_named(tmp_path, name, message):
     with pytest.raises(InvalidProfileError) as error:
         load_profile(name.format(tmp_path))
-    assert str(error.value) == message.format(tmp_path)
+    assert str(error.value) == f"{message.format(tmp_path)}; 'layerskip search MODEL' makes one"
 
 
 def test_a_file_is_no_folder_to_save_to(tmp_path):

@@ -332,9 +332,18 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, content, message
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
     with pytest.raises(InvalidProfileError) as error:
         DraftProfile.load(tmp_path / "missing.json")
-    assert str(error.value) == f"{tmp_path / 'missing.json'}: cannot read the draft profile: No such file or directory"
+    reason = "cannot read the draft profile: No such file or directory; 'layerskip search MODEL' makes one"
+    assert str(error.value) == f"{tmp_path / 'missing.json'}: {reason}"
     with pytest.raises(InvalidProfileError, match=r"draft_profile\.json: cannot read the draft profile: No such file"):
         DraftProfile.load(tmp_path)
+
+
+def test_a_misspelt_name_is_told_what_lies_beside_it_and_a_bare_one_who_knows_names(tmp_path):
+    a_profile().save(tmp_path / "demo_profile.json")
+    with pytest.raises(InvalidProfileError, match=r"; did you mean '.*demo_profile\.json'\?$"):
+        DraftProfile.load(tmp_path / "demo_profil.json")
+    with pytest.raises(InvalidProfileError, match=r"; layerskip\.load_profile takes names of ready profiles, too$"):
+        DraftProfile.load("smollm2")
 
 
 # The model that it is for.

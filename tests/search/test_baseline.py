@@ -7,7 +7,7 @@ import pytest
 from layerskip import LayerSkipModel
 from layerskip.engine import EagerEngine, PackedEngine
 from layerskip.packed_linear import packing_available
-from search.baseline import TransformersBaseline, measure_transformers
+from search.baseline import TransformersBaseline, has_plain_weights, measure_transformers
 from search.machine_lock import MachineLock
 from search.measure import timed
 from search.prompts import EncodedPrompt
@@ -29,9 +29,10 @@ def test_both_decode_a_few_prompts_in_one_run(llama, tmp_path, monkeypatch):
 @pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
 def test_packed_weights_say_nothing_of_transformers(tmp_path):
     model = LayerSkipModel(tiny_llama())
-    lock = MachineLock(tmp_path, model.device)
-    assert measure_transformers(PackedEngine(model), PROMPTS, 4, lock) is not None
-    assert measure_transformers(PackedEngine(model, in_place=True), PROMPTS, 4, lock) is None
+    assert measure_transformers(PackedEngine(model), PROMPTS, 4, MachineLock(tmp_path, model.device)) is not None
+    assert has_plain_weights(model)
+    PackedEngine(model, in_place=True)
+    assert not has_plain_weights(model)
 
 
 def test_a_model_that_transformers_cannot_decode_has_no_baseline(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from layerskip.errors import LayerSkipError, MissingDependencyError
-from studies.storage import StorageError, is_there, open_existing_storage, open_storage, redacted
+from studies.storage import StorageError, check_storage, is_there, open_existing_storage, open_storage, redacted
 
 OPENERS = [open_storage, open_existing_storage]
 PASSWORD = "s3cr3t-pw"
@@ -186,6 +186,23 @@ def test_any_text_can_be_shown_in_place_of_a_url(text):
 @pytest.mark.parametrize("url", [f"me:{PASSWORD}@host", f"postgresql://me:{PASSWORD}@host:port/db"])
 def test_a_malformed_url_is_not_shown_at_all(url):
     assert PASSWORD not in redacted(url)
+
+
+def test_a_file_name_in_place_of_a_url_is_shown():
+    with pytest.raises(
+        StorageError, match=r"^storage 'my/demo\.db': not a database URL; expected one such as sqlite:///"
+    ):
+        open_storage("my/demo.db")
+
+
+def test_a_storage_is_checked_before_its_file_is_made(tmp_path):
+    check_storage(f"sqlite:///{tmp_path}/new.db")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StorageError, match=r"cannot create the file: no such folder: .*missing"):
+        check_storage(f"sqlite:///{tmp_path}/missing/new.db")
+    (tmp_path / "text.db").write_text("not a database")
+    with pytest.raises(StorageError, match="file is not a database"):
+        check_storage(f"sqlite:///{tmp_path}/text.db")
 
 
 def test_a_storage_error_can_be_caught_like_every_other_error_of_layerskip():

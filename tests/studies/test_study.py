@@ -140,11 +140,14 @@ def test_a_study_whose_search_was_killed_before_its_conditions_were_stored_can_b
 
 
 def test_loading_an_unknown_study_lists_those_that_are(storage):
-    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: none$"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"^study 'x': no such study in sqlite:///.*; studies there: none; --storage names another database$",
+    ):
         load_study(storage, "x")
     for name in ("b", "a"):
         optuna.create_study(study_name=name, storage=storage)
-    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in this storage; studies there: a, b$"):
+    with pytest.raises(InvalidInputError, match=r"^study 'x': no such study in sqlite:///.*; studies there: a, b$"):
         load_study(storage, "x")
     assert load_study(storage, "a").study_name == "a"
 
@@ -210,7 +213,7 @@ def test_a_study_is_described_with_its_best_candidates_and_its_measurements(stor
     assert described["measurements"] == 4
     assert described["best"] == [
         {"number": 2, "speedup": 1.2, "basis": "measured", "predicted_speedup": 1.5, "held_out_speedup": 1.5}
-        | {**about, "acceptance_rate": 0.6, "source": "trial 1, to be measured"}
+        | {"given_up": False, **about, "acceptance_rate": 0.6, "source": "trial 1, to be measured"}
     ]
     best = describe_study(storage, "s", 9)["best"]
     assert [(trial["number"], trial["basis"]) for trial in best] == [(2, "measured"), (0, "predicted")]
