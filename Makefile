@@ -30,7 +30,7 @@ $(DEVELOP): $(INSTALLED)
 	@touch $(DEVELOP)
 
 demo: install
-	$(BIN)/layerskip search smollm2 --trials 100 --timeout 90 --max-new-tokens 32 --finalists 2 --seed 0 --out demo_profile.json --storage sqlite:///demo.db
+	$(BIN)/layerskip search smollm2 --trials 100 --timeout 90 --max-new-tokens 32 --finalists 2 --seed 0 --out demo_profile.json
 	$(BIN)/layerskip apply demo_profile.json "Explain in three sentences why the sky is blue." --max-new-tokens 64 --compare
 
 # Searches a model here and puts the result among the ready profiles, under that name. DEVICE is cpu or cuda.

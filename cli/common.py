@@ -296,7 +296,7 @@ def generation_line(result: dict[str, Any]) -> str:
     if "speedup" in result:
         output = {True: ", identical output", False: ", different output", None: " (sampled: outputs differ)"}
         parts.append(f"plain decoding: {result['plain_tokens_per_second']:.1f} tokens/s{output[result['same_text']]}")
-        parts.append(f"speedup {result['speedup']:.2f}×")
+        parts.append(f"speedup {result['speedup']:.2f}× (one prompt, timed once: 'layerskip bench' measures)")
     return " · ".join(parts)
 
 

@@ -151,7 +151,11 @@ def _advice(device_type: str, dtype: torch.dtype) -> str:
         gain = "bfloat16 is about twice as fast"
     else:
         note = slow_dtype_note(device_type, torch.bfloat16)
-        gain = "drafts pay in no shorter type here" if note else "'layerskip doctor MODEL' measures what bfloat16 gains"
+        gain = (
+            "this processor has no kernels for bfloat16"
+            if note
+            else "'layerskip doctor MODEL' measures what bfloat16 gains"
+        )
     return f"output is identical to plain decoding; {gain}"
 
 

@@ -58,7 +58,7 @@ def converted(gguf: Path, dtype: torch.dtype, cache: Path) -> Path:
             raise MissingDependencyError(
                 f"model '{gguf.name}': GGUF files need the package '{package}'; pip install 'layerskip[gguf]'"
             )
-    logger.warning("converting %s once; later runs load the copy in %s", gguf.name, folder)
+    logger.warning("converting %s once, which may take a minute; later runs load the copy in %s", gguf.name, folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))

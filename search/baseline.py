@@ -43,7 +43,7 @@ class TransformersBaseline:
         """
         return (
             f"{self.tokens_per_second:.1f} tokens/s in transformers' plain decoding of {self.prompts} of the prompts: "
-            f"the draft is {speedup / self.of_ours:.2f}× of that"
+            f"the draft is {speedup / self.of_ours:.2f}× as fast"
         )
 
 

@@ -201,6 +201,7 @@ def test_compare_says_that_the_text_is_the_same_and_how_fast_both_were(apply, la
     assert result["speedup"] == pytest.approx(result["tokens_per_second"] / result["plain_tokens_per_second"])
     done = layerskip("apply", profile, "hello", "--compare", "--max-new-tokens", COUNT)
     assert "tokens/s, identical output · speedup " in done.err
+    assert done.err.endswith("× (one prompt, timed once: 'layerskip bench' measures)\n")
 
 
 def test_compare_compares_speeds_alone_where_texts_are_sampled(apply, layerskip, profile):

@@ -47,5 +47,5 @@ def test_a_model_that_transformers_cannot_decode_has_no_baseline(tmp_path, monke
 
 def test_the_baseline_says_what_a_speedup_is_worth_against_it():
     assert TransformersBaseline(26.4, 0.8, 2).describe(1.5) == (
-        "26.4 tokens/s in transformers' plain decoding of 2 of the prompts: the draft is 1.88× of that"
+        "26.4 tokens/s in transformers' plain decoding of 2 of the prompts: the draft is 1.88× as fast"
     )
