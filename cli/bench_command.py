@@ -92,8 +92,7 @@ def bench(
         for done, measurements in enumerate(by_name, start=1):
             measured[measurements["draft"].prompt] = measurements["draft"]
             show_done(done)
-    timed = has_plain_weights(layers)
-    transformers = measure_transformers(runner, encoded, length, lock) if timed else None
+    transformers = measure_transformers(runner, encoded, length, lock) if has_plain_weights(layers) else None
     categories = [] if suite is None else by_category(list(measured.values()), {p.id: p.category for p in encoded})
     result = {
         "profile": profile,

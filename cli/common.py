@@ -25,7 +25,6 @@ from layerskip.errors import CheckpointError, InvalidInputError
 from layerskip.names import DEVICES, DTYPES, ENGINES
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from layerskip import DraftProfile, LayerSkipModel
@@ -325,27 +324,29 @@ def open_model(
     from layerskip import LayerSkipModel, load_checkpoint
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine, compile_sublayers
+    from layerskip.utils import dtype_name
 
     check_engine(options.engine, resolve_device(options.device))
     checkpoint = load_checkpoint(source, device=options.device, dtype=options.dtype, revision=revision)
     model = LayerSkipModel(checkpoint.model)
-    if note := slow_dtype_note(model.device.type, model.dtype):
+    if dtype_name(model.dtype) == "bfloat16" and (note := slow_bfloat16_note(model.device.type)):
         stderr.print(note)
     if options.compiled:
         compile_sublayers(model)
     return model, checkpoint.tokenizer
 
 
-def slow_dtype_note(device_type: str, dtype: torch.dtype) -> str | None:
-    """One line on a type in which this processor verifies slowly; None where it does not."""
-    from layerskip.packed_linear import has_kernels_for, packing_available
-    from layerskip.utils import dtype_name
+def slow_bfloat16_note(device_type: str) -> str | None:
+    """One line on a processor that verifies slowly in bfloat16; None where it does not, or nothing is known of it."""
+    import torch
 
-    if device_type != "cpu" or not packing_available() or has_kernels_for(dtype):
+    from layerskip.packed_linear import has_kernels_for, packing_available
+
+    if device_type != "cpu" or not packing_available() or has_kernels_for(torch.bfloat16):
         return None
     return (
-        f"this processor has no kernels for {dtype_name(dtype)}: a pass over several tokens takes several times as "
-        "long as over one, so that drafts hardly pay; with --dtype float32 they can"
+        "this processor has no kernels for bfloat16: a pass over several tokens takes several times as long as over "
+        "one, so that drafts hardly pay; with --dtype float32 they can"
     )
 
 

@@ -29,7 +29,7 @@ from cli.common import (
     open_model,
     print_json,
     quiet_libraries,
-    slow_dtype_note,
+    slow_bfloat16_note,
     stderr,
     stdout,
 )
@@ -145,17 +145,12 @@ def _advice(device_type: str, dtype: torch.dtype) -> str:
     import torch
 
     if dtype != torch.float32:
-        note = slow_dtype_note(device_type, dtype)
-        return "near-ties may be resolved differently, with or without a draft" + (f"; {note}" if note else "")
+        return "near-ties may be resolved differently, with or without a draft"
+    gain = "'layerskip doctor MODEL' measures what bfloat16 would gain"
     if device_type == "cuda":
         gain = "bfloat16 is about twice as fast"
-    else:
-        note = slow_dtype_note(device_type, torch.bfloat16)
-        gain = (
-            "this processor has no kernels for bfloat16"
-            if note
-            else "'layerskip doctor MODEL' measures what bfloat16 gains"
-        )
+    elif slow_bfloat16_note(device_type):
+        gain = "this processor has no kernels for bfloat16"
     return f"output is identical to plain decoding; {gain}"
 
 

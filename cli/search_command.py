@@ -172,7 +172,6 @@ def search(
     stderr.print(f"loading {model}")
     options = RunOptions(places[0], dtype, engine, compiled)
     layers, tokenizer = open_model(model, options)
-    database = open_storage(storage)  # not before: a mistyped model leaves no empty file
     for each in chosen:
         layers.copies.check(each)
     identity = identify(layers, model)
@@ -193,6 +192,7 @@ def search(
             f"{counted(len(split.held_out), 'prompt')} held out, too few to show a gain: "
             f"that takes {FEWEST_PROMPTS}, of {HOLD_OUT_EVERY * FEWEST_PROMPTS} prompts"
         )
+    database = open_storage(storage)  # not before: what is mistyped leaves no empty file
     saved = seconds_saved_by_bfloat16(layers)  # of plain weights, which are packed now
     runner = make_engine(layers, engine, in_place=True)
     task = SearchTask(identity, split, settings, space, study)

@@ -57,7 +57,7 @@ def show(
 ) -> None:
     """Show a study's best candidates: finalists by their speedup on held-out prompts, then measured, then predicted.
 
-    Those that were given up, after some texts or some prompts, come last: what they did on these says little.
+    Others that were given up, after some texts or some prompts, come last: what they did on these says little.
     Predictions are corrected by what measured candidates showed.
     """
     from studies.storage import open_existing_storage

@@ -29,7 +29,10 @@ def packing_available() -> bool:
 
 
 def has_kernels_for(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for a type on this processor. An x86 one without AVX-512 has none for bfloat16."""
+    """Whether oneDNN has kernels for a type on this processor.
+
+    An x86 processor without AVX-512 and without AVX-NE-CONVERT has none for bfloat16.
+    """
     if not packing_available():
         return False
     return dtype == torch.float32 or (dtype in DTYPES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

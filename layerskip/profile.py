@@ -540,10 +540,12 @@ def _counted(number: int, thing: str) -> str:
 
 def _instead_of_missing(path: Path) -> str:
     """Advice on a profile that is not there."""
-    similar = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.json")], n=1)
+    similar = difflib.get_close_matches(
+        path.name.removesuffix(".json"), [other.stem for other in path.parent.glob("*.json")], n=1
+    )
     if similar:
-        return f"did you mean '{path.with_name(similar[0])}'?"
-    if len(path.parts) == 1 and not path.suffix:
+        return f"did you mean '{path.with_name(similar[0])}.json'?"
+    if len(path.parts) == 1 and path.suffix != ".json":
         return "layerskip.load_profile takes names of ready profiles, too"
     return "'layerskip search MODEL' makes one"
 

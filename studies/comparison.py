@@ -157,17 +157,15 @@ def advice(comparison: Comparison) -> str:
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """The conditions of a comparison, as (name, value)."""
-    often = f"each {comparison.repeats if comparison.repeats > 1 else 'one'} or more times, interleaved"
+    times = f"{comparison.repeats} times" if comparison.repeats > 1 else "once"
+    decoded = f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens"
     disturbed = max((entry.disturbed for entry in comparison.entries), default=0)
     memory = comparison.memory
     return [
         ("model", comparison.model),
         ("machine", f"{comparison.device}, {comparison.dtype}, {comparison.engine} engine"),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
-        (
-            "prompts",
-            f"{comparison.prompts} of at most {comparison.max_new_tokens} tokens, {often}",
-        ),
+        ("prompts", f"{decoded}, each at least {times}, interleaved"),
         *[("bandwidth", _describe(limit)) for limit in [memory] if limit is not None],
         *[("uncertain", describe_disturbed(disturbed, comparison.prompts))] * (disturbed > 0),
     ]

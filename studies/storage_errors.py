@@ -13,7 +13,7 @@ from layerskip.errors import LayerSkipError, first_line
 
 NO_URL = "not a database URL; expected one such as sqlite:///layerskip.db"
 # What a file's name may look like, and no URL with a password.
-_PATH = re.compile(r"[\w./~-]+")
+_PATH = re.compile(r"[\w./~-]+\.(db|sqlite3?)")
 MALFORMED = (ArgumentError, ValueError)  # a ValueError: the port is not a number
 # Options of drivers that hold no secret. Any other may: odbc_connect contains a password, and drivers have tokens.
 _HARMLESS_OPTIONS = (
@@ -25,6 +25,7 @@ _HARMLESS_OPTIONS = (
     "connect_timeout",
     "driver",
     "host",
+    "immutable",
     "keepalives",
     "keepalives_count",
     "keepalives_idle",

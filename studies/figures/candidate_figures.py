@@ -71,7 +71,7 @@ def _skip_map_caption(best: Sequence[TrialSummary]) -> str:
         return f"{caption}There is one candidate so far."
     return (
         f"{caption}Best first: speedups on held-out prompts, then the other measured ones, then the predicted ones, "
-        "last those that were given up after some texts or prompts."
+        "last others that were given up after some texts or prompts."
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from layerskip import generate
 from layerskip.packed_linear import packing_available
@@ -78,8 +79,12 @@ def test_raw_prompts_do_without_the_chat_template(apply, profile, expected):
 
 
 @pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
-def test_a_type_without_kernels_on_this_processor_is_named(apply, profile):
-    assert "this processor has no kernels for float16" in apply(profile, "hello", "--dtype", "float16").err
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_model_in_bfloat16_on_a_processor_without_kernels_for_it_is_named(apply, profile, monkeypatch, kernels):
+    monkeypatch.setattr("layerskip.packed_linear.has_kernels_for", lambda dtype: kernels or dtype == torch.float32)
+    options = ["--dtype", "bfloat16", "--device", "cpu", "--engine", "eager"]
+    named = "this processor has no kernels for bfloat16: " in apply(profile, "hello", *options).err
+    assert named == (not kernels)
 
 
 def test_the_prompt_may_come_from_stdin(apply, profile, expected, stdin):

@@ -147,7 +147,6 @@ def test_a_gpu_is_named_with_its_memory_and_capability(layerskip, monkeypatch):
     [
         (["--dtype", "float32"], "output is identical to plain decoding"),
         (["--dtype", "bfloat16"], "near-ties may be resolved differently, with or without a draft"),
-        (["--dtype", "float16"], "this processor has no kernels for float16: a pass over several tokens takes several"),
     ],
 )
 def test_the_dtype_comes_with_advice(layerskip, options, advice):

@@ -342,8 +342,9 @@ def test_a_misspelt_name_is_told_what_lies_beside_it_and_a_bare_one_who_knows_na
     a_profile().save(tmp_path / "demo_profile.json")
     with pytest.raises(InvalidProfileError, match=r"; did you mean '.*demo_profile\.json'\?$"):
         DraftProfile.load(tmp_path / "demo_profil.json")
-    with pytest.raises(InvalidProfileError, match=r"; layerskip\.load_profile takes names of ready profiles, too$"):
-        DraftProfile.load("smollm2")
+    for name in ("smollm2", "qwen2.5-coder-1.5b"):
+        with pytest.raises(InvalidProfileError, match=r"; layerskip\.load_profile takes names of ready profiles, too$"):
+            DraftProfile.load(name)
 
 
 # The model that it is for.

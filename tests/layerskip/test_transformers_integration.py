@@ -77,6 +77,12 @@ def test_a_draft_at_lower_precision_gives_the_same_tokens(model, precision):
         assert output.stats.drafted
 
 
+def test_a_profile_may_be_a_file_or_have_a_name(tmp_path):
+    a_profile().save(tmp_path / "profile.json")
+    assert speculate(tmp_path / "profile.json").profile == a_profile()
+    assert speculate("smollm2").profile.model.id == "smollm2"
+
+
 def test_drafts_of_one_precision_share_their_copies(llama_model):
     for skip_set in (SkipSet(LAYERS), SkipSet(LAYERS, (1,))):
         engine = speculate(profile_for(llama_model, skip_set, precision="int8")).prepare(llama_model)

@@ -33,6 +33,11 @@ def test_finalists_come_first_and_then_the_best_as_the_study_ranks_them(searched
     ranked = [trial.number for trial in best_trials(study, 1000)]
     finals = [one for one in searched.ranked if one.held_out]
     assert len(finals) == 3
+    described = describe_study(searched_storage, "s", 1000)["best"]
+    assert [trial["number"] for trial in described] == [one.number for one in searched.ranked]
+    stopped = {one.number for one in searched.ranked if one.stopped}
+    assert stopped
+    assert stopped <= {trial["number"] for trial in described if trial["given_up"]}
     assert list(searched.ranked[:3]) == sorted(finals, key=lambda one: one.held_out.value, reverse=True)
     assert [one.number for one in searched.ranked[3:]] == [n for n in ranked if n not in {one.number for one in finals}]
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip import DraftConfig, FixedLength, LayerSkipModel, SkipSet, generate
+from layerskip.drafting import quantized_linear
 from layerskip.drafting.layer_skip import LayerSkipDrafter
 from layerskip.drafting.quantized_linear import Int4Linear, Int8Linear
 from layerskip.drafting.rounding import GROUP, rounded_to_int4, rounded_to_int8
@@ -96,6 +97,16 @@ def test_a_product_is_that_of_the_rounded_weight_for_any_size_and_width(kind, ou
     found = linear(x[None])
     assert found.shape == (1, rows, outputs)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_wide_passes_are_in_float32_where_the_processor_has_no_kernels_for_bfloat16(kind, kernels, monkeypatch):
+    monkeypatch.setattr(quantized_linear, "has_kernels_for", lambda dtype: kernels)
+    monkeypatch.setattr(quantized_linear, "_wide_dtype", quantized_linear._wide_dtype.__wrapped__)
+    linear, x = kind(weights(96, 64), None, torch.float32), weights(200, 64, seed=1).bfloat16().float()
+    expected = torch.nn.functional.linear(x, linear.dequantized())
+    assert torch.allclose(linear(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())) == (not kernels)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
