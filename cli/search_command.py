@@ -321,9 +321,8 @@ def _report_profile(profile: DraftProfile, result: SearchResult, out: Path) -> N
     measured = profile.measured
     assert measured is not None  # a search always measures
     rate = "nothing drafted" if measured.acceptance_rate is None else f"{measured.acceptance_rate:.0%} accepted"
-    stdout.print(
-        f"study     {result.study}, {counted(result.trials, 'candidate')} evaluated, {result.measured} measured"
-    )
+    evaluated = counted(result.trials, "candidate")
+    stdout.print(f"study     {result.study}, {evaluated} evaluated, {result.measured} measured in trials")
     stdout.print(f"skipped   {profile.skip_set}")
     stdout.print(f"draft     {profile.draft}; {rate}")
     print_measured_profile(profile, out, "No candidate beat plain decoding; the profile is that of the best one.")

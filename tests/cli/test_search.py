@@ -78,7 +78,8 @@ def test_a_search_tells_people_what_it_found(layerskip, options):
     assert done.status == 0
     profile = DraftProfile.load("found.json")
     lines = done.out.splitlines()
-    assert re.fullmatch(f"study     {profile.provenance.study}, 2 candidates evaluated, [012] measured", lines[0])
+    study = profile.provenance.study
+    assert re.fullmatch(f"study     {study}, 2 candidates evaluated, [012] measured in trials", lines[0])
     assert lines[1] == f"skipped   {profile.skip_set}"
     assert lines[3].startswith(f"speedup   {profile.measured.speedup:.2f}× on 1 held-out prompt: ")
     assert "profile   found.json" in lines
