@@ -22,10 +22,24 @@ from tests.capture import call_directly
 from tests.models import LAYERS, VOCABULARY, tiny_llama
 
 
-def test_costs_are_measured_for_each_width_and_are_times(llama):
-    costs = measure_passes(EagerEngine(llama), widths=(1, 2, 5))
-    assert set(costs.sublayers) == set(costs.head) == {1, 2, 5}
-    assert all(seconds > 0 for part in (costs.sublayers, costs.head) for seconds in part.values())
+def test_costs_are_the_seconds_of_sublayers_and_head_at_each_width(monkeypatch):
+    engine, elapsed = EagerEngine(LayerSkipModel(tiny_llama())), [0.0]
+    verify, logits = engine.verify, engine.passes.logits
+
+    def slow_verify(tokens, *rest):
+        elapsed[0] += 10 + len(tokens)
+        return verify(tokens, *rest)
+
+    def slow_logits(*given):
+        elapsed[0] += 3
+        return logits(*given)
+
+    monkeypatch.setattr(engine, "verify", slow_verify)
+    monkeypatch.setattr(engine.passes, "logits", slow_logits)
+    monkeypatch.setattr("layerskip.engine.cost_measurement.device_seconds", lambda device: elapsed[0])
+    costs = measure_passes(engine, widths=(1, 2, 5))
+    assert costs.sublayers == {1: 11, 2: 12, 5: 15}
+    assert costs.head == {1: 3, 2: 3, 5: 3}
 
 
 def test_passes_are_measured_as_the_engine_runs_them_at_exact_widths(monkeypatch):
