@@ -319,8 +319,8 @@ def test_a_bad_file_of_prompts_is_wrong_usage_and_named(apply, profile, tmp_path
 
 def test_a_missing_profile_is_a_failure_and_named(apply):
     done = apply("missing.json", "hello")
-    assert done.status == 1
-    assert done.error.startswith("missing.json: cannot read the draft profile: No such file or directory; ")
+    reason = "cannot read the draft profile: No such file or directory; 'layerskip search MODEL' makes one"
+    assert (done.status, done.error) == (1, f"missing.json: {reason}")
 
 
 def test_sublayers_are_compiled_when_asked_to_be(apply, profile, expected, monkeypatch):
