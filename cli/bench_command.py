@@ -69,7 +69,7 @@ def bench(
     from layerskip.checkpoints import cache_folder
     from layerskip.engine import make_engine
     from layerskip.tokenizer import encode_corpus
-    from search.baseline import has_plain_weights, measure_transformers
+    from search.baseline import measure_transformers
     from search.machine_lock import MachineLock
     from search.measure import MeasuringPlan, measure_drafters
     from studies.categories import COLUMNS, by_category
@@ -92,7 +92,7 @@ def bench(
         for done, measurements in enumerate(by_name, start=1):
             measured[measurements["draft"].prompt] = measurements["draft"]
             show_done(done)
-    transformers = measure_transformers(runner, encoded, length, lock) if has_plain_weights(layers) else None
+    transformers = measure_transformers(runner, encoded, length, lock)
     categories = [] if suite is None else by_category(list(measured.values()), {p.id: p.category for p in encoded})
     result = {
         "profile": profile,

@@ -210,7 +210,7 @@ def no_gain_note(measured: dict[str, Any]) -> str | None:
     if measured["speedup"] <= 1:
         return None
     if measured["prompts"] < FEWEST_PROMPTS:
-        return f"No clear gain: {FEW_PROMPTS}."
+        return FEW_PROMPTS
     return CROSSES_ONE if measured["speedup_low"] <= 1 else None
 
 
@@ -324,25 +324,25 @@ def open_model(
     from layerskip import LayerSkipModel, load_checkpoint
     from layerskip.checkpoints import resolve_device
     from layerskip.engine import check_engine, compile_sublayers
-    from layerskip.utils import dtype_name
 
     check_engine(options.engine, resolve_device(options.device))
     checkpoint = load_checkpoint(source, device=options.device, dtype=options.dtype, revision=revision)
     model = LayerSkipModel(checkpoint.model)
-    if dtype_name(model.dtype) == "bfloat16" and (note := slow_bfloat16_note(model.device.type)):
+    if note := _slow_bfloat16_note(model):
         stderr.print(note)
     if options.compiled:
         compile_sublayers(model)
     return model, checkpoint.tokenizer
 
 
-def slow_bfloat16_note(device_type: str) -> str | None:
-    """One line on a processor that verifies slowly in bfloat16; None where it does not, or nothing is known of it."""
+def _slow_bfloat16_note(model: LayerSkipModel) -> str | None:
+    """One line on a model in bfloat16 on a processor that verifies slowly in it; None on any other."""
     import torch
 
     from layerskip.packed_linear import has_kernels_for, packing_available
 
-    if device_type != "cpu" or not packing_available() or has_kernels_for(torch.bfloat16):
+    is_slow = packing_available() and not has_kernels_for(torch.bfloat16)
+    if not is_slow or model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return None
     return (
         "this processor has no kernels for bfloat16: a pass over several tokens takes several times as long as over "

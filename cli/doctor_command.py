@@ -29,7 +29,6 @@ from cli.common import (
     open_model,
     print_json,
     quiet_libraries,
-    slow_bfloat16_note,
     stderr,
     stdout,
 )
@@ -144,13 +143,16 @@ def _dtype_advice(device: str, dtype: str) -> dict[str, Any]:
 def _advice(device_type: str, dtype: torch.dtype) -> str:
     import torch
 
+    from layerskip.packed_linear import has_kernels_for
+
     if dtype != torch.float32:
         return "near-ties may be resolved differently, with or without a draft"
-    gain = "'layerskip doctor MODEL' measures what bfloat16 would gain"
     if device_type == "cuda":
         gain = "bfloat16 is about twice as fast"
-    elif slow_bfloat16_note(device_type):
-        gain = "this processor has no kernels for bfloat16"
+    elif has_kernels_for(torch.bfloat16):
+        gain = "'layerskip doctor MODEL' measures what bfloat16 would gain"
+    else:
+        gain = "there are no packed kernels for bfloat16 here"
     return f"output is identical to plain decoding; {gain}"
 
 

@@ -50,17 +50,19 @@ class TransformersBaseline:
 def measure_transformers(
     engine: Engine, prompts: Sequence[EncodedPrompt], max_new_tokens: int, lock: MachineLock
 ) -> TransformersBaseline | None:
-    """Time transformers' plain decoding; None where it cannot decode.
+    """Time transformers' plain decoding; None without plain weights, or where it cannot decode.
 
     Whatever it raises, and Ctrl-C, ends in None: it comes after what was asked for.
 
     Args:
-        engine: Runs our plain decoding, of a model that :func:`has_plain_weights`.
+        engine: Runs our plain decoding.
         prompts: Of which a few are decoded, spread evenly, and no conversations: layerskip keeps their keys and values.
         max_new_tokens: Most tokens for each.
         lock: As in :func:`search.measure.measure_methods`.
     """
     model = engine.model
+    if not has_plain_weights(model):
+        return None
     theirs = transformers_method(TRANSFORMERS_PLAIN, model)
     single = [prompt for prompt in prompts if not prompt.earlier] or list(prompts)
     few = single[:: max(len(single) // _PROMPTS, 1)][:_PROMPTS]

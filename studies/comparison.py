@@ -151,7 +151,7 @@ def advice(comparison: Comparison) -> str:
         interval = f"95 %: {speedup.low:.2f} to {speedup.high:.2f}"
         return f"Use {best.name} here: {speedup.value:.2f}× the speed of plain decoding ({interval})."
     if comparison.prompts < FEWEST_PROMPTS:
-        return f"No clear gain: {FEW_PROMPTS}."
+        return FEW_PROMPTS
     return f"Use plain decoding here: {NOTHING_FASTER}."
 
 

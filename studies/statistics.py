@@ -58,7 +58,7 @@ class Speedup:
 NOTHING_FASTER = "nothing was shown to be faster"
 # By chance alone all of n prompts lie above 1× with a probability of 2^-n, and the interval with them.
 FEWEST_PROMPTS = 6
-FEW_PROMPTS = f"fewer than {FEWEST_PROMPTS} prompts are not enough to show that anything is faster"
+FEW_PROMPTS = f"No clear gain: fewer than {FEWEST_PROMPTS} prompts are not enough to show that anything is faster."
 CROSSES_ONE = f"No clear gain (the interval crosses 1×): {NOTHING_FASTER}."
 
 

@@ -31,9 +31,8 @@ def test_every_method_is_in_the_table_and_the_last_line_says_what_to_use(compare
     assert done.status == 0
     assert done.err.splitlines() == ["decoding 3 prompts with 11 methods, 2 times each"]
     lines = done.out.splitlines()
-    assert lines[3].startswith(
-        "prompts   3 of at most 12 tokens, each at least 2 times"
-    )  # the repeated one counts once
+    prompts = "3 of at most 12 tokens, each at least 2 times, interleaved"  # the repeated one counts once
+    assert lines[3] == f"prompts   {prompts}"
     begins = [line.strip() for line in lines]
     ways = [
         "plain decoding",

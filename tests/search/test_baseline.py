@@ -29,9 +29,10 @@ def test_both_decode_a_few_prompts_in_one_run(llama, tmp_path, monkeypatch):
 @pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
 def test_packed_weights_say_nothing_of_transformers(tmp_path):
     model = LayerSkipModel(tiny_llama())
-    assert measure_transformers(PackedEngine(model), PROMPTS, 4, MachineLock(tmp_path, model.device)) is not None
+    lock = MachineLock(tmp_path, model.device)
+    assert measure_transformers(PackedEngine(model), PROMPTS, 4, lock) is not None
     assert has_plain_weights(model)
-    PackedEngine(model, in_place=True)
+    assert measure_transformers(PackedEngine(model, in_place=True), PROMPTS, 4, lock) is None
     assert not has_plain_weights(model)
 
 
