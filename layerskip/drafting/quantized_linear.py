@@ -2,7 +2,7 @@
 
 Draft steps are a row wide, and there the kernels are as fast as the bytes of a weight can be read. Wide passes (traces,
 prompts) are faster on weights that are dequantized for the pass: on an x86 CPU with AMX and 1024 rows, by a factor of
-15 at 8 bits and of 3 at 4 bits. On a CPU without kernels for bfloat16 they are in float32, six times as fast there.
+15 at 8 bits and of 3 at 4 bits. On a CPU without kernels for bfloat16 they are in float32, five times as fast there.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ import search.space as space_module
 from layerskip import DraftConfig, DraftProfile, FixedLength, LayerSkipModel, SkipSet, generate
 from layerskip.costs import CostModel
 from layerskip.drafting.bridges import BridgeFitter
-from layerskip.engine import EagerEngine, GraphEngine, measure_costs
+from layerskip.engine import EagerEngine, GraphEngine, PackedEngine, measure_costs
 from layerskip.errors import InvalidInputError, LayerSkipError, LosslessnessError
 from layerskip.fingerprint import identify
+from layerskip.packed_linear import packing_available
 from search.callbacks import (
     FinalistMeasured,
     HeldOutPromptMeasured,
@@ -314,6 +315,15 @@ def test_a_search_reports_its_progress(finished):
     assert max(event.speedup for event in finalists) == result.profile.measured.speedup
     measured = [trial.number for trial in completed_trials(study)]
     assert [event.done for event in log.of(PromptMeasured) if event.trial == measured[0]] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not packing_available(), reason="needs a build of PyTorch with oneDNN")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_transformers_decoding_is_timed_and_announced_where_the_plain_weights_are_kept(storage, in_place):
+    model, log = LayerSkipModel(tiny_llama()), Log()
+    result = small_search(model, storage, engine=PackedEngine(model, in_place=in_place), on_event=log).run()
+    assert (result.transformers is None) == in_place
+    assert len(log.of("baseline")) == (0 if in_place else 1)
 
 
 @pytest.mark.parametrize(("share", "is_controlled"), [(0.99, True), (0.97, False)])
